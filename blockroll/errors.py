@@ -1,0 +1,70 @@
+"""Every error that blockroll raises on purpose.
+
+    BlockrollError
+    ├── InvalidInput (ValueError)            a request, argument or option that cannot be served
+    │   └── ConfigError                      an unknown key or a value outside its range in a config
+    ├── RunExists (FileExistsError)          the run folder is already there
+    ├── CheckpointError (RuntimeError)       a checkpoint is missing, incomplete or of another run
+    ├── MissingDependency (ImportError)      an optional package is needed for what was asked
+    ├── WeightSyncError (RuntimeError)       a weight update was refused; the old version goes on serving
+    │   ├── BucketMissing                    a bucket of the update never arrived
+    │   ├── ChecksumMismatch                 a bucket arrived with other bytes than were sent
+    │   ├── ManifestMismatch                 names, shapes or dtypes are not the replica's own
+    │   └── VersionMismatch                  the update does not follow the replica's version
+    ├── ReplicaError (RuntimeError)          a replica died, hangs, or none is ready to serve
+    └── NonFiniteLogits (FloatingPointError) a forward gave NaN or infinity for a request
+
+Messages say what was given, what is allowed and what to do instead.
+"""
+
+
+class BlockrollError(Exception):
+    """Root of the tree above."""
+
+
+class InvalidInput(BlockrollError, ValueError):
+    """A request, argument or option that cannot be served."""
+
+
+class ConfigError(InvalidInput):
+    """An unknown key or a value outside its range in a config."""
+
+
+class RunExists(BlockrollError, FileExistsError):
+    """The run folder is already there."""
+
+
+class CheckpointError(BlockrollError, RuntimeError):
+    """A checkpoint is missing, incomplete or of another run."""
+
+
+class MissingDependency(BlockrollError, ImportError):
+    """An optional package is needed for what was asked."""
+
+
+class WeightSyncError(BlockrollError, RuntimeError):
+    """A weight update was refused; the old version goes on serving."""
+
+
+class BucketMissing(WeightSyncError):
+    """A bucket of the update never arrived."""
+
+
+class ChecksumMismatch(WeightSyncError):
+    """A bucket arrived with other bytes than were sent."""
+
+
+class ManifestMismatch(WeightSyncError):
+    """Names, shapes or dtypes of the update are not the replica's own."""
+
+
+class VersionMismatch(WeightSyncError):
+    """The update does not follow the replica's version."""
+
+
+class ReplicaError(BlockrollError, RuntimeError):
+    """A replica died, hangs, or none is ready to serve."""
+
+
+class NonFiniteLogits(BlockrollError, FloatingPointError):
+    """A forward gave NaN or infinity for a request."""

@@ -1,0 +1,85 @@
+"""Drafting and lossless verification: committed tokens follow the target law exactly.
+
+Samplers see logits and uniforms, never models or requests. Logits come in as float32; probabilities are
+float64, because the law is proven on what this module computes.
+
+Shapes: B requests, K drafted tokens, L = K + 1 target positions, V vocabulary.
+"""
+
+import torch
+from torch import Tensor
+
+from blockroll.types import Draft, Verdict
+
+
+def target_probs(logits_BLV: Tensor, temperature_B: Tensor) -> Tensor:
+    """The law to commit by: float64 (B, L, V) softmax of logits over temperature; a point mass where it is 0.
+
+    Ties of a greedy row go to the lowest id.
+    """
+    logits = logits_BLV.to(torch.float64)
+    is_greedy_B = temperature_B == 0
+    scale_B = torch.where(is_greedy_B, 1.0, temperature_B.to(torch.float64))
+    probs = (logits / scale_B[:, None, None]).softmax(dim=-1)
+    if not is_greedy_B.any():
+        return probs
+    best = torch.zeros_like(probs).scatter_(-1, logits.argmax(dim=-1, keepdim=True), 1.0)
+    return torch.where(is_greedy_B[:, None, None], best, probs)
+
+
+def draw_draft(logits_BKV: Tensor, temperature_B: Tensor, uniforms_BK: Tensor) -> Draft:
+    """Draw every draft independently from its own row; temperature 0 takes the argmax, a point mass.
+
+    The law returned is the law drawn from, whatever the rows hold.
+    """
+    probs_BKV = target_probs(logits_BKV, temperature_B)
+    return Draft(token_ids_BK=inverse_cdf(probs_BKV, uniforms_BK), probs_BKV=probs_BKV)
+
+
+def verify_block(draft: Draft, target_probs_BLV: Tensor, uniforms_BL: Tensor) -> Verdict:
+    """Accept the longest draft prefix the target allows, then take one token from the target.
+
+    Law: if each draft token was drawn from its row of `draft.probs_BKV` and the uniforms are
+    independent on (0, 1), the committed tokens are a sample of the target.
+    Source: Leviathan et al. 2023, appendix A.1; Chen et al. 2023, theorem 1.
+    Rows sum to one and are float64; K may be zero.
+    """
+    num_drafts = draft.token_ids_BK.shape[1]
+    rows_B = torch.arange(len(target_probs_BLV), device=target_probs_BLV.device)
+    drafted_BK1 = draft.token_ids_BK[..., None]
+    draft_p_BK = draft.probs_BKV.gather(-1, drafted_BK1).squeeze(-1)
+    target_p_BK = target_probs_BLV[:, :num_drafts].gather(-1, drafted_BK1).squeeze(-1)
+
+    # u * draft < target is u < target / draft without the division, so draft == 0 is no special case.
+    accepted_BK = uniforms_BL[:, :num_drafts] * draft_p_BK < target_p_BK
+    num_accepted_B = accepted_BK.long().cumprod(dim=1).sum(dim=1)
+
+    final_BV = target_probs_BLV[rows_B, num_accepted_B]
+    if num_drafts:
+        is_rejected_B = num_accepted_B < num_drafts
+        rejected_law_BV = draft.probs_BKV[rows_B, num_accepted_B.clamp(max=num_drafts - 1)]
+        residual_BV = (final_BV - rejected_law_BV).clamp(min=0)
+        # Rounding can reject a token and leave no mass: draft and target are then equal.
+        use_residual_B = is_rejected_B & (residual_BV.sum(dim=-1) > 0)
+        final_weights_BV = torch.where(use_residual_B[:, None], residual_BV, final_BV)
+    else:
+        final_weights_BV = final_BV
+    final_B = inverse_cdf(final_weights_BV, uniforms_BL[:, -1])
+
+    tokens_BL = torch.cat([draft.token_ids_BK, final_B[:, None]], dim=1)
+    tokens_BL = tokens_BL.scatter(1, num_accepted_B[:, None], final_B[:, None])
+    behavior_BL = target_probs_BLV.gather(-1, tokens_BL[..., None]).squeeze(-1).log()
+    return Verdict(token_ids_BL=tokens_BL, num_accepted_B=num_accepted_B, behavior_logprobs_BL=behavior_BL)
+
+
+def inverse_cdf(weights_V: Tensor, uniforms: Tensor) -> Tensor:
+    """The id whose interval of the cumulative weights holds the uniform; never an id without weight.
+
+    `weights_V` (..., V) need not be normalised; `uniforms` (...) lie in (0, 1). One token per row, int64.
+    """
+    cumulative_V = weights_V.cumsum(dim=-1)
+    total = cumulative_V[..., -1:].contiguous()
+    token = torch.searchsorted(cumulative_V, uniforms[..., None] * total, right=True)
+    # Rounding can carry the goal onto the total: the last id with weight is where the total is first reached.
+    last = torch.searchsorted(cumulative_V, total)
+    return torch.minimum(token, last).squeeze(-1)

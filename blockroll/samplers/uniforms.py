@@ -1,0 +1,77 @@
+"""Counter-based uniforms: the same request meets the same coins in any batch, on any replica.
+
+Philox4x32-10 (Salmon et al. 2011), bit-identical to Triton's `tl.philox` with 32-bit counters. Keyed
+by the request's 64-bit seed; the counter words are
+
+    c0 = 0    c1 = absolute token position    c2 = purpose | level << 8    c3 = attempt
+
+where the attempt counts the decoding forwards the request has run. A position that is drafted, rejected and
+drafted again therefore never meets a word that has already influenced an outcome.
+"""
+
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
+_MASK = 0xFFFFFFFF
+_NUM_ROUNDS = 10
+
+
+class Purpose(IntEnum):
+    """What a uniform decides; one purpose per use, so that no coin serves twice."""
+
+    DRAFT = 0
+    ACCEPT = 1
+    FINAL = 2  # the token after the accepted drafts, from the residual or the extra row
+
+
+def philox4x32(
+    seed: Tensor, c0: Tensor | int, c1: Tensor | int, c2: Tensor | int, c3: Tensor | int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Four 32-bit words (in int64) per element of the broadcast arguments."""
+    counters = [torch.as_tensor(word, dtype=torch.int64, device=seed.device) for word in (c0, c1, c2, c3)]
+    seed, *counters = torch.broadcast_tensors(seed, *counters)
+    # The products of words 0 and 2 are taken together: x = (c0, c2), y = (c1, c3).
+    x = torch.stack([counters[0], counters[2]]) & _MASK
+    y = torch.stack([counters[1], counters[3]]) & _MASK
+    lead = (2,) + (1,) * seed.dim()
+    multiplier = torch.tensor(_MULTIPLIERS, dtype=torch.int64, device=seed.device).view(lead)
+    key_step = torch.tensor(_KEY_STEPS, dtype=torch.int64, device=seed.device).view(lead)
+    key = torch.stack([seed & _MASK, (seed >> 32) & _MASK])
+    for _ in range(_NUM_ROUNDS):
+        # The signed product wraps, but its 64 bits are those of the unsigned one.
+        product = multiplier * x
+        x, y = ((product >> 32) & _MASK).flip(0) ^ y ^ key, (product & _MASK).flip(0)
+        key = (key + key_step) & _MASK
+    return x[0], y[0], x[1], y[1]
+
+
+def u52(high: Tensor, low: Tensor) -> Tensor:
+    """A float64 in the open interval (0, 1) from two 32-bit words: 52 bits and a half, exact."""
+    return (((high << 20) | (low >> 12)).to(torch.float64) + 0.5) * 2.0**-52
+
+
+def step_uniforms(
+    seeds_B: Tensor, positions_B: Tensor, attempts_B: Tensor, num_drafts: int
+) -> tuple[Tensor, Tensor]:
+    """The uniforms of one decoding step: float64 (B, K) for drafting and (B, K + 1) for verifying.
+
+    `positions_B` is the position of the first token the step can commit. The last verify uniform draws
+    the token after the accepted drafts.
+    """
+    device = seeds_B.device
+    offsets_K = torch.arange(num_drafts, device=device)
+    offsets = torch.cat([offsets_K, offsets_K, offsets_K.new_full((1,), num_drafts)])
+    purposes = torch.cat(
+        [
+            offsets_K.new_full((num_drafts,), Purpose.DRAFT),
+            offsets_K.new_full((num_drafts,), Purpose.ACCEPT),
+            offsets_K.new_full((1,), Purpose.FINAL),
+        ]
+    )
+    words = philox4x32(seeds_B[:, None], 0, positions_B[:, None] + offsets, purposes, attempts_B[:, None])
+    uniforms = u52(words[0], words[1])
+    return uniforms[:, :num_drafts], uniforms[:, num_drafts:]
