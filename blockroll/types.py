@@ -101,44 +101,18 @@ class Sampling:
         if self.max_tokens < 1:
             raise InvalidInput(f"max_tokens must be at least 1, got {self.max_tokens}")
         if any(not text for text in self.stop):
-            raise InvalidInput("stop strings must not be empty: an empty string would end every rollout at once")
+            raise InvalidInput(
+                "stop strings must not be empty: an empty string would end every rollout at once"
+            )
         if self.law.weight != 1.0:
-            raise InvalidInput(f"law must be the target (weight 1.0), got {self.law.name}; no other sampler exists")
+            raise InvalidInput(
+                f"law must be the target (weight 1.0), got {self.law.name}; no other sampler exists"
+            )
 
     @property
     def logprob_temperature(self) -> float:
         """The temperature policy log-probabilities are reported at: 1 when greedy."""
         return self.temperature or 1.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Prefix:
-    """Committed tokens of an interrupted request, with what was recorded for each (all of length T)."""
-
-    token_ids: tuple[int, ...]
-    policy_logprobs: tuple[float, ...]
-    behavior_logprobs: tuple[float, ...]
-    policy_versions: tuple[int, ...]
-
-    def __post_init__(self) -> None:
-        lengths = {
-            len(column)
-            for column in (self.token_ids, self.policy_logprobs, self.behavior_logprobs, self.policy_versions)
-        }
-        if len(lengths) != 1:
-            raise InvalidInput(f"every column of a prefix needs one entry per token, got lengths {sorted(lengths)}")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Request:
-    """What is asked of the engine. Equal requests give equal tokens under a fixed plan."""
-
-    request_id: str
-    prompt_ids: tuple[int, ...]
-    seed: int  # 64 bits; keys every uniform this request consumes
-    sampling: Sampling = field(default_factory=Sampling)
-    group_id: str | None = None  # rollouts of one prompt share it and are kept on one replica
-    prefix: Prefix | None = None  # tokens committed earlier; the request goes on after them
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -157,18 +131,63 @@ class RolloutStats:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Prefix:
+    """Committed tokens of an interrupted request, with what was recorded for each (columns of length T)."""
+
+    token_ids: tuple[int, ...]
+    policy_logprobs: tuple[float, ...]
+    behavior_logprobs: tuple[float, ...]
+    policy_versions: tuple[int, ...]
+    stats: RolloutStats = field(default_factory=RolloutStats)  # its forwards keep the coins going
+
+    def __post_init__(self) -> None:
+        lengths = {
+            len(column)
+            for column in (self.token_ids, self.policy_logprobs, self.behavior_logprobs, self.policy_versions)
+        }
+        if len(lengths) != 1:
+            raise InvalidInput(
+                f"every column of a prefix needs one entry per token, got lengths {sorted(lengths)}"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """What is asked of the engine. Equal requests give equal tokens under a fixed plan."""
+
+    request_id: str
+    prompt_ids: tuple[int, ...]
+    seed: int  # 64 bits; keys every uniform this request consumes
+    sampling: Sampling = field(default_factory=Sampling)
+    group_id: str | None = None  # rollouts of one prompt share it and are kept on one replica
+    prefix: Prefix | None = None  # tokens committed earlier; the request goes on after them
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Rollout:
     """A finished sample. The per-token columns have equal length T."""
 
     request: Request
     token_ids: tuple[int, ...]  # completion only; an end token is kept
-    policy_logprobs: tuple[float, ...]  # causal policy, full vocabulary, at the sampling temperature (1 if greedy)
+    policy_logprobs: tuple[
+        float, ...
+    ]  # causal policy, full vocabulary, at the sampling temperature (1 if greedy)
     behavior_logprobs: tuple[float, ...]  # law the token was drawn from; 0 when greedy
     policy_versions: tuple[int, ...]
     law: Law
     finish_reason: FinishReason
     stats: RolloutStats
     error: str | None = None  # what went wrong, if finish_reason is "error"
+
+    def as_prefix(self) -> Prefix:
+        """What was committed, to resume the request from: `replace(request, prefix=rollout.as_prefix())`."""
+        return Prefix(
+            token_ids=self.token_ids,
+            policy_logprobs=self.policy_logprobs,
+            behavior_logprobs=self.behavior_logprobs,
+            policy_versions=self.policy_versions,
+            stats=self.stats,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

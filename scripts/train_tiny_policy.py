@@ -145,8 +145,9 @@ def main() -> None:
         if step % 100 == 0 or step == total - 1:
             took = time.perf_counter() - start
             print(f"{step:5d} causal {causal:.3f} draft {draft:.3f} {took:6.0f} s", flush=True)
-        if step % 500 == 499 or step == total - 1:
+        if step % 250 == 249 or step == total - 1:
             print(f"      held-out accuracy at T=1: {accuracy(model, tokenizer, 200, seed=1):.3f}", flush=True)
+            model.save_pretrained(args.out.with_name(args.out.name + "-latest"))
         if step == args.causal_steps - 1:
             model.save_pretrained(args.out.with_name(args.out.name + "-causal"))
     model.config.blockroll = {

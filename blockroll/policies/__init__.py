@@ -1,0 +1,1 @@
+"""Models: a Hugging Face causal LM behind the protocol that the engine drives."""

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 MAX_OPERAND = 999
+PRODUCT_SHARE = 0.35  # of operations whose value so far allows a product
 HELD_OUT_SHARE = 10  # one prompt in ten
 
 
@@ -24,13 +25,21 @@ class Problem:
 
 
 def draw_problem(rng: random.Random) -> Problem:
-    """Two or three operations over operands of at most three digits; no value on the way is negative."""
+    """Two or three operations from left to right; no value on the way is negative.
+
+    Operands have at most three digits; products are by one digit, of a value of at most three.
+    """
     total = rng.randint(10, MAX_OPERAND)
     expression, lines = str(total), []
     for _ in range(rng.choice((2, 2, 3))):
         operand = rng.randint(1, MAX_OPERAND)
-        sign = "-" if operand <= total and rng.random() < 0.5 else "+"
-        result = total + operand if sign == "+" else total - operand
+        if total <= MAX_OPERAND and rng.random() < PRODUCT_SHARE:
+            operand = rng.randint(2, 9)
+            sign, result = "*", total * operand
+        elif operand <= total and rng.random() < 0.5:
+            sign, result = "-", total - operand
+        else:
+            sign, result = "+", total + operand
         lines.append(f"{total}{sign}{operand}={result}\n")
         expression += f"{sign}{operand}"
         total = result
@@ -42,7 +51,7 @@ def is_held_out(problem: Problem) -> bool:
     return zlib.crc32(problem.prompt.encode()) % HELD_OUT_SHARE == 0
 
 
-def problems(seed: int, *, held_out: bool) -> Iterator[Problem]:
+def problems(seed: int | str, *, held_out: bool) -> Iterator[Problem]:
     """An endless stream of one split's problems; equal seeds give equal streams."""
     rng = random.Random(f"arithmetic-{seed}")
     while True:

@@ -72,6 +72,13 @@ def verify_block(draft: Draft, target_probs_BLV: Tensor, uniforms_BL: Tensor) ->
     return Verdict(token_ids_BL=tokens_BL, num_accepted_B=num_accepted_B, behavior_logprobs_BL=behavior_BL)
 
 
+def policy_logprobs(logits_BLV: Tensor, token_ids_BL: Tensor, temperature_B: Tensor) -> Tensor:
+    """Log-probability of tokens under the causal policy, float64 (B, L): full vocabulary, T = 1 where greedy."""
+    scale_B = torch.where(temperature_B == 0, 1.0, temperature_B.to(torch.float64))
+    scaled_BLV = logits_BLV.to(torch.float64) / scale_B[:, None, None]
+    return scaled_BLV.gather(-1, token_ids_BL[..., None]).squeeze(-1) - scaled_BLV.logsumexp(dim=-1)
+
+
 def inverse_cdf(weights_V: Tensor, uniforms: Tensor) -> Tensor:
     """The id whose interval of the cumulative weights holds the uniform; never an id without weight.
 

@@ -1,0 +1,261 @@
+"""The learner: the weights that the optimizer moves, and the log-probabilities it computes itself.
+
+Owns its own copy of the model, in float32 with transformers' ordinary attention, never the one that
+generates. Dropout is off throughout, because a ratio of two dropout draws is no ratio of policies.
+
+Shapes: B rollouts, S positions of a padded chunk, N completion tokens of all rollouts one after another,
+W hidden width, V vocabulary.
+"""
+
+import contextlib
+import logging
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from blockroll.config import TrainConfig
+from blockroll.errors import CheckpointError, InvalidInput
+from blockroll.policies.hf import HFPolicy
+from blockroll.rl_loops.advantages import Advantages
+from blockroll.rl_loops.grpo import Algorithm
+from blockroll.rl_loops.losses import behavior_correction
+from blockroll.types import Rollout
+
+log = logging.getLogger(__name__)
+
+MAX_CHUNK_POSITIONS = 8192  # padded positions of one forward and backward
+SAVED = ("optimizer", "num_optimizer_steps", "num_skipped")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenLaws:
+    """The learner's own view of sampled tokens, at each rollout's sampling temperature."""
+
+    logprobs_N: Tensor  # float32, with gradient if asked for
+    entropies_N: Tensor  # float32, nats, without gradient
+
+
+class Learner:
+    """Model and optimizer. Equal state, batches and threads give equal weights."""
+
+    def __init__(self, policy: HFPolicy, config: TrainConfig, algorithm: Algorithm) -> None:
+        """Take over the policy's model, which must be float32: smaller types lose small updates."""
+        dtypes = {parameter.dtype for parameter in policy.model.parameters()}
+        if dtypes != {torch.float32}:
+            raise InvalidInput(f"the learner's weights must be float32, got {sorted(map(str, dtypes))}")
+        policy.model.set_attn_implementation("sdpa")
+        self.policy = policy
+        self.model = policy.model.eval()
+        self.config = config
+        self.algorithm = algorithm
+        self.num_optimizer_steps = 0
+        self.num_skipped = 0
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), lr=config.learning_rate, weight_decay=0.0, foreach=False
+        )
+
+    @property
+    def learning_rate(self) -> float:
+        """Of the next optimizer step: linear over `warmup_steps`, then constant; a function of the count alone."""
+        share = (self.num_optimizer_steps + 1) / max(self.config.warmup_steps, 1)
+        return self.config.learning_rate * min(1.0, share)
+
+    def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """The weights to publish, in the model's own order; tied weights under each of their names."""
+        for name, tensor in self.model.state_dict().items():
+            yield name, tensor.detach()
+
+    def logprobs(self, rollouts: Sequence[Rollout]) -> TokenLaws:
+        """Teacher-forced law of every completion token, without gradient."""
+        laws: list[TokenLaws | None] = [None] * len(rollouts)
+        with torch.no_grad(), self._threads():
+            for indices in length_chunks(rollouts):
+                chunk = self._forward([rollouts[i] for i in indices])
+                sizes = [len(rollouts[i].token_ids) for i in indices]
+                parts = zip(
+                    indices, chunk.logprobs_N.split(sizes), chunk.entropies_N.split(sizes), strict=True
+                )
+                for i, logprobs, entropies in parts:
+                    laws[i] = TokenLaws(logprobs_N=logprobs, entropies_N=entropies)
+        found = [law for law in laws if law is not None]
+        assert len(found) == len(rollouts), (len(found), len(rollouts))
+        empty = torch.empty(0, device=self.policy.device)
+        return TokenLaws(
+            logprobs_N=torch.cat([empty, *(law.logprobs_N for law in found)]),
+            entropies_N=torch.cat([empty, *(law.entropies_N for law in found)]),
+        )
+
+    def update(self, rollouts: Sequence[Rollout], advantages: Advantages) -> dict[str, float]:
+        """Move the weights by one batch, `advantages` parallel to `rollouts`; returns metrics.
+
+        The old policy is computed once, before the first optimizer step. Rollouts without a valid advantage
+        or without tokens stay out. A step whose gradient norm is not finite is skipped, counted and named.
+        """
+        used = [i for i, rollout in enumerate(rollouts) if advantages.is_valid_B[i] and rollout.token_ids]
+        batch = [rollouts[i] for i in used]
+        device = self.policy.device
+        advantages_B = advantages.advantages_B[used].to(device)
+        old = self.logprobs(batch)
+        behavior = [logprob for rollout in batch for logprob in rollout.behavior_logprobs]
+        behavior_N = torch.tensor(behavior, dtype=torch.float32, device=device)
+        correction = behavior_correction(old.logprobs_N, behavior_N, cap=self.config.behavior_ratio_cap)
+        finite_entropies = old.entropies_N[old.entropies_N.isfinite()]
+
+        sizes = [len(rollout.token_ids) for rollout in batch]
+        old_B = old.logprobs_N.split(sizes) if sizes else ()
+        weights_B = correction.weights_N.split(sizes) if sizes else ()
+        valid_B = correction.is_valid_N.split(sizes) if sizes else ()
+
+        learning_rate = self.learning_rate
+        steps: list[_StepResult] = []
+        with self._threads():
+            for start in range(min(self.config.minibatches, len(batch))):
+                # Every n-th rollout, so that a group spreads over the minibatches.
+                part = list(range(start, len(batch), self.config.minibatches))
+                steps.append(self._optimizer_step(batch, part, old_B, weights_B, valid_B, advantages_B))
+        return {
+            **correction.metrics,
+            "loss": _mean([step.loss for step in steps]),
+            "clip_ratio": _mean([step.clip_ratio for step in steps]),
+            "grad_norm": _mean([step.grad_norm for step in steps]),
+            "entropy": float(finite_entropies.mean()) if len(finite_entropies) else math.nan,
+            "learning_rate": learning_rate,
+            "update/num_tokens": float(sum(step.num_tokens for step in steps)),
+            "update/dropped_tokens": float(sum(step.num_dropped for step in steps)),
+            "update/skipped_total": float(self.num_skipped),
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything but the weights, which a checkpoint keeps as an ordinary model folder."""
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "num_optimizer_steps": self.num_optimizer_steps,
+            "num_skipped": self.num_skipped,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state_dict()`; the weights must be those it was taken with."""
+        missing = [key for key in SAVED if key not in state]
+        if missing:
+            raise CheckpointError(f"the learner's state lacks {', '.join(missing)}; use another checkpoint")
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.num_optimizer_steps = int(state["num_optimizer_steps"])
+        self.num_skipped = int(state["num_skipped"])
+
+    def _optimizer_step(
+        self,
+        batch: Sequence[Rollout],
+        part: Sequence[int],
+        old_B: Sequence[Tensor],
+        weights_B: Sequence[Tensor],
+        valid_B: Sequence[Tensor],
+        advantages_B: Tensor,
+    ) -> "_StepResult":
+        """One optimizer step on the rollouts `part`; the mean is over all their valid tokens, across chunks."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate
+        self.optimizer.zero_grad(set_to_none=True)
+        loss_sum, clipped, num_tokens, num_dropped = 0.0, 0.0, 0, 0
+        for chunk in length_chunks([batch[i] for i in part]):
+            indices = [part[j] for j in chunk]
+            repeats = torch.tensor([len(batch[i].token_ids) for i in indices], device=self.policy.device)
+            result = self.algorithm.loss(
+                self._forward([batch[i] for i in indices]).logprobs_N,
+                torch.cat([old_B[i] for i in indices]),
+                torch.cat([weights_B[i] for i in indices]),
+                advantages_B[indices].repeat_interleave(repeats),
+                is_valid_N=torch.cat([valid_B[i] for i in indices]),
+                clip_epsilon=self.config.clip_epsilon,
+            )
+            num_dropped += result.num_dropped
+            if result.num_tokens == 0:
+                continue
+            (result.loss * result.num_tokens).backward()
+            loss_sum += float(result.loss.detach()) * result.num_tokens
+            clipped += result.clip_ratio * result.num_tokens
+            num_tokens += result.num_tokens
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        for gradient in gradients:
+            gradient.div_(max(num_tokens, 1))
+        norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm))
+        if math.isfinite(norm):
+            self.optimizer.step()
+        else:
+            self.num_skipped += 1
+            log.warning("NonFiniteGradient: gradient norm %s; the optimizer step is skipped", norm)
+        self.num_optimizer_steps += 1
+        return _StepResult(
+            loss=loss_sum / num_tokens if num_tokens else math.nan,
+            clip_ratio=clipped / num_tokens if num_tokens else math.nan,
+            grad_norm=norm,
+            num_tokens=num_tokens,
+            num_dropped=num_dropped,
+        )
+
+    def _forward(self, rollouts: Sequence[Rollout]) -> TokenLaws:
+        """One right-padded forward; only the rows that predict completion tokens go through the output head."""
+        device = self.policy.device
+        rows = [torch.tensor(r.request.prompt_ids + r.token_ids[:-1], device=device) for r in rollouts]
+        ids_BS = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        starts = [len(rollout.request.prompt_ids) - 1 for rollout in rollouts]
+        mask_BS = torch.zeros_like(ids_BS)
+        is_scored_BS = torch.zeros_like(ids_BS, dtype=torch.bool)
+        for b, (row, start) in enumerate(zip(rows, starts, strict=True)):
+            mask_BS[b, : len(row)] = 1
+            is_scored_BS[b, start : len(row)] = True
+        output = self.model.base_model(
+            input_ids=ids_BS,
+            attention_mask=mask_BS,
+            position_ids=torch.arange(ids_BS.shape[1], device=device)[None].expand_as(ids_BS),
+            use_cache=False,
+        )
+        hidden_NW = output.last_hidden_state[is_scored_BS]
+        temperatures = torch.tensor([r.request.sampling.logprob_temperature for r in rollouts], device=device)
+        sizes = torch.tensor([len(rollout.token_ids) for rollout in rollouts], device=device)
+        tokens_N = torch.tensor([token for rollout in rollouts for token in rollout.token_ids], device=device)
+        logits_NV = self.model.get_output_embeddings()(hidden_NW).float()
+        logprobs_NV = (logits_NV / temperatures.repeat_interleave(sizes)[:, None]).log_softmax(dim=-1)
+        with torch.no_grad():
+            entropies_N = -(logprobs_NV.exp() * logprobs_NV).sum(dim=-1)
+        return TokenLaws(
+            logprobs_N=logprobs_NV.gather(-1, tokens_N[:, None]).squeeze(-1), entropies_N=entropies_N
+        )
+
+    @contextlib.contextmanager
+    def _threads(self) -> Iterator[None]:
+        """Run with `learner_threads` torch threads and put the process's own number back after."""
+        before = torch.get_num_threads()
+        torch.set_num_threads(self.config.learner_threads)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _StepResult:
+    loss: float
+    clip_ratio: float
+    grad_norm: float
+    num_tokens: int
+    num_dropped: int
+
+
+def length_chunks(rollouts: Sequence[Rollout], max_positions: int = MAX_CHUNK_POSITIONS) -> list[list[int]]:
+    """Indices of rollouts of like length; rows times the longest stays within `max_positions` (one row may pass)."""
+    lengths = [len(rollout.request.prompt_ids) + len(rollout.token_ids) for rollout in rollouts]
+    chunks: list[list[int]] = []
+    for i in sorted(range(len(rollouts)), key=lambda i: (-lengths[i], i)):
+        if chunks and (len(chunks[-1]) + 1) * lengths[chunks[-1][0]] <= max_positions:
+            chunks[-1].append(i)
+        else:
+            chunks.append([i])
+    return chunks
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else math.nan

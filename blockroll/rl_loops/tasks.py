@@ -1,0 +1,119 @@
+"""Tasks: the prompts a policy trains on, the prompts it is judged by, and the reward.
+
+Every row is a function of a seed and an index, so that a resumed run needs only the step it stopped at.
+A row is a mapping with at least "prompt"; its other columns go to the reward function by name.
+"""
+
+import functools
+import importlib
+import itertools
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from blockroll.errors import InvalidInput
+from blockroll.rl_loops import arithmetic
+
+Row = Mapping[str, Any]
+EVAL_SEED = 1_000_003  # of arithmetic's held-out problems: the same ones for every run
+
+
+class RewardFunction(Protocol):
+    """TRL's signature: lists with one entry per rollout; None leaves a rollout without a reward."""
+
+    def __call__(
+        self,
+        *,
+        prompts: list[str],
+        completions: list[str],
+        completion_ids: list[list[int]],
+        **columns: list[Any],
+    ) -> Sequence[float | None]: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """Prompts and reward. `train_row` must be a pure function of (seed, index); the index is unbounded."""
+
+    name: str
+    train_row: Callable[[int, int], Row]
+    eval_rows: Callable[[int], Sequence[Row]]  # at most so many held-out rows, always the same ones
+    reward_fn: RewardFunction
+
+    def train_rows(self, seed: int, start: int, count: int) -> list[Row]:
+        """Rows `start` to `start + count` of the endless training order."""
+        return [checked_row(self.train_row(seed, index), self.name) for index in range(start, start + count)]
+
+
+def from_rows(*, name: str, train: Sequence[Row], held_out: Sequence[Row], reward_fn: RewardFunction) -> Task:
+    """A task over a finite data set: one permutation per epoch, from seed and epoch alone."""
+    if not train:
+        raise InvalidInput(f"task {name!r} needs at least one training row, got none")
+
+    @functools.lru_cache(maxsize=2)
+    def order(seed: int, epoch: int) -> list[int]:
+        return random.Random(f"{name}-{seed}-{epoch}").sample(range(len(train)), len(train))
+
+    def train_row(seed: int, index: int) -> Row:
+        epoch, within = divmod(index, len(train))
+        return train[order(seed, epoch)[within]]
+
+    return Task(name=name, train_row=train_row, eval_rows=lambda count: held_out[:count], reward_fn=reward_fn)
+
+
+def load_task(name: str) -> Task:
+    """`arithmetic`, or what a Python path `module:attribute` names: a Task, or a function that returns one."""
+    if name == "arithmetic":
+        return ARITHMETIC
+    module_name, colon, attribute = name.partition(":")
+    if not colon:
+        raise InvalidInput(f"task must be 'arithmetic' or a Python path 'module:attribute', got {name!r}")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        raise InvalidInput(f"task {name!r}: no module {error.name!r}; is it on the Python path?") from error
+    if attribute not in vars(module):
+        raise InvalidInput(f"task {name!r}: module {module_name!r} has no attribute {attribute!r}")
+    found = vars(module)[attribute]
+    task = found() if callable(found) else found
+    if not isinstance(task, Task):
+        raise InvalidInput(f"task {name!r} must be a Task of blockroll.rl_loops.tasks, got {task!r}")
+    return task
+
+
+def checked_row(row: Row, task_name: str) -> Row:
+    """The row, if it holds a prompt that is text."""
+    prompt = row.get("prompt")
+    if not isinstance(prompt, str) or not prompt:
+        raise InvalidInput(
+            f"a row of task {task_name!r} needs a 'prompt' that is text and not empty, got {prompt!r}"
+        )
+    return row
+
+
+def _arithmetic_row(seed: int, index: int) -> Row:
+    problem = next(arithmetic.problems(f"{seed}-{index}", held_out=False))
+    return {"prompt": problem.prompt, "answer": problem.answer}
+
+
+def _arithmetic_eval_rows(count: int) -> list[Row]:
+    held_out = itertools.islice(arithmetic.problems(EVAL_SEED, held_out=True), count)
+    return [{"prompt": problem.prompt, "answer": problem.answer} for problem in held_out]
+
+
+def _arithmetic_reward(
+    *, prompts: list[str], completions: list[str], completion_ids: list[list[int]], **columns: list[Any]
+) -> list[float]:
+    return [
+        arithmetic.reward(completion, answer)
+        for completion, answer in zip(completions, columns["answer"], strict=True)
+    ]
+
+
+ARITHMETIC = Task(
+    name="arithmetic",
+    train_row=_arithmetic_row,
+    eval_rows=_arithmetic_eval_rows,
+    reward_fn=_arithmetic_reward,
+)

@@ -1,0 +1,82 @@
+"""Keys and values of the running requests, one slot each, committed per slot.
+
+A forward writes its rows behind a slot's committed length and reads everything up to them; only
+`commit` makes rows final. Rejected and mask rows are overwritten by the next forward, and no row ever sees
+past its horizon, so stale contents can't matter.
+
+Shapes: N slots, B slots of one window, H key-value heads, R new rows, S keys, D head width.
+"""
+
+import torch
+from torch import Tensor
+
+_EXTENT_STEP = 16  # keys handed to attention come in multiples of this, so that few shapes occur
+
+
+class SlotCache:
+    """Invariant: rows below `lengths_N[slot]` are the keys and values of that slot's committed tokens."""
+
+    def __init__(self, *, num_slots: int, capacity: int, device: torch.device) -> None:
+        self.num_slots = num_slots
+        self.capacity = capacity  # rows of one slot: committed tokens and the widest block behind them
+        self.lengths_N = torch.zeros(num_slots, dtype=torch.int64, device=device)
+        self._keys: list[Tensor] = []  # per layer (N, H, capacity, D), allocated at the first forward
+        self._values: list[Tensor] = []
+
+    def window(self, start: int, stop: int, num_rows: int) -> "SlotWindow":
+        """The slots start..stop-1, opened for `num_rows` new rows each."""
+        return SlotWindow(self, start, stop, num_rows)
+
+    def commit(self, start: int, stop: int, num_rows_B: Tensor) -> None:
+        """Make the first `num_rows_B` of the rows just written final, per slot."""
+        self.lengths_N[start:stop] += num_rows_B
+
+    def move(self, source: int, target: int) -> None:
+        """Copy a slot's committed rows over another slot."""
+        length = int(self.lengths_N[source])
+        for tensor in (*self._keys, *self._values):
+            tensor[target, :, :length] = tensor[source, :, :length]
+        self.lengths_N[target] = self.lengths_N[source]
+
+    def clear(self, slot: int) -> None:
+        """Forget a slot's committed rows."""
+        self.lengths_N[slot] = 0
+
+    def layer(self, layer_idx: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Storage of one layer, shaped after its first keys (B, H, R, D)."""
+        while len(self._keys) <= layer_idx:
+            shape = (self.num_slots, like.shape[1], self.capacity, like.shape[3])
+            with torch.inference_mode(False):  # ordinary tensors, so that slots can move outside a forward
+                for storage in (self._keys, self._values):
+                    storage.append(torch.zeros(shape, dtype=like.dtype, device=like.device))
+        return self._keys[layer_idx], self._values[layer_idx]
+
+    def fill_stale(self, value: float) -> None:
+        """Overwrite every row that is not committed: what attention may not see must not matter."""
+        for tensor in (*self._keys, *self._values):
+            for slot, length in enumerate(self.lengths_N.tolist()):
+                tensor[slot, :, length:] = value
+
+
+class SlotWindow:
+    """What one forward sees of the cache; stands in for transformers' cache object."""
+
+    def __init__(self, cache: SlotCache, start: int, stop: int, num_rows: int) -> None:
+        lengths_B = cache.lengths_N[start:stop]
+        self.positions_BR = lengths_B[:, None] + torch.arange(num_rows, device=lengths_B.device)
+        needed = int(lengths_B.max()) + num_rows
+        assert needed <= cache.capacity, f"{needed} rows do not fit a slot of {cache.capacity}"
+        self.extent = min(-(-needed // _EXTENT_STEP) * _EXTENT_STEP, cache.capacity)
+        self._cache = cache
+        self._slots = slice(start, stop)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        """Write one layer's new rows (B, H, R, D); return its keys and values (B, H, extent, D)."""
+        keys, values = self._cache.layer(layer_idx, key_states)
+        keys, values = keys[self._slots], values[self._slots]
+        index_BHRD = self.positions_BR[:, None, :, None].expand_as(key_states)
+        keys.scatter_(2, index_BHRD, key_states)
+        values.scatter_(2, index_BHRD, value_states)
+        return keys[:, :, : self.extent], values[:, :, : self.extent]

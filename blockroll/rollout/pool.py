@@ -1,0 +1,261 @@
+"""All replicas behind one `generate`: routing, weight updates, and what happens when a replica fails.
+
+Invariant: a rollout is delivered once; a replica that is not READY at the pool's version serves nothing.
+"""
+
+import logging
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Self
+
+from blockroll.config import PolicyConfig, RolloutConfig
+from blockroll.errors import InvalidInput, ReplicaError, WeightSyncError
+from blockroll.policies.hf import load_tokenizer
+from blockroll.rollout.replica import LocalReplica, Replica
+from blockroll.rollout.requests import check_request
+from blockroll.types import (
+    ReplicaHealth,
+    ReplicaState,
+    Request,
+    Rollout,
+    Sampling,
+    UpdateReceipt,
+    WeightUpdate,
+)
+
+logger = logging.getLogger(__name__)
+
+Transport = Callable[[WeightUpdate], WeightUpdate]
+
+
+@dataclass(slots=True)
+class _Member:
+    """A replica as the pool sees it."""
+
+    replica: Replica
+    state: ReplicaState = "READY"
+    in_flight: dict[str, Request] = field(default_factory=dict)
+
+
+class RolloutPool:
+    """Generates rollouts on one or more replicas that hold the same policy version."""
+
+    def __init__(
+        self,
+        replicas: Sequence[Replica],
+        *,
+        requests_per_replica: int = 128,
+        transport: Transport | None = None,
+        on_close: Callable[[], None] | None = None,
+        tokenizer: Any = None,
+    ) -> None:
+        """`requests_per_replica` are handed out at a time; `transport` moves an update's buckets to the replicas."""
+        if not replicas:
+            raise InvalidInput("a pool needs at least one replica")
+        self._members = [_Member(replica) for replica in replicas]
+        self._requests_per_replica = requests_per_replica
+        self._transport = transport
+        self._on_close = on_close
+        self._is_closed = False
+        self.limits = replicas[0].limits
+        self.tokenizer = tokenizer
+        self.version = 0
+        self.num_checksum_failures = 0
+        self.num_redispatched = 0
+
+    @classmethod
+    def from_pretrained(cls, path: str = "tiny", **options: Any) -> Self:
+        """A pool of one replica in this process, or as `RolloutConfig` options say (`backend="ray"` and so on)."""
+        config = RolloutConfig(**{"backend": "local", "num_replicas": 1, "threads_per_replica": 1, **options})
+        pool = make_pool(PolicyConfig(path=path), config)
+        assert isinstance(pool, cls)
+        return pool
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def states(self) -> tuple[ReplicaState, ...]:
+        """READY, STALE or DEAD, per replica."""
+        return tuple(member.state for member in self._members)
+
+    def requests(
+        self, prompts: Sequence[str], sampling: Sampling | None = None, *, seed: int = 0, num_samples: int = 1
+    ) -> list[Request]:
+        """Requests for text prompts, `num_samples` of each; equal arguments give equal rollouts."""
+        sampling = sampling or Sampling()
+        return [
+            Request(
+                request_id=f"{seed}-{index}-{sample}",
+                group_id=f"{seed}-{index}",
+                prompt_ids=tuple(self.tokenizer(prompt)["input_ids"]),
+                seed=(seed * 1_000_003 + index) * 1_000_003 + sample,
+                sampling=sampling,
+            )
+            for index, prompt in enumerate(prompts)
+            for sample in range(num_samples)
+        ]
+
+    def decode(self, rollout: Rollout) -> str:
+        """The completion as text, without special tokens."""
+        text: str = self.tokenizer.decode(rollout.token_ids, skip_special_tokens=True)
+        return text
+
+    def generate(self, requests: Iterable[Request]) -> Iterator[Rollout]:
+        """Yield rollouts as they finish, in any order; all requests are checked before the first starts.
+
+        Groups stay on one replica. If the caller stops early, what still runs is aborted.
+        """
+        requests = tuple(requests)
+        if len({request.request_id for request in requests}) < len(requests):
+            raise InvalidInput("request ids must be unique within one generate call")
+        for request in requests:
+            check_request(request, self.limits)
+        return self._generate(requests)
+
+    def _generate(self, requests: tuple[Request, ...]) -> Iterator[Rollout]:
+        waiting = deque(_groups(requests))
+        try:
+            while waiting or any(member.in_flight for member in self._members):
+                self._dispatch(waiting)
+                for member in self._members:
+                    if member.in_flight:
+                        yield from self._poll(member, waiting)
+        finally:
+            for member in self._members:
+                if member.in_flight and member.state != "DEAD":
+                    member.replica.abort(tuple(member.in_flight))
+                member.in_flight.clear()
+
+    def update(self, update: WeightUpdate) -> tuple[UpdateReceipt, ...]:
+        """Hand a new version to every living replica; one that refuses gets it once more.
+
+        If none accepts, the old version goes on serving and WeightSyncError is raised. If some accept, the
+        others are STALE and serve nothing until an update succeeds.
+        """
+        sent = self._transport(update) if self._transport else update
+        members = [member for member in self._members if member.state != "DEAD"]
+        if not members:
+            raise ReplicaError(f"no replica is left to take version {update.version}: all are dead")
+        with ThreadPoolExecutor(max_workers=len(members)) as executor:
+            receipts = list(executor.map(lambda member: self._update_member(member, sent), members))
+        if not any(receipt.accepted for receipt in receipts):
+            raise WeightSyncError(
+                f"version {update.version} was refused by every replica, version {self.version} goes on serving: "
+                + "; ".join(f"replica {receipt.replica_id}: {receipt.error}" for receipt in receipts)
+            )
+        self.version = update.version
+        for member, receipt in zip(members, receipts, strict=True):
+            if member.state == "DEAD":
+                continue
+            is_current = receipt.version == update.version and receipt.checksum == update.manifest.checksum
+            member.state = "READY" if receipt.accepted and is_current else "STALE"
+            if member.state == "STALE":
+                logger.error(
+                    "replica %d is stale at version %d: %s",
+                    receipt.replica_id,
+                    receipt.version,
+                    receipt.error,
+                )
+        return tuple(receipts)
+
+    def health(self) -> tuple[ReplicaHealth, ...]:
+        """What every living replica says of itself."""
+        return tuple(member.replica.health() for member in self._members if member.state != "DEAD")
+
+    def close(self) -> None:
+        """Stop every replica; calling it again changes nothing."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        for member in self._members:
+            member.replica.close()
+        if self._on_close:
+            self._on_close()
+
+    def _update_member(self, member: _Member, update: WeightUpdate) -> UpdateReceipt:
+        try:
+            receipt = member.replica.update(update)
+            if not receipt.accepted:
+                self.num_checksum_failures += 1
+                logger.warning("replica %d refused, trying once more: %s", receipt.replica_id, receipt.error)
+                receipt = member.replica.update(update)
+        except ReplicaError as death:
+            member.state = "DEAD"
+            logger.error("%s", death)
+            receipt = UpdateReceipt(
+                replica_id=member.replica.replica_id,
+                accepted=False,
+                version=-1,
+                checksum="",
+                error=str(death),
+            )
+        return receipt
+
+    def _dispatch(self, waiting: deque[list[Request]]) -> None:
+        """Hand groups to the least loaded READY replicas, up to their share."""
+        while waiting:
+            ready = [member for member in self._members if member.state == "READY"]
+            if not ready:
+                raise ReplicaError(f"no replica is ready at version {self.version}; states are {self.states}")
+            member = min(ready, key=lambda ready_member: len(ready_member.in_flight))
+            if member.in_flight and len(member.in_flight) + len(waiting[0]) > self._requests_per_replica:
+                return
+            group = waiting.popleft()
+            try:
+                member.replica.submit(group)
+            except ReplicaError as death:
+                waiting.appendleft(group)
+                self._bury(member, death, waiting)
+            else:
+                member.in_flight.update((request.request_id, request) for request in group)
+
+    def _poll(self, member: _Member, waiting: deque[list[Request]]) -> Iterator[Rollout]:
+        try:
+            finished = member.replica.poll()
+        except ReplicaError as death:
+            self._bury(member, death, waiting)
+            return
+        for rollout in finished:
+            del member.in_flight[rollout.request.request_id]
+            yield rollout
+
+    def _bury(self, member: _Member, death: ReplicaError, waiting: deque[list[Request]]) -> None:
+        """Give a dead replica's requests to the others; their seeds make them the same rollouts."""
+        member.state = "DEAD"
+        lost = list(member.in_flight.values())
+        member.in_flight.clear()
+        logger.error("%s; %d requests go to other replicas", death, len(lost))
+        self.num_redispatched += len(lost)
+        waiting.extendleft(reversed(list(_groups(lost))))
+
+
+def make_pool(policy: PolicyConfig, config: RolloutConfig) -> RolloutPool:
+    """The pool that a config asks for: engines in this process, or Ray actors."""
+    if config.backend == "ray":
+        from blockroll.rollout.ray_pool import make_ray_pool
+
+        return make_ray_pool(policy, config)
+    replicas = [LocalReplica.build(policy, config, replica_id=index) for index in range(config.num_replicas)]
+    return RolloutPool(
+        replicas,
+        requests_per_replica=2 * config.max_batch_size,
+        tokenizer=load_tokenizer(policy.path),
+    )
+
+
+def _groups(requests: Iterable[Request]) -> Iterator[list[Request]]:
+    """Requests by group, in order of first appearance; a request without a group is one of its own."""
+    groups: dict[str, list[Request]] = {}
+    for request in requests:
+        key = f"group {request.group_id}" if request.group_id is not None else f"request {request.request_id}"
+        groups.setdefault(key, []).append(request)
+    yield from groups.values()

@@ -1,0 +1,169 @@
+"""Replicas as Ray actors: the same LocalReplica, one process each, weights through the object store."""
+
+import dataclasses
+import logging
+import os
+from collections.abc import Sequence
+
+import numpy as np
+
+from blockroll.config import PolicyConfig, RolloutConfig
+from blockroll.errors import MissingDependency, ReplicaError
+from blockroll.policies.hf import load_tokenizer, resolve_checkpoint
+from blockroll.rollout.pool import RolloutPool
+from blockroll.rollout.replica import LocalReplica
+from blockroll.rollout.requests import Limits
+from blockroll.types import ReplicaHealth, Request, Rollout, UpdateReceipt, WeightUpdate
+
+try:
+    import ray
+    from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError
+except ImportError as missing:
+    raise MissingDependency(
+        "Ray is not installed; install it with pip install 'blockroll[ray]', or use rollout.backend=local"
+    ) from missing
+
+_POLL_WAIT_S = 0.02
+_START_TIMEOUT_S = 120.0
+_CLOSE_TIMEOUT_S = 5.0
+
+
+class ReplicaActor:
+    """What runs inside the actor's process: threads set, buckets fetched, everything else is LocalReplica."""
+
+    def __init__(self, replica_id: int, policy: PolicyConfig, config: RolloutConfig) -> None:
+        import torch
+
+        torch.set_num_threads(config.threads_per_replica)
+        self._replica = LocalReplica.build(policy, config, replica_id=replica_id)
+
+    def limits(self) -> Limits:
+        return self._replica.limits
+
+    def submit(self, requests: Sequence[Request]) -> None:
+        self._replica.submit(requests)
+
+    def poll(self) -> tuple[Rollout, ...]:
+        return self._replica.poll()
+
+    def update(self, update: WeightUpdate) -> UpdateReceipt:
+        return self._replica.update(dataclasses.replace(update, buckets=tuple(map(_fetch, update.buckets))))
+
+    def abort(self, request_ids: Sequence[str]) -> tuple[Rollout, ...]:
+        return self._replica.abort(request_ids)
+
+    def health(self) -> ReplicaHealth:
+        return self._replica.health()
+
+
+class RayReplica:
+    """A replica actor, seen from the pool. One poll is always under way while it has requests."""
+
+    def __init__(self, replica_id: int, policy: PolicyConfig, config: RolloutConfig) -> None:
+        threads = config.threads_per_replica
+        self.replica_id = replica_id
+        self.actor = (
+            ray.remote(ReplicaActor)
+            .options(
+                num_cpus=0,  # cores are shared by explicit thread counts, not by Ray's bookkeeping
+                runtime_env={"env_vars": {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}},
+            )
+            .remote(replica_id, policy, config)
+        )
+        self._pending: ray.ObjectRef | None = None
+        self.limits: Limits
+
+    def wait_until_ready(self) -> None:
+        """Block until the policy is loaded; raises what its construction raised."""
+        self.limits = self._get(self.actor.limits.remote(), timeout=_START_TIMEOUT_S)
+
+    def submit(self, requests: Sequence[Request]) -> None:
+        """Queue requests in the actor."""
+        self._get(self.actor.submit.remote(requests))
+
+    def poll(self) -> tuple[Rollout, ...]:
+        """Rollouts of the poll under way, if it has ended; waits for it only briefly."""
+        if self._pending is None:
+            self._pending = self.actor.poll.remote()
+        ready, _ = ray.wait([self._pending], timeout=_POLL_WAIT_S)
+        if not ready:
+            return ()
+        pending, self._pending = self._pending, self.actor.poll.remote()
+        finished: tuple[Rollout, ...] = self._get(pending)
+        return finished
+
+    def update(self, update: WeightUpdate) -> UpdateReceipt:
+        """Swap weights between two polls."""
+        receipt: UpdateReceipt = self._get(self.actor.update.remote(update))
+        return receipt
+
+    def abort(self, request_ids: Sequence[str]) -> tuple[Rollout, ...]:
+        """End requests now; rollouts that a poll under way has finished are dropped with them."""
+        if self._pending is not None:
+            self._get(self._pending)
+            self._pending = None
+        aborted: tuple[Rollout, ...] = self._get(self.actor.abort.remote(request_ids))
+        return aborted
+
+    def health(self) -> ReplicaHealth:
+        """Version, checksum of the weights really held, load, threads, process."""
+        health: ReplicaHealth = self._get(self.actor.health.remote())
+        return health
+
+    def close(self) -> None:
+        """Kill the actor's process."""
+        ray.kill(self.actor)
+
+    def _get(self, reference: "ray.ObjectRef", timeout: float | None = None):  # type: ignore[no-untyped-def]
+        try:
+            return ray.get(reference, timeout=timeout)
+        except RayActorError as death:
+            raise ReplicaError(f"replica {self.replica_id} died: {death}") from death
+        except GetTimeoutError as late:
+            raise ReplicaError(f"replica {self.replica_id} did not answer within {timeout:g} s") from late
+
+
+def make_ray_pool(policy: PolicyConfig, config: RolloutConfig) -> RolloutPool:
+    """Start Ray if it is not running, and one actor per replica; closing the pool stops what was started here."""
+    policy = dataclasses.replace(policy, path=str(resolve_checkpoint(policy.path).resolve()))
+    started = not ray.is_initialized()
+    if started:
+        ray.init(
+            num_cpus=max(1, os.cpu_count() or 1),
+            include_dashboard=False,
+            logging_level=logging.ERROR,
+            log_to_driver=False,
+            configure_logging=True,
+        )
+    on_close = ray.shutdown if started else None
+    try:
+        replicas = [RayReplica(index, policy, config) for index in range(config.num_replicas)]
+        for replica in replicas:
+            replica.wait_until_ready()
+    except BaseException:
+        if on_close:
+            on_close()
+        raise
+    return RolloutPool(
+        replicas,
+        requests_per_replica=2 * config.max_batch_size,
+        transport=put_buckets,
+        on_close=on_close,
+        tokenizer=load_tokenizer(policy.path),
+    )
+
+
+def put_buckets(update: WeightUpdate) -> WeightUpdate:
+    """The same update with its buckets in Ray's object store, written once for all replicas."""
+    return dataclasses.replace(update, buckets=tuple(ray.put(bucket) for bucket in update.buckets))
+
+
+def _fetch(bucket: object) -> np.ndarray | None:
+    """A bucket's bytes from the object store; None if it is not there."""
+    if not isinstance(bucket, ray.ObjectRef):
+        return bucket if isinstance(bucket, np.ndarray) else None
+    try:
+        fetched: np.ndarray = ray.get(bucket)
+    except ObjectLostError:
+        return None
+    return fetched

@@ -1,0 +1,106 @@
+"""A request while it runs: its committed tokens, their records, and when it ends."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from blockroll.types import Commit, FinishReason, Plan, Request, Rollout, RolloutStats
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StopRule:
+    """When a request ends."""
+
+    stop_token_ids: frozenset[int]
+    stop: tuple[str, ...]
+    max_tokens: int
+    decode: Callable[[list[int]], str] | None
+
+    def cut(self, committed: list[int], new: list[int]) -> tuple[int, FinishReason | None]:
+        """How many of the new tokens are kept, and why the request ends with them, if it does."""
+        room = self.max_tokens - len(committed)
+        for kept, token_id in enumerate(new[:room], start=1):
+            if token_id in self.stop_token_ids or self._completes_stop_string(committed, new[:kept]):
+                return kept, "stop"
+        return (room, "length") if len(new) >= room else (len(new), None)
+
+    def _completes_stop_string(self, committed: list[int], new: list[int]) -> bool:
+        if not self.stop or self.decode is None:
+            return False
+        text = self.decode([*committed, *new])
+        return any(stop in text for stop in self.stop)
+
+
+class RunningRequest:
+    """Invariant: the columns of committed tokens have equal length; the last token overall is the anchor."""
+
+    def __init__(self, request: Request, stop_rule: StopRule) -> None:
+        prefix = request.prefix
+        self.request = request
+        self.finish_reason: FinishReason | None = None
+        self._stop_rule = stop_rule
+        self._token_ids = list(prefix.token_ids) if prefix else []
+        self._policy_logprobs = list(prefix.policy_logprobs) if prefix else []
+        self._behavior_logprobs = list(prefix.behavior_logprobs) if prefix else []
+        self._policy_versions = list(prefix.policy_versions) if prefix else []
+        stats = prefix.stats if prefix else RolloutStats()
+        self._num_forwards = stats.num_forwards
+        self._num_verify_steps = stats.num_verify_steps
+        self._num_drafted = stats.num_drafted
+        self._num_accepted = stats.num_accepted
+        sampling = request.sampling
+        draft_temperature = (
+            sampling.temperature if sampling.draft_temperature is None else sampling.draft_temperature
+        )
+        self.temperatures = (sampling.temperature, draft_temperature)
+
+    @property
+    def cached_ids(self) -> tuple[int, ...]:
+        """Prompt and committed tokens before the anchor: those with keys and values in the cache."""
+        return (*self.request.prompt_ids, *self._token_ids)[:-1]
+
+    @property
+    def state(self) -> tuple[int, int, int]:
+        """Anchor, seed, attempt: what the next step needs besides the cache."""
+        anchor = self._token_ids[-1] if self._token_ids else self.request.prompt_ids[-1]
+        return anchor, self.request.seed, self._num_forwards
+
+    def count_step(self, plan: Plan) -> None:
+        """One decoding step has run for this request."""
+        self._num_forwards += plan.forwards_per_step
+        if plan.num_drafts:
+            self._num_verify_steps += 1
+            self._num_drafted += plan.num_drafts
+
+    def commit(
+        self, token_ids: list[int], policy_logprobs: list[float], behavior_logprobs: list[float], version: int
+    ) -> Commit:
+        """Append the verdict's tokens up to the end of the request; the last of them was not a draft."""
+        kept, self.finish_reason = self._stop_rule.cut(self._token_ids, token_ids)
+        num_accepted = min(len(token_ids) - 1, kept)
+        self._num_accepted += num_accepted
+        self._token_ids += token_ids[:kept]
+        self._policy_logprobs += policy_logprobs[:kept]
+        self._behavior_logprobs += behavior_logprobs[:kept]
+        self._policy_versions += [version] * kept
+        return Commit(
+            request_id=self.request.request_id, token_ids=tuple(token_ids[:kept]), num_accepted=num_accepted
+        )
+
+    def rollout(self, finish_reason: FinishReason, *, error: str | None = None) -> Rollout:
+        """The finished sample."""
+        return Rollout(
+            request=self.request,
+            token_ids=tuple(self._token_ids),
+            policy_logprobs=tuple(self._policy_logprobs),
+            behavior_logprobs=tuple(self._behavior_logprobs),
+            policy_versions=tuple(self._policy_versions),
+            law=self.request.sampling.law,
+            finish_reason=finish_reason,
+            stats=RolloutStats(
+                num_forwards=self._num_forwards,
+                num_verify_steps=self._num_verify_steps,
+                num_drafted=self._num_drafted,
+                num_accepted=self._num_accepted,
+            ),
+            error=error,
+        )

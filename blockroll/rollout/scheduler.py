@@ -1,0 +1,79 @@
+"""Which request runs in which slot. Integers and ids only: no tensors, clock or randomness.
+
+Running requests occupy slots 0..n-1 without holes, so that every forward works on one slice of the
+cache: when a request leaves, the last one moves into its slot.
+"""
+
+from collections import deque
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Move:
+    """A running request changes its slot."""
+
+    source: int
+    target: int
+
+
+class Scheduler:
+    """First come, first served, into at most `max_batch_size` slots."""
+
+    def __init__(self, *, max_batch_size: int, max_prefill_tokens: int = 16384) -> None:
+        self.max_batch_size = max_batch_size
+        self.max_prefill_tokens = (
+            max_prefill_tokens  # padded prompt tokens of one prefill; one request always fits
+        )
+        self._waiting: deque[tuple[str, int]] = deque()
+        self._running: list[str] = []
+
+    @property
+    def running(self) -> tuple[str, ...]:
+        """Request ids by slot."""
+        return tuple(self._running)
+
+    @property
+    def waiting(self) -> tuple[str, ...]:
+        """Request ids in order of arrival."""
+        return tuple(request_id for request_id, _ in self._waiting)
+
+    def submit(self, request_id: str, num_tokens: int) -> None:
+        """Queue a request whose prefill has `num_tokens` tokens."""
+        self._waiting.append((request_id, num_tokens))
+
+    def admit(self) -> list[str]:
+        """Move waiting requests into free slots behind the running ones; returns them in slot order."""
+        admitted: list[str] = []
+        widest = 0
+        while self._waiting and len(self._running) < self.max_batch_size:
+            request_id, num_tokens = self._waiting[0]
+            widest = max(widest, num_tokens)
+            if admitted and widest * (len(admitted) + 1) > self.max_prefill_tokens:
+                break
+            self._waiting.popleft()
+            self._running.append(request_id)
+            admitted.append(request_id)
+        return admitted
+
+    def release(self, slot: int) -> Move | None:
+        """Free a slot; the move that closes the hole, if there is one."""
+        last = len(self._running) - 1
+        moved = self._running.pop()
+        if slot == last:
+            return None
+        self._running[slot] = moved
+        return Move(source=last, target=slot)
+
+    def drop_waiting(self, request_id: str) -> bool:
+        """Remove a request that has not started; False if it is not waiting."""
+        before = len(self._waiting)
+        self._waiting = deque(entry for entry in self._waiting if entry[0] != request_id)
+        return len(self._waiting) < before
+
+    def check_integrity(self) -> None:
+        """No request twice, no more running than slots."""
+        ids = [*self._running, *self.waiting]
+        assert len(ids) == len(set(ids)), f"a request is scheduled twice: {ids}"
+        assert len(self._running) <= self.max_batch_size, (
+            f"{len(self._running)} run in {self.max_batch_size} slots"
+        )

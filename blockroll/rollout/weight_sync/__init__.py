@@ -1,0 +1,5 @@
+"""Weights on their way from a learner to replicas: packed, checked, then swapped."""
+
+from blockroll.rollout.weight_sync.buckets import make_update, named_weights, weights_checksum
+
+__all__ = ["make_update", "named_weights", "weights_checksum"]
