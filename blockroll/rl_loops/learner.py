@@ -60,7 +60,7 @@ class Learner:
 
     @property
     def learning_rate(self) -> float:
-        """Of the next optimizer step: linear over `warmup_steps`, then constant; a function of the count alone."""
+        """Of the next optimizer step: linear over `warmup_steps`, then constant."""
         share = (self.num_optimizer_steps + 1) / max(self.config.warmup_steps, 1)
         return self.config.learning_rate * min(1.0, share)
 
@@ -71,22 +71,20 @@ class Learner:
 
     def logprobs(self, rollouts: Sequence[Rollout]) -> TokenLaws:
         """Teacher-forced law of every completion token, without gradient."""
-        laws: list[TokenLaws | None] = [None] * len(rollouts)
+        empty = torch.empty(0, device=self.policy.device)
+        logprobs_B, entropies_B = [empty] * len(rollouts), [empty] * len(rollouts)
         with torch.no_grad(), self._threads():
             for indices in length_chunks(rollouts):
                 chunk = self._forward([rollouts[i] for i in indices])
                 sizes = [len(rollouts[i].token_ids) for i in indices]
-                parts = zip(
-                    indices, chunk.logprobs_N.split(sizes), chunk.entropies_N.split(sizes), strict=True
+                logprobs, entropies = (
+                    torch.split(chunk.logprobs_N, sizes),
+                    torch.split(chunk.entropies_N, sizes),
                 )
-                for i, logprobs, entropies in parts:
-                    laws[i] = TokenLaws(logprobs_N=logprobs, entropies_N=entropies)
-        found = [law for law in laws if law is not None]
-        assert len(found) == len(rollouts), (len(found), len(rollouts))
-        empty = torch.empty(0, device=self.policy.device)
+                for j, i in enumerate(indices):
+                    logprobs_B[i], entropies_B[i] = logprobs[j], entropies[j]
         return TokenLaws(
-            logprobs_N=torch.cat([empty, *(law.logprobs_N for law in found)]),
-            entropies_N=torch.cat([empty, *(law.entropies_N for law in found)]),
+            logprobs_N=torch.cat([empty, *logprobs_B]), entropies_N=torch.cat([empty, *entropies_B])
         )
 
     def update(self, rollouts: Sequence[Rollout], advantages: Advantages) -> dict[str, float]:
@@ -106,9 +104,9 @@ class Learner:
         finite_entropies = old.entropies_N[old.entropies_N.isfinite()]
 
         sizes = [len(rollout.token_ids) for rollout in batch]
-        old_B = old.logprobs_N.split(sizes) if sizes else ()
-        weights_B = correction.weights_N.split(sizes) if sizes else ()
-        valid_B = correction.is_valid_N.split(sizes) if sizes else ()
+        old_B = torch.split(old.logprobs_N, sizes)
+        weights_B = torch.split(correction.weights_N, sizes)
+        valid_B = torch.split(correction.is_valid_N, sizes)
 
         learning_rate = self.learning_rate
         steps: list[_StepResult] = []
@@ -155,7 +153,7 @@ class Learner:
         valid_B: Sequence[Tensor],
         advantages_B: Tensor,
     ) -> "_StepResult":
-        """One optimizer step on the rollouts `part`; the mean is over all their valid tokens, across chunks."""
+        """One optimizer step on the rollouts `part`: the mean over all their valid tokens, across chunks."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate
         self.optimizer.zero_grad(set_to_none=True)
@@ -174,7 +172,7 @@ class Learner:
             num_dropped += result.num_dropped
             if result.num_tokens == 0:
                 continue
-            (result.loss * result.num_tokens).backward()
+            torch.autograd.backward(result.loss * result.num_tokens)
             loss_sum += float(result.loss.detach()) * result.num_tokens
             clipped += result.clip_ratio * result.num_tokens
             num_tokens += result.num_tokens
@@ -197,7 +195,7 @@ class Learner:
         )
 
     def _forward(self, rollouts: Sequence[Rollout]) -> TokenLaws:
-        """One right-padded forward; only the rows that predict completion tokens go through the output head."""
+        """One right-padded forward; the output head sees only rows that predict completion tokens."""
         device = self.policy.device
         rows = [torch.tensor(r.request.prompt_ids + r.token_ids[:-1], device=device) for r in rollouts]
         ids_BS = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
@@ -246,7 +244,7 @@ class _StepResult:
 
 
 def length_chunks(rollouts: Sequence[Rollout], max_positions: int = MAX_CHUNK_POSITIONS) -> list[list[int]]:
-    """Indices of rollouts of like length; rows times the longest stays within `max_positions` (one row may pass)."""
+    """Indices of rollouts of like length: rows times the longest is at most `max_positions`, or one row."""
     lengths = [len(rollout.request.prompt_ids) + len(rollout.token_ids) for rollout in rollouts]
     chunks: list[list[int]] = []
     for i in sorted(range(len(rollouts)), key=lambda i: (-lengths[i], i)):

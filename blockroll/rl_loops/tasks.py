@@ -63,7 +63,7 @@ def from_rows(*, name: str, train: Sequence[Row], held_out: Sequence[Row], rewar
 
 
 def load_task(name: str) -> Task:
-    """`arithmetic`, or what a Python path `module:attribute` names: a Task, or a function that returns one."""
+    """`arithmetic`, or what a Python path `module:attribute` names: a Task or a function giving one."""
     if name == "arithmetic":
         return ARITHMETIC
     module_name, colon, attribute = name.partition(":")
