@@ -1,0 +1,56 @@
+"""blockroll: rollouts for reinforcement learning, drafted in blocks and verified exactly.
+
+Names are imported on first use: `import blockroll` loads neither torch nor ray.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from blockroll.config import RunConfig, load_config
+    from blockroll.policies.hf import HFPolicy
+    from blockroll.rl_loops.loop import train
+    from blockroll.rollout.engine import Engine
+    from blockroll.rollout.pool import RolloutPool
+    from blockroll.types import Law, Plan, Request, Rollout, Sampling
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Engine",
+    "HFPolicy",
+    "Law",
+    "Plan",
+    "Request",
+    "Rollout",
+    "RolloutPool",
+    "RunConfig",
+    "Sampling",
+    "__version__",
+    "load_config",
+    "train",
+]
+
+_MODULES = {
+    "Engine": "blockroll.rollout.engine",
+    "HFPolicy": "blockroll.policies.hf",
+    "Law": "blockroll.types",
+    "Plan": "blockroll.types",
+    "Request": "blockroll.types",
+    "Rollout": "blockroll.types",
+    "RolloutPool": "blockroll.rollout.pool",
+    "RunConfig": "blockroll.config",
+    "Sampling": "blockroll.types",
+    "load_config": "blockroll.config",
+    "train": "blockroll.rl_loops.loop",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; public are {', '.join(__all__)}")
+    return getattr(importlib.import_module(_MODULES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
