@@ -42,6 +42,11 @@ class SlotCache:
         """Forget a slot's committed rows."""
         self.lengths_N[slot] = 0
 
+    def scrub(self, slot: int) -> None:
+        """Zero a slot whose forward went wrong: hidden NaN values would still reach its next request as 0 * NaN."""
+        for tensor in (*self._keys, *self._values):
+            tensor[slot] = 0
+
     def layer(self, layer_idx: int, like: Tensor) -> tuple[Tensor, Tensor]:
         """Storage of one layer, shaped after its first keys (B, H, R, D)."""
         while len(self._keys) <= layer_idx:

@@ -236,6 +236,7 @@ class Engine:
                     f"{NonFiniteLogits.__name__}: {failed[slot]} for request {running.request.request_id!r}"
                 )
                 finished.append(running.rollout("error", error=error))
+                self._cache.scrub(slot)
             else:
                 kept = accepted[slot] + 1
                 commit = running.commit(

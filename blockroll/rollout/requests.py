@@ -41,7 +41,8 @@ def check_request(request: Request, limits: Limits) -> None:
                 f"{name} holds token {token_id} at position {position}, outside the vocabulary of "
                 f"{limits.vocab_size}; allowed are 0 to {limits.vocab_size - 1}"
             )
-        if token_id == limits.mask_token_id:
+        # A policy may have drawn its own mask token: what is committed stays, whatever it is.
+        if token_id == limits.mask_token_id and position < len(request.prompt_ids):
             raise InvalidInput(
                 f"{name} holds the mask token {token_id} at position {position}; masks are blockroll's own, "
                 "remove it from the prompt"

@@ -1,0 +1,287 @@
+"""What an engine must not depend on, and what every rollout must satisfy."""
+
+import dataclasses
+import random
+
+import pytest
+import torch
+
+from blockroll.errors import InvalidInput
+from blockroll.rollout.engine import Engine
+from blockroll.rollout.scheduler import Scheduler
+from blockroll.types import Plan, Sampling
+from tests.engines import (
+    CoinMargins,
+    count_coin_differences,
+    count_greedy_differences,
+    make_requests,
+    run,
+)
+from tests.models import EOS_ID, prompts, random_policy
+
+PLAIN, TWO_FORWARD = Plan(0), Plan(4)
+PLANS = pytest.mark.parametrize("plan", [PLAIN, TWO_FORWARD], ids=lambda plan: plan.name)
+
+
+@pytest.fixture(scope="module")
+def policy():
+    return random_policy()
+
+
+def causal_logprobs(policy, rollout):
+    """Teacher-forced log-probabilities of the finished text, by transformers' own forward."""
+    prompt, tokens = rollout.request.prompt_ids, rollout.token_ids
+    policy.model.set_attn_implementation("sdpa")
+    with torch.no_grad():
+        logits = policy.model(torch.tensor([[*prompt, *tokens]]), use_cache=False).logits[0]
+    policy.model.set_attn_implementation("blockroll")
+    logits = logits[len(prompt) - 1 : -1].double() / rollout.request.sampling.logprob_temperature
+    return logits.log_softmax(-1).gather(-1, torch.tensor(tokens)[:, None])[:, 0]
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_greedy_two_forward_equals_greedy_plain(family):
+    policy = random_policy(family)
+    requests = make_requests(prompts(60), Sampling(temperature=0, max_tokens=20))
+    plain, two_forward = run(policy, requests, PLAIN), run(policy, requests, TWO_FORWARD)
+    assert count_greedy_differences(policy, plain, two_forward) <= 1
+    assert sum(rollout.stats.num_accepted for rollout in two_forward.values()) > 0
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6, 0.0])
+@PLANS
+def test_policy_logprobs_equal_a_fresh_causal_forward(policy, plan, temperature):
+    requests = make_requests(prompts(40), Sampling(temperature=temperature, max_tokens=16))
+    for rollout in run(policy, requests, plan, max_batch_size=16).values():
+        want = causal_logprobs(policy, rollout)
+        torch.testing.assert_close(torch.tensor(rollout.policy_logprobs).double(), want, atol=1e-4, rtol=0)
+        if temperature:
+            assert rollout.behavior_logprobs == pytest.approx(rollout.policy_logprobs, abs=1e-9)
+        else:
+            assert set(rollout.behavior_logprobs) == {0.0}
+
+
+@PLANS
+def test_a_batch_gives_the_tokens_each_request_gets_alone(policy, plan):
+    requests = make_requests(prompts(24), Sampling(max_tokens=20))
+    margins = CoinMargins()
+    alone = {}
+    for request in requests:
+        alone |= run(policy, [request], plan, observer=margins)
+    together = run(policy, requests, plan)
+    joining = run(policy, reversed(requests), plan, max_batch_size=5)
+    assert count_coin_differences(alone, together, margins) <= 1
+    assert count_coin_differences(alone, joining, margins) <= 1
+
+
+@PLANS
+def test_a_request_aborted_at_every_step_and_resumed_equals_the_uninterrupted_one(policy, plan):
+    requests = make_requests(prompts(8), Sampling(max_tokens=24))
+    margins = CoinMargins()
+    whole = run(policy, requests, plan, observer=margins)
+    resumed = {}
+    for request in requests:
+        while request is not None:
+            engine = Engine(policy, plan=plan)
+            engine.submit([request])
+            finished = engine.step().finished
+            if finished:
+                resumed[request.request_id] = finished[0]
+                request = None
+            else:
+                (aborted,) = engine.abort([request.request_id])
+                assert aborted.finish_reason == "abort" and engine.num_requests == 0
+                request = dataclasses.replace(request, prefix=aborted.as_prefix())
+    assert count_coin_differences(whole, resumed, margins) <= 1
+    for request_id, rollout in whole.items():
+        assert resumed[request_id].stats == rollout.stats
+
+
+def test_seeds_change_tokens_and_equal_seeds_repeat_them(policy):
+    texts = [prompts(1)[0]] * 8
+    sampling = Sampling(max_tokens=16, ignore_eos=True)
+    first = run(policy, make_requests(texts, sampling, seed=1), TWO_FORWARD)
+    again = run(policy, make_requests(texts, sampling, seed=1), TWO_FORWARD)
+    other = run(policy, make_requests(texts, sampling, seed=2), TWO_FORWARD)
+    assert [r.token_ids for r in first.values()] == [r.token_ids for r in again.values()]
+    assert len({r.token_ids for r in (*first.values(), *other.values())}) == 16
+
+
+@PLANS
+def test_every_column_of_a_rollout_has_one_entry_per_token(policy, plan):
+    rollouts = run(policy, make_requests(prompts(30), Sampling(max_tokens=9)), plan, policy_version=7)
+    for rollout in rollouts.values():
+        columns = (rollout.policy_logprobs, rollout.behavior_logprobs, rollout.policy_versions)
+        assert {len(column) for column in columns} == {len(rollout.token_ids)}
+        assert set(rollout.policy_versions) == {7}
+        assert rollout.law.name == "target"
+        assert rollout.stats.num_accepted <= rollout.stats.num_drafted
+        assert rollout.stats.num_forwards >= plan.forwards_per_step
+
+
+@PLANS
+def test_rollouts_end_at_stop_tokens_at_max_tokens_and_at_the_context(policy, plan):
+    ends = {"stop": 0, "length": 0}
+    for rollout in run(policy, make_requests(prompts(60), Sampling(max_tokens=10)), plan).values():
+        ends[rollout.finish_reason] += 1
+        assert EOS_ID not in rollout.token_ids[:-1]
+        assert (rollout.token_ids[-1] == EOS_ID) == (rollout.finish_reason == "stop")
+        assert rollout.finish_reason == "stop" or len(rollout.token_ids) == 10
+    assert all(ends.values())
+    unbounded = Sampling(max_tokens=1000, ignore_eos=True)
+    for rollout in run(policy, make_requests(prompts(6), unbounded), plan, max_length=32).values():
+        assert len(rollout.request.prompt_ids) + len(rollout.token_ids) == 32
+
+
+@PLANS
+def test_tokens_at_the_context_limit_keep_exact_logprobs(policy, plan):
+    """Stale drafts near the limit have corrupted state elsewhere."""
+    requests = make_requests(prompts(4), Sampling(max_tokens=1000, ignore_eos=True))
+    for rollout in run(policy, requests, plan).values():
+        assert len(rollout.request.prompt_ids) + len(rollout.token_ids) == policy.max_length
+        want = causal_logprobs(policy, rollout)
+        torch.testing.assert_close(torch.tensor(rollout.policy_logprobs).double(), want, atol=1e-4, rtol=0)
+
+
+@PLANS
+def test_a_stop_string_ends_a_rollout_with_the_token_that_completes_it(policy, plan):
+    decode = lambda ids: "".join(chr(ord("a") + token) for token in ids)  # noqa: E731
+    free = run(policy, make_requests(prompts(20), Sampling(max_tokens=24)), plan)
+    stop = next(
+        decode(rollout.token_ids)[5:7] for rollout in free.values() if len(rollout.token_ids) > 8
+    )
+    stopped = run(policy, make_requests(prompts(20), Sampling(max_tokens=24, stop=(stop,))), plan, decode=decode)
+    num_stopped = 0
+    for request_id, rollout in stopped.items():
+        text = decode(rollout.token_ids)
+        assert decode(free[request_id].token_ids).startswith(text)
+        if stop in text:
+            assert text.index(stop) == len(text) - 2 and rollout.finish_reason == "stop"
+            num_stopped += 1
+    assert num_stopped
+
+
+@PLANS
+def test_non_finite_logits_fail_one_request_by_name_and_no_other(plan):
+    poison = 23  # its embedding will be NaN, and no draw can reach it
+    policy = random_policy()
+    unreachable = torch.tensor([poison])
+    policy.model.lm_head.register_forward_hook(lambda _, __, logits: logits.index_fill(-1, unreachable, -1e9))
+    clean = [text for text in prompts(20) if poison not in text]
+    healthy = run(policy, make_requests(clean, Sampling(max_tokens=12)), plan)
+    with torch.no_grad():
+        policy.model.get_input_embeddings().weight[poison] = float("nan")
+    requests = make_requests(clean, Sampling(max_tokens=12))
+    (poisoned,) = make_requests([(5, poison, 6)], Sampling())
+    requests.insert(3, dataclasses.replace(poisoned, request_id="poisoned"))
+    rollouts = run(policy, requests, plan)
+    failed = rollouts.pop("poisoned")
+    assert failed.finish_reason == "error" and failed.token_ids == ()
+    assert failed.error is not None and "NonFiniteLogits" in failed.error and "'poisoned'" in failed.error
+    assert {name: rollout.token_ids for name, rollout in healthy.items()} == {
+        name: rollout.token_ids for name, rollout in rollouts.items()
+    }
+
+
+def test_a_weight_update_in_flight_recomputes_the_cache_and_stamps_new_tokens():
+    policy = random_policy()
+    requests = make_requests(prompts(6), Sampling(max_tokens=24, ignore_eos=True))
+    engine = Engine(policy, plan=TWO_FORWARD)
+    engine.submit(requests)
+    for _ in range(3):
+        engine.step()
+    with torch.no_grad():
+        for parameter in policy.model.parameters():
+            parameter.mul_(1.05)
+    engine.policy_version = 1
+    engine.recompute_cache()
+    finished = []
+    while engine.num_requests:
+        finished += engine.step().finished
+    assert len(finished) == 6
+    for rollout in finished:
+        assert sorted(set(rollout.policy_versions)) == [0, 1] == sorted(set(rollout.policy_versions), key=int)
+        fresh = rollout.policy_versions.index(1)
+        assert set(rollout.policy_versions[fresh:]) == {1}
+        want = causal_logprobs(policy, rollout)[fresh:]
+        got = torch.tensor(rollout.policy_logprobs[fresh:]).double()
+        torch.testing.assert_close(got, want, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "advice"),
+    [
+        ((), "empty prompt"),
+        (tuple([5] * 96), "96 tokens, but the context holds 96"),
+        ((5, 24), "token 24 at position 1, outside the vocabulary of 24"),
+        ((-1,), "token -1 at position 0"),
+        ((5, 3, 6), "mask token 3 at position 1"),
+    ],
+)
+def test_a_request_that_cannot_be_served_is_refused_at_the_door(policy, prompt, advice):
+    engine = Engine(policy, plan=TWO_FORWARD)
+    with pytest.raises(InvalidInput, match=advice):
+        engine.submit(make_requests([(5, 6), prompt], Sampling()))
+    assert engine.num_requests == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "advice"),
+    [
+        ({"temperature": -0.5}, "temperature must be at least 0, got -0.5; 0 means greedy"),
+        ({"temperature": float("nan")}, "temperature must be at least 0"),
+        ({"draft_temperature": -1.0}, "draft_temperature must be at least 0"),
+        ({"max_tokens": 0}, "max_tokens must be at least 1"),
+        ({"stop": ("",)}, "stop strings must not be empty"),
+    ],
+)
+def test_sampling_outside_its_range_is_refused(arguments, advice):
+    with pytest.raises(InvalidInput, match=advice):
+        Sampling(**arguments)
+
+
+def test_plans_outside_the_policys_reach_are_refused_or_named():
+    with pytest.raises(InvalidInput, match="drafts nothing"):
+        Plan.parse("two_forward(0)", default_drafts=4)
+    with pytest.raises(InvalidInput, match="plan must be"):
+        Plan.parse("three_forward", default_drafts=4)
+    policy = random_policy(trained_drafts=4)
+    with pytest.warns(UserWarning, match=r"two_forward\(6\) drafts more than the 4 tokens"):
+        Engine(policy, plan=Plan(6))
+    policy.mask_token_id = None
+    with pytest.raises(InvalidInput, match="needs a policy that drafts"):
+        Engine(policy, plan=Plan(4))
+    with pytest.raises(InvalidInput, match="built for 96 positions"):
+        Engine(policy, plan=PLAIN, max_length=97)
+
+
+def test_the_same_request_id_twice_is_refused(policy):
+    engine = Engine(policy, plan=PLAIN)
+    (request,) = make_requests([(5, 6)], Sampling())
+    with pytest.raises(InvalidInput, match="'r0' is already being served"):
+        engine.submit([request, request])
+
+
+def test_every_scheduled_request_runs_once_and_slots_have_no_holes():
+    rng = random.Random(0)
+    for _ in range(30):
+        scheduler = Scheduler(max_batch_size=rng.randint(1, 6), max_prefill_tokens=20)
+        slots: list[str] = []
+        waiting = [f"r{index}" for index in range(40)]
+        finished: list[str] = []
+        while waiting or slots or scheduler.waiting:
+            for _ in range(rng.randint(0, 3)):
+                if waiting:
+                    scheduler.submit(waiting.pop(0), rng.randint(0, 30))
+            slots += scheduler.admit()
+            scheduler.check_integrity()
+            assert tuple(slots) == scheduler.running
+            for slot in reversed(range(len(slots))):
+                if rng.random() < 0.3:
+                    finished.append(slots[slot])
+                    move = scheduler.release(slot)
+                    last = slots.pop()
+                    if move is not None:
+                        assert (move.source, move.target) == (len(slots), slot)
+                        slots[slot] = last
+        assert sorted(finished) == sorted(f"r{index}" for index in range(40))

@@ -1,0 +1,149 @@
+"""The policy's three forwards against transformers' plain causal forward, in float32."""
+
+import itertools
+
+import pytest
+import torch
+
+from blockroll.rollout.cache import SlotCache
+from tests.models import MASK_ID, VOCAB_SIZE, prompts, random_policy
+
+NUM_DRAFTS = 4
+TOLERANCE = 1e-4
+
+
+@pytest.fixture(params=["llama", "qwen3"])
+def policy(request):
+    return random_policy(request.param)
+
+
+def prefilled(policy, texts, *, capacity=64):
+    """A cache that holds everything of the texts but their last tokens, and those (the anchors)."""
+    cache = SlotCache(num_slots=len(texts), capacity=capacity, device=torch.device("cpu"))
+    lengths = torch.tensor([len(text) - 1 for text in texts])
+    ids = torch.zeros(len(texts), max(int(lengths.max()), 1), dtype=torch.int64)
+    for row, text in enumerate(texts):
+        ids[row, : len(text) - 1] = torch.tensor(text[:-1], dtype=torch.int64)
+    policy.prefill(ids, cache.window(0, len(texts), ids.shape[1]))
+    cache.commit(0, len(texts), lengths)
+    return cache, torch.tensor([text[-1] for text in texts])
+
+
+def plain_logits(policy, ids):
+    """transformers' own forward, stock attention."""
+    policy.model.set_attn_implementation("sdpa")
+    with torch.no_grad():
+        logits = policy.model(torch.tensor([ids]), use_cache=False).logits[0]
+    policy.model.set_attn_implementation("blockroll")
+    return logits
+
+
+def random_drafts(rows, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(4, VOCAB_SIZE, (rows, NUM_DRAFTS), generator=generator)
+
+
+def test_verify_logits_equal_the_plain_causal_forward(policy):
+    texts = prompts(6)
+    cache, anchors = prefilled(policy, texts)
+    drafts = random_drafts(len(texts))
+    window = cache.window(0, len(texts), NUM_DRAFTS + 1)
+    got = policy.verify_logits(torch.cat([anchors[:, None], drafts], dim=1), window)
+    for row, text in enumerate(texts):
+        want = plain_logits(policy, [*text, *drafts[row].tolist()])[len(text) - 1 :]
+        torch.testing.assert_close(got[row], want, atol=TOLERANCE, rtol=0)
+
+
+def test_draft_logits_equal_a_dense_forward_with_the_block_mask(policy):
+    texts = prompts(5)
+    cache, anchors = prefilled(policy, texts)
+    got = policy.draft_logits(anchors, NUM_DRAFTS, cache.window(0, len(texts), NUM_DRAFTS + 1))
+    for row, text in enumerate(texts):
+        ids = torch.tensor([[*text, *[MASK_ID] * NUM_DRAFTS]])
+        size = ids.shape[1]
+        mask = torch.ones(size, size, dtype=torch.bool).tril()
+        mask[len(text) :] = True
+        policy.model.set_attn_implementation("sdpa")
+        with torch.no_grad():
+            positions = torch.arange(size)[None]
+            output = policy.model(ids, attention_mask=mask[None, None], position_ids=positions, use_cache=False)
+        policy.model.set_attn_implementation("blockroll")
+        torch.testing.assert_close(got[row], output.logits[0, len(text) :], atol=TOLERANCE, rtol=0)
+
+
+def test_drafts_look_both_ways_and_the_anchor_does_not(policy):
+    """A causal draft mask, or an anchor that sees masks, would pass the law tests and only lose acceptance."""
+    texts = prompts(3)
+    cache, anchors = prefilled(policy, texts)
+    policy.draft_logits(anchors, NUM_DRAFTS, cache.window(0, 3, NUM_DRAFTS + 1))
+    keys_with_masks = [cache._keys[-1][row, :, len(text) - 1].clone() for row, text in enumerate(texts)]
+    policy.verify_logits(anchors[:, None], cache.window(0, 3, 1))
+    for row, text in enumerate(texts):
+        torch.testing.assert_close(cache._keys[-1][row, :, len(text) - 1], keys_with_masks[row], atol=1e-5, rtol=0)
+    wide = policy.draft_logits(anchors, NUM_DRAFTS, cache.window(0, 3, NUM_DRAFTS + 1))
+    narrow = policy.draft_logits(anchors, NUM_DRAFTS - 1, cache.window(0, 3, NUM_DRAFTS))
+    assert (wide[:, 0] - narrow[:, 0]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("poison", [1e4, -1e4])
+def test_verify_logits_are_bit_identical_whatever_mask_rows_left_behind(policy, poison):
+    texts = prompts(6)
+    drafts = random_drafts(len(texts))
+    results = []
+    for value in (0.0, poison):
+        cache, anchors = prefilled(policy, texts)
+        policy.draft_logits(anchors, NUM_DRAFTS, cache.window(0, len(texts), NUM_DRAFTS + 1))
+        cache.fill_stale(value)
+        ids = torch.cat([anchors[:, None], drafts], dim=1)
+        results.append(policy.verify_logits(ids, cache.window(0, len(texts), NUM_DRAFTS + 1)))
+    assert torch.equal(*results)
+
+
+def test_verify_logits_are_bit_identical_whatever_the_mask_embedding_holds(policy):
+    texts = prompts(6)
+    drafts = random_drafts(len(texts))
+    results, draft_logits = [], []
+    for scale in (1.0, -50.0):
+        with torch.no_grad():
+            policy.model.get_input_embeddings().weight[MASK_ID] *= scale
+        cache, anchors = prefilled(policy, texts)
+        draft_logits.append(policy.draft_logits(anchors, NUM_DRAFTS, cache.window(0, len(texts), NUM_DRAFTS + 1)))
+        ids = torch.cat([anchors[:, None], drafts], dim=1)
+        results.append(policy.verify_logits(ids, cache.window(0, len(texts), NUM_DRAFTS + 1)))
+    assert torch.equal(*results)
+    assert not torch.equal(*draft_logits)
+
+
+def test_cache_after_every_pattern_of_accepts_equals_recompute(policy):
+    """Two steps; in each, every row of a batch accepts another number of drafts."""
+    patterns = list(itertools.product(range(NUM_DRAFTS + 1), repeat=2))
+    texts = [list(text) for text in prompts(len(patterns), longest=9)]
+    cache, anchors = prefilled(policy, texts)
+    for step in range(2):
+        drafts = random_drafts(len(texts), seed=step)
+        policy.draft_logits(anchors, NUM_DRAFTS, cache.window(0, len(texts), NUM_DRAFTS + 1))
+        ids = torch.cat([anchors[:, None], drafts], dim=1)
+        policy.verify_logits(ids, cache.window(0, len(texts), NUM_DRAFTS + 1))
+        accepted = torch.tensor([pattern[step] for pattern in patterns])
+        cache.commit(0, len(texts), accepted + 1)
+        anchors = torch.randint(4, VOCAB_SIZE, (len(texts),), generator=torch.Generator().manual_seed(step + 9))
+        for row, text in enumerate(texts):
+            text += [*drafts[row, : accepted[row]].tolist(), int(anchors[row])]
+    fresh, _ = prefilled(policy, [tuple(text) for text in texts])
+    assert torch.equal(cache.lengths_N, fresh.lengths_N)
+    for mine, recomputed in zip((*cache._keys, *cache._values), (*fresh._keys, *fresh._values), strict=True):
+        for row, length in enumerate(fresh.lengths_N.tolist()):
+            torch.testing.assert_close(
+                mine[row, :, :length], recomputed[row, :, :length], atol=1e-4, rtol=1e-4
+            )
+
+
+def test_a_batch_row_gets_the_logits_it_gets_alone(policy):
+    texts = prompts(6)
+    cache, anchors = prefilled(policy, texts)
+    together = policy.verify_logits(anchors[:, None], cache.window(0, len(texts), 1))
+    for row, text in enumerate(texts):
+        alone, anchor = prefilled(policy, [text])
+        torch.testing.assert_close(
+            together[row], policy.verify_logits(anchor[:, None], alone.window(0, 1, 1))[0], atol=TOLERANCE, rtol=0
+        )
