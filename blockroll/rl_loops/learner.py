@@ -23,6 +23,7 @@ from blockroll.policies.hf import HFPolicy
 from blockroll.rl_loops.advantages import Advantages
 from blockroll.rl_loops.grpo import Algorithm
 from blockroll.rl_loops.losses import behavior_correction
+from blockroll.rollout.weight_sync import named_weights
 from blockroll.types import Rollout
 
 log = logging.getLogger(__name__)
@@ -65,9 +66,8 @@ class Learner:
         return self.config.learning_rate * min(1.0, share)
 
     def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """The weights to publish, in the model's own order; tied weights under each of their names."""
-        for name, tensor in self.model.state_dict().items():
-            yield name, tensor.detach()
+        """The weights to publish, in the order replicas hold them; tied ones once."""
+        return named_weights(self.model)
 
     def logprobs(self, rollouts: Sequence[Rollout]) -> TokenLaws:
         """Teacher-forced law of every completion token, without gradient."""

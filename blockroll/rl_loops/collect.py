@@ -1,0 +1,121 @@
+"""From prompts to rollouts: requests with derived seeds, and what a batch of rollouts says about itself.
+
+Seeds are a hash of what they are for, never the state of a generator: a run resumes from its step alone.
+"""
+
+import hashlib
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from blockroll.errors import InvalidInput
+from blockroll.rl_loops.advantages import FAILED_REASONS, score_rollouts
+from blockroll.rl_loops.tasks import RewardFunction, Row
+from blockroll.rollout.pool import RolloutPool
+from blockroll.types import Request, Rollout, Sampling
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """Rollouts in the order of their requests, with the row and the text of each."""
+
+    rollouts: tuple[Rollout, ...]
+    rows: tuple[Row, ...]
+    completions: tuple[str, ...]
+    group_ids: tuple[str, ...]
+    duration_s: float  # from the first request to the last rollout
+
+
+def derive_seed(*words: object) -> int:
+    """63 bits from what the seed is for: equal words give equal seeds."""
+    digest = hashlib.blake2b("/".join(map(str, words)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def collect(
+    pool: RolloutPool, rows: Sequence[Row], *, label: str, seed: int, group_size: int, sampling: Sampling
+) -> Batch:
+    """`group_size` rollouts of every row. Equal arguments and weights give equal batches under a fixed plan.
+
+    `label` says what the batch is for, such as `step 3`; it enters the seeds and the request ids.
+    """
+    requests = [
+        Request(
+            request_id=f"{label}/{index}/{sample}",
+            group_id=f"{label}/{index}",
+            prompt_ids=tuple(pool.tokenizer(row["prompt"])["input_ids"]),
+            seed=derive_seed(seed, label, index, sample),
+            sampling=sampling,
+        )
+        for index, row in enumerate(rows)
+        for sample in range(group_size)
+    ]
+    start = time.perf_counter()
+    finished = {rollout.request.request_id: rollout for rollout in pool.generate(requests)}
+    duration_s = time.perf_counter() - start
+    lost = [request.request_id for request in requests if request.request_id not in finished]
+    assert not lost, f"the pool lost {len(lost)} rollouts: {lost[:3]}"
+    # Rollouts arrive as they finish; sums over them must not depend on that.
+    rollouts = tuple(finished[request.request_id] for request in requests)
+    if any(rollout.law.weight is None for rollout in rollouts):
+        raise InvalidInput(
+            "rollouts of law 'none' have no importance ratio; train on the target or a mixed law"
+        )
+    return Batch(
+        rollouts=rollouts,
+        rows=tuple(row for row in rows for _ in range(group_size)),
+        completions=tuple(pool.decode(rollout) for rollout in rollouts),
+        group_ids=tuple(request.group_id or request.request_id for request in requests),
+        duration_s=duration_s,
+    )
+
+
+def evaluate(
+    pool: RolloutPool, rows: Sequence[Row], reward_fn: RewardFunction, *, seed: int, sampling: Sampling
+) -> dict[str, float]:
+    """One rollout per held-out row, with the same seeds every time; the mean is over valid rewards."""
+    batch = collect(pool, rows, label="eval", seed=seed, group_size=1, sampling=sampling)
+    scores = score_rollouts(reward_fn, batch.rows, batch.rollouts, batch.completions)
+    valid = scores.rewards_B[scores.is_valid_B]
+    return {
+        "eval/reward": float(valid.mean()) if len(valid) else math.nan,
+        "eval/num_rollouts": float(len(valid)),
+        "eval/acceptance_rate": acceptance_rate(batch.rollouts),
+        "eval/mean_length": _mean([len(rollout.token_ids) for rollout in batch.rollouts]),
+    }
+
+
+def acceptance_rate(rollouts: Sequence[Rollout]) -> float:
+    """Accepted drafts per draft submitted to verify; NaN under the plain plan."""
+    return _ratio(sum(r.stats.num_accepted for r in rollouts), sum(r.stats.num_drafted for r in rollouts))
+
+
+def rollout_metrics(batch: Batch) -> dict[str, float]:
+    """How a batch was generated; names as in verl and TRL where they have one."""
+    rollouts = batch.rollouts
+    lengths = [len(rollout.token_ids) for rollout in rollouts]
+    accept_lengths = [
+        1 + rollout.stats.num_accepted / rollout.stats.num_verify_steps
+        for rollout in rollouts
+        if rollout.stats.num_verify_steps
+    ]
+    return {
+        "rollout/acceptance_rate": acceptance_rate(rollouts),
+        "rollout/tokens_per_forward": _ratio(sum(lengths), sum(r.stats.num_forwards for r in rollouts)),
+        "rollout/spec_accept_length": _mean(accept_lengths),
+        "rollout/generated_tok_s": _ratio(sum(lengths), batch.duration_s),
+        "rollout/duration_s": batch.duration_s,
+        "rollout/failed": float(sum(rollout.finish_reason in FAILED_REASONS for rollout in rollouts)),
+        "completions/mean_length": _mean(lengths),
+        "completions/max_length": float(max(lengths, default=0)),
+        "completions/clipped_ratio": _mean([rollout.finish_reason == "length" for rollout in rollouts]),
+    }
+
+
+def _mean(values: Sequence[float]) -> float:
+    return _ratio(sum(values), len(values))
+
+
+def _ratio(numerator: float, denominator: float) -> float:
+    return numerator / denominator if denominator else math.nan

@@ -1,0 +1,219 @@
+"""The state of a run: one step at a time, and what a checkpoint keeps of it.
+
+Policy version n is the weights after n updates. The rollouts of step n are drawn from version n - 1, and
+no step starts before every replica has reported the learner's own checksum for that version.
+"""
+
+import random
+import time
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+
+from blockroll.config import RunConfig, to_mapping
+from blockroll.errors import WeightSyncError
+from blockroll.rl_loops.advantages import score_rollouts
+from blockroll.rl_loops.checkpoint import save_checkpoint
+from blockroll.rl_loops.collect import Batch, collect, evaluate, rollout_metrics
+from blockroll.rl_loops.learner import Learner
+from blockroll.rl_loops.tasks import Task
+from blockroll.rollout.pool import RolloutPool
+from blockroll.rollout.weight_sync import make_update
+from blockroll.types import Plan, Sampling, UpdateReceipt, WeightUpdate
+
+SAMPLES_PER_STEP = 2
+COUNTERS = ("rollout/failed_total", "reward/failed_total", "sync/checksum_fail_total")
+
+
+class Run:
+    """The state of a run. Invariant: when settled, learner, replicas and metrics are all at `step`."""
+
+    def __init__(self, config: RunConfig, task: Task, pool: RolloutPool, learner: Learner) -> None:
+        self.config = config
+        self.task = task
+        self.pool = pool
+        self.learner = learner
+        self.step = 0
+        self._is_settled = False
+        self._saved_step = -1
+        self._counters = dict.fromkeys(COUNTERS, 0.0)
+        self._extra: dict[str, Any] = {}
+        self._sampling = Sampling(
+            temperature=config.rollout.temperature, max_tokens=config.rollout.max_tokens
+        )
+        self._eval_rows = tuple(task.eval_rows(config.train.eval_prompts)) if config.train.eval_every else ()
+        default_drafts = learner.policy.trained_drafts or 1
+        self._plan = Plan.parse(config.rollout.plan, default_drafts=default_drafts)
+
+    def start(self, state: Mapping[str, Any] | None) -> None:
+        """Take over a checkpoint's state, bring every replica to the learner's weights, and evaluate once."""
+        if state is not None:
+            self.learner.load_state_dict(state["learner"])
+            self.step = self._saved_step = int(state["step"])
+            self._counters = {name: float(state["counters"][name]) for name in COUNTERS}
+            self._publish(self.step)
+            _load_rng_state(state["rng"])
+        else:
+            self._require_equal_weights()
+            if self._eval_rows:
+                self._extra = {"eval/initial_reward": self._evaluate()["eval/reward"]}
+        self._is_settled = True
+
+    def run_step(self) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """One policy update. Returns the metrics of the step and a few of its rollouts to read."""
+        config, step = self.config.train, self.step + 1
+        start = time.perf_counter()
+        rows = self.task.train_rows(
+            self.config.seed, self.step * config.prompts_per_step, config.prompts_per_step
+        )
+        batch = collect(
+            self.pool,
+            rows,
+            label=f"step {step}",
+            seed=self.config.seed,
+            group_size=config.group_size,
+            sampling=self._sampling,
+        )
+        scores = score_rollouts(self.task.reward_fn, batch.rows, batch.rollouts, batch.completions)
+        advantages = self.learner.algorithm.advantages(scores.rewards_B, batch.group_ids)
+
+        self._is_settled = False
+        update_start = time.perf_counter()
+        learner_metrics = self.learner.update(batch.rollouts, advantages)
+        update_s = time.perf_counter() - update_start
+        sync_metrics = self._publish(step)
+        step_time = time.perf_counter() - start
+
+        self.step = step
+        self._counters["rollout/failed_total"] += scores.num_rollouts_failed
+        self._counters["reward/failed_total"] += scores.num_rewards_failed
+        metrics: dict[str, Any] = {
+            "step": step,
+            "reward": advantages.reward_mean,
+            "reward_std": advantages.reward_std,
+            "frac_reward_zero_std": advantages.frac_zero_std,
+            "policy_version": step - 1,
+            "plan": self._plan.name,
+            **rollout_metrics(batch),
+            **learner_metrics,
+            **sync_metrics,
+            **self._totals(),
+            "perf/update_s": update_s,
+            "step_time": step_time,
+            **self._extra,
+        }
+        self._extra = {}
+        if self._eval_rows and (step % config.eval_every == 0 or step == config.steps):
+            metrics.update(self._evaluate())
+        return metrics, _samples(batch, scores.rewards_B.tolist(), step)
+
+    def settle(self) -> None:
+        """The step's metrics are written: from here the run can be resumed. Saves when it is time."""
+        self._is_settled = True
+        every = self.config.train.checkpoint_every
+        if every and self.step % every == 0:
+            self.save_if_settled()
+
+    def save_if_settled(self) -> None:
+        """Write a checkpoint of this step, unless it is there or the step is half done."""
+        if not self._is_settled or self._saved_step == self.step:
+            return
+        state = {
+            "step": self.step,
+            "policy_version": self.step,
+            "config": to_mapping(self.config),
+            "learner": self.learner.state_dict(),
+            "rng": _rng_state(),
+            "counters": self._totals(),
+        }
+        keep = self.config.train.keep_checkpoints
+        save_checkpoint(self.config.run_dir, self.learner.policy, state, keep=keep)
+        self._saved_step = self.step
+
+    def _evaluate(self) -> dict[str, float]:
+        return evaluate(
+            self.pool, self._eval_rows, self.task.reward_fn, seed=self.config.seed, sampling=self._sampling
+        )
+
+    def _totals(self) -> dict[str, float]:
+        return {
+            **self._counters,
+            "sync/checksum_fail_total": self._counters["sync/checksum_fail_total"]
+            + self.pool.num_refused_updates,
+        }
+
+    def _update(self, version: int) -> WeightUpdate:
+        dtype = getattr(torch, self.config.policy.dtype)
+        tensors = self.learner.named_tensors()
+        return make_update(tensors, version=version, base_version=self.pool.version, dtype=dtype)
+
+    def _publish(self, version: int) -> dict[str, float]:
+        """Hand the learner's weights to every replica; WeightSyncError unless all serve just these."""
+        start = time.perf_counter()
+        update = self._update(version)
+        if version > self.pool.version:
+            require_accepted(self.pool.update(update), update)
+        else:
+            self._require_equal_weights()
+        return {
+            "sync/version": float(self.pool.version),
+            "sync/engines_stale": float(sum(state != "READY" for state in self.pool.states)),
+            "engine/healthy": float(sum(state == "READY" for state in self.pool.states)),
+            "engine/redispatch_total": float(self.pool.num_redispatched),
+            "perf/weight_sync_s": time.perf_counter() - start,
+        }
+
+    def _require_equal_weights(self) -> None:
+        """Before the first rollout: every replica must hold the learner's weights, byte for byte."""
+        expected = self._update(self.pool.version).manifest.checksum
+        for index, health in enumerate(self.pool.health()):
+            if health.checksum != expected:
+                raise WeightSyncError(
+                    f"replica {index} (process {health.pid}) started from weights {health.checksum}, the "
+                    f"learner from {expected}: give the pool the checkpoint that the run starts from"
+                )
+
+
+def require_accepted(receipts: Iterable[UpdateReceipt], update: WeightUpdate) -> None:
+    """WeightSyncError, naming replica and cause, unless every replica holds just this update."""
+    expected = (update.version, update.manifest.checksum)
+    wrong = [
+        f"replica {receipt.replica_id} holds version {receipt.version}, checksum {receipt.checksum}"
+        + (f" ({receipt.error})" if receipt.error else "")
+        for receipt in receipts
+        if not receipt.accepted or (receipt.version, receipt.checksum) != expected
+    ]
+    if wrong:
+        raise WeightSyncError(
+            f"version {update.version} with checksum {update.manifest.checksum} is not served everywhere: "
+            + "; ".join(wrong)
+        )
+
+
+def _rng_state() -> dict[str, Any]:
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {"python": random.getstate(), "torch": torch.get_rng_state(), "cuda": cuda}
+
+
+def _load_rng_state(state: Mapping[str, Any]) -> None:
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words), gauss))
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def _samples(batch: Batch, rewards: list[float], step: int) -> list[dict[str, Any]]:
+    return [
+        {
+            "step": step,
+            "prompt": batch.rows[i]["prompt"],
+            "completion": batch.completions[i],
+            "reward": rewards[i],
+            "num_tokens": len(batch.rollouts[i].token_ids),
+            "num_accepted": batch.rollouts[i].stats.num_accepted,
+            "finish_reason": batch.rollouts[i].finish_reason,
+        }
+        for i in range(min(SAMPLES_PER_STEP, len(batch.rollouts)))
+    ]
