@@ -4,6 +4,7 @@ Series are sequences of (x, y); points without a value are left out before they 
 """
 
 import io
+import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -47,16 +48,16 @@ STYLE: Any = {
 }
 
 
-def draw(plot: Callable[[Axes], None], *, for_page: bool = True) -> str:
-    """The SVG text of one figure. `for_page=False` keeps ordinary colours, to look at it alone."""
+def draw(plot: Callable[[Axes], None]) -> str:
+    """The SVG text of one figure, ready to stand in a page."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(5.6, 3.1), layout="constrained")
         plot(figure.subplots())
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :]
-    for stand_in, colour in PAGE_COLOURS.items() if for_page else ():
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
+    for stand_in, colour in PAGE_COLOURS.items():
         svg = svg.replace(stand_in, colour)
     return svg
 

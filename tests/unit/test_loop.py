@@ -1,0 +1,308 @@
+"""Whole runs on a tiny random policy: what they leave, how they resume, and what stops them."""
+
+import dataclasses
+import io
+import json
+
+import pytest
+import torch
+from rich.console import Console
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from blockroll.config import PolicyConfig, RolloutConfig, RunConfig, TrainConfig
+from blockroll.errors import CheckpointError, RunExists, WeightSyncError
+from blockroll.policies.hf import HFPolicy, load_tokenizer
+from blockroll.rl_loops.checkpoint import STATE_FILE, checkpoints, latest_checkpoint, load_trainer_state
+from blockroll.rl_loops.collect import derive_seed
+from blockroll.rl_loops.loop import load_run_config, train
+from blockroll.rl_loops.tasks import from_rows
+from blockroll.rl_loops.tracking import read_lines
+from blockroll.rollout.pool import RolloutPool, make_pool
+from blockroll.rollout.replica import LocalReplica
+
+ROWS = [{"prompt": f"{i}+{i}=?"} for i in range(7)]
+# Everything of a step but what the clock decides.
+TIMES = {"rollout/duration_s", "rollout/generated_tok_s", "perf/update_s", "perf/weight_sync_s", "step_time"}
+REQUIRED = """
+    step reward reward_std frac_reward_zero_std policy_version plan grad_norm learning_rate clip_ratio entropy
+    rollout/acceptance_rate rollout/tokens_per_forward rollout/generated_tok_s rollout/duration_s
+    rollout/failed_total reward/failed_total completions/mean_length
+    sync/version sync/engines_stale sync/checksum_fail_total perf/weight_sync_s perf/update_s step_time
+    rollout_corr/kl rollout_corr/rollout_is_mean rollout_corr/applied/rollout_is_mean
+    sampling/sampling_logp_difference/max
+""".split()
+
+
+def even_share(*, completion_ids, **_):
+    """Rewards tokens of even id: easy to learn from random weights."""
+    return [sum(token % 2 == 0 for token in ids) / len(ids) for ids in completion_ids]
+
+
+TASK = from_rows(name="even", train=ROWS, held_out=ROWS[:3], reward_fn=even_share)
+
+
+@pytest.fixture(scope="module")
+def policy_path(tmp_path_factory):
+    return save_policy(tmp_path_factory.mktemp("policy"), seed=0)
+
+
+def save_policy(folder, seed):
+    torch.manual_seed(seed)
+    tokenizer = load_tokenizer("tiny")
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        max_position_embeddings=64,
+        tie_word_embeddings=True,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+        blockroll={"mask_token_id": 3, "block_sizes": [3], "conversion": "full"},
+    )
+    HFPolicy(LlamaForCausalLM(config), tokenizer).save_pretrained(folder)
+    return folder
+
+
+def config_for(tmp_path, policy_path, *, name="run", plan="two_forward", **options):
+    options = {
+        "steps": 4, "prompts_per_step": 3, "group_size": 4, "learning_rate": 1e-2, "learner_threads": 1,
+        "eval_every": 2, "eval_prompts": 3, "checkpoint_every": 2, **options,
+    }  # fmt: skip
+    return RunConfig(
+        name=name,
+        runs_dir=str(tmp_path),
+        policy=PolicyConfig(path=str(policy_path), device="cpu"),
+        rollout=RolloutConfig(backend="local", num_replicas=2, plan=plan, max_tokens=10, max_batch_size=8),
+        train=TrainConfig(**options),
+    )
+
+
+def run(config, **arguments):
+    return train(config, task=arguments.pop("task", TASK), console=Console(file=io.StringIO()), **arguments)
+
+
+def untimed(rows):
+    return [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
+
+
+def weights_of(run_dir):
+    return HFPolicy.from_pretrained(latest_checkpoint(run_dir), device="cpu").model.state_dict()
+
+
+def stop_after(step, error):
+    def callback(metrics):
+        if metrics["step"] == step:
+            raise error
+
+    return callback
+
+
+def test_a_run_leaves_config_metrics_samples_checkpoints_and_report(tmp_path, policy_path):
+    config = config_for(tmp_path, policy_path)
+    result = run(config)
+    rows = read_lines(config.run_dir / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    assert [key for row in rows for key in REQUIRED if key not in row] == []
+    assert [row["policy_version"] for row in rows] == [0, 1, 2, 3]
+    assert [row["sync/version"] for row in rows] == [1, 2, 3, 4]
+    assert [row["step"] for row in rows if "eval/reward" in row] == [2, 4]
+    assert "eval/initial_reward" in rows[0]
+    assert all(row["sampling/sampling_logp_difference/max"] < 1e-4 for row in rows)
+    assert rows[0]["plan"] == "two_forward(3)"
+    assert load_run_config(config.run_dir) == dataclasses.replace(config, runs_dir=str(tmp_path.resolve()))
+    assert [path.name for path in checkpoints(config.run_dir)] == ["step_000002", "step_000004"]
+    assert {sample["step"] for sample in read_lines(config.run_dir / "rollouts.jsonl")} == {1, 2, 3, 4}
+    assert result.report.is_file()
+    assert result.policy_version == 4
+
+
+def test_a_checkpoint_is_a_policy_that_still_drafts(tmp_path, policy_path):
+    config = config_for(tmp_path, policy_path, steps=1)
+    run(config)
+    policy = HFPolicy.from_pretrained(latest_checkpoint(config.run_dir), device="cpu")
+    assert (policy.mask_token_id, policy.trained_drafts) == (3, 3)
+    assert policy.tokenizer is not None
+
+
+@pytest.mark.parametrize("plan", ["plain", "two_forward"])
+def test_reward_rises_on_a_task_that_random_weights_can_learn(tmp_path, policy_path, plan):
+    options = {"prompts_per_step": 4, "group_size": 16, "learning_rate": 2e-2, "eval_every": 0}
+    rows = run(config_for(tmp_path, policy_path, plan=plan, steps=16, **options)).metrics
+    assert sum(row["reward"] for row in rows[-3:]) / 3 > rows[0]["reward"] + 0.25
+
+
+@pytest.mark.parametrize(("error", "resumes_after"), [(KeyboardInterrupt(), 3), (RuntimeError("crash"), 2)])
+def test_resumed_equals_uninterrupted_token_for_token(tmp_path, policy_path, error, resumes_after):
+    whole = config_for(tmp_path, policy_path, name="whole", steps=5)
+    broken = config_for(tmp_path, policy_path, name="broken", steps=5)
+    run(whole)
+    with pytest.raises((SystemExit, RuntimeError)):
+        run(broken, callbacks=[stop_after(3, error)])
+    assert latest_checkpoint(broken.run_dir).name == f"step_{resumes_after:06d}"
+    run(broken, resume=True)
+    for name in ("metrics.jsonl", "rollouts.jsonl"):
+        assert untimed(read_lines(broken.run_dir / name)) == untimed(read_lines(whole.run_dir / name))
+    expected = weights_of(whole.run_dir)
+    for name, tensor in weights_of(broken.run_dir).items():
+        assert torch.equal(tensor, expected[name]), name
+    states = [load_trainer_state(latest_checkpoint(each.run_dir)) for each in (whole, broken)]
+    assert torch.equal(states[0]["rng"]["torch"], states[1]["rng"]["torch"])
+    assert states[0]["learner"]["num_optimizer_steps"] == states[1]["learner"]["num_optimizer_steps"] == 5
+
+
+def test_an_interrupt_says_how_to_go_on_and_closes_the_pool(tmp_path, policy_path):
+    config = config_for(tmp_path, policy_path)
+    output = io.StringIO()
+    closed = []
+    replicas = [LocalReplica.build(config.policy, config.rollout)]
+    pool = RolloutPool(replicas, tokenizer=load_tokenizer(policy_path), on_close=lambda: closed.append(True))
+    with pytest.raises(SystemExit) as end:
+        train(
+            config,
+            task=TASK,
+            pool=pool,
+            console=Console(file=output),
+            callbacks=[stop_after(1, KeyboardInterrupt())],
+        )
+    assert end.value.code == 130
+    assert f"blockroll train --resume {config.run_dir}" in output.getvalue().replace("\n", "")
+    assert closed == [True]
+
+
+def test_an_interrupt_before_any_step_is_done_leaves_a_checkpoint_of_the_start(tmp_path, policy_path):
+    config = config_for(tmp_path, policy_path)
+
+    def interrupt(**_):
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit):
+        run(
+            dataclasses.replace(config, train=dataclasses.replace(config.train, eval_every=0)),
+            task=dataclasses.replace(TASK, reward_fn=interrupt),
+        )
+    assert latest_checkpoint(config.run_dir).name == "step_000000"
+
+
+def test_a_run_folder_that_exists_is_refused_with_both_ways_out(tmp_path, policy_path):
+    config = config_for(tmp_path, policy_path)
+    config.run_dir.mkdir()
+    with pytest.raises(RunExists, match=r"--resume .* another name"):
+        run(config)
+
+
+def test_a_run_that_cannot_start_leaves_no_folder(tmp_path):
+    config = config_for(tmp_path, tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="no checkpoint"):
+        run(config)
+    assert not config.run_dir.exists()
+
+
+def test_resuming_what_never_ran_or_another_run_is_refused(tmp_path, policy_path):
+    config = config_for(tmp_path, policy_path, steps=1)
+    with pytest.raises(CheckpointError, match="no checkpoint"):
+        run(config, resume=True)
+    run(config)
+    with pytest.raises(CheckpointError, match=r"seed is 7, but .* started with 0"):
+        run(dataclasses.replace(config, seed=7), resume=True)
+    with pytest.raises(CheckpointError, match=r"train\.group_size is 8"):
+        run(dataclasses.replace(config, train=dataclasses.replace(config.train, group_size=8)), resume=True)
+
+
+@pytest.mark.parametrize("lost", [STATE_FILE, "config.json", "model.safetensors"])
+def test_a_checkpoint_that_lacks_a_file_names_it(tmp_path, policy_path, lost):
+    config = config_for(tmp_path, policy_path, steps=1)
+    run(config)
+    (latest_checkpoint(config.run_dir) / lost).unlink()
+    with pytest.raises(CheckpointError, match="safetensors" if "model" in lost else lost):
+        run(config, resume=True)
+
+
+@pytest.mark.parametrize("component", ["rng", "learner", "counters"])
+def test_a_checkpoint_that_lacks_a_component_names_it(tmp_path, policy_path, component):
+    config = config_for(tmp_path, policy_path, steps=1)
+    run(config)
+    path = latest_checkpoint(config.run_dir) / STATE_FILE
+    state = torch.load(path, weights_only=True)
+    del state[component]
+    torch.save(state, path)
+    with pytest.raises(CheckpointError, match=f"lacks {component}"):
+        run(config, resume=True)
+
+
+def test_a_reward_that_raises_is_counted_and_the_run_goes_on(tmp_path, policy_path):
+    def sometimes(*, completion_ids, **_):
+        if any(ids[0] % 2 for ids in completion_ids):
+            raise ArithmeticError("odd")
+        return [1.0] * len(completion_ids)
+
+    rows = run(config_for(tmp_path, policy_path), task=dataclasses.replace(TASK, reward_fn=sometimes)).metrics
+    assert len(rows) == 4
+    assert rows[-1]["reward/failed_total"] >= rows[0]["reward/failed_total"] > 0
+    assert rows[-1]["rollout/failed_total"] == 0
+
+
+class DeafReplica(LocalReplica):
+    """Loses the last bucket of every update."""
+
+    def update(self, update):
+        return super().update(dataclasses.replace(update, buckets=(*update.buckets[:-1], None)))
+
+
+def test_a_run_stops_by_name_when_one_replica_misses_an_update(tmp_path, policy_path):
+    config = config_for(tmp_path, policy_path)
+    classes = (LocalReplica, DeafReplica)
+    replicas = [each.build(config.policy, config.rollout, replica_id=i) for i, each in enumerate(classes)]
+    # The classes' common constructor makes plain replicas: the second one is given its fault here.
+    replicas[1] = DeafReplica(replicas[1].engine, replicas[1].engine.policy.model, replica_id=1)
+    pool = RolloutPool(replicas, tokenizer=load_tokenizer(policy_path))
+    with pytest.raises(WeightSyncError, match=r"version 1 .* replica 1 holds version 0.*BucketMissing"):
+        run(config, pool=pool)
+    assert pool.states == ("READY", "STALE")
+
+
+def test_a_run_stops_by_name_when_a_bucket_is_corrupted_for_all(tmp_path, policy_path):
+    def corrupt(update):
+        return dataclasses.replace(update, buckets=tuple(bucket ^ 1 for bucket in update.buckets))
+
+    config = config_for(tmp_path, policy_path)
+    replicas = [LocalReplica.build(config.policy, config.rollout)]
+    pool = RolloutPool(replicas, tokenizer=load_tokenizer(policy_path), transport=corrupt)
+    with pytest.raises(WeightSyncError, match="ChecksumMismatch"):
+        run(config, pool=pool)
+    assert pool.version == 0
+
+
+def test_a_pool_with_other_weights_than_the_learner_serves_nothing(tmp_path, policy_path):
+    config = config_for(tmp_path, policy_path)
+    other = save_policy(tmp_path / "other", seed=1)
+    pool = make_pool(PolicyConfig(path=str(other), device="cpu"), config.rollout)
+    with pytest.raises(WeightSyncError, match=r"replica 0 .* started from weights"):
+        run(config, pool=pool)
+
+
+def test_wandb_offline_logs_every_step(tmp_path, policy_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    config = dataclasses.replace(config_for(tmp_path, policy_path, steps=1), wandb=True)
+    assert run(config).policy_version == 1
+
+
+def test_seeds_are_63_bits_and_depend_on_every_word():
+    seeds = {derive_seed(0, "step 1", prompt, sample) for prompt in range(20) for sample in range(20)}
+    assert len(seeds) == 400
+    assert all(0 <= seed < 2**63 for seed in seeds)
+    assert derive_seed(0, 1) == derive_seed(0, 1) != derive_seed(1, 0)
+
+
+def test_metrics_are_json_that_other_tools_can_read(tmp_path, policy_path):
+    config = config_for(tmp_path, policy_path, plan="plain", steps=1)
+    run(config)
+    text = (config.run_dir / "metrics.jsonl").read_text()
+    assert "NaN" not in text
+    assert json.loads(text)["rollout/acceptance_rate"] is None
+    assert json.loads(text)["rollout/tokens_per_forward"] == 1.0

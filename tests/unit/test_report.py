@@ -1,0 +1,129 @@
+"""The report: one file that needs nothing else, whatever a run has or lacks."""
+
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+import yaml
+
+from blockroll.config import RunConfig, to_mapping
+from blockroll.errors import InvalidInput
+from blockroll.rl_loops.report import evaluations, write_report
+
+VOID = {"meta", "br", "link", "path", "use", "rect"}
+
+
+def step_row(step, **changes):
+    row = {
+        "step": step,
+        "reward": 0.4 + 0.1 * step,
+        "plan": "two_forward(8)",
+        "rollout/acceptance_rate": 0.7 - 0.01 * step,
+        "rollout/tokens_per_forward": 2.5,
+        "perf/weight_sync_s": 0.02,
+        "sync/version": float(step),
+        "sync/engines_stale": 0.0,
+        "rollout/failed_total": 0.0,
+        "reward/failed_total": 0.0,
+        "sync/checksum_fail_total": 0.0,
+    }
+    return {**row, **changes}
+
+
+def run_folder(path, rows, samples=(), speed=None):
+    path.mkdir()
+    (path / "config.yaml").write_text(yaml.safe_dump(to_mapping(RunConfig())))
+    for name, lines in (("metrics.jsonl", rows), ("rollouts.jsonl", samples)):
+        (path / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    if speed is not None:
+        (path / "speed.json").write_text(json.dumps(speed))
+    return path
+
+
+class Balance(HTMLParser):
+    """Fails on a tag that closes what is not open."""
+
+    def __init__(self):
+        super().__init__()
+        self.open = []
+
+    def handle_starttag(self, tag, attrs):
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        pass
+
+    def handle_endtag(self, tag):
+        if tag not in VOID:
+            assert self.open.pop() == tag, tag
+
+
+def page(folder):
+    text = write_report(folder).read_text(encoding="utf-8")
+    balance = Balance()
+    balance.feed(text)
+    assert balance.open == []
+    return text
+
+
+SPEED = [
+    {"plan": "plain", "batch": 1, "tokens_per_s": 100.0, "tokens_per_s_all": [99.0, 100.0, 101.0]},
+    {"plan": "two_forward(8)", "batch": 1, "tokens_per_s": 250.0, "tokens_per_s_all": [240.0, 250.0, 260.0]},
+]
+SAMPLE = {
+    "step": 1,
+    "prompt": "1<2&3",
+    "completion": "<script>alert(1)</script>",
+    "reward": 1.0,
+    "num_tokens": 5,
+    "num_accepted": 3,
+    "finish_reason": "stop",
+}
+
+
+def test_a_whole_run_makes_a_page_with_six_figures_and_no_link_to_elsewhere(tmp_path):
+    rows = [step_row(1, **{"eval/initial_reward": 0.4}), step_row(2), step_row(3, **{"eval/reward": 0.7})]
+    text = page(run_folder(tmp_path / "demo", rows, [SAMPLE], SPEED))
+    assert text.count("<svg") == 6
+    assert "2.50×" in text  # noqa: RUF001
+    assert "0.400 → 0.700" in text
+    # Names of XML namespaces are no links.
+    addresses = set(re.findall(r"""(?:src|href)=["'](?!#|data:)([^"']*)""", text))
+    assert addresses == set()
+    assert set(re.findall(r"https?://[^\s\"'<)]*", text)) <= {
+        "http://www.w3.org/2000/svg",
+        "http://www.w3.org/1999/xlink",
+    }
+
+
+def test_texts_of_the_policy_are_shown_and_never_run(tmp_path):
+    text = page(run_folder(tmp_path / "demo", [step_row(1)], [SAMPLE]))
+    assert "<script" not in text
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in text
+    assert "1&lt;2&amp;3" in text
+
+
+def test_a_plain_run_without_speed_or_evaluation_says_so_instead_of_drawing(tmp_path):
+    text = page(
+        run_folder(tmp_path / "demo", [step_row(1, plan="plain", **{"rollout/acceptance_rate": None})])
+    )
+    assert "Plain decoding drafts nothing" in text
+    assert "Not measured in this run" in text
+    assert text.count("<svg") == 3
+
+
+def test_evaluations_start_at_the_policy_the_run_started_from():
+    rows = [step_row(1, **{"eval/initial_reward": 0.4}), step_row(2, **{"eval/reward": 0.6}), step_row(3)]
+    assert evaluations(rows) == [(0.0, 0.4), (2.0, 0.6)]
+
+
+def test_writing_twice_gives_the_same_page(tmp_path):
+    folder = run_folder(tmp_path / "demo", [step_row(1), step_row(2)], [SAMPLE], SPEED)
+    assert page(folder) == page(folder)
+
+
+def test_a_folder_without_a_finished_step_is_refused(tmp_path):
+    with pytest.raises(InvalidInput, match="no finished step"):
+        write_report(run_folder(tmp_path / "empty", []))

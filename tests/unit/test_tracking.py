@@ -1,0 +1,56 @@
+"""Metrics on disk: whole lines, no NaN, cut back when a run resumes."""
+
+import json
+import math
+import sys
+
+import pytest
+
+from blockroll.errors import MissingDependency
+from blockroll.rl_loops.tracking import JsonLines, read_lines, require_wandb, truncate_lines
+
+
+def test_a_line_is_on_disk_as_soon_as_it_is_logged(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    log = JsonLines(path)
+    log.log({"step": 1, "reward": 0.5, "plan": "plain"})
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [
+        {"step": 1, "reward": 0.5, "plan": "plain"}
+    ]
+    log.close()
+
+
+def test_values_that_are_not_finite_are_written_as_null(tmp_path):
+    log = JsonLines(tmp_path / "metrics.jsonl")
+    log.log({"step": 1, "a": math.nan, "b": math.inf, "c": [1.0, -math.inf], "d": {"e": math.nan}})
+    log.close()
+    assert read_lines(tmp_path / "metrics.jsonl") == [
+        {"step": 1, "a": None, "b": None, "c": [1.0, None], "d": {"e": None}}
+    ]
+
+
+def test_a_log_goes_on_after_the_lines_that_are_there(tmp_path):
+    for step in (1, 2):
+        log = JsonLines(tmp_path / "metrics.jsonl")
+        log.log({"step": step})
+        log.close()
+    assert [row["step"] for row in read_lines(tmp_path / "metrics.jsonl")] == [1, 2]
+
+
+def test_resuming_cuts_back_to_the_step_and_drops_a_line_cut_short(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"step": 4, "rew')
+    assert [row["step"] for row in read_lines(path)] == [1, 2, 3]
+    truncate_lines(path, 2)
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+    assert [each.name for each in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_a_file_that_is_not_there_has_no_lines(tmp_path):
+    assert read_lines(tmp_path / "metrics.jsonl") == []
+
+
+def test_asking_for_wandb_without_having_it_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)  # makes the import fail, as if it were not installed
+    with pytest.raises(MissingDependency, match=r"blockroll\[wandb\]"):
+        require_wandb()
