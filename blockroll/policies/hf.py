@@ -127,12 +127,13 @@ class HFPolicy:
 
 
 def resolve_checkpoint(path: str | Path) -> Path:
-    """The folder of a checkpoint; `tiny` names the shipped policy. Nothing is ever downloaded."""
+    """The folder of a supported checkpoint; `tiny` names the shipped policy. Nothing is ever downloaded."""
     folder = TINY_POLICY_DIR if str(path) == "tiny" else Path(path)
     if not (folder / "config.json").is_file():
         raise InvalidInput(
             f"no checkpoint at {str(path)!r}: a folder with config.json is needed, or 'tiny' for the shipped policy"
         )
+    _check_family(AutoConfig.from_pretrained(folder).model_type)
     return folder
 
 
@@ -140,9 +141,6 @@ def load_model(
     folder: Path, *, device: str | torch.device = "auto", dtype: str | torch.dtype = torch.float32
 ) -> PreTrainedModel:
     """The causal LM of a checkpoint folder, with transformers' default attention."""
-    family = AutoConfig.from_pretrained(folder).model_type
-    if family not in FAMILIES:
-        raise InvalidInput(f"model family {family!r} is not supported; supported are {', '.join(FAMILIES)}")
     torch_dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     had_progress_bar = hf_logging.is_progress_bar_enabled()
     hf_logging.disable_progress_bar()  # one bar per replica and layer shard would drown the run's own
@@ -165,6 +163,11 @@ def resolve_device(device: str | torch.device) -> torch.device:
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return torch.device(device)
+
+
+def _check_family(family: str) -> None:
+    if family not in FAMILIES:
+        raise InvalidInput(f"model family {family!r} is not supported; supported are {', '.join(FAMILIES)}")
 
 
 def _eos_token_ids(model: PreTrainedModel) -> tuple[int, ...]:

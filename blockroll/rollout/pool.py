@@ -63,7 +63,7 @@ class RolloutPool:
         self.limits = replicas[0].limits
         self.tokenizer = tokenizer
         self.version = 0
-        self.num_checksum_failures = 0
+        self.num_refused_updates = 0
         self.num_redispatched = 0
 
     @classmethod
@@ -185,7 +185,7 @@ class RolloutPool:
         try:
             receipt = member.replica.update(update)
             if not receipt.accepted:
-                self.num_checksum_failures += 1
+                self.num_refused_updates += 1
                 logger.warning("replica %d refused, trying once more: %s", receipt.replica_id, receipt.error)
                 receipt = member.replica.update(update)
         except ReplicaError as death:

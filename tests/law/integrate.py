@@ -1,11 +1,13 @@
 """The exact law of the tokens a sampler commits, by integrating over its uniforms.
 
 A verdict is a step function of the uniforms: it changes only where one of them crosses a threshold. So each
-uniform is split at its thresholds, the sampler runs once on a point inside every cell, and
+uniform is split at its thresholds, the sampler runs once on a point of every cell, and
 
     law(x_1..x_N) = sum over cells of volume * [committed is a prefix of x] * product of target(x_j | x_<j)
 
-with the product over the positions j that the cell left uncommitted. That is the law itself, to rounding.
+with the product over the positions j that the cell left uncommitted. That is the law itself, to rounding, if
+the verdict is constant in each cell. Midpoints would forgive a threshold that is off by less than half a cell;
+so the points lie in a corner, 1e-11 from every edge, and a law must come out alike from the low and high corners.
 The thresholds come from the tables, in numpy, never from the code under test:
 
     draft uniform i     cumulative law of draft i
@@ -19,7 +21,7 @@ import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -28,11 +30,13 @@ from torch import Tensor
 from blockroll.samplers import draw_draft, target_probs, verify_block
 from blockroll.types import Draft, Verdict
 
+Corner = Literal["low", "high"]
 Tokens = tuple[int, ...]
 TokenLaw = dict[Tokens, float]
 
 # Thresholds this near to each other are one threshold that rounding has split.
 _EMPTY_WIDTH = 1e-13
+_MARGIN = 1e-11  # between a point and the edges of its cell, which allows thresholds their rounding
 
 
 class Sampler(NamedTuple):
@@ -95,14 +99,14 @@ def integrate_step(
     history: Tokens,
     num_drafts: int,
     *,
-    inside: float = 0.5,
+    corner: Corner = "low",
     is_coin_shared: bool = False,
 ) -> Step:
-    """Run one step on a point of every cell; `inside` in (0, 1) says where in its cell each point lies.
+    """Run one step in every cell, on a point beside the lowest or the highest corner.
 
     `is_coin_shared` splits the accept coins at the final thresholds too, for a sampler that uses one as both.
     """
-    points_CU, volume_C = _cells(toy, history, num_drafts, inside, is_coin_shared)
+    points_CU, volume_C = _cells(toy, history, num_drafts, corner, is_coin_shared)
     uniforms_CK, uniforms_CL = torch.from_numpy(points_CU).split([num_drafts, num_drafts + 1], dim=1)
     rows = [toy.draft_weights(history, offset) for offset in range(num_drafts)]
     draft_logits_KV = _log(np.array(rows, dtype=np.float64).reshape(num_drafts, toy.vocab_size))
@@ -131,6 +135,7 @@ def committed_law(
     drafts_per_step: Sequence[int],
     length: int,
     *,
+    corner: Corner = "low",
     is_coin_shared: bool = False,
 ) -> TokenLaw:
     """The law of the first `length` tokens of a rollout: these steps in turn, then the target to the end."""
@@ -141,7 +146,9 @@ def committed_law(
             if len(history) == length:
                 following[history] += mass
                 continue
-            step = integrate_step(sampler, toy, history, num_drafts, is_coin_shared=is_coin_shared)
+            step = integrate_step(
+                sampler, toy, history, num_drafts, corner=corner, is_coin_shared=is_coin_shared
+            )
             for committed, volume in zip(step.committed(), step.volume_C.tolist(), strict=True):
                 following[(history + committed)[:length]] += mass * volume
         reached = following
@@ -172,7 +179,7 @@ def max_difference(law: Mapping[Tokens, float], expected: Mapping[Tokens, float]
 
 
 def _cells(
-    toy: Toy, history: Tokens, num_drafts: int, inside: float, is_coin_shared: bool
+    toy: Toy, history: Tokens, num_drafts: int, corner: Corner, is_coin_shared: bool
 ) -> tuple[np.ndarray, np.ndarray]:
     """Points (C, 2K + 1), in the order draft uniforms, accept coins, final uniform, and volumes (C,)."""
     draft_KV = [toy.draft_V(history, offset) for offset in range(num_drafts)]
@@ -183,13 +190,13 @@ def _cells(
         residuals = [np.maximum(target_V - draft_V, 0) for target_V, draft_V in pairs]
         final_T = np.concatenate([_boundaries(weights_V) for weights_V in (*target_LV, *residuals)])
         intervals = [
-            _split(_boundaries(law_V), inside, within=law_V[:token].sum() + law_V[token] / 2)
+            _split(_boundaries(law_V), corner, within=law_V[:token].sum() + law_V[token] / 2)
             for token, law_V in zip(drafts, draft_KV, strict=True)
         ]
         for token, (target_V, draft_V) in zip(drafts, pairs, strict=True):
             coin_T = np.minimum(1, target_V[token] / draft_V[token])[None]
-            intervals.append(_split(np.concatenate([coin_T, final_T]) if is_coin_shared else coin_T, inside))
-        intervals.append(_split(final_T, inside))
+            intervals.append(_split(np.concatenate([coin_T, final_T]) if is_coin_shared else coin_T, corner))
+        intervals.append(_split(final_T, corner))
         points.append(_product(point_I for point_I, _ in intervals))
         volumes.append(_product(width_I for _, width_I in intervals).prod(axis=1))
     return np.concatenate(points), np.concatenate(volumes)
@@ -201,7 +208,7 @@ def _boundaries(weights_V: np.ndarray) -> np.ndarray:
 
 
 def _split(
-    thresholds_T: np.ndarray, inside: float, within: float | None = None
+    thresholds_T: np.ndarray, corner: Corner, within: float | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Points and widths of the intervals of (0, 1) between thresholds, or of the one around `within`."""
     edges = np.unique(np.concatenate([[0.0, 1.0], thresholds_T.clip(0, 1)]))
@@ -209,7 +216,9 @@ def _split(
     keep_I = width_I > _EMPTY_WIDTH
     if within is not None:
         keep_I &= (edges[:-1] < within) & (within < edges[1:])
-    return (edges[:-1] + inside * width_I)[keep_I], width_I[keep_I]
+    margin_I = np.minimum(_MARGIN, width_I / 2)
+    point_I = edges[:-1] + margin_I if corner == "low" else edges[1:] - margin_I
+    return point_I[keep_I], width_I[keep_I]
 
 
 def _product(axes: Iterable[np.ndarray]) -> np.ndarray:

@@ -23,8 +23,9 @@ BROKEN_BY = {
 
 @pytest.mark.parametrize("toy", TOYS.values(), ids=TOYS)
 @pytest.mark.parametrize("num_drafts", [0, 1, 2, 3])
-def test_committed_tokens_follow_the_target_law(toy, num_drafts):
-    law = committed_law(PRODUCTION, toy, [num_drafts], num_drafts + 1)
+@pytest.mark.parametrize("corner", ["low", "high"])
+def test_committed_tokens_follow_the_target_law(toy, num_drafts, corner):
+    law = committed_law(PRODUCTION, toy, [num_drafts], num_drafts + 1, corner=corner)
     assert max_difference(law, target_law(toy, num_drafts + 1)) < 1e-12
 
 
@@ -67,7 +68,7 @@ def test_the_first_draft_is_accepted_with_the_overlap_of_the_two_laws(toy):
 @pytest.mark.parametrize("toy", TOYS.values(), ids=TOYS)
 @pytest.mark.parametrize("num_drafts", [0, 1, 2])
 def test_cells_fill_the_uniforms_and_the_verdict_is_constant_inside_each(toy, num_drafts):
-    low, high = (integrate_step(PRODUCTION, toy, (), num_drafts, inside=inside) for inside in (0.01, 0.99))
+    low, high = (integrate_step(PRODUCTION, toy, (), num_drafts, corner=corner) for corner in ("low", "high"))
     assert low.volume_C.sum() == pytest.approx(1, abs=1e-12)
     assert low.committed() == high.committed()
 
@@ -124,5 +125,6 @@ def _toys_and_num_drafts(draw) -> tuple[Toy, int]:
 @given(case=_toys_and_num_drafts())
 def test_committed_tokens_follow_the_target_law_whatever_the_tables(case):
     toy, num_drafts = case
-    law = committed_law(PRODUCTION, toy, [num_drafts], num_drafts + 1)
-    assert max_difference(law, target_law(toy, num_drafts + 1)) < 1e-12
+    for corner in ("low", "high"):
+        law = committed_law(PRODUCTION, toy, [num_drafts], num_drafts + 1, corner=corner)
+        assert max_difference(law, target_law(toy, num_drafts + 1)) < 1e-12

@@ -24,6 +24,8 @@ WEIGHTS = {
     "head_below_rounding": [1e-30, 1.0, 0.0],
     "thirds": [1 / 3, 1 / 3, 1 / 3, 0.0],
     "tenths": [0.1] * 10 + [0.0],
+    # Times the uniform, the only weight rounds to nothing or to itself.
+    "smallest_float": [0.0, 5e-324, 0.0],
 }
 
 
@@ -45,16 +47,20 @@ def _stratified(num_uniforms: int) -> torch.Tensor:
 
 
 def _one_step(
-    draft_V: list[float], drafted: int, target_LV: list[list[float]], uniforms_N: torch.Tensor
+    draft_V: list[float],
+    drafted: int,
+    target_LV: list[list[float]],
+    uniforms_N: torch.Tensor,
+    coin: float = 1 - 2.0**-53,
 ) -> Verdict:
-    """Verify one draft under N final uniforms, its accept coin just below one."""
+    """Verify one draft under N final uniforms."""
     rows = len(uniforms_N)
     draft = Draft(
         token_ids_BK=torch.full((rows, 1), drafted),
         probs_BKV=torch.tensor([[draft_V]], dtype=torch.float64).expand(rows, -1, -1),
     )
     target_BLV = torch.tensor([target_LV], dtype=torch.float64).expand(rows, -1, -1)
-    coin_N = torch.full_like(uniforms_N, 1 - 2.0**-53)
+    coin_N = torch.full_like(uniforms_N, coin)
     return verify_block(draft, target_BLV, torch.stack([coin_N, uniforms_N], dim=1))
 
 
@@ -93,6 +99,11 @@ def test_stratified_uniforms_count_every_id_to_within_one_even_unnormalised(kind
     assert (counts_V - expected_V).abs().max() <= 1
 
 
+def test_a_uniform_on_a_boundary_belongs_to_the_next_id_with_weight():
+    weights_V = torch.tensor([1.0, 0.0, 1.0], dtype=torch.float64)
+    assert inverse_cdf(weights_V, torch.tensor(0.5, dtype=torch.float64)).item() == 2
+
+
 def test_every_row_is_drawn_from_its_own_weights_by_its_own_uniform():
     weights = torch.tensor([[[1, 0, 1], [0, 2, 2]], [[5, 5, 0], [0, 0, 3]]], dtype=torch.float64)
     uniforms = torch.tensor([[0.4, 0.6], [0.6, 0.1]], dtype=torch.float64)
@@ -111,6 +122,12 @@ def test_an_equal_law_is_accepted_by_the_largest_coin():
     verdict = _one_step([0.25, 0.75], 1, [[0.25, 0.75], [0.5, 0.5]], _stratified(10))
     assert (verdict.num_accepted_B == 1).all()
     assert torch.bincount(verdict.token_ids_BL[:, 1], minlength=2).tolist() == [5, 5]
+
+
+def test_a_draft_without_target_weight_is_rejected_even_if_its_coin_underflows():
+    verdict = _one_step([5e-324, 1.0], 0, [[0.0, 1.0], [1.0, 0.0]], _stratified(4), coin=2.0**-53)
+    assert (verdict.num_accepted_B == 0).all()
+    assert (verdict.token_ids_BL[:, 0] == 1).all()
 
 
 def test_a_rejected_draft_never_comes_back_from_the_residual():

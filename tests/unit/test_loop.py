@@ -23,14 +23,35 @@ from blockroll.rollout.replica import LocalReplica
 ROWS = [{"prompt": f"{i}+{i}=?"} for i in range(7)]
 # Everything of a step but what the clock decides.
 TIMES = {"rollout/duration_s", "rollout/generated_tok_s", "perf/update_s", "perf/weight_sync_s", "step_time"}
-REQUIRED = """
-    step reward reward_std frac_reward_zero_std policy_version plan grad_norm learning_rate clip_ratio entropy
-    rollout/acceptance_rate rollout/tokens_per_forward rollout/generated_tok_s rollout/duration_s
-    rollout/failed_total reward/failed_total completions/mean_length
-    sync/version sync/engines_stale sync/checksum_fail_total perf/weight_sync_s perf/update_s step_time
-    rollout_corr/kl rollout_corr/rollout_is_mean rollout_corr/applied/rollout_is_mean
-    sampling/sampling_logp_difference/max
-""".split()
+REQUIRED = [
+    "step",
+    "reward",
+    "reward_std",
+    "frac_reward_zero_std",
+    "policy_version",
+    "plan",
+    "grad_norm",
+    "learning_rate",
+    "clip_ratio",
+    "entropy",
+    "rollout/acceptance_rate",
+    "rollout/tokens_per_forward",
+    "rollout/generated_tok_s",
+    "rollout/duration_s",
+    "rollout/failed_total",
+    "reward/failed_total",
+    "completions/mean_length",
+    "sync/version",
+    "sync/engines_stale",
+    "sync/checksum_fail_total",
+    "perf/weight_sync_s",
+    "perf/update_s",
+    "step_time",
+    "rollout_corr/kl",
+    "rollout_corr/rollout_is_mean",
+    "rollout_corr/applied/rollout_is_mean",
+    "sampling/sampling_logp_difference/max",
+]
 
 
 def even_share(*, completion_ids, **_):
@@ -287,9 +308,11 @@ def test_a_pool_with_other_weights_than_the_learner_serves_nothing(tmp_path, pol
 
 def test_wandb_offline_logs_every_step(tmp_path, policy_path, monkeypatch):
     pytest.importorskip("wandb")
-    monkeypatch.setenv("WANDB_MODE", "disabled")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
     config = dataclasses.replace(config_for(tmp_path, policy_path, steps=1), wandb=True)
-    assert run(config).policy_version == 1
+    run(config)
+    assert list((config.run_dir / "wandb").glob("offline-run-*/run-*.wandb"))
 
 
 def test_seeds_are_63_bits_and_depend_on_every_word():

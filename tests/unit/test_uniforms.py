@@ -95,6 +95,10 @@ def test_philox_equals_triton_bit_for_bit(tmp_path):
     assert torch.stack(philox4x32(seeds, *counters_4N)).tolist() == json.loads(done.stdout)
 
 
+def test_every_use_of_a_uniform_has_a_purpose_of_its_own():
+    assert {purpose.name: purpose.value for purpose in Purpose} == {"DRAFT": 0, "ACCEPT": 1, "FINAL": 2}
+
+
 def test_u52_is_strictly_inside_zero_and_one_for_the_extreme_words():
     words = torch.tensor([0, _MASK])
     smallest, largest = u52(words, words).tolist()

@@ -1,0 +1,99 @@
+"""The same pool over Ray actors: equal tokens, real processes, real kills."""
+
+import dataclasses
+import os
+import signal
+import time
+
+import pytest
+
+from blockroll.config import PolicyConfig, RolloutConfig
+from blockroll.errors import InvalidInput, WeightSyncError
+from blockroll.policies.hf import HFPolicy, load_tokenizer
+from blockroll.rollout.ray_pool import make_ray_pool
+from blockroll.rollout.weight_sync import make_update, named_weights
+from blockroll.types import Plan, Sampling
+from tests.engines import make_requests, run
+from tests.invariants.test_pool import drop_a_bucket, flip_a_byte, moved_model, moved_update
+from tests.models import prompts, random_model
+
+ray = pytest.importorskip("ray")
+SAMPLING = Sampling(max_tokens=24)
+CONFIG = RolloutConfig(num_replicas=2, threads_per_replica=1, max_batch_size=8, plan="two_forward(4)")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("policy")
+    random_model().save_pretrained(folder)
+    load_tokenizer("tiny").save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def pool(ray_session, checkpoint):
+    with make_ray_pool(PolicyConfig(path=checkpoint), CONFIG) as pool:
+        yield pool
+
+
+def test_ray_equals_in_process_token_for_token(pool, checkpoint):
+    requests = make_requests(prompts(48), SAMPLING)
+    want = run(HFPolicy.from_pretrained(checkpoint), requests, Plan(4), max_batch_size=8)
+    got = {rollout.request.request_id: rollout for rollout in pool.generate(requests)}
+    assert {name: r.token_ids for name, r in got.items()} == {name: r.token_ids for name, r in want.items()}
+    for name, rollout in got.items():
+        assert rollout.policy_logprobs == pytest.approx(want[name].policy_logprobs, abs=1e-5)
+
+
+def test_actors_are_processes_of_their_own_with_the_threads_they_were_given(pool):
+    reports = pool.health()
+    assert len({report.pid for report in reports} | {os.getpid()}) == 3
+    assert {report.num_threads for report in reports} == {1}
+
+
+def test_updates_travel_through_the_object_store_and_are_checked(pool):
+    update = moved_update(1)
+    for receipt in (*pool.update(update), *pool.health()):
+        assert (receipt.version, receipt.checksum) == (1, update.manifest.checksum)
+    for damage, error in ((flip_a_byte, "ChecksumMismatch"), (drop_a_bucket, "BucketMissing")):
+        with pytest.raises(WeightSyncError, match=f"version 1 goes on serving.*{error}"):
+            pool.update(damage(moved_update(2, 0.9)))
+    rollouts = list(pool.generate(make_requests(prompts(6), SAMPLING)))
+    assert {version for r in rollouts for version in r.policy_versions} == {1}
+
+
+def test_a_replica_whose_bucket_is_lost_on_the_way_is_stale_and_serves_nothing(pool):
+    replica = pool._members[1].replica
+    inner = replica.update
+    replica.update = lambda update: inner(drop_a_bucket(update))
+    update = moved_update(1)
+    receipts = pool.update(update)
+    assert [receipt.accepted for receipt in receipts] == [True, False]
+    assert pool.states == ("READY", "STALE")
+    rollouts = list(pool.generate(make_requests(prompts(12), SAMPLING)))
+    assert {version for r in rollouts for version in r.policy_versions} == {1}
+    replica.update = inner
+    tensors = named_weights(moved_model(0.9))
+    pool.update(make_update(tensors, version=2, base_version=1))
+    assert pool.states == ("READY", "READY")
+
+
+def test_killing_a_replica_in_the_middle_loses_and_repeats_no_rollout(pool, checkpoint):
+    requests = make_requests(prompts(64), dataclasses.replace(SAMPLING, max_tokens=64, ignore_eos=True))
+    want = run(HFPolicy.from_pretrained(checkpoint), requests, Plan(4), max_batch_size=8)
+    victim = pool.health()[1].pid
+    got = []
+    for rollout in pool.generate(requests):
+        got.append(rollout)
+        if len(got) == 5:
+            os.kill(victim, signal.SIGKILL)
+            time.sleep(0.5)
+    assert pool.states == ("READY", "DEAD") and pool.num_redispatched > 0
+    assert sorted(r.request.request_id for r in got) == sorted(want)
+    assert {r.request.request_id: r.token_ids for r in got} == {name: r.token_ids for name, r in want.items()}
+
+
+def test_a_model_that_is_not_supported_is_refused_before_any_process_starts(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    with pytest.raises(InvalidInput, match="model family 'gpt2' is not supported; supported are llama, qwen3"):
+        make_ray_pool(PolicyConfig(path=str(tmp_path)), CONFIG)
