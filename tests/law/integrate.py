@@ -6,8 +6,8 @@ uniform is split at its thresholds, the sampler runs once on a point of every ce
     law(x_1..x_N) = sum over cells of volume * [committed is a prefix of x] * product of target(x_j | x_<j)
 
 with the product over the positions j that the cell left uncommitted. That is the law itself, to rounding, if
-the verdict is constant in each cell. Midpoints would forgive a threshold that is off by less than half a cell;
-so the points lie in a corner, 1e-11 from every edge, and a law must come out alike from the low and high corners.
+the verdict is constant in each cell. A midpoint would forgive a threshold that is off by up to half a cell, so
+the points lie in a corner, 1e-11 from the edges, and the low and the high corners must give the same law.
 The thresholds come from the tables, in numpy, never from the code under test:
 
     draft uniform i     cumulative law of draft i
