@@ -6,7 +6,7 @@ uniform is split at its thresholds, the sampler runs once on a point of every ce
     law(x_1..x_N) = sum over cells of volume * [committed is a prefix of x] * product of target(x_j | x_<j)
 
 with the product over the positions j that the cell left uncommitted. That is the law itself, to rounding, if
-the verdict is constant in each cell. A midpoint would forgive a threshold that is off by up to half a cell, so
+the verdict is constant in each cell. A midpoint would forgive a threshold that is off by half a cell, hence
 the points lie in a corner, 1e-11 from the edges, and the low and the high corners must give the same law.
 The thresholds come from the tables, in numpy, never from the code under test:
 
