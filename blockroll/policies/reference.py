@@ -39,7 +39,8 @@ def generate_stock(
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
-        output_BR = model.generate(  # type: ignore[operator]input_ids=ids_BR.to(model.device), attention_mask=seen_BR.to(model.device))
+        inputs = {"input_ids": ids_BR.to(model.device), "attention_mask": seen_BR.to(model.device)}
+        output_BR = model.generate(**inputs)  # type: ignore[operator]
     completions: list[list[int]] = output_BR[:, longest:].tolist()
     return [_through_end(completion, frozenset(eos_token_ids)) for completion in completions]
 
