@@ -1,0 +1,522 @@
+"""The command line: demo, generate, train, bench, report, doctor.
+
+A thin edge: it reads options, calls the library and prints. Everything heavy is imported inside the
+commands, so that help is quick. A BlockrollError becomes one line on stderr and exit code 2.
+"""
+
+import dataclasses
+import json
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+import blockroll
+from blockroll.config import RolloutConfig, RunConfig, TrainConfig, load_config
+from blockroll.errors import BlockrollError, InvalidInput, RunExists
+from blockroll.types import Plan, Request, RolloutStats, Sampling
+
+if TYPE_CHECKING:
+    from blockroll.policies.hf import HFPolicy
+    from blockroll.rollout.bench import BenchRow
+    from blockroll.rollout.engine import Engine
+
+DEMO = RunConfig(
+    name="demo",
+    rollout=RolloutConfig(max_tokens=48),
+    train=TrainConfig(steps=30, prompts_per_step=16, group_size=8, eval_every=15, eval_prompts=64),
+)
+DEMO_BATCHES = (1, 16)  # of the speed measured at the end of the demo
+BENCH_PROMPTS = 256
+DRAFTED_STYLE = "bold green underline"
+INTERRUPTED = 130  # exit code after Ctrl-C, as shells have it
+EXTRAS = {  # optional package: what it gives
+    "ray": "replicas in processes of their own",
+    "trl": "training with TRL",
+    "wandb": "metrics in Weights & Biases",
+    "triton": "GPU kernels; builds of torch for GPUs bring their own",
+}
+
+
+class _Commands(typer.core.TyperGroup):
+    """Turns the library's own errors into one line and an exit code."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command; `--debug` lets the traceback through."""
+        try:
+            return super().invoke(ctx)
+        except BlockrollError as error:
+            if ctx.params.get("debug"):
+                raise
+            line = Text(f"Error: {error}", style="red")
+            Console(stderr=True, soft_wrap=True).print(line)
+            raise typer.Exit(2) from None
+        except KeyboardInterrupt:
+            Console(stderr=True, soft_wrap=True).print("Interrupted.")
+            raise typer.Exit(INTERRUPTED) from None
+
+
+app = typer.Typer(
+    cls=_Commands,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+PolicyOption = Annotated[
+    str, typer.Option(help="A Hugging Face checkpoint folder, or 'tiny' for the policy that ships.")
+]
+DeviceOption = Annotated[
+    str, typer.Option(help="torch device; 'auto' takes the accelerator if there is one.")
+]
+SeedOption = Annotated[int, typer.Option(help="Equal seeds give equal tokens under one plan.")]
+TemperatureOption = Annotated[float, typer.Option(help="Sampling temperature; 0 is greedy.")]
+ThreadsOption = Annotated[int, typer.Option(min=0, help="torch threads; 0 leaves torch's own choice.")]
+BackendOption = Annotated[
+    Literal["ray", "local"], typer.Option(help="Replicas as Ray actors, or in this process.")
+]
+WandbOption = Annotated[bool, typer.Option("--wandb", help="Also log to Weights & Biases.")]
+
+
+@app.callback()
+def root(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    show_version: Annotated[
+        bool, typer.Option("--version", is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Rollouts for reinforcement learning, drafted in blocks and verified exactly."""
+    if show_version:
+        typer.echo(blockroll.__version__)
+        raise typer.Exit
+
+
+@app.command()
+def demo(
+    steps: Annotated[int, typer.Option(min=1, help="Policy updates.")] = DEMO.train.steps,
+    seed: Annotated[int, typer.Option(help="Every random choice derives from it.")] = 0,
+    backend: BackendOption = "ray",
+    wandb: WandbOption = False,
+) -> None:
+    """GRPO on arithmetic with the tiny policy on two replicas; replaces runs/demo."""
+    from blockroll.rl_loops.loop import train as run_training
+
+    console = Console()
+    if backend == "ray" and find_spec("ray") is None:
+        console.print(
+            "Ray is not installed (pip install 'blockroll[ray]'): both replicas run in this process.",
+            style="yellow",
+            highlight=False,
+        )
+        backend = "local"
+    config = dataclasses.replace(
+        DEMO,
+        seed=seed,
+        wandb=wandb,
+        rollout=dataclasses.replace(DEMO.rollout, backend=backend),
+        train=dataclasses.replace(DEMO.train, steps=steps, eval_every=min(DEMO.train.eval_every, steps)),
+    )
+    _remove_run(config.run_dir, console)
+    run_training(config, console=console)
+    _finish_with_speed(config, console)
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="Text to go on from.")],
+    policy: PolicyOption = "tiny",
+    temperature: TemperatureOption = 1.0,
+    seed: SeedOption = 0,
+    max_tokens: Annotated[int, typer.Option(help="Tokens at most.")] = 64,
+    plan: Annotated[
+        str | None,
+        typer.Option(
+            help="'plain', 'two_forward' or 'two_forward(K)'; left out: two_forward if the policy drafts."
+        ),
+    ] = None,
+    num_samples: Annotated[int, typer.Option(min=1, help="Samples, one after the other.")] = 1,
+    task: Annotated[
+        Literal["auto", "arithmetic", "none"],
+        typer.Option(
+            help="'arithmetic' ends the prompt with the line break its problems end with; 'none' takes the prompt "
+            "as given; 'auto' is arithmetic for the tiny policy."
+        ),
+    ] = "auto",
+    mark: Annotated[
+        bool, typer.Option("--mark", help="Mark drafted tokens as [text] where there is no color.")
+    ] = False,
+    device: DeviceOption = "auto",
+    threads: ThreadsOption = 1,
+) -> None:
+    """Stream samples token by token; drafted and accepted tokens are marked."""
+    sampling = Sampling(temperature=temperature, max_tokens=max_tokens)
+    if task == "arithmetic" or (task == "auto" and policy == "tiny"):
+        prompt = prompt.rstrip("\n") + "\n"
+    hf_policy = _load_policy(policy, device, threads)
+    chosen = plan or ("two_forward" if hf_policy.trained_drafts else "plain")
+    engine, requests = _engine_for(hf_policy, chosen, prompt, sampling, seed=seed, num_samples=num_samples)
+    console = Console(highlight=False, soft_wrap=True)
+    is_styled = console.is_terminal and not console.no_color
+    if is_styled or mark:
+        sign = Text("green", style=DRAFTED_STYLE) if is_styled else Text("[brackets]")
+        console.print(
+            Text.assemble("Drafted and accepted tokens are in ", sign, "; the rest is the target's.")
+        )
+    for index, request in enumerate(requests):
+        if num_samples > 1:
+            console.print(f"--- sample {index + 1}", style="dim")
+        stats, num_tokens = _stream(engine, hf_policy, request, console, is_styled=is_styled, mark=mark)
+        Console(stderr=not console.is_terminal, highlight=False, soft_wrap=True).print(
+            _counts_line(stats, num_tokens, engine.plan), style="dim"
+        )
+
+
+@app.command()
+def train(
+    config: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[CONFIG.yaml] [section.field=value ...]",
+            help="A YAML file and overrides of its options.",
+        ),
+    ] = None,
+    resume: Annotated[
+        Path | None, typer.Option(help="A run folder, to go on from its newest checkpoint.")
+    ] = None,
+) -> None:
+    """Train as a config says: collect, advantages, update, publish."""
+    from blockroll.rl_loops.loop import load_run_config
+    from blockroll.rl_loops.loop import train as run_training
+
+    path, overrides = _split_config(config or [])
+    if resume is None:
+        run_training(load_config(path, overrides))
+        return
+    if path is not None:
+        raise InvalidInput(
+            f"--resume goes on with the config in {resume}; leave out {path}, overrides are allowed"
+        )
+    run_training(load_run_config(resume, overrides), resume=True)
+
+
+@app.command()
+def bench(
+    policy: PolicyOption = "tiny",
+    plans: Annotated[str, typer.Option(help="Plans, separated by commas.")] = "plain,two_forward",
+    batch: Annotated[str, typer.Option(help="Batch sizes, separated by commas.")] = "1,8,64",
+    repeats: Annotated[int, typer.Option(help="Measured rounds of each cell.")] = 5,
+    rollouts: Annotated[int, typer.Option(help="Rollouts of one round at least.")] = 8,
+    max_tokens: Annotated[int, typer.Option(help="Completion length at most.")] = 64,
+    ignore_eos: Annotated[
+        bool, typer.Option("--ignore-eos", help="Every completion has --max-tokens tokens.")
+    ] = False,
+    temperature: TemperatureOption = 1.0,
+    seed: SeedOption = 0,
+    against: Annotated[
+        Literal["transformers"] | None, typer.Option(help="Also measure Hugging Face generate.")
+    ] = None,
+    json_file: Annotated[
+        Path | None,
+        typer.Option("--json", help="Write the rows: a JSON array, or lines if it ends in .jsonl."),
+    ] = None,
+    device: DeviceOption = "auto",
+    threads: ThreadsOption = 1,
+) -> None:
+    """Measure decoding plans against each other in one run, on arithmetic prompts."""
+    from blockroll.rollout.bench import BenchOptions, run_bench
+
+    options = BenchOptions(
+        batches=_batch_sizes(batch),
+        repeats=repeats,
+        rollouts=rollouts,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        ignore_eos=ignore_eos,
+        seed=seed,
+    )
+    if json_file is not None and not json_file.parent.is_dir():
+        raise InvalidInput(f"--json {json_file}: there is no folder {json_file.parent}")
+    hf_policy = _load_policy(policy, device, threads)
+    default_drafts = hf_policy.trained_drafts or 1
+    parsed = [Plan.parse(text, default_drafts=default_drafts) for text in plans.split(",")]
+    console = Console()
+    with console.status("measuring ...") as status:
+        rows = run_bench(
+            hf_policy,
+            _arithmetic_prompts(hf_policy),
+            parsed,
+            options,
+            policy_path=policy,
+            against_transformers=against is not None,
+            on_row=lambda row: status.update(f"measured {row.plan} at batch {row.batch} ..."),
+        )
+    console.print(_bench_table(rows, title=f"{policy} on {rows[0].setting.device}, {rows[0].setting.dtype}"))
+    if json_file is not None:
+        _write_rows(json_file, rows)
+        console.print(f"{len(rows)} rows written to {json_file}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def report(run_dir: Annotated[Path, typer.Argument(help="The folder of a run.")]) -> None:
+    """Write report.html into a run's folder."""
+    from blockroll.rl_loops.report import write_report
+
+    if not run_dir.is_dir():
+        raise InvalidInput(f"no run folder at {run_dir}")
+    Console(soft_wrap=True, highlight=False).print(f"Report: {write_report(run_dir)}")
+
+
+@app.command()
+def doctor() -> None:
+    """Say what this machine has, what is missing and whether the tiny policy generates."""
+    import torch
+
+    table = Table(show_header=False, box=None)
+    for name, value in (*_machine(), *_versions()):
+        table.add_row(name, value)
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(table)
+    for package, gives in EXTRAS.items():
+        if find_spec(package) is None:
+            advice = "" if package == "triton" else f"; pip install 'blockroll[{package}]'"
+            console.print(f"without {package}: no {gives}{advice}", style="yellow", markup=False)
+    threads = torch.get_num_threads()
+    try:
+        stats, num_tokens = _trial()
+    except (BlockrollError, OSError, RuntimeError) as error:
+        console.print(
+            f"tiny policy: does not work: {type(error).__name__}: {error}", style="red", markup=False
+        )
+        raise typer.Exit(1) from error
+    finally:
+        torch.set_num_threads(threads)
+    console.print(f"tiny policy: generates ({_counts(stats, num_tokens)})", style="green")
+
+
+def main() -> None:
+    """Entry point of the `blockroll` command."""
+    app()
+
+
+def _load_policy(path: str, device: str, threads: int) -> "HFPolicy":
+    import torch
+
+    from blockroll.policies.hf import HFPolicy
+
+    if threads:
+        torch.set_num_threads(threads)
+    return HFPolicy.from_pretrained(path, device=device)
+
+
+def _engine_for(
+    policy: "HFPolicy", plan: str, prompt: str, sampling: Sampling, *, seed: int, num_samples: int
+) -> tuple["Engine", list[Request]]:
+    """An engine that decodes one request at a time, and the requests, as a pool would make them."""
+    from blockroll.rollout.engine import Engine
+    from blockroll.rollout.pool import RolloutPool
+    from blockroll.rollout.replica import LocalReplica
+
+    engine = Engine(
+        policy, plan=Plan.parse(plan, default_drafts=policy.trained_drafts or 1), max_batch_size=1
+    )
+    pool = RolloutPool([LocalReplica(engine, policy.model)], tokenizer=policy.tokenizer)
+    return engine, pool.requests([prompt], sampling, seed=seed, num_samples=num_samples)
+
+
+def _stream(
+    engine: "Engine", policy: "HFPolicy", request: Request, console: Console, *, is_styled: bool, mark: bool
+) -> tuple[RolloutStats, int]:
+    """Print one sample while it is decoded; its counts, and how many tokens it has."""
+    token_ids: list[int] = []
+    shown = ""
+
+    def show(new_ids: Sequence[int], *, is_drafted: bool) -> None:
+        nonlocal shown
+        token_ids.extend(new_ids)
+        # A character whose last bytes are still to come decodes to U+FFFD: it waits for them.
+        text = policy.decode(token_ids).rstrip("\ufffd")
+        fresh, shown = text[len(shown) :], text
+        if fresh:
+            console.print(_styled(fresh, is_drafted, is_styled=is_styled, mark=mark), end="")
+
+    engine.submit([request])
+    while True:
+        result = engine.step()
+        for commit in result.commits:
+            show(commit.token_ids[: commit.num_accepted], is_drafted=True)
+            show(commit.token_ids[commit.num_accepted :], is_drafted=False)
+        if result.finished:
+            break
+    console.print()
+    (rollout,) = result.finished
+    if rollout.error is not None:
+        raise InvalidInput(f"generation failed: {rollout.error}")
+    return rollout.stats, len(rollout.token_ids)
+
+
+def _styled(text: str, is_drafted: bool, *, is_styled: bool, mark: bool) -> Text:
+    if is_drafted and is_styled:
+        return Text(text, style=DRAFTED_STYLE)
+    if is_drafted and mark:
+        # A line break outside the brackets keeps the lines of the text what they are.
+        lines = [f"[{line}]" if line else "" for line in text.split("\n")]
+        return Text("\n".join(lines))
+    return Text(text)
+
+
+def _counts(stats: RolloutStats, num_tokens: int) -> str:
+    line = f"{num_tokens} tokens, {stats.num_forwards} forwards, {num_tokens / stats.num_forwards:.2f} tokens per forward"
+    if stats.num_drafted:
+        line += (
+            f", acceptance {stats.acceptance_rate:.2f} ({stats.num_accepted} of {stats.num_drafted} drafts)"
+        )
+    return line
+
+
+def _counts_line(stats: RolloutStats, num_tokens: int, plan: Plan) -> Text:
+    return Text(f"{plan.name}: {_counts(stats, num_tokens)}")
+
+
+def _split_config(arguments: Sequence[str]) -> tuple[Path | None, list[str]]:
+    """The YAML file, if one is named, and the overrides."""
+    paths = [argument for argument in arguments if "=" not in argument]
+    if len(paths) > 1:
+        raise InvalidInput(
+            f"one config file is read, got {', '.join(paths)}; an option is written section.field=value"
+        )
+    path = Path(paths[0]) if paths else None
+    if path is not None and not path.is_file():
+        raise InvalidInput(f"no config file at {path}")
+    return path, [argument for argument in arguments if "=" in argument]
+
+
+def _batch_sizes(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise InvalidInput(f"--batch takes whole numbers separated by commas, got {text!r}") from None
+
+
+def _remove_run(run_dir: Path, console: Console) -> None:
+    """The demo is run again and again: its last run makes room. Anything that is no run stays."""
+    if not run_dir.exists():
+        return
+    if not (run_dir / "config.yaml").is_file():
+        raise RunExists(f"{run_dir} is in the way and is not the folder of a run; move it elsewhere")
+    console.print(f"Replacing the earlier {run_dir}", highlight=False, soft_wrap=True)
+    shutil.rmtree(run_dir)
+
+
+def _finish_with_speed(config: RunConfig, console: Console) -> None:
+    """Measure plain against drafted rollouts on the policy just trained, and put that into the report."""
+    from blockroll.rl_loops.checkpoint import latest_checkpoint
+    from blockroll.rl_loops.report import write_report
+    from blockroll.rollout.bench import BenchOptions, run_bench
+
+    path = latest_checkpoint(config.run_dir)
+    policy = _load_policy(str(path), config.policy.device, config.rollout.threads_per_replica)
+    plans = [Plan(0), Plan.parse(config.rollout.plan, default_drafts=policy.trained_drafts or 1)]
+    options = BenchOptions(
+        batches=DEMO_BATCHES,
+        max_tokens=config.rollout.max_tokens,
+        temperature=config.rollout.temperature,
+        seed=config.seed,
+    )
+    with console.status("measuring drafted against plain rollouts ..."):
+        rows = run_bench(policy, _arithmetic_prompts(policy), plans, options, policy_path=str(path))
+    _write_rows(config.run_dir / "speed.json", rows)
+    console.print(_bench_table(rows, title="Speed of the trained policy, one replica"))
+    console.print(f"Report: {write_report(config.run_dir)}", highlight=False, soft_wrap=True)
+
+
+def _arithmetic_prompts(policy: "HFPolicy") -> list[tuple[int, ...]]:
+    from blockroll.rl_loops.tasks import load_task
+
+    if policy.tokenizer is None:
+        raise InvalidInput("the checkpoint has no tokenizer, and the bench's prompts are text")
+    rows = load_task("arithmetic").eval_rows(BENCH_PROMPTS)
+    return [tuple(policy.tokenizer(row["prompt"])["input_ids"]) for row in rows]
+
+
+def _bench_table(rows: Sequence["BenchRow"], *, title: str) -> Table:
+    table = Table(title=title, title_justify="left")
+    table.add_column("plan")
+    for column in ("batch", "tok/s", "spread", "vs plain", "accepted", "tok/forward", "host ms/step"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        table.add_row(
+            row.plan,
+            str(row.batch),
+            f"{row.tokens_per_s:.0f}",
+            f"{row.tokens_per_s_min:.0f}..{row.tokens_per_s_max:.0f}",
+            _figure(row.speedup_over_plain, 2, "x"),
+            _figure(row.acceptance_rate, 3),
+            _figure(row.tokens_per_forward, 2),
+            _figure(row.host_ms_per_step, 2),
+        )
+    table.caption = (
+        f"medians of {rows[0].repeats}, prompts of {rows[0].context} tokens, completions of "
+        f"{rows[0].mean_length:.0f}, {rows[0].setting.threads} torch threads"
+    )
+    table.caption_justify = "left"
+    return table
+
+
+def _figure(value: float | None, digits: int, unit: str = "") -> str:
+    return "-" if value is None else f"{value:.{digits}f}{unit}"
+
+
+def _write_rows(path: Path, rows: Sequence["BenchRow"]) -> None:
+    from blockroll.rollout.bench import to_record
+
+    records = [to_record(row) for row in rows]
+    if path.suffix == ".jsonl":
+        text = "".join(json.dumps(record, allow_nan=False) + "\n" for record in records)
+    else:
+        text = json.dumps(records, indent=2, allow_nan=False) + "\n"
+    path.write_text(text, encoding="utf-8")
+
+
+def _machine() -> Iterator[tuple[str, str]]:
+    import torch
+
+    is_cuda = torch.cuda.is_available()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    yield "device", torch.cuda.get_device_name() if is_cuda else "cpu (no accelerator that torch can use)"
+    yield "cores", str(cores)
+    yield "torch threads", str(torch.get_num_threads())
+    yield "OMP_NUM_THREADS", os.environ.get("OMP_NUM_THREADS", "not set")
+
+
+def _versions() -> Iterator[tuple[str, str]]:
+    yield "python", platform.python_version()
+    yield "blockroll", blockroll.__version__
+    for package in ("torch", "transformers", *EXTRAS):
+        try:
+            yield package, version(package)
+        except PackageNotFoundError:
+            yield package, "missing"
+
+
+def _trial() -> tuple[RolloutStats, int]:
+    """One short greedy rollout of the shipped policy."""
+    policy = _load_policy("tiny", "auto", threads=1)
+    sampling = Sampling(temperature=0.0, max_tokens=16)
+    engine, requests = _engine_for(policy, "two_forward", "12+35-7=?\n", sampling, seed=0, num_samples=1)
+    with open(os.devnull, "w") as nowhere:
+        return _stream(engine, policy, requests[0], Console(file=nowhere), is_styled=False, mark=False)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
