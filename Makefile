@@ -1,0 +1,69 @@
+# Each target sets up .venv by itself; once its stamp is newer than pyproject.toml and constraints.txt,
+# nothing is installed and no network is needed.
+
+PYTHON ?= python3
+PART ?= 1
+EXTRAS := dev,ray,trl,wandb,env
+# Steps of the demo that `wheel-test` runs from the installed wheel.
+WHEEL_DEMO_ARGS ?= --steps 2
+
+INSTALLED := .venv/.installed
+INSTALLED_LOWEST := .venv-lowest/.installed
+
+.PHONY: help demo test check evidence test-lowest wheel-test clean
+.DELETE_ON_ERROR:
+
+help:
+	@echo "make demo           train the tiny policy with GRPO on drafted rollouts; ends with a report"
+	@echo "make test           every test that needs no GPU"
+	@echo "make check          ruff, formatter, mypy, architecture tests"
+	@echo "make evidence PART=1  the long experiments of a part, resumable; writes their rows"
+	@echo "make test-lowest    the tests on the lowest versions pyproject.toml promises"
+	@echo "make wheel-test     build the wheel and run the demo from it in an empty environment"
+	@echo "make clean          remove caches and build products; environments and runs stay"
+
+demo: $(INSTALLED)
+	.venv/bin/blockroll demo
+
+test: $(INSTALLED)
+	.venv/bin/python -m pytest
+
+check: $(INSTALLED)
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy blockroll
+	.venv/bin/python -m pytest tests/architecture
+
+evidence: $(INSTALLED)
+	.venv/bin/python benchmarks/evidence_part$(PART).py
+
+test-lowest: $(INSTALLED_LOWEST)
+	.venv-lowest/bin/python -m pytest
+
+wheel-test: $(INSTALLED)
+	rm -rf build dist
+	.venv/bin/python -m build --wheel
+	set -eu; scratch=$$(mktemp -d); trap 'rm -rf "$$scratch"' EXIT; \
+	$(PYTHON) -m venv "$$scratch/venv"; \
+	"$$scratch/venv/bin/pip" install -c constraints.txt torch; \
+	"$$scratch/venv/bin/pip" install -c constraints.txt "$$(ls "$$PWD"/dist/blockroll-*.whl)[ray]"; \
+	cd "$$scratch"; \
+	venv/bin/blockroll demo --help; \
+	venv/bin/blockroll demo $(WHEEL_DEMO_ARGS)
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find blockroll tests scripts examples benchmarks -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
+
+# torch comes first, alone: the build the index offers for the pinned version then settles what the rest resolves to.
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	.venv/bin/pip install -c constraints.txt torch
+	.venv/bin/pip install -c constraints.txt -e '.[$(EXTRAS)]'
+	touch $@
+
+$(INSTALLED_LOWEST): pyproject.toml constraints-lowest.txt
+	$(PYTHON) -m venv .venv-lowest
+	.venv-lowest/bin/pip install -c constraints-lowest.txt torch
+	.venv-lowest/bin/pip install -c constraints-lowest.txt -e '.[$(EXTRAS)]'
+	touch $@
