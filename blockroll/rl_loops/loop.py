@@ -23,7 +23,7 @@ from blockroll.rl_loops.display import StepProgress, summary_table
 from blockroll.rl_loops.grpo import ALGORITHMS
 from blockroll.rl_loops.learner import Learner
 from blockroll.rl_loops.report import write_report
-from blockroll.rl_loops.run import Run
+from blockroll.rl_loops.run import Run, interrupts_held
 from blockroll.rl_loops.tasks import Task, load_task
 from blockroll.rl_loops.tracking import JsonLines, Wandb, read_lines, require_wandb, truncate_lines
 from blockroll.rollout.pool import RolloutPool, make_pool
@@ -68,7 +68,8 @@ def train(
 
     Callbacks get the metrics of every step. A `pool` that is given must hold the policy that the run
     starts from; it is closed at the end like one made here. Sets the seeds of torch and random.
-    Ctrl-C closes the pool, keeps a checkpoint, says how to resume and exits with status 130.
+    Ctrl-C closes the pool, keeps a checkpoint, says how to resume and exits with status 130; while weights
+    change it waits for the end of the step, unless it is pressed twice.
     """
     console = console or Console()
     run_dir = config.run_dir
@@ -78,7 +79,7 @@ def train(
         advice = (
             f"To go on from here: blockroll train --resume {run_dir}"
             if checkpoints(run_dir)
-            else f"No step was finished, nothing is kept: delete {run_dir} to use its name again."
+            else f"There is no checkpoint to resume from: delete {run_dir} to use its name again."
         )
         console.print(f"Interrupted. {advice}", soft_wrap=True, highlight=False)
         raise SystemExit(130) from None
@@ -132,12 +133,14 @@ def _run_to_the_end(
             run.start(state)
             with StepProgress(console, name=config.name, done=run.step, total=config.train.steps) as progress:
                 while run.step < config.train.steps:
-                    metrics, texts = run.run_step()
-                    for tracker in trackers:
-                        tracker.log(metrics)
-                    for text in texts:
-                        samples.log(text)
-                    run.settle()
+                    drawn = run.draw()
+                    with interrupts_held():
+                        metrics, texts = run.learn(drawn)
+                        for tracker in trackers:
+                            tracker.log(metrics)
+                        for text in texts:
+                            samples.log(text)
+                        run.settle()
                     progress.show(metrics)
                     for callback in callbacks:
                         callback(metrics)

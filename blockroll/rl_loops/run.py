@@ -4,16 +4,20 @@ Policy version n is the weights after n updates. The rollouts of step n are draw
 no step starts before every replica has reported the learner's own checksum for that version.
 """
 
+import contextlib
 import random
+import signal
+import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from blockroll.config import RunConfig, to_mapping
 from blockroll.errors import WeightSyncError
-from blockroll.rl_loops.advantages import score_rollouts
+from blockroll.rl_loops.advantages import Scores, score_rollouts
 from blockroll.rl_loops.checkpoint import save_checkpoint
 from blockroll.rl_loops.collect import Batch, collect, evaluate, rollout_metrics
 from blockroll.rl_loops.learner import Learner
@@ -24,6 +28,37 @@ from blockroll.types import Plan, Sampling, UpdateReceipt, WeightUpdate
 
 SAMPLES_PER_STEP = 2
 COUNTERS = ("rollout/failed_total", "reward/failed_total", "sync/checksum_fail_total")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Drawn:
+    """What one update learns from."""
+
+    batch: Batch
+    scores: Scores
+    start: float  # of the step, by time.perf_counter
+
+
+@contextlib.contextmanager
+def interrupts_held() -> Iterator[None]:
+    """Ctrl-C waits for the end of this block, so that no step is torn apart; a second one does not."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals reach the main thread alone
+        return
+    caught: list[int] = []
+
+    def note(signal_number: int, frame: object) -> None:
+        caught.append(signal_number)
+        if len(caught) > 1:
+            raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if caught:
+        raise KeyboardInterrupt
 
 
 class Run:
@@ -60,22 +95,25 @@ class Run:
                 self._extra = {"eval/initial_reward": self._evaluate()["eval/reward"]}
         self._is_settled = True
 
-    def run_step(self) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        """One policy update. Returns the metrics of the step and a few of its rollouts to read."""
-        config, step = self.config.train, self.step + 1
+    def draw(self) -> Drawn:
+        """Rollouts and rewards of the next step; the run stays settled, so this may be interrupted."""
         start = time.perf_counter()
-        rows = self.task.train_rows(
-            self.config.seed, self.step * config.prompts_per_step, config.prompts_per_step
-        )
+        count = self.config.train.prompts_per_step
         batch = collect(
             self.pool,
-            rows,
-            label=f"step {step}",
+            self.task.train_rows(self.config.seed, self.step * count, count),
+            label=f"step {self.step + 1}",
             seed=self.config.seed,
-            group_size=config.group_size,
+            group_size=self.config.train.group_size,
             sampling=self._sampling,
         )
         scores = score_rollouts(self.task.reward_fn, batch.rows, batch.rollouts, batch.completions)
+        return Drawn(batch=batch, scores=scores, start=start)
+
+    def learn(self, drawn: Drawn) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """One policy update. Returns the step's metrics and a few rollouts to read; `settle` follows."""
+        config, step = self.config.train, self.step + 1
+        batch, scores = drawn.batch, drawn.scores
         advantages = self.learner.algorithm.advantages(scores.rewards_B, batch.group_ids)
 
         self._is_settled = False
@@ -83,7 +121,7 @@ class Run:
         learner_metrics = self.learner.update(batch.rollouts, advantages)
         update_s = time.perf_counter() - update_start
         sync_metrics = self._publish(step)
-        step_time = time.perf_counter() - start
+        step_time = time.perf_counter() - drawn.start
 
         self.step = step
         self._counters["rollout/failed_total"] += scores.num_rollouts_failed

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import signal
 
 import pytest
 import torch
@@ -14,7 +15,9 @@ from blockroll.errors import CheckpointError, RunExists, WeightSyncError
 from blockroll.policies.hf import HFPolicy, load_tokenizer
 from blockroll.rl_loops.checkpoint import STATE_FILE, checkpoints, latest_checkpoint, load_trainer_state
 from blockroll.rl_loops.collect import derive_seed
+from blockroll.rl_loops.learner import Learner
 from blockroll.rl_loops.loop import load_run_config, train
+from blockroll.rl_loops.run import interrupts_held
 from blockroll.rl_loops.tasks import from_rows
 from blockroll.rl_loops.tracking import read_lines
 from blockroll.rollout.pool import RolloutPool, make_pool
@@ -193,6 +196,38 @@ def test_an_interrupt_says_how_to_go_on_and_closes_the_pool(tmp_path, policy_pat
     assert end.value.code == 130
     assert f"blockroll train --resume {config.run_dir}" in output.getvalue().replace("\n", "")
     assert closed == [True]
+
+
+def test_an_interrupt_during_an_update_waits_for_the_step_and_keeps_it(tmp_path, policy_path, monkeypatch):
+    config = config_for(tmp_path, policy_path, checkpoint_every=0)
+    update = Learner.update
+
+    def interrupted_update(self, *arguments):
+        if self.num_optimizer_steps == 1:
+            signal.raise_signal(signal.SIGINT)
+        return update(self, *arguments)
+
+    monkeypatch.setattr(Learner, "update", interrupted_update)
+    with pytest.raises(SystemExit):
+        run(config)
+    assert latest_checkpoint(config.run_dir).name == "step_000002"
+    assert [row["step"] for row in read_lines(config.run_dir / "metrics.jsonl")] == [1, 2]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_second_interrupt_does_not_wait():
+    reached = []
+
+    @interrupts_held()
+    def work():
+        signal.raise_signal(signal.SIGINT)
+        reached.append("after one")
+        signal.raise_signal(signal.SIGINT)
+        reached.append("after two")
+
+    with pytest.raises(KeyboardInterrupt):
+        work()
+    assert reached == ["after one"]
 
 
 def test_an_interrupt_before_any_step_is_done_leaves_a_checkpoint_of_the_start(tmp_path, policy_path):
