@@ -6,17 +6,12 @@ import random
 import pytest
 import torch
 
+from benchmarks.equality import CoinMargins, count_coin_differences, count_greedy_differences
 from blockroll.errors import InvalidInput
 from blockroll.rollout.engine import Engine
 from blockroll.rollout.scheduler import Scheduler
 from blockroll.types import Plan, Sampling
-from tests.engines import (
-    CoinMargins,
-    count_coin_differences,
-    count_greedy_differences,
-    make_requests,
-    run,
-)
+from tests.engines import make_requests, run
 from tests.models import EOS_ID, prompts, random_policy
 
 PLAIN, TWO_FORWARD = Plan(0), Plan(4)

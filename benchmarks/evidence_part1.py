@@ -1,0 +1,279 @@
+"""The long experiments of part 1, each writing its rows to benchmarks/results/.
+
+    python benchmarks/evidence_part1.py            everything that has no rows yet
+    python benchmarks/evidence_part1.py speed ...  these experiments, again
+
+An experiment with rows is not repeated; RL runs that were interrupted go on from their checkpoints.
+The tests run a short form of each.
+"""
+
+import itertools
+import json
+import math
+import platform
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from scipy import stats
+
+from benchmarks.equality import count_greedy_differences
+from blockroll.config import PolicyConfig, RolloutConfig, RunConfig, TrainConfig
+from blockroll.policies.hf import HFPolicy
+from blockroll.rl_loops.arithmetic import problems, reward
+from blockroll.rl_loops.loop import load_run_config, train
+from blockroll.rollout.bench import BenchOptions, run_bench, to_record
+from blockroll.rollout.engine import Engine
+from blockroll.types import PLAIN, Plan, Request, Rollout, Sampling
+
+Row = dict[str, Any]
+
+RESULTS = Path(__file__).parent / "results"
+RUNS = Path("runs") / "evidence_part1"
+TWO_FORWARD = Plan(8)
+BATCH = 64
+
+
+def provenance() -> Row:
+    """Where and from what a row was measured."""
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty=+changes", "--abbrev=12", "--exclude=*"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=Path(__file__).parent,
+    )
+    return {
+        "commit": commit.stdout.strip() or None,
+        "machine": f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
+        "torch": torch.__version__,
+    }
+
+
+def prompts(policy: HFPolicy, count: int, *, seed: int = 1) -> list[tuple[int, ...]]:
+    """Held-out arithmetic prompts as tokens."""
+    assert policy.tokenizer is not None, "evidence needs the policy's tokenizer"
+    texts = (problem.prompt for problem in problems(seed, held_out=True))
+    return [tuple(policy.tokenizer(text)["input_ids"]) for text in itertools.islice(texts, count)]
+
+
+def requests(texts: Iterable[tuple[int, ...]], sampling: Sampling, *, seed: int = 0) -> list[Request]:
+    """One request per prompt; seeds differ between calls with another `seed`."""
+    return [
+        Request(request_id=str(index), prompt_ids=text, seed=(seed << 32) + index, sampling=sampling)
+        for index, text in enumerate(texts)
+    ]
+
+
+def decode(policy: HFPolicy, wanted: Sequence[Request], plan: Plan, *, batch: int = BATCH) -> dict[str, Rollout]:
+    """All rollouts by request id."""
+    engine = Engine(policy, plan=plan, max_batch_size=batch, max_length=256)
+    engine.submit(wanted)
+    finished: dict[str, Rollout] = {}
+    while engine.num_requests:
+        finished.update((rollout.request.request_id, rollout) for rollout in engine.step().finished)
+    return finished
+
+
+def greedy_equality(policy: HFPolicy, *, count: int = 200) -> list[Row]:
+    """Greedy two-forward against greedy plain, token for token."""
+    wanted = requests(prompts(policy, count), Sampling(temperature=0, max_tokens=64))
+    plain, drafted = decode(policy, wanted, PLAIN), decode(policy, wanted, TWO_FORWARD)
+    return [
+        {
+            "check": "greedy two-forward equals greedy plain",
+            "prompts": count,
+            "tokens": sum(len(rollout.token_ids) for rollout in plain.values()),
+            "differing_rollouts_all_at_ties": count_greedy_differences(policy, plain, drafted),
+            "acceptance_rate": acceptance_rate(drafted.values()),
+        }
+    ]
+
+
+def logprob_equality(policy: HFPolicy, *, count: int = 1000) -> list[Row]:
+    """Recorded policy_logprob against a fresh causal forward of the finished text."""
+    wanted = requests(prompts(policy, count), Sampling(max_tokens=64))
+    rows = []
+    for plan in (PLAIN, TWO_FORWARD):
+        differences = [
+            difference
+            for rollout in decode(policy, wanted, plan).values()
+            for difference in logprob_differences(policy, rollout)
+        ]
+        rows.append(
+            {
+                "check": "policy_logprob equals a fresh causal forward",
+                "plan": plan.name,
+                "rollouts": count,
+                "tokens": len(differences),
+                "max_difference": max(differences),
+                "mean_difference": float(np.mean(differences)),
+            }
+        )
+    return rows
+
+
+def logprob_differences(policy: HFPolicy, rollout: Rollout) -> list[float]:
+    """Absolute difference per token, against transformers' own forward of the whole text."""
+    prompt, tokens = rollout.request.prompt_ids, rollout.token_ids
+    with torch.no_grad():
+        logits = policy.model(torch.tensor([[*prompt, *tokens]]), use_cache=False).logits[0]
+    scaled = logits[len(prompt) - 1 : -1].double() / rollout.request.sampling.logprob_temperature
+    fresh = scaled.log_softmax(-1).gather(-1, torch.tensor(tokens)[:, None])[:, 0]
+    return (fresh - torch.tensor(rollout.policy_logprobs, dtype=torch.float64)).abs().tolist()
+
+
+def law_equality(policy: HFPolicy, *, short: int = 20_000, whole: int = 4_000) -> list[Row]:
+    """Two-sample tests of two-forward against plain: texts of short rollouts, lengths and rewards of whole ones."""
+    short_texts = [text[:-2] for text in prompts(policy, 10, seed=3)]  # cut before "=?": the model goes on freely
+    rows = []
+    sampling = Sampling(max_tokens=5, temperature=1.3)
+    repeated = [short_texts[index % len(short_texts)] for index in range(short)]
+    samples = [
+        Counter(
+            (rollout.request.prompt_ids, rollout.token_ids)
+            for rollout in decode(policy, requests(repeated, sampling, seed=seed), plan).values()
+        )
+        for seed, plan in ((1, PLAIN), (2, TWO_FORWARD))
+    ]
+    rows.append({"check": "texts of short rollouts agree in law", "rollouts_per_plan": short, **chi_square(*samples)})
+
+    problem_list = list(itertools.islice(problems(5, held_out=True), whole))
+    texts = prompts(policy, whole, seed=5)
+    lengths, rewards = [], []
+    for seed, plan in ((3, PLAIN), (4, TWO_FORWARD)):
+        rollouts = decode(policy, requests(texts, Sampling(max_tokens=64), seed=seed), plan)
+        lengths.append(Counter(len(rollout.token_ids) for rollout in rollouts.values()))
+        rewards.append(
+            [reward(policy.decode(list(rollouts[str(i)].token_ids)), p.answer) for i, p in enumerate(problem_list)]
+        )
+    rows.append({"check": "lengths agree in law", "rollouts_per_plan": whole, **chi_square(*lengths)})
+    means = [float(np.mean(column)) for column in rewards]
+    error = math.sqrt(sum(mean * (1 - mean) / whole for mean in means))
+    rows.append(
+        {
+            "check": "rewards agree in law",
+            "rollouts_per_plan": whole,
+            "reward_plain": means[0],
+            "reward_two_forward": means[1],
+            "p_value": float(2 * stats.norm.sf(abs(means[0] - means[1]) / error)),
+            "detectable_difference_at_power_0.99": error * float(stats.norm.isf(0.0005) + stats.norm.isf(0.01)),
+        }
+    )
+    return rows
+
+
+def chi_square(left: Counter[Any], right: Counter[Any], *, fewest: int = 20) -> Row:
+    """Homogeneity of two samples; values seen fewer than `fewest` times in all are one cell.
+
+    The stated power is against a law whose cells are all off by the same relative amount, half up and half
+    down: the total variation that would be found with probability 0.99 at significance 0.001.
+    """
+    totals = left + right
+    common = [value for value, count in totals.items() if count >= fewest]
+    table = np.array([[sample[value] for value in common] for sample in (left, right)])
+    rare = [sum(sample.values()) - int(row.sum()) for sample, row in zip((left, right), table, strict=True)]
+    if sum(rare) >= fewest:
+        table = np.column_stack([table, rare])
+    result = stats.chi2_contingency(table)
+    critical = stats.chi2.isf(0.001, result.dof)
+    # Cells off by a share s give noncentrality n s^2 / 2 with n draws a side, and total variation s / 2.
+    noncentrality = next(x for x in np.geomspace(1, 1e5, 2000) if stats.ncx2.sf(critical, result.dof, x) > 0.99)
+    count = min(sum(left.values()), sum(right.values()))
+    return {
+        "chi_square": float(result.statistic),
+        "degrees_of_freedom": int(result.dof),
+        "p_value": float(result.pvalue),
+        "detectable_total_variation_at_power_0.99": math.sqrt(2 * float(noncentrality) / count) / 2,
+    }
+
+
+def speed(policy: HFPolicy, *, batches: tuple[int, ...] = (1, 4, 16, 64), repeats: int = 7) -> list[Row]:
+    """Plain, two-forward and transformers' generate, alternating in one run; one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        options = BenchOptions(batches=batches, repeats=repeats, rollouts=16, max_tokens=64)
+        rows = run_bench(
+            policy,
+            prompts(policy, 128, seed=7),
+            [PLAIN, TWO_FORWARD],
+            options,
+            policy_path="tiny",
+            against_transformers=True,
+        )
+    finally:
+        torch.set_num_threads(threads)
+    return [to_record(row) for row in rows]
+
+
+def learning(*, seeds: Sequence[int] = (0, 1, 2), steps: int = 40) -> list[Row]:
+    """GRPO from the shipped policy, plain and two-forward, several seeds; a row per step."""
+    rows = []
+    for seed, plan in itertools.product(seeds, ("plain", "two_forward")):
+        config = RunConfig(
+            name=f"{plan}_{seed}",
+            runs_dir=str(RUNS),
+            seed=seed,
+            policy=PolicyConfig(),
+            rollout=RolloutConfig(plan=plan),
+            train=TrainConfig(steps=steps),
+        )
+        result = train(resumable(config), resume=has_checkpoint(config.run_dir))
+        rows += [{"seed": seed, "plan_config": plan, **metrics} for metrics in result.metrics]
+    return rows
+
+
+def resumable(config: RunConfig) -> RunConfig:
+    """The run's own config if it was begun, else the one given; a run without a checkpoint starts over."""
+    if has_checkpoint(config.run_dir):
+        return replace(load_run_config(config.run_dir), train=config.train)
+    shutil.rmtree(config.run_dir, ignore_errors=True)
+    return config
+
+
+def has_checkpoint(run_dir: Path) -> bool:
+    """Whether a run can go on."""
+    return any((run_dir / "checkpoints").glob("step_*"))
+
+
+def acceptance_rate(rollouts: Iterable[Rollout]) -> float:
+    """Accepted drafts per draft submitted to verify."""
+    counts = [(rollout.stats.num_accepted, rollout.stats.num_drafted) for rollout in rollouts]
+    return sum(accepted for accepted, _ in counts) / max(1, sum(drafted for _, drafted in counts))
+
+
+def experiments() -> dict[str, Callable[[], list[Row]]]:
+    """Every experiment by the name of its result file."""
+    policy = HFPolicy.from_pretrained("tiny")
+    return {
+        "greedy": lambda: greedy_equality(policy),
+        "logprobs": lambda: logprob_equality(policy),
+        "law": lambda: law_equality(policy),
+        "speed": lambda: speed(policy),
+        "learning": learning,
+    }
+
+
+def main(names: Sequence[str]) -> None:
+    RESULTS.mkdir(exist_ok=True)
+    for name, experiment in experiments().items():
+        path = RESULTS / f"part1_{name}.jsonl"
+        if (names and name not in names) or (not names and path.exists()):
+            continue
+        print(f"part 1: {name}", flush=True)
+        rows = experiment()
+        partial = path.with_suffix(".partial")
+        partial.write_text("".join(json.dumps({**row, **provenance()}) + "\n" for row in rows))
+        partial.rename(path)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
