@@ -48,7 +48,7 @@ _MODULES = {
 
 def __getattr__(name: str) -> Any:
     if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; public are {', '.join(__all__)}")
+        raise AttributeError(f"module {__name__!r} has no name {name!r}; public are {', '.join(__all__)}")
     return getattr(importlib.import_module(_MODULES[name]), name)
 
 

@@ -9,7 +9,6 @@ import json
 import os
 import platform
 import shutil
-import sys
 from collections.abc import Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -149,8 +149,8 @@ def generate(
     task: Annotated[
         Literal["auto", "arithmetic", "none"],
         typer.Option(
-            help="'arithmetic' ends the prompt with the line break its problems end with; 'none' takes the prompt "
-            "as given; 'auto' is arithmetic for the tiny policy."
+            help="'arithmetic' ends the prompt with the line break its problems end with; 'none' takes the "
+            "prompt as given; 'auto' is arithmetic for the tiny policy."
         ),
     ] = "auto",
     mark: Annotated[
@@ -171,7 +171,7 @@ def generate(
     if is_styled or mark:
         sign = Text("green", style=DRAFTED_STYLE) if is_styled else Text("[brackets]")
         console.print(
-            Text.assemble("Drafted and accepted tokens are in ", sign, "; the rest is the target's.")
+            Text.assemble("Drafted and accepted tokens are in ", sign, "; the target drew the rest.")
         )
     for index, request in enumerate(requests):
         if num_samples > 1:
@@ -376,11 +376,11 @@ def _styled(text: str, is_drafted: bool, *, is_styled: bool, mark: bool) -> Text
 
 
 def _counts(stats: RolloutStats, num_tokens: int) -> str:
-    line = f"{num_tokens} tokens, {stats.num_forwards} forwards, {num_tokens / stats.num_forwards:.2f} tokens per forward"
+    rate = num_tokens / stats.num_forwards
+    line = f"{num_tokens} tokens, {stats.num_forwards} forwards, {rate:.2f} tokens per forward"
     if stats.num_drafted:
-        line += (
-            f", acceptance {stats.acceptance_rate:.2f} ({stats.num_accepted} of {stats.num_drafted} drafts)"
-        )
+        drafts = f"{stats.num_accepted} of {stats.num_drafted} drafts"
+        line += f", acceptance {stats.acceptance_rate:.2f} ({drafts})"
     return line
 
 
@@ -450,31 +450,31 @@ def _arithmetic_prompts(policy: "HFPolicy") -> list[tuple[int, ...]]:
 
 
 def _bench_table(rows: Sequence["BenchRow"], *, title: str) -> Table:
-    table = Table(title=title, title_justify="left")
-    table.add_column("plan")
-    for column in ("batch", "tok/s", "spread", "vs plain", "accepted", "tok/forward", "host ms/step"):
-        table.add_column(column, justify="right")
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    table.add_column("plan", no_wrap=True)
+    for column in ("batch", "tok/s", "min..max", "x plain", "accept", "tok/fwd", "host ms"):
+        table.add_column(column, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(
-            row.plan,
+            row.plan.removesuffix("_generate"),
             str(row.batch),
             f"{row.tokens_per_s:.0f}",
             f"{row.tokens_per_s_min:.0f}..{row.tokens_per_s_max:.0f}",
-            _figure(row.speedup_over_plain, 2, "x"),
+            _figure(row.speedup_over_plain, 2),
             _figure(row.acceptance_rate, 3),
             _figure(row.tokens_per_forward, 2),
             _figure(row.host_ms_per_step, 2),
         )
     table.caption = (
         f"medians of {rows[0].repeats}, prompts of {rows[0].context} tokens, completions of "
-        f"{rows[0].mean_length:.0f}, {rows[0].setting.threads} torch threads"
+        f"{rows[0].mean_length:.0f}, {rows[0].setting.threads} torch threads;\nhost ms per step, forward and sampler excluded"
     )
     table.caption_justify = "left"
     return table
 
 
-def _figure(value: float | None, digits: int, unit: str = "") -> str:
-    return "-" if value is None else f"{value:.{digits}f}{unit}"
+def _figure(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
 
 
 def _write_rows(path: Path, rows: Sequence["BenchRow"]) -> None:
@@ -519,4 +519,4 @@ def _trial() -> tuple[RolloutStats, int]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

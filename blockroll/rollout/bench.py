@@ -196,8 +196,8 @@ def run_bench(
     max_length = max(map(len, prompts)) + options.max_tokens
     if max_length > policy.max_length:
         raise InvalidInput(
-            f"prompt and completion take {max_length} tokens, but the policy was built for {policy.max_length}; "
-            f"give max_tokens of at most {policy.max_length - max(map(len, prompts))}"
+            f"prompt and completion take {max_length} tokens, but the policy was built for "
+            f"{policy.max_length}; give max_tokens of at most {policy.max_length - max(map(len, prompts))}"
         )
     setting = describe_setting(policy, policy_path)
     stock = [TransformersSubject(policy, policy_path)] if against_transformers else []
