@@ -304,11 +304,6 @@ def doctor() -> None:
     console.print(f"tiny policy: generates ({_counts(stats, num_tokens)})", style="green")
 
 
-def main() -> None:
-    """Entry point of the `blockroll` command."""
-    app()
-
-
 def _load_policy(path: str, device: str, threads: int) -> "HFPolicy":
     import torch
 
@@ -467,7 +462,8 @@ def _bench_table(rows: Sequence["BenchRow"], *, title: str) -> Table:
         )
     table.caption = (
         f"medians of {rows[0].repeats}, prompts of {rows[0].context} tokens, completions of "
-        f"{rows[0].mean_length:.0f}, {rows[0].setting.threads} torch threads;\nhost ms per step, forward and sampler excluded"
+        f"{rows[0].mean_length:.0f}, {rows[0].setting.threads} torch threads;\n"
+        "host ms are per step, without forward and sampler"
     )
     table.caption_justify = "left"
     return table
@@ -519,4 +515,4 @@ def _trial() -> tuple[RolloutStats, int]:
 
 
 if __name__ == "__main__":
-    main()
+    app()

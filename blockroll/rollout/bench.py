@@ -216,7 +216,8 @@ def run_bench(
 def to_record(row: BenchRow) -> dict[str, Any]:
     """The row as one flat JSON object."""
     record = asdict(row)
-    return {**record, **record.pop("setting")}
+    setting = record.pop("setting")
+    return {**record, **setting}
 
 
 def describe_setting(policy: HFPolicy, policy_path: str) -> Setting:

@@ -1,0 +1,228 @@
+"""What a person types, on a tiny policy: the text, the files, and the advice when something is wrong."""
+
+import dataclasses
+import importlib.util
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+from typer.testing import CliRunner
+
+from blockroll import cli
+from blockroll.config import PolicyConfig
+from blockroll.policies.hf import TINY_POLICY_DIR, HFPolicy, load_tokenizer
+
+pytestmark = pytest.mark.skipif(
+    not (TINY_POLICY_DIR / "tokenizer.json").is_file(), reason="needs the shipped policy's tokenizer"
+)
+
+
+@pytest.fixture(scope="module")
+def policy_path(tmp_path_factory):
+    """A random two-layer Llama with the shipped policy's tokenizer."""
+    tokenizer = load_tokenizer("tiny")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=128,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    config.blockroll = {"mask_token_id": tokenizer.mask_token_id, "block_sizes": [4]}
+    folder = tmp_path_factory.mktemp("policy")
+    HFPolicy(LlamaForCausalLM(config), tokenizer).save_pretrained(folder)
+    return str(folder)
+
+
+def blockroll(*arguments):
+    """Run a command in this process; errors are shown if a test fails."""
+    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+
+
+def test_help_names_every_command_and_loads_no_torch():
+    code = (
+        "import sys; from typer.testing import CliRunner; from blockroll import cli; "
+        "print(CliRunner().invoke(cli.app, ['--help']).output); assert 'torch' not in sys.modules"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+
+    for command in ("demo", "generate", "train", "bench", "report", "doctor"):
+        assert command in shown
+
+
+def test_generate_prints_the_same_text_for_the_same_seed_only(policy_path):
+    def text(seed):
+        result = blockroll("generate", "1+1=?", "--policy", policy_path, "--seed", seed, "--max-tokens", 16)
+        assert result.exit_code == 0, result.output
+        return result.stdout
+
+    assert text(0) == text(0)
+    assert text(0) != text(1)
+
+
+def test_marks_only_add_brackets(policy_path):
+    arguments = ("generate", "1+1=?", "--policy", policy_path, "--max-tokens", 24, "--temperature", 0)
+    plain, marked = blockroll(*arguments), blockroll(*arguments, "--mark")
+
+    legend, _, text = marked.stdout.partition("\n")
+    assert "[brackets]" in legend
+    unmarked = text.replace("[", "").replace("]", "")
+    assert unmarked == plain.stdout.replace("[", "").replace("]", "")
+
+
+def test_generate_ends_with_its_counts(policy_path):
+    arguments = ("generate", "1+1=?", "--policy", policy_path, "--max-tokens", 8)
+
+    drafted = blockroll(*arguments, "--num-samples", 2)
+    assert drafted.stderr.count("two_forward(4): ") == 2
+    assert "acceptance" in drafted.stderr
+    plain = blockroll(*arguments, "--plan", "plain")
+    assert "plain: " in plain.stderr
+    assert "1.00 tokens per forward" in plain.stderr
+    assert "acceptance" not in plain.stderr
+
+
+@pytest.mark.parametrize("name", ["rows.json", "rows.jsonl"])
+def test_bench_writes_one_json_object_per_cell(policy_path, tmp_path, name):
+    path = tmp_path / name
+    result = blockroll(
+        "bench", "--policy", policy_path, "--plans", "plain,two_forward", "--batch", "1,2", "--json", path,
+        "--repeats", 1, "--rollouts", 2, "--max-tokens", 4, "--against", "transformers",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+
+    text = path.read_text()
+    rows = [json.loads(line) for line in text.splitlines()] if name.endswith("l") else json.loads(text)
+    plans = ["plain", "two_forward(4)", "transformers_generate"]
+    assert [(row["batch"], row["plan"]) for row in rows] == [
+        (batch, plan) for batch in (1, 2) for plan in plans
+    ]
+    for row in rows:
+        assert {"context", "tokens_per_s", "acceptance_rate", "tokens_per_forward"} <= row.keys()
+
+
+def test_train_reads_yaml_and_overrides_and_reports_and_refuses_its_own_folder(
+    policy_path, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run.yaml").write_text(
+        f"name: short\npolicy: {{path: {policy_path}}}\n"
+        "rollout: {backend: local, num_replicas: 1, max_tokens: 8}\n"
+        "train: {steps: 5, prompts_per_step: 2, group_size: 2, eval_every: 0, learner_threads: 1}\n"
+    )
+    first = blockroll("train", "run.yaml", "train.steps=1")
+    assert first.exit_code == 0, first.output
+    assert len((tmp_path / "runs/short/metrics.jsonl").read_text().splitlines()) == 1
+
+    again = blockroll("train", "run.yaml", "train.steps=1")
+    assert again.exit_code == 2
+    assert "--resume runs/short" in again.stderr
+
+    resumed = blockroll("train", "--resume", "runs/short", "train.steps=2")
+    assert resumed.exit_code == 0, resumed.output
+    assert len((tmp_path / "runs/short/metrics.jsonl").read_text().splitlines()) == 2
+
+    (tmp_path / "runs/short/report.html").unlink()
+    assert blockroll("report", "runs/short").exit_code == 0
+    assert (tmp_path / "runs/short/report.html").is_file()
+
+
+def test_demo_runs_twice_measures_speed_and_does_without_ray(policy_path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(
+        cli,
+        "DEMO",
+        dataclasses.replace(
+            cli.DEMO,
+            policy=PolicyConfig(path=policy_path),
+            rollout=dataclasses.replace(cli.DEMO.rollout, max_tokens=4),
+            train=dataclasses.replace(
+                cli.DEMO.train, prompts_per_step=2, group_size=2, eval_prompts=2, learner_threads=1
+            ),
+        ),
+    )
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(cli, "find_spec", lambda name: None if name == "ray" else find_spec(name))
+
+    first = blockroll("demo", "--steps", 1)
+    assert first.exit_code == 0, first.output
+    assert "Ray is not installed" in first.output
+    rows = json.loads((tmp_path / "runs/demo/speed.json").read_text())
+    assert {row["plan"] for row in rows} == {"plain", "two_forward(4)"}
+    assert "Report: runs/demo/report.html" in first.output
+
+    second = blockroll("demo", "--steps", 1, "--backend", "local")
+    assert second.exit_code == 0, second.output
+    assert "Replacing the earlier runs/demo" in second.output
+
+
+def test_demo_deletes_nothing_that_is_no_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs/demo").mkdir(parents=True)
+    (tmp_path / "runs/demo/thesis.tex").write_text("years of work")
+
+    result = blockroll("demo", "--backend", "local")
+
+    assert result.exit_code == 2
+    assert "is not the folder of a run" in result.stderr
+    assert (tmp_path / "runs/demo/thesis.tex").is_file()
+
+
+def test_doctor_says_versions_and_what_is_missing(monkeypatch):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(cli, "find_spec", lambda name: None if name == "trl" else find_spec(name))
+
+    result = blockroll("doctor")
+
+    for word in ("device", "torch", "transformers", "cores", "OMP_NUM_THREADS", "without trl", "tiny policy"):
+        assert word in result.stdout
+    assert result.exit_code == (0 if "tiny policy: generates" in result.stdout else 1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "advice"),
+    [
+        (["generate", "hi", "--policy", "nowhere"], "a folder with config.json is needed"),
+        (["generate", "hi", "--temperature", "-1"], "0 means greedy"),
+        (["generate", "hi", "--max-tokens", "0"], "max_tokens must be at least 1"),
+        (["generate", "hi", "--policy", "POLICY", "--plan", "wild"], "'two_forward'"),
+        (["generate", "hi", "--policy", "POLICY", "--plan", "two_forward(0)"], "at least 1"),
+        (["generate", "x" * 200, "--policy", "POLICY"], "the context holds 128"),
+        (["bench", "--policy", "POLICY", "--plans", "plain,wild"], "'two_forward'"),
+        (["bench", "--batch", "1,x"], "whole numbers"),
+        (["bench", "--batch", "0"], "at least 1"),
+        (["bench", "--json", "no/such/folder.json"], "there is no folder"),
+        (["train", "missing.yaml"], "no config file"),
+        (["train", "a.yaml", "b.yaml"], "one config file is read"),
+        (["train", "train.stepz=3"], "did you mean"),
+        (["train", "a.yaml", "--resume", "runs/x"], "no config file"),
+        (["train", "--resume", "runs/x"], "not the folder of a run"),
+        (["report", "runs/x"], "no run folder"),
+        (["bench", "--bogus"], "No such option"),
+    ],
+)
+def test_bad_input_is_one_line_with_advice_and_exit_code_2(
+    policy_path, tmp_path, monkeypatch, arguments, advice
+):
+    monkeypatch.chdir(tmp_path)
+    result = blockroll(*[policy_path if argument == "POLICY" else argument for argument in arguments])
+
+    assert result.exit_code == 2
+    assert advice in result.stderr
+    assert "Traceback" not in result.output
+
+
+def test_debug_lets_the_traceback_through(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = blockroll("--debug", "report", "runs/x")
+
+    assert type(result.exception).__name__ == "InvalidInput"
