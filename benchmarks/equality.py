@@ -48,9 +48,7 @@ class CoinMargins:
         raise AssertionError(f"request {request_id} never committed token {token_index}")
 
 
-def count_coin_differences(
-    want: dict[str, Rollout], got: dict[str, Rollout], margins: CoinMargins
-) -> int:
+def count_coin_differences(want: dict[str, Rollout], got: dict[str, Rollout], margins: CoinMargins) -> int:
     """Rollouts that differ, each at a coin on a boundary; any other difference fails."""
     assert want.keys() == got.keys()
     differences = 0
@@ -59,7 +57,9 @@ def count_coin_differences(
         if index is None:
             continue
         margin = margins.at(request_id, index)
-        assert margin < COIN_TOLERANCE, f"{request_id} differs at token {index}, its coins keep {margin:g} away"
+        assert margin < COIN_TOLERANCE, (
+            f"{request_id} differs at token {index}, its coins keep {margin:g} away"
+        )
         differences += 1
     return differences
 
@@ -76,7 +76,9 @@ def count_greedy_differences(policy: HFPolicy, want: dict[str, Rollout], got: di
         with torch.no_grad():
             best = policy.model(ids, use_cache=False).logits[0, -1].topk(2).values
         gap = float(best[0] - best[1])
-        assert gap < TIE_TOLERANCE, f"{request_id} differs at token {index}, where the best logits are {gap:g} apart"
+        assert gap < TIE_TOLERANCE, (
+            f"{request_id} differs at token {index}, where the best logits are {gap:g} apart"
+        )
         differences += 1
     return differences
 

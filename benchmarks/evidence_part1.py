@@ -72,7 +72,9 @@ def requests(texts: Iterable[tuple[int, ...]], sampling: Sampling, *, seed: int 
     ]
 
 
-def decode(policy: HFPolicy, wanted: Sequence[Request], plan: Plan, *, batch: int = BATCH) -> dict[str, Rollout]:
+def decode(
+    policy: HFPolicy, wanted: Sequence[Request], plan: Plan, *, batch: int = BATCH
+) -> dict[str, Rollout]:
     """All rollouts by request id."""
     engine = Engine(policy, plan=plan, max_batch_size=batch, max_length=256)
     engine.submit(wanted)
@@ -131,8 +133,10 @@ def logprob_differences(policy: HFPolicy, rollout: Rollout) -> list[float]:
 
 
 def law_equality(policy: HFPolicy, *, short: int = 20_000, whole: int = 4_000) -> list[Row]:
-    """Two-sample tests of two-forward against plain: texts of short rollouts, lengths and rewards of whole ones."""
-    short_texts = [text[:-2] for text in prompts(policy, 10, seed=3)]  # cut before "=?": the model goes on freely
+    """Two-sample tests, two-forward against plain: texts of short rollouts, lengths and rewards."""
+    short_texts = [
+        text[:-2] for text in prompts(policy, 10, seed=3)
+    ]  # cut before "=?": the model goes on freely
     rows = []
     sampling = Sampling(max_tokens=5, temperature=1.3)
     repeated = [short_texts[index % len(short_texts)] for index in range(short)]
@@ -143,7 +147,9 @@ def law_equality(policy: HFPolicy, *, short: int = 20_000, whole: int = 4_000) -
         )
         for seed, plan in ((1, PLAIN), (2, TWO_FORWARD))
     ]
-    rows.append({"check": "texts of short rollouts agree in law", "rollouts_per_plan": short, **chi_square(*samples)})
+    rows.append(
+        {"check": "texts of short rollouts agree in law", "rollouts_per_plan": short, **chi_square(*samples)}
+    )
 
     problem_list = list(itertools.islice(problems(5, held_out=True), whole))
     texts = prompts(policy, whole, seed=5)
@@ -152,7 +158,10 @@ def law_equality(policy: HFPolicy, *, short: int = 20_000, whole: int = 4_000) -
         rollouts = decode(policy, requests(texts, Sampling(max_tokens=64), seed=seed), plan)
         lengths.append(Counter(len(rollout.token_ids) for rollout in rollouts.values()))
         rewards.append(
-            [reward(policy.decode(list(rollouts[str(i)].token_ids)), p.answer) for i, p in enumerate(problem_list)]
+            [
+                reward(policy.decode(list(rollouts[str(i)].token_ids)), p.answer)
+                for i, p in enumerate(problem_list)
+            ]
         )
     rows.append({"check": "lengths agree in law", "rollouts_per_plan": whole, **chi_square(*lengths)})
     means = [float(np.mean(column)) for column in rewards]
@@ -164,7 +173,8 @@ def law_equality(policy: HFPolicy, *, short: int = 20_000, whole: int = 4_000) -
             "reward_plain": means[0],
             "reward_two_forward": means[1],
             "p_value": float(2 * stats.norm.sf(abs(means[0] - means[1]) / error)),
-            "detectable_difference_at_power_0.99": error * float(stats.norm.isf(0.0005) + stats.norm.isf(0.01)),
+            "detectable_difference_at_power_0.99": error
+            * float(stats.norm.isf(0.0005) + stats.norm.isf(0.01)),
         }
     )
     return rows
@@ -185,7 +195,9 @@ def chi_square(left: Counter[Any], right: Counter[Any], *, fewest: int = 20) -> 
     result = stats.chi2_contingency(table)
     critical = stats.chi2.isf(0.001, result.dof)
     # Cells off by a share s give noncentrality n s^2 / 2 with n draws a side, and total variation s / 2.
-    noncentrality = next(x for x in np.geomspace(1, 1e5, 2000) if stats.ncx2.sf(critical, result.dof, x) > 0.99)
+    noncentrality = next(
+        x for x in np.geomspace(1, 1e5, 2000) if stats.ncx2.sf(critical, result.dof, x) > 0.99
+    )
     count = min(sum(left.values()), sum(right.values()))
     return {
         "chi_square": float(result.statistic),

@@ -61,7 +61,7 @@ class Plan:
 
     @classmethod
     def parse(cls, text: str, *, default_drafts: int) -> "Plan":
-        """Read `plain`, `two_forward` (with `default_drafts`) or `two_forward(K)`; a `fixed:` prefix is allowed."""
+        """Read `plain`, `two_forward` (with `default_drafts`) or `two_forward(K)`, after `fixed:` or not."""
         match = re.fullmatch(r"(?:fixed:)?(plain|two_forward)(?:\((\d+)\))?", text.strip())
         if not match or (match[1] == "plain" and match[2]):
             raise InvalidInput(f"plan must be 'plain', 'two_forward' or 'two_forward(K)', got {text!r}")

@@ -86,7 +86,7 @@ def main() -> None:
     parser.add_argument("--block-size", type=int, default=8)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--causal-checkpoint", type=Path, help="folder of a finished causal stage to continue from")
+    parser.add_argument("--init-from", type=Path, help="weights to start from instead of random ones")
     args = parser.parse_args()
 
     torch.set_num_threads(args.threads)
@@ -107,15 +107,23 @@ def main() -> None:
         eos_token_id=tokenizer.eos_token_id,
     )
     model = LlamaForCausalLM(config)
-    if args.causal_checkpoint:
-        model = LlamaForCausalLM.from_pretrained(args.causal_checkpoint, dtype=torch.float32)
-        args.causal_steps = 0
+    earlier = []
+    if args.init_from:
+        model = LlamaForCausalLM.from_pretrained(args.init_from, dtype=torch.float32)
+        earlier = model.config.blockroll["training"]
     stream = problems(args.seed, held_out=False)
     rng = random.Random(args.seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.01, betas=(0.9, 0.98))
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=args.learning_rate, weight_decay=0.01, betas=(0.9, 0.98)
+    )
     total = args.causal_steps + args.joint_steps
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, args.learning_rate, total_steps=total + 1, pct_start=0.05, anneal_strategy="cos", final_div_factor=100
+        optimizer,
+        args.learning_rate,
+        total_steps=total + 1,
+        pct_start=0.05,
+        anneal_strategy="cos",
+        final_div_factor=100,
     )
     model.train()
     start = time.perf_counter()
@@ -146,7 +154,9 @@ def main() -> None:
             took = time.perf_counter() - start
             print(f"{step:5d} causal {causal:.3f} draft {draft:.3f} {took:6.0f} s", flush=True)
         if step % 250 == 249 or step == total - 1:
-            print(f"      held-out accuracy at T=1: {accuracy(model, tokenizer, 200, seed=1):.3f}", flush=True)
+            print(
+                f"      held-out accuracy at T=1: {accuracy(model, tokenizer, 200, seed=1):.3f}", flush=True
+            )
             model.save_pretrained(args.out.with_name(args.out.name + "-latest"))
         if step == args.causal_steps - 1:
             model.save_pretrained(args.out.with_name(args.out.name + "-causal"))
@@ -155,14 +165,18 @@ def main() -> None:
         "mask_token_id": tokenizer.mask_token_id,
         "block_sizes": [args.block_size],
         "layouts": ["two_forward"],
-        "training": {
-            "seed": args.seed,
-            "causal_steps": args.causal_steps,
-            "joint_steps": args.joint_steps,
-            "batch_size": args.batch_size,
-            "minutes": round((time.perf_counter() - start) / 60, 1),
-            "held_out_accuracy": accuracy(model, tokenizer, 1000, seed=2),
-        },
+        "training": [
+            *earlier,
+            {
+                "seed": args.seed,
+                "causal_steps": args.causal_steps,
+                "joint_steps": args.joint_steps,
+                "batch_size": args.batch_size,
+                "learning_rate": args.learning_rate,
+                "minutes": round((time.perf_counter() - start) / 60, 1),
+                "held_out_accuracy": accuracy(model, tokenizer, 1000, seed=2),
+            },
+        ],
     }
     model.eval().to(torch.bfloat16).save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)

@@ -1,4 +1,4 @@
-"""Tiny real models for tests: random weights, real architectures, a real byte tokenizer where text is needed."""
+"""Tiny real models for tests: random weights, real architectures."""
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM

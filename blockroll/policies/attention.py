@@ -27,7 +27,7 @@ def block_attention(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Softmax attention under a boolean mask (B, 1, R, S), True where the row may attend; grouped heads allowed."""
+    """Softmax attention under a boolean mask (B, 1, R, S), True where a row may attend."""
     rows = query_BHRD.shape[2]
     output_BHRD = scaled_dot_product_attention(
         query_BHRD,

@@ -37,7 +37,7 @@ class Policy(Protocol):
         ...
 
     def verify_logits(self, ids_BR: Tensor, window: KVWindow) -> Tensor:
-        """Causal logits (B, R, V) of the anchor and the drafts after it: row i is the law of the next token."""
+        """Causal logits (B, R, V) of the anchor and its drafts: row i is the law of the next token."""
         ...
 
     def draft_logits(self, anchors_B: Tensor, num_drafts: int, window: KVWindow) -> Tensor:

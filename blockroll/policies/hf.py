@@ -7,11 +7,13 @@ Shapes: B requests, R rows per request, K drafted tokens, W hidden width, V voca
 """
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -41,7 +43,9 @@ class HFPolicy:
             )
         attention.register()
         model.set_attn_implementation(attention.ATTENTION_NAME)
-        self.model = model.eval()
+        self.model = model
+        self.model.train(False)
+        self.output_head: nn.Module = model.get_output_embeddings()  # type: ignore[no-untyped-call]
         self.tokenizer = tokenizer
         self.device = model.device
         self.vocab_size = int(model.config.vocab_size)
@@ -71,7 +75,8 @@ class HFPolicy:
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write an ordinary Hugging Face checkpoint folder."""
-        self.model.save_pretrained(folder)
+        with _no_progress_bar():
+            self.model.save_pretrained(folder)
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(folder)
 
@@ -79,8 +84,7 @@ class HFPolicy:
         """Text of tokens, special ones left out."""
         if self.tokenizer is None:
             raise InvalidInput("this policy was loaded without a tokenizer; stop strings and text need one")
-        text: str = self.tokenizer.decode(token_ids, skip_special_tokens=True)
-        return text
+        return str(self.tokenizer.decode(token_ids, skip_special_tokens=True))
 
     @torch.inference_mode()
     def prefill(self, ids_BR: Tensor, window: KVWindow) -> None:
@@ -95,14 +99,14 @@ class HFPolicy:
 
     @torch.inference_mode()
     def draft_logits(self, anchors_B: Tensor, num_drafts: int, window: KVWindow) -> Tensor:
-        """Logits of the mask rows, float32 (B, K, V): row i is the draft law of the i-th token after the anchor."""
+        """Logits of the mask rows, float32 (B, K, V): row i is the law of the i-th draft after the anchor."""
         if self.mask_token_id is None:
             raise InvalidInput(
                 "this policy has no mask token: it was not trained to draft, use the plain plan"
             )
         ids_BR = anchors_B[:, None].repeat(1, num_drafts + 1)
         ids_BR[:, 1:] = self.mask_token_id
-        # Masks see up to the last mask; the anchor stays causal, so its keys and values are those of a clean row.
+        # Masks see up to the last mask; the anchor stays causal, so its keys and values are clean.
         horizon_BR = window.positions_BR[:, -1:].repeat(1, num_drafts + 1)
         horizon_BR[:, 0] = window.positions_BR[:, 0]
         hidden_BRW = self._hidden(ids_BR, window, horizon_BR=horizon_BR)
@@ -122,7 +126,7 @@ class HFPolicy:
         return hidden_BRW
 
     def _logits(self, hidden_BRW: Tensor) -> Tensor:
-        logits_BRV: Tensor = self.model.get_output_embeddings()(hidden_BRW)
+        logits_BRV: Tensor = self.output_head(hidden_BRW)
         return logits_BRV.float()
 
 
@@ -131,7 +135,7 @@ def resolve_checkpoint(path: str | Path) -> Path:
     folder = TINY_POLICY_DIR if str(path) == "tiny" else Path(path)
     if not (folder / "config.json").is_file():
         raise InvalidInput(
-            f"no checkpoint at {str(path)!r}: a folder with config.json is needed, or 'tiny' for the shipped policy"
+            f"no checkpoint at {str(path)!r}: give a folder with config.json, or 'tiny' for the shipped one"
         )
     _check_family(AutoConfig.from_pretrained(folder).model_type)
     return folder
@@ -142,14 +146,10 @@ def load_model(
 ) -> PreTrainedModel:
     """The causal LM of a checkpoint folder, with transformers' default attention."""
     torch_dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-    had_progress_bar = hf_logging.is_progress_bar_enabled()
-    hf_logging.disable_progress_bar()  # one bar per replica and layer shard would drown the run's own
-    try:
+    with _no_progress_bar():
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch_dtype)
-    finally:
-        if had_progress_bar:
-            hf_logging.enable_progress_bar()
-    return model.to(resolve_device(device))
+    nn.Module.to(model, resolve_device(device))
+    return model
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
@@ -163,6 +163,18 @@ def resolve_device(device: str | torch.device) -> torch.device:
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return torch.device(device)
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """One bar per replica and shard would drown the run's own."""
+    was_enabled = hf_logging.is_progress_bar_enabled()
+    hf_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        if was_enabled:
+            hf_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def _check_family(family: str) -> None:

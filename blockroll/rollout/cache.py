@@ -43,7 +43,7 @@ class SlotCache:
         self.lengths_N[slot] = 0
 
     def scrub(self, slot: int) -> None:
-        """Zero a slot whose forward went wrong: hidden NaN values would still reach its next request as 0 * NaN."""
+        """Zero a slot whose forward went wrong: hidden NaN would still reach its next request, as 0 * NaN."""
         for tensor in (*self._keys, *self._values):
             tensor[slot] = 0
 

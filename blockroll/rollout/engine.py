@@ -287,7 +287,7 @@ class Engine:
 
 
 def check_plan(plan: Plan, policy: Policy) -> None:
-    """Refuse a plan the policy cannot follow; warn, once per process, of more drafts than it was trained for."""
+    """Refuse a plan the policy cannot follow; warn of more drafts than it was trained for."""
     if plan.levels:
         raise InvalidInput(f"plan {plan.name} is not served; allowed are plain and two_forward(K)")
     if plan.num_drafts and policy.mask_token_id is None:
@@ -296,8 +296,8 @@ def check_plan(plan: Plan, policy: Policy) -> None:
         )
     if plan.num_drafts > policy.trained_drafts:
         warnings.warn(
-            f"plan {plan.name} drafts more than the {policy.trained_drafts} tokens this policy was trained for; "
-            "the law stays exact, the later drafts will rarely be accepted",
+            f"plan {plan.name} drafts more than the {policy.trained_drafts} tokens this policy was "
+            "trained for; the law stays exact, the later drafts will rarely be accepted",
             stacklevel=2,
         )
 

@@ -52,7 +52,7 @@ class RolloutPool:
         on_close: Callable[[], None] | None = None,
         tokenizer: Any = None,
     ) -> None:
-        """`requests_per_replica` are handed out at a time; `transport` moves an update's buckets to the replicas."""
+        """`requests_per_replica` are handed out at a time; `transport` moves an update's buckets."""
         if not replicas:
             raise InvalidInput("a pool needs at least one replica")
         self._members = [_Member(replica) for replica in replicas]
@@ -68,7 +68,7 @@ class RolloutPool:
 
     @classmethod
     def from_pretrained(cls, path: str = "tiny", **options: Any) -> Self:
-        """A pool of one replica in this process, or as `RolloutConfig` options say (`backend="ray"` and so on)."""
+        """A pool of one replica in this process, unless options of `RolloutConfig` say otherwise."""
         config = RolloutConfig(**{"backend": "local", "num_replicas": 1, "threads_per_replica": 1, **options})
         pool = make_pool(PolicyConfig(path=path), config)
         assert isinstance(pool, cls)
@@ -106,8 +106,7 @@ class RolloutPool:
 
     def decode(self, rollout: Rollout) -> str:
         """The completion as text, without special tokens."""
-        text: str = self.tokenizer.decode(rollout.token_ids, skip_special_tokens=True)
-        return text
+        return str(self.tokenizer.decode(rollout.token_ids, skip_special_tokens=True))
 
     def generate(self, requests: Iterable[Request]) -> Iterator[Rollout]:
         """Yield rollouts as they finish, in any order; all requests are checked before the first starts.
@@ -149,7 +148,8 @@ class RolloutPool:
             receipts = list(executor.map(lambda member: self._update_member(member, sent), members))
         if not any(receipt.accepted for receipt in receipts):
             raise WeightSyncError(
-                f"version {update.version} was refused by every replica, version {self.version} goes on serving: "
+                f"version {update.version} was refused by every replica, "
+                f"version {self.version} goes on serving: "
                 + "; ".join(f"replica {receipt.replica_id}: {receipt.error}" for receipt in receipts)
             )
         self.version = update.version

@@ -4,6 +4,7 @@ import dataclasses
 import logging
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -62,7 +63,7 @@ class RayReplica:
     def __init__(self, replica_id: int, policy: PolicyConfig, config: RolloutConfig) -> None:
         threads = config.threads_per_replica
         self.replica_id = replica_id
-        self.actor = (
+        self.actor: Any = (  # the handle's methods are made at run time
             ray.remote(ReplicaActor)
             .options(
                 num_cpus=0,  # cores are shared by explicit thread counts, not by Ray's bookkeeping
@@ -70,7 +71,7 @@ class RayReplica:
             )
             .remote(replica_id, policy, config)
         )
-        self._pending: ray.ObjectRef | None = None
+        self._pending: ray.ObjectRef[Any] | None = None
         self.limits: Limits
 
     def wait_until_ready(self) -> None:
@@ -114,7 +115,7 @@ class RayReplica:
         """Kill the actor's process."""
         ray.kill(self.actor)
 
-    def _get(self, reference: "ray.ObjectRef", timeout: float | None = None):  # type: ignore[no-untyped-def]
+    def _get(self, reference: "ray.ObjectRef[Any]", timeout: float | None = None) -> Any:
         try:
             return ray.get(reference, timeout=timeout)
         except RayActorError as death:
@@ -124,7 +125,7 @@ class RayReplica:
 
 
 def make_ray_pool(policy: PolicyConfig, config: RolloutConfig) -> RolloutPool:
-    """Start Ray if it is not running, and one actor per replica; closing the pool stops what was started here."""
+    """One actor per replica. Ray is started if it is not running, and then stopped with the pool."""
     policy = dataclasses.replace(policy, path=str(resolve_checkpoint(policy.path).resolve()))
     started = not ray.is_initialized()
     if started:

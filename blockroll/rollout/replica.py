@@ -134,5 +134,5 @@ class LocalReplica:
             raise InvalidInput(f"weight updates of kind {update.kind!r} are not served; allowed is 'full'")
         if update.version <= self.engine.policy_version:
             raise VersionMismatch(
-                f"version {update.version} does not follow version {self.engine.policy_version} that is served now"
+                f"version {update.version} does not follow version {self.engine.policy_version}, served now"
             )

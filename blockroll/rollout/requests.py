@@ -28,8 +28,8 @@ def check_request(request: Request, limits: Limits) -> None:
     length = len(request.prompt_ids) + len(committed)
     if length >= limits.max_length:
         raise InvalidInput(
-            f"{name} has {length} tokens, but the context holds {limits.max_length} and at least one must be free "
-            "for the completion; shorten the prompt or raise max_length up to what the policy was built for"
+            f"{name} has {length} tokens, but the context holds {limits.max_length} and at least one must be "
+            "free for the completion; shorten the prompt or raise max_length, if the policy was built for more"
         )
     if committed and len(committed) >= request.sampling.max_tokens:
         raise InvalidInput(

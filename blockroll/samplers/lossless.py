@@ -73,7 +73,7 @@ def verify_block(draft: Draft, target_probs_BLV: Tensor, uniforms_BL: Tensor) ->
 
 
 def policy_logprobs(logits_BLV: Tensor, token_ids_BL: Tensor, temperature_B: Tensor) -> Tensor:
-    """Log-probability of tokens under the causal policy, float64 (B, L): full vocabulary, T = 1 where greedy."""
+    """Log-probability under the causal policy, float64 (B, L): full vocabulary, T = 1 where greedy."""
     scale_B = torch.where(temperature_B == 0, 1.0, temperature_B.to(torch.float64))
     scaled_BLV = logits_BLV.to(torch.float64) / scale_B[:, None, None]
     return scaled_BLV.gather(-1, token_ids_BL[..., None]).squeeze(-1) - scaled_BLV.logsumexp(dim=-1)

@@ -32,8 +32,9 @@ def philox4x32(
     seed: Tensor, c0: Tensor | int, c1: Tensor | int, c2: Tensor | int, c3: Tensor | int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Four 32-bit words (in int64) per element of the broadcast arguments."""
-    counters = [torch.as_tensor(word, dtype=torch.int64, device=seed.device) for word in (c0, c1, c2, c3)]
-    seed, *counters = torch.broadcast_tensors(seed, *counters)
+    words = [torch.as_tensor(word, dtype=torch.int64, device=seed.device) for word in (c0, c1, c2, c3)]
+    shape = torch.broadcast_shapes(seed.shape, *(word.shape for word in words))  # type: ignore[no-untyped-call]
+    seed, counters = seed.expand(shape), [word.expand(shape) for word in words]
     # The products of words 0 and 2 are taken together: x = (c0, c2), y = (c1, c3).
     x = torch.stack([counters[0], counters[2]]) & _MASK
     y = torch.stack([counters[1], counters[3]]) & _MASK

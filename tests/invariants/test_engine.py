@@ -85,7 +85,8 @@ def test_a_request_aborted_at_every_step_and_resumed_equals_the_uninterrupted_on
                 request = None
             else:
                 (aborted,) = engine.abort([request.request_id])
-                assert aborted.finish_reason == "abort" and engine.num_requests == 0
+                assert aborted.finish_reason == "abort"
+                assert engine.num_requests == 0
                 request = dataclasses.replace(request, prefix=aborted.as_prefix())
     assert count_coin_differences(whole, resumed, margins) <= 1
     for request_id, rollout in whole.items():
@@ -142,16 +143,17 @@ def test_tokens_at_the_context_limit_keep_exact_logprobs(policy, plan):
 def test_a_stop_string_ends_a_rollout_with_the_token_that_completes_it(policy, plan):
     decode = lambda ids: "".join(chr(ord("a") + token) for token in ids)  # noqa: E731
     free = run(policy, make_requests(prompts(20), Sampling(max_tokens=24)), plan)
-    stop = next(
-        decode(rollout.token_ids)[5:7] for rollout in free.values() if len(rollout.token_ids) > 8
+    stop = next(decode(rollout.token_ids)[5:7] for rollout in free.values() if len(rollout.token_ids) > 8)
+    stopped = run(
+        policy, make_requests(prompts(20), Sampling(max_tokens=24, stop=(stop,))), plan, decode=decode
     )
-    stopped = run(policy, make_requests(prompts(20), Sampling(max_tokens=24, stop=(stop,))), plan, decode=decode)
     num_stopped = 0
     for request_id, rollout in stopped.items():
         text = decode(rollout.token_ids)
         assert decode(free[request_id].token_ids).startswith(text)
         if stop in text:
-            assert text.index(stop) == len(text) - 2 and rollout.finish_reason == "stop"
+            assert text.index(stop) == len(text) - 2
+            assert rollout.finish_reason == "stop"
             num_stopped += 1
     assert num_stopped
 
@@ -171,8 +173,11 @@ def test_non_finite_logits_fail_one_request_by_name_and_no_other(plan):
     requests.insert(3, dataclasses.replace(poisoned, request_id="poisoned"))
     rollouts = run(policy, requests, plan)
     failed = rollouts.pop("poisoned")
-    assert failed.finish_reason == "error" and failed.token_ids == ()
-    assert failed.error is not None and "NonFiniteLogits" in failed.error and "'poisoned'" in failed.error
+    assert failed.finish_reason == "error"
+    assert failed.token_ids == ()
+    assert failed.error is not None
+    assert "NonFiniteLogits" in failed.error
+    assert "'poisoned'" in failed.error
     assert {name: rollout.token_ids for name, rollout in healthy.items()} == {
         name: rollout.token_ids for name, rollout in rollouts.items()
     }

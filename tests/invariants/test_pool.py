@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import numpy as np
 import pytest
 import torch
 
@@ -177,7 +176,8 @@ def test_a_damaged_update_is_named_and_the_old_version_goes_on_serving(error, da
         checksums = [health.checksum for health in pool.health()]
         with pytest.raises(WeightSyncError, match=f"refused by every replica, version 0 goes on.*{error}"):
             pool.update(damage(moved_update()))
-        assert pool.num_refused_updates == 2 and pool.version == 0
+        assert pool.num_refused_updates == 2
+        assert pool.version == 0
         assert [health.checksum for health in pool.health()] == checksums
         after = list(pool.generate(requests))
         assert {r.request.request_id: r.token_ids for r in after} == before
@@ -189,7 +189,8 @@ def test_a_stale_replica_serves_nothing_until_an_update_succeeds():
     with RolloutPool([local_replica(0), broken]) as pool:
         receipts = pool.update(moved_update(1))
         assert [receipt.accepted for receipt in receipts] == [True, False]
-        assert pool.states == ("READY", "STALE") and pool.version == 1
+        assert pool.states == ("READY", "STALE")
+        assert pool.version == 1
         rollouts = list(pool.generate(make_requests(prompts(20), SAMPLING)))
         assert len(rollouts) == 20
         assert {version for r in rollouts for version in r.policy_versions} == {1}
@@ -204,7 +205,9 @@ def test_an_update_that_arrives_whole_at_the_second_try_is_accepted_and_counted(
     broken.damage = lambda update: damages.pop(0)(update)
     with RolloutPool([broken]) as pool:
         (receipt,) = pool.update(moved_update(1))
-        assert receipt.accepted and pool.num_refused_updates == 1 and pool.states == ("READY",)
+        assert receipt.accepted
+        assert pool.num_refused_updates == 1
+        assert pool.states == ("READY",)
 
 
 def test_a_pool_without_a_ready_replica_says_so():

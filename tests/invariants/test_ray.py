@@ -88,12 +88,15 @@ def test_killing_a_replica_in_the_middle_loses_and_repeats_no_rollout(pool, chec
         if len(got) == 5:
             os.kill(victim, signal.SIGKILL)
             time.sleep(0.5)
-    assert pool.states == ("READY", "DEAD") and pool.num_redispatched > 0
+    assert pool.states == ("READY", "DEAD")
+    assert pool.num_redispatched > 0
     assert sorted(r.request.request_id for r in got) == sorted(want)
     assert {r.request.request_id: r.token_ids for r in got} == {name: r.token_ids for name, r in want.items()}
 
 
 def test_a_model_that_is_not_supported_is_refused_before_any_process_starts(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
-    with pytest.raises(InvalidInput, match="model family 'gpt2' is not supported; supported are llama, qwen3"):
+    with pytest.raises(
+        InvalidInput, match="model family 'gpt2' is not supported; supported are llama, qwen3"
+    ):
         make_ray_pool(PolicyConfig(path=str(tmp_path)), CONFIG)

@@ -66,20 +66,24 @@ def test_draft_logits_equal_a_dense_forward_with_the_block_mask(policy):
         policy.model.set_attn_implementation("sdpa")
         with torch.no_grad():
             positions = torch.arange(size)[None]
-            output = policy.model(ids, attention_mask=mask[None, None], position_ids=positions, use_cache=False)
+            output = policy.model(
+                ids, attention_mask=mask[None, None], position_ids=positions, use_cache=False
+            )
         policy.model.set_attn_implementation("blockroll")
         torch.testing.assert_close(got[row], output.logits[0, len(text) :], atol=TOLERANCE, rtol=0)
 
 
 def test_drafts_look_both_ways_and_the_anchor_does_not(policy):
-    """A causal draft mask, or an anchor that sees masks, would pass the law tests and only lose acceptance."""
+    """A causal draft mask, or an anchor that sees masks, would pass the law tests and lose acceptance."""
     texts = prompts(3)
     cache, anchors = prefilled(policy, texts)
     policy.draft_logits(anchors, NUM_DRAFTS, cache.window(0, 3, NUM_DRAFTS + 1))
     keys_with_masks = [cache._keys[-1][row, :, len(text) - 1].clone() for row, text in enumerate(texts)]
     policy.verify_logits(anchors[:, None], cache.window(0, 3, 1))
     for row, text in enumerate(texts):
-        torch.testing.assert_close(cache._keys[-1][row, :, len(text) - 1], keys_with_masks[row], atol=1e-5, rtol=0)
+        torch.testing.assert_close(
+            cache._keys[-1][row, :, len(text) - 1], keys_with_masks[row], atol=1e-5, rtol=0
+        )
     wide = policy.draft_logits(anchors, NUM_DRAFTS, cache.window(0, 3, NUM_DRAFTS + 1))
     narrow = policy.draft_logits(anchors, NUM_DRAFTS - 1, cache.window(0, 3, NUM_DRAFTS))
     assert (wide[:, 0] - narrow[:, 0]).abs().max() > 1e-3
@@ -107,7 +111,9 @@ def test_verify_logits_are_bit_identical_whatever_the_mask_embedding_holds(polic
         with torch.no_grad():
             policy.model.get_input_embeddings().weight[MASK_ID] *= scale
         cache, anchors = prefilled(policy, texts)
-        draft_logits.append(policy.draft_logits(anchors, NUM_DRAFTS, cache.window(0, len(texts), NUM_DRAFTS + 1)))
+        draft_logits.append(
+            policy.draft_logits(anchors, NUM_DRAFTS, cache.window(0, len(texts), NUM_DRAFTS + 1))
+        )
         ids = torch.cat([anchors[:, None], drafts], dim=1)
         results.append(policy.verify_logits(ids, cache.window(0, len(texts), NUM_DRAFTS + 1)))
     assert torch.equal(*results)
@@ -126,7 +132,9 @@ def test_cache_after_every_pattern_of_accepts_equals_recompute(policy):
         policy.verify_logits(ids, cache.window(0, len(texts), NUM_DRAFTS + 1))
         accepted = torch.tensor([pattern[step] for pattern in patterns])
         cache.commit(0, len(texts), accepted + 1)
-        anchors = torch.randint(4, VOCAB_SIZE, (len(texts),), generator=torch.Generator().manual_seed(step + 9))
+        anchors = torch.randint(
+            4, VOCAB_SIZE, (len(texts),), generator=torch.Generator().manual_seed(step + 9)
+        )
         for row, text in enumerate(texts):
             text += [*drafts[row, : accepted[row]].tolist(), int(anchors[row])]
     fresh, _ = prefilled(policy, [tuple(text) for text in texts])
@@ -145,5 +153,8 @@ def test_a_batch_row_gets_the_logits_it_gets_alone(policy):
     for row, text in enumerate(texts):
         alone, anchor = prefilled(policy, [text])
         torch.testing.assert_close(
-            together[row], policy.verify_logits(anchor[:, None], alone.window(0, 1, 1))[0], atol=TOLERANCE, rtol=0
+            together[row],
+            policy.verify_logits(anchor[:, None], alone.window(0, 1, 1))[0],
+            atol=TOLERANCE,
+            rtol=0,
         )

@@ -17,11 +17,12 @@ from blockroll.types import TensorSpec, WeightManifest, WeightUpdate
 
 DEFAULT_BUCKET_BYTES = 64 * 2**20
 
+Bytes = np.ndarray[tuple[int], np.dtype[np.uint8]]
 NamedTensors = Iterable[tuple[str, Tensor]]
 
 
 def named_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """What an update carries: parameters (tied ones once) and persistent buffers, in the model's own order."""
+    """What an update carries: parameters (tied ones once) and persistent buffers, in model order."""
     yield from model.named_parameters()
     persistent = model.state_dict(keep_vars=True).keys()
     yield from ((name, buffer) for name, buffer in model.named_buffers() if name in persistent)
@@ -37,7 +38,7 @@ def make_update(
 ) -> WeightUpdate:
     """Pack a whole policy; floating tensors are cast to `dtype`, the replicas' own, if it is given."""
     specs: list[TensorSpec] = []
-    buckets: list[list[np.ndarray]] = [[]]
+    buckets: list[list[Bytes]] = [[]]
     digest = hashlib.blake2b(digest_size=16)
     filled = 0
     for name, tensor in tensors:
@@ -76,9 +77,9 @@ def weights_checksum(tensors: NamedTensors) -> str:
     return digest.hexdigest()
 
 
-def bucket_checksum(bucket: np.ndarray) -> str:
+def bucket_checksum(bucket: Bytes) -> str:
     """BLAKE2b of a bucket's bytes, 128 bits in hexadecimal."""
-    return hashlib.blake2b(np.ascontiguousarray(bucket), digest_size=16).hexdigest()
+    return hashlib.blake2b(np.ascontiguousarray(bucket).data, digest_size=16).hexdigest()
 
 
 def check_update(update: WeightUpdate, own: Sequence[tuple[str, Tensor]]) -> None:
@@ -107,7 +108,8 @@ def check_update(update: WeightUpdate, own: Sequence[tuple[str, Tensor]]) -> Non
         arrived = bucket_checksum(bucket)
         if arrived != checksum:
             raise ChecksumMismatch(
-                f"bucket {index} of {num_buckets} of version {update.version} has checksum {arrived}, sent was {checksum}"
+                f"bucket {index} of {num_buckets} of version {update.version} has checksum {arrived}, "
+                f"sent was {checksum}"
             )
 
 
@@ -122,11 +124,11 @@ def load_update(update: WeightUpdate, own: Sequence[tuple[str, Tensor]]) -> None
             target.copy_(source)
 
 
-def _bytes_of(tensor: Tensor) -> np.ndarray:
-    flat: np.ndarray = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+def _bytes_of(tensor: Tensor) -> Bytes:
+    flat: Bytes = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
     return flat
 
 
-def _digest_tensor(digest: "hashlib._Hash", name: str, tensor: Tensor, data: np.ndarray) -> None:
+def _digest_tensor(digest: hashlib.blake2b, name: str, tensor: Tensor, data: Bytes) -> None:
     digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-    digest.update(data)
+    digest.update(data.data)
