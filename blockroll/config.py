@@ -37,7 +37,8 @@ class RolloutConfig:
 
     backend: Literal["ray", "local"] = "ray"  # replicas as Ray actors, or in this process
     num_replicas: int = 2  # engines that share the requests
-    threads_per_replica: int = 1  # torch threads of each replica; cores are shared, so this is explicit
+    threads_per_replica: int = 1  # torch threads of each Ray replica; cores are shared, so this is explicit
+    gpus_per_replica: float = 1.0  # of each Ray replica on an accelerator; may be a fraction
     plan: str = "two_forward"  # "plain", "two_forward" (K as trained) or "two_forward(K)"
     max_batch_size: int = 64  # requests that one replica decodes together
     max_length: int = 0  # tokens of prompt and completion; 0: what the policy was built for

@@ -3,7 +3,6 @@
 Seeds are a hash of what they are for, never the state of a generator: a run resumes from its step alone.
 """
 
-import hashlib
 import math
 import time
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ from blockroll.errors import InvalidInput
 from blockroll.rl_loops.advantages import FAILED_REASONS, score_rollouts
 from blockroll.rl_loops.tasks import RewardFunction, Row
 from blockroll.rollout.pool import RolloutPool
+from blockroll.rollout.requests import derive_seed
 from blockroll.types import Request, Rollout, Sampling
 
 
@@ -25,12 +25,6 @@ class Batch:
     completions: tuple[str, ...]
     group_ids: tuple[str, ...]
     duration_s: float  # from the first request to the last rollout
-
-
-def derive_seed(*words: object) -> int:
-    """63 bits from what the seed is for: equal words give equal seeds."""
-    digest = hashlib.blake2b("/".join(map(str, words)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
 
 
 def collect(

@@ -15,7 +15,7 @@ from blockroll.config import PolicyConfig, RolloutConfig
 from blockroll.errors import InvalidInput, ReplicaError, WeightSyncError
 from blockroll.policies.hf import load_tokenizer
 from blockroll.rollout.replica import LocalReplica, Replica
-from blockroll.rollout.requests import check_request
+from blockroll.rollout.requests import check_request, derive_seed
 from blockroll.types import (
     ReplicaHealth,
     ReplicaState,
@@ -97,7 +97,7 @@ class RolloutPool:
                 request_id=f"{seed}-{index}-{sample}",
                 group_id=f"{seed}-{index}",
                 prompt_ids=tuple(self.tokenizer(prompt)["input_ids"]),
-                seed=(seed * 1_000_003 + index) * 1_000_003 + sample,
+                seed=derive_seed(seed, index, sample),
                 sampling=sampling,
             )
             for index, prompt in enumerate(prompts)

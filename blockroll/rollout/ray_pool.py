@@ -10,7 +10,7 @@ import numpy as np
 
 from blockroll.config import PolicyConfig, RolloutConfig
 from blockroll.errors import MissingDependency, ReplicaError
-from blockroll.policies.hf import load_tokenizer, resolve_checkpoint
+from blockroll.policies.hf import load_tokenizer, resolve_checkpoint, resolve_device
 from blockroll.rollout.pool import RolloutPool
 from blockroll.rollout.replica import LocalReplica
 from blockroll.rollout.requests import Limits
@@ -67,6 +67,7 @@ class RayReplica:
             ray.remote(ReplicaActor)
             .options(
                 num_cpus=0,  # cores are shared by explicit thread counts, not by Ray's bookkeeping
+                num_gpus=config.gpus_per_replica if resolve_device(policy.device).type == "cuda" else 0,
                 runtime_env={"env_vars": {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}},
             )
             .remote(replica_id, policy, config)

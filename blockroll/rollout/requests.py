@@ -1,5 +1,6 @@
-"""What the door checks: a request that cannot be served is refused before anything starts."""
+"""Requests before they run: where their seeds come from, and what the door refuses."""
 
+import hashlib
 from dataclasses import dataclass
 
 from blockroll.errors import InvalidInput
@@ -17,6 +18,12 @@ class Limits:
     mask_token_id: int | None
 
 
+def derive_seed(*words: object) -> int:
+    """63 bits from what the seed is for: equal words give equal seeds."""
+    digest = hashlib.blake2b("/".join(map(str, words)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
 def check_request(request: Request, limits: Limits) -> None:
     """Raise InvalidInput, naming the request, if it cannot be served."""
     name = f"request {request.request_id!r}"
@@ -29,7 +36,7 @@ def check_request(request: Request, limits: Limits) -> None:
     if length >= limits.max_length:
         raise InvalidInput(
             f"{name} has {length} tokens, but the context holds {limits.max_length} and at least one must be "
-            "free for the completion; shorten the prompt or raise max_length, if the policy was built for more"
+            "free for the completion; shorten the prompt or raise max_length if the policy was built for more"
         )
     if committed and len(committed) >= request.sampling.max_tokens:
         raise InvalidInput(

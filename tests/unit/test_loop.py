@@ -14,7 +14,6 @@ from blockroll.config import PolicyConfig, RolloutConfig, RunConfig, TrainConfig
 from blockroll.errors import CheckpointError, RunExists, WeightSyncError
 from blockroll.policies.hf import HFPolicy, load_tokenizer
 from blockroll.rl_loops.checkpoint import STATE_FILE, checkpoints, latest_checkpoint, load_trainer_state
-from blockroll.rl_loops.collect import derive_seed
 from blockroll.rl_loops.learner import Learner
 from blockroll.rl_loops.loop import load_run_config, train
 from blockroll.rl_loops.run import interrupts_held
@@ -22,6 +21,7 @@ from blockroll.rl_loops.tasks import from_rows
 from blockroll.rl_loops.tracking import read_lines
 from blockroll.rollout.pool import RolloutPool, make_pool
 from blockroll.rollout.replica import LocalReplica
+from blockroll.rollout.requests import derive_seed
 
 ROWS = [{"prompt": f"{i}+{i}=?"} for i in range(7)]
 # Everything of a step but what the clock decides.

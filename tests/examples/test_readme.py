@@ -1,0 +1,51 @@
+"""The README is run and held against the rows."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from benchmarks import readme
+from blockroll.policies.hf import TINY_POLICY_DIR
+
+TEXT = (Path(__file__).parents[2] / "README.md").read_text()
+
+
+def first_python_block():
+    return re.search(r"```python\n(.*?)```", TEXT, re.DOTALL)[1]
+
+
+def test_the_first_python_block_is_short_and_runs(capsys):
+    block = first_python_block()
+    assert len(block.splitlines()) <= 12
+    exec(compile(block, "README.md", "exec"), {})
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) == 4
+    assert all(re.fullmatch(r"'.*' \d\.\d\d of drafts accepted", line) for line in printed)
+
+
+def test_every_measured_figure_comes_from_a_committed_row():
+    assert readme.with_section(TEXT) == TEXT
+
+
+def test_the_rows_show_what_part_one_promises():
+    cells = {(row["plan"], row["batch"]): row for row in readme.read("part1_speed")}
+    assert {batch for _, batch in cells} == {1, 4, 16, 64}
+    assert all(
+        row["repeats"] >= 5 and row["host_ms_per_step"] for row in cells.values() if row["host_ms_per_step"]
+    )
+    assert cells["two_forward(8)", 1]["speedup_over_plain"] >= 2
+    for ends in readme.learning_summary().values():
+        assert len(ends) == 3
+        assert all(last - first >= 0.15 for first, last in ends)
+    assert all(row["max_difference"] < 1e-4 for row in readme.read("part1_logprobs"))
+    assert all(row["p_value"] > 0.001 for row in readme.read("part1_law"))
+
+
+def test_the_shipped_policy_is_small_enough_to_ship():
+    assert sum(path.stat().st_size for path in TINY_POLICY_DIR.iterdir()) <= 6 * 2**20
+
+
+@pytest.mark.parametrize("link", re.findall(r"\]\(([^)]+)\)", TEXT))
+def test_every_link_of_the_readme_leads_somewhere(link):
+    assert (Path(__file__).parents[2] / link).exists()
