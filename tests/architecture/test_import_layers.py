@@ -55,7 +55,7 @@ def violations(module: str, source: str) -> list[str]:
 
 
 def imported_names(tree: ast.AST) -> Iterator[str]:
-    """Dotted names of everything imported, at any depth; `import_module("...")` and `blockroll.name` count."""
+    """Dotted names of all that is imported, at any depth; `import_module("x")` and `blockroll.x` count."""
     for node in ast.walk(tree):
         match node:
             case ast.Import(names=aliases):
@@ -74,7 +74,7 @@ def imported_names(tree: ast.AST) -> Iterator[str]:
 
 
 def broken_rank(importer: str, imported: str) -> list[str]:
-    if importer in ("", imported) or imported in ("", "__version__"):
+    if importer in ("", imported) or not imported or imported.startswith("__"):
         return []
     if importer not in RANKS:
         return [f"`{importer}` has no row: give it one in {Path(__file__).name}"]
