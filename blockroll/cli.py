@@ -445,7 +445,9 @@ def _arithmetic_prompts(policy: "HFPolicy") -> list[tuple[int, ...]]:
 
 
 def _bench_table(rows: Sequence["BenchRow"], *, title: str) -> Table:
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    table = Table(
+        title=title, title_justify="left", box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False
+    )
     table.add_column("plan", no_wrap=True)
     for column in ("batch", "tok/s", "min..max", "x plain", "accept", "tok/fwd", "host ms"):
         table.add_column(column, justify="right", no_wrap=True)
