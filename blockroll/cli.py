@@ -194,12 +194,15 @@ def train(
     resume: Annotated[
         Path | None, typer.Option(help="A run folder, to go on from its newest checkpoint.")
     ] = None,
+    wandb: WandbOption = False,
 ) -> None:
     """Train as a config says: collect, advantages, update, publish."""
     from blockroll.rl_loops.loop import load_run_config
     from blockroll.rl_loops.loop import train as run_training
 
     path, overrides = _split_config(config or [])
+    if wandb:
+        overrides.append("wandb=true")
     if resume is None:
         run_training(load_config(path, overrides))
         return

@@ -191,7 +191,7 @@ def test_doctor_says_versions_and_what_is_missing(monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "advice"),
     [
-        (["generate", "hi", "--policy", "nowhere"], "a folder with config.json is needed"),
+        (["generate", "hi", "--policy", "nowhere"], "give a folder with config.json"),
         (["generate", "hi", "--temperature", "-1"], "0 means greedy"),
         (["generate", "hi", "--max-tokens", "0"], "max_tokens must be at least 1"),
         (["generate", "hi", "--policy", "POLICY", "--plan", "wild"], "'two_forward'"),
