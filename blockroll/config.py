@@ -25,9 +25,7 @@ class PolicyConfig:
     """The language model."""
 
     path: str = "tiny"  # a Hugging Face checkpoint folder, or "tiny" for the policy that ships with blockroll
-    dtype: Literal["float32", "bfloat16", "float16"] = (
-        "float32"  # weights and forward; samplers always get float32
-    )
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # weights and forward, not samplers
     device: str = "auto"  # torch device; "auto" takes the accelerator if there is one
 
 

@@ -169,9 +169,8 @@ class Rollout:
 
     request: Request
     token_ids: tuple[int, ...]  # completion only; an end token is kept
-    policy_logprobs: tuple[
-        float, ...
-    ]  # causal policy, full vocabulary, at the sampling temperature (1 if greedy)
+    # Under the causal policy, full vocabulary, at the sampling temperature (1 if greedy).
+    policy_logprobs: tuple[float, ...]
     behavior_logprobs: tuple[float, ...]  # law the token was drawn from; 0 when greedy
     policy_versions: tuple[int, ...]
     law: Law

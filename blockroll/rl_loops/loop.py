@@ -76,12 +76,7 @@ def train(
     try:
         policy_version = _run_to_the_end(config, task, resume, tuple(callbacks), pool, console)
     except KeyboardInterrupt:
-        advice = (
-            f"To go on from here: blockroll train --resume {run_dir}"
-            if checkpoints(run_dir)
-            else f"There is no checkpoint to resume from: delete {run_dir} to use its name again."
-        )
-        console.print(f"Interrupted. {advice}", soft_wrap=True, highlight=False)
+        console.print(f"Interrupted. {_what_now(run_dir)}", soft_wrap=True, highlight=False)
         raise SystemExit(130) from None
     rows = read_lines(run_dir / METRICS_FILE)
     report = write_report(run_dir)
@@ -149,6 +144,15 @@ def _run_to_the_end(
             raise
         run.save_if_settled()
         return run.step
+
+
+def _what_now(run_dir: Path) -> str:
+    """How to go on after an interrupt."""
+    if checkpoints(run_dir):
+        return f"To go on from here: blockroll train --resume {run_dir}"
+    if run_dir.exists():
+        return f"There is no checkpoint to resume from: delete {run_dir} to use its name again."
+    return "The run had not started, and left nothing."
 
 
 def load_run_config(run_dir: str | Path, overrides: Iterable[str] = ()) -> RunConfig:

@@ -20,10 +20,9 @@ class Scheduler:
     """First come, first served, into at most `max_batch_size` slots."""
 
     def __init__(self, *, max_batch_size: int, max_prefill_tokens: int = 16384) -> None:
+        """`max_prefill_tokens` bounds the padded prompt tokens of one prefill; one request always fits."""
         self.max_batch_size = max_batch_size
-        self.max_prefill_tokens = (
-            max_prefill_tokens  # padded prompt tokens of one prefill; one request always fits
-        )
+        self.max_prefill_tokens = max_prefill_tokens
         self._waiting: deque[tuple[str, int]] = deque()
         self._running: list[str] = []
 
