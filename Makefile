@@ -35,7 +35,7 @@ check: $(INSTALLED)
 	.venv/bin/python -m pytest tests/architecture
 
 evidence: $(INSTALLED)
-	.venv/bin/python benchmarks/evidence_part$(PART).py
+	.venv/bin/python -m benchmarks.evidence_part$(PART)
 
 # Old Ray leaves files and its own processes to the garbage collector; `make test` forgives no such warning.
 test-lowest: $(INSTALLED_LOWEST)

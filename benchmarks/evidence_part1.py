@@ -1,7 +1,7 @@
 """The long experiments of part 1, each writing its rows to benchmarks/results/.
 
-    python benchmarks/evidence_part1.py            everything that has no rows yet
-    python benchmarks/evidence_part1.py speed ...  these experiments, again
+    python -m benchmarks.evidence_part1            everything that has no rows yet
+    python -m benchmarks.evidence_part1 speed ...  these experiments, again
 
 An experiment with rows is not repeated; RL runs that were interrupted go on from their checkpoints.
 The tests run a short form of each.

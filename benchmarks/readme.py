@@ -1,6 +1,6 @@
 """The README's measured results, written from committed rows and from nothing else.
 
-    python benchmarks/readme.py        rewrite the section between the markers, and the picture
+    python -m benchmarks.readme        rewrite the section between the markers, and the picture
 
 A test holds the README against the rows.
 """
