@@ -153,13 +153,20 @@ class Learner:
         valid_B: Sequence[Tensor],
         advantages_B: Tensor,
     ) -> "_StepResult":
-        """One optimizer step on the rollouts `part`: the mean over all their valid tokens, across chunks."""
+        """One optimizer step on the rollouts `part`: the mean over all their valid tokens, across chunks.
+
+        A rollout of advantage 0 has loss and gradient 0 whatever the policy: it counts, but costs no forward.
+        """
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate
         self.optimizer.zero_grad(set_to_none=True)
-        loss_sum, clipped, num_tokens, num_dropped = 0.0, 0.0, 0, 0
-        for chunk in length_chunks([batch[i] for i in part]):
-            indices = [part[j] for j in chunk]
+        worthless = [i for i in part if advantages_B[i] == 0]
+        teaching = [i for i in part if advantages_B[i] != 0]
+        num_tokens = sum(int(valid_B[i].sum()) for i in worthless)
+        num_dropped = sum(len(valid_B[i]) for i in worthless) - num_tokens
+        loss_sum, clipped = 0.0, 0.0
+        for chunk in length_chunks([batch[i] for i in teaching]):
+            indices = [teaching[j] for j in chunk]
             repeats = torch.tensor([len(batch[i].token_ids) for i in indices], device=self.policy.device)
             result = self.algorithm.loss(
                 self._forward([batch[i] for i in indices]).logprobs_N,

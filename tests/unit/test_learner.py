@@ -158,6 +158,22 @@ def test_a_batch_that_teaches_nothing_leaves_the_weights_alone(advantages):
     assert all(torch.equal(tensor, before[name]) for name, tensor in subject.named_tensors())
 
 
+def test_rollouts_of_no_advantage_count_in_the_mean_but_cost_no_forward(monkeypatch):
+    subject, forwards = learner(), []
+    forward = Learner._forward
+    monkeypatch.setattr(
+        Learner, "_forward", lambda self, rollouts: forwards.append(rollouts) or forward(self, rollouts)
+    )
+    batch = on_policy(subject, BATCH)
+    forwards.clear()
+    metrics = subject.update(batch, worth(1.0, 0.0, 0.0, 0.0))
+
+    old, teaching = forwards
+    assert (len(old), len(teaching)) == (4, 1)
+    assert metrics["update/num_tokens"] == 13
+    assert metrics["loss"] == pytest.approx(-4 / 13, abs=1e-5)
+
+
 def test_non_finite_behavior_logprobs_are_dropped_and_counted():
     broken = rollout([1, 5, 6], [7, 8, 9, 2], (-3.0, math.nan, -math.inf, -3.0))
     metrics = learner().update([broken, BATCH[1]], worth(1.0, -1.0))
