@@ -151,10 +151,11 @@ def law_equality(policy: HFPolicy, *, short: int = 20_000, whole: int = 4_000) -
         {"check": "texts of short rollouts agree in law", "rollouts_per_plan": short, **chi_square(*samples)}
     )
 
-    problem_list = list(itertools.islice(problems(5, held_out=True), whole))
-    texts = prompts(policy, whole, seed=5)
     lengths, rewards = [], []
     for seed, plan in ((3, PLAIN), (4, TWO_FORWARD)):
+        # Problems of its own for each plan: two samples that share them would not be independent.
+        problem_list = list(itertools.islice(problems(seed, held_out=True), whole))
+        texts = prompts(policy, whole, seed=seed)
         rollouts = decode(policy, requests(texts, Sampling(max_tokens=64), seed=seed), plan)
         lengths.append(Counter(("all", len(rollout.token_ids)) for rollout in rollouts.values()))
         rewards.append(
