@@ -40,6 +40,7 @@ RESULTS = Path(__file__).parent / "results"
 RUNS = Path("runs") / "evidence_part1"
 TWO_FORWARD = Plan(8)
 BATCH = 64
+LEARNING_TEMPERATURE = 1.4
 
 
 def provenance() -> Row:
@@ -238,8 +239,11 @@ def speed(policy: HFPolicy, *, batches: tuple[int, ...] = (1, 4, 16, 64), repeat
     return [to_record(row) for row in rows]
 
 
-def learning(*, seeds: Sequence[int] = (0, 1, 2), steps: int = 40) -> list[Row]:
-    """GRPO from the shipped policy, plain and two-forward, several seeds; a row per step."""
+def learning(*, seeds: Sequence[int] = (0, 1, 2), steps: int = 60, prompts_per_step: int = 64) -> list[Row]:
+    """GRPO from the shipped policy, plain and two-forward, several seeds; a row per step.
+
+    Drawn hotter than 1, where the policy makes more of the mistakes that it can unlearn.
+    """
     rows = []
     for seed, plan in itertools.product(seeds, ("plain", "two_forward")):
         config = RunConfig(
@@ -247,11 +251,19 @@ def learning(*, seeds: Sequence[int] = (0, 1, 2), steps: int = 40) -> list[Row]:
             runs_dir=str(RUNS),
             seed=seed,
             policy=PolicyConfig(),
-            rollout=RolloutConfig(plan=plan),
-            train=TrainConfig(steps=steps),
+            rollout=RolloutConfig(plan=plan, temperature=LEARNING_TEMPERATURE),
+            train=TrainConfig(
+                steps=steps,
+                prompts_per_step=prompts_per_step,
+                group_size=8,
+                learning_rate=2e-4,
+                eval_every=20,
+                eval_prompts=256,
+            ),
         )
         result = train(resumable(config), resume=has_checkpoint(config.run_dir))
-        rows += [{"seed": seed, "plan_config": plan, **metrics} for metrics in result.metrics]
+        about = {"seed": seed, "plan_config": plan, "temperature": LEARNING_TEMPERATURE}
+        rows += [{**about, **metrics} for metrics in result.metrics]
     return rows
 
 
