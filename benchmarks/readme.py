@@ -62,15 +62,31 @@ def speed_table() -> str:
     return "\n".join((*lines, "", caption))
 
 
+def rewards_by_run() -> dict[str, dict[int, list[float]]]:
+    """Reward of every step, by plan and seed."""
+    rewards: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for row in read("part1_learning"):
+        rewards[row["plan_config"]][row["seed"]].append(row["reward"])
+    return rewards
+
+
 def learning_summary() -> dict[str, list[tuple[float, float]]]:
     """Mean reward over the first and last steps of every run, by plan, in order of seeds."""
-    rewards: dict[tuple[str, int], list[float]] = defaultdict(list)
-    for row in read("part1_learning"):
-        rewards[row["plan_config"], row["seed"]].append(row["reward"])
-    summary: dict[str, list[tuple[float, float]]] = defaultdict(list)
-    for (plan, _), values in sorted(rewards.items()):
-        summary[plan].append((float(np.mean(values[:WINDOW])), float(np.mean(values[-WINDOW:]))))
-    return summary
+    return {
+        plan: [
+            (float(np.mean(values[:WINDOW])), float(np.mean(values[-WINDOW:])))
+            for _, values in sorted(seeds.items())
+        ]
+        for plan, seeds in sorted(rewards_by_run().items())
+    }
+
+
+def band_overlap() -> float:
+    """Share of steps at which the bands that the seeds span, of smoothed rewards, overlap."""
+    tables = [np.array([*map(smoothed, seeds.values())]) for seeds in rewards_by_run().values()]
+    low = np.max([table.min(axis=0) for table in tables], axis=0)
+    high = np.min([table.max(axis=0) for table in tables], axis=0)
+    return float(np.mean(low <= high))
 
 
 def learning_table() -> str:
@@ -80,12 +96,15 @@ def learning_table() -> str:
         f"| rollouts | reward, first {WINDOW} steps | reward, last {WINDOW} steps | least rise of a seed |",
         "| --- | ---: | ---: | ---: |",
     ]
-    for plan, ends in sorted(learning_summary().items()):
+    for plan, ends in learning_summary().items():
         first, last = np.mean(ends, axis=0)
         rise = min(end - start for start, end in ends)
         lines.append(f"| {plan.replace('_', '-')} | {first:.3f} | {last:.3f} | {rise:+.3f} |")
     steps, seeds = max(row["step"] for row in rows), len({row["seed"] for row in rows})
-    caption = f"GRPO on arithmetic from the tiny policy, {steps} steps, means of {seeds} seeds."
+    caption = (
+        f"GRPO on arithmetic from the tiny policy, {steps} steps at temperature {rows[0]['temperature']:g}, "
+        f"means of {seeds} seeds. The bands of the two plans overlap in {band_overlap():.0%} of the steps."
+    )
     return "\n".join((*lines, "", caption))
 
 
@@ -124,11 +143,8 @@ def draw_learning(path: Path = PICTURE) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    curves: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for row in read("part1_learning"):
-        curves[row["plan_config"]][row["seed"]].append(row["reward"])
     figure, axes = pyplot.subplots(figsize=(8, 3.6), layout="constrained")
-    for (plan, seeds), color in zip(sorted(curves.items()), ("#6b7280", "#0f766e"), strict=True):
+    for (plan, seeds), color in zip(sorted(rewards_by_run().items()), ("#6b7280", "#0f766e"), strict=True):
         table = np.array([smoothed(values) for _, values in sorted(seeds.items())])
         steps = np.arange(1, table.shape[1] + 1)
         axes.fill_between(steps, table.min(axis=0), table.max(axis=0), color=color, alpha=0.18, linewidth=0)
@@ -137,6 +153,7 @@ def draw_learning(path: Path = PICTURE) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", alpha=0.25)
     axes.legend(frameon=False, loc="lower right", title="rollouts")
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
 

@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 
 DEMO = RunConfig(
     name="demo",
-    rollout=RolloutConfig(max_tokens=48),
-    train=TrainConfig(steps=30, prompts_per_step=16, group_size=8, eval_every=15, eval_prompts=64),
+    rollout=RolloutConfig(temperature=1.4),
+    train=TrainConfig(steps=30, eval_every=15, eval_prompts=128),
 )
 DEMO_BATCHES = (1, 16)  # of the speed measured at the end of the demo
 BENCH_PROMPTS = 256

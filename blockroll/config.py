@@ -53,10 +53,10 @@ class TrainConfig:
     """One RL run: collect, advantages, update, publish."""
 
     algorithm: Literal["grpo"] = "grpo"  # which advantages and which loss
-    steps: int = 40  # policy updates
-    prompts_per_step: int = 16  # groups collected for one update
+    steps: int = 60  # policy updates
+    prompts_per_step: int = 64  # groups collected for one update
     group_size: int = 8  # rollouts per prompt
-    learning_rate: float = 3e-4  # AdamW, constant after the warm-up
+    learning_rate: float = 2e-4  # AdamW, constant after the warm-up
     warmup_steps: int = 2  # linear warm-up of the learning rate
     max_grad_norm: float = 1.0  # global gradient clip
     minibatches: int = 1  # optimizer steps per collected batch
@@ -64,7 +64,7 @@ class TrainConfig:
     behavior_ratio_cap: float = 2.0  # truncation of old policy over behaviour law
     learner_threads: int = 2  # torch threads of the learner; replicas idle while it works
     eval_every: int = 10  # steps between evaluations; 0: never
-    eval_prompts: int = 64  # held-out prompts of one evaluation
+    eval_prompts: int = 128  # held-out prompts of one evaluation
     checkpoint_every: int = 10  # steps between checkpoints; 0: only at the end
     keep_checkpoints: int = 2  # newest checkpoints kept
 
