@@ -40,7 +40,7 @@ RESULTS = Path(__file__).parent / "results"
 RUNS = Path("runs") / "evidence_part1"
 TWO_FORWARD = Plan(8)
 BATCH = 64
-LEARNING_TEMPERATURE = 1.4
+LEARNING_TEMPERATURE = 1.5
 
 
 def provenance() -> Row:
@@ -239,25 +239,37 @@ def speed(policy: HFPolicy, *, batches: tuple[int, ...] = (1, 4, 16, 64), repeat
     return [to_record(row) for row in rows]
 
 
-def learning(*, seeds: Sequence[int] = (0, 1, 2), steps: int = 60, prompts_per_step: int = 64) -> list[Row]:
+def learning(
+    *,
+    seeds: Sequence[int] = (0, 1, 2),
+    plans: Sequence[str] = ("plain", "two_forward"),
+    steps: int = 45,
+    prompts_per_step: int = 64,
+) -> list[Row]:
     """GRPO from the shipped policy, plain and two-forward, several seeds; a row per step.
 
-    Drawn hotter than 1, where the policy makes more of the mistakes that it can unlearn.
+    Drawn hotter than 1, where the policy makes more of the mistakes that it can unlearn. In one process with
+    one thread, so that runs can go on side by side.
     """
     rows = []
-    for seed, plan in itertools.product(seeds, ("plain", "two_forward")):
+    for seed, plan in itertools.product(seeds, plans):
         config = RunConfig(
             name=f"{plan}_{seed}",
             runs_dir=str(RUNS),
             seed=seed,
             policy=PolicyConfig(),
-            rollout=RolloutConfig(plan=plan, temperature=LEARNING_TEMPERATURE),
+            rollout=RolloutConfig(
+                backend="local",
+                num_replicas=1,
+                max_batch_size=128,
+                plan=plan,
+                temperature=LEARNING_TEMPERATURE,
+            ),
             train=TrainConfig(
                 steps=steps,
                 prompts_per_step=prompts_per_step,
-                group_size=8,
-                learning_rate=2e-4,
-                eval_every=20,
+                learner_threads=1,
+                eval_every=15,
                 eval_prompts=256,
             ),
         )

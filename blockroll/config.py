@@ -53,10 +53,11 @@ class TrainConfig:
     """One RL run: collect, advantages, update, publish."""
 
     algorithm: Literal["grpo"] = "grpo"  # which advantages and which loss
-    steps: int = 60  # policy updates
+    steps: int = 45  # policy updates
     prompts_per_step: int = 64  # groups collected for one update
     group_size: int = 8  # rollouts per prompt
-    learning_rate: float = 2e-4  # AdamW, constant after the warm-up
+    learning_rate: float = 3e-4  # AdamW, at its highest
+    lr_scheduler: Literal["linear", "constant"] = "linear"  # after the warm-up: down to 0 at the end, or flat
     warmup_steps: int = 2  # linear warm-up of the learning rate
     max_grad_norm: float = 1.0  # global gradient clip
     minibatches: int = 1  # optimizer steps per collected batch

@@ -61,9 +61,13 @@ class Learner:
 
     @property
     def learning_rate(self) -> float:
-        """Of the next optimizer step: linear over `warmup_steps`, then constant."""
-        share = (self.num_optimizer_steps + 1) / max(self.config.warmup_steps, 1)
-        return self.config.learning_rate * min(1.0, share)
+        """Of the next optimizer step: up over `warmup_steps`, then down to 0 behind the last step, or flat."""
+        config, step = self.config, self.num_optimizer_steps
+        share = min(1.0, (step + 1) / max(config.warmup_steps, 1))
+        if config.lr_scheduler == "linear" and step >= config.warmup_steps:
+            total = config.steps * config.minibatches
+            share = max(0.0, (total - step) / max(total - config.warmup_steps, 1))
+        return config.learning_rate * share
 
     def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """The weights to publish, in the order replicas hold them; tied ones once."""

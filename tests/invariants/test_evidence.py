@@ -43,7 +43,7 @@ def test_speed_rows_hold_every_subject(policy):
     assert all(row["tokens_per_s"] > 0 for row in rows)
 
 
-def test_learning_runs_go_on_from_their_checkpoints(ray_session, tmp_path, monkeypatch):
+def test_learning_runs_go_on_from_their_checkpoints(tmp_path, monkeypatch):
     monkeypatch.setattr(evidence, "RUNS", tmp_path)
     rows = evidence.learning(seeds=(0,), steps=1, prompts_per_step=2)
     assert [(row["plan_config"], row["step"]) for row in rows] == [("plain", 1), ("two_forward", 1)]

@@ -200,10 +200,18 @@ def test_minibatches_take_one_optimizer_step_each_and_never_more_than_rollouts()
     assert subject.num_optimizer_steps == 3
 
 
-def test_the_learning_rate_warms_up_linearly_and_stays():
-    subject = learner(learning_rate=0.1, warmup_steps=4)
-    rates = [subject.update(BATCH, worth(1.0, -1.0, 1.0, -1.0))["learning_rate"] for _ in range(6)]
-    assert rates == pytest.approx([0.025, 0.05, 0.075, 0.1, 0.1, 0.1])
+@pytest.mark.parametrize(
+    ("scheduler", "expected"),
+    [
+        ("constant", [0.025, 0.05, 0.075, 0.1, 0.1, 0.1, 0.1, 0.1]),
+        ("linear", [0.025, 0.05, 0.075, 0.1, 0.1, 0.075, 0.05, 0.025]),
+    ],
+)
+def test_the_learning_rate_warms_up_and_then_stays_or_falls_to_nothing(scheduler, expected):
+    subject = learner(learning_rate=0.1, warmup_steps=4, steps=8, lr_scheduler=scheduler)
+    rates = [subject.update(BATCH, worth(1.0, -1.0, 1.0, -1.0))["learning_rate"] for _ in expected]
+    assert rates == pytest.approx(expected)
+    assert subject.learning_rate == pytest.approx(0.1 if scheduler == "constant" else 0)
 
 
 def test_the_gradient_is_clipped_to_its_bound():
