@@ -61,7 +61,7 @@ class Learner:
 
     @property
     def learning_rate(self) -> float:
-        """Of the next optimizer step: up over `warmup_steps`, then down to 0 behind the last step, or flat."""
+        """Of the next optimizer step: up over `warmup_steps`, then down to 0 after the last one, or flat."""
         config, step = self.config, self.num_optimizer_steps
         share = min(1.0, (step + 1) / max(config.warmup_steps, 1))
         if config.lr_scheduler == "linear" and step >= config.warmup_steps:
