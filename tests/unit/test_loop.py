@@ -155,8 +155,8 @@ def test_a_checkpoint_is_a_policy_that_still_drafts(tmp_path, policy_path):
 
 @pytest.mark.parametrize("plan", ["plain", "two_forward"])
 def test_reward_rises_on_a_task_that_random_weights_can_learn(tmp_path, policy_path, plan):
-    options = {"prompts_per_step": 4, "group_size": 16, "learning_rate": 2e-2, "eval_every": 0}
-    rows = run(config_for(tmp_path, policy_path, plan=plan, steps=16, **options)).metrics
+    options = {"prompts_per_step": 4, "group_size": 16, "learning_rate": 2e-2, "lr_scheduler": "constant"}
+    rows = run(config_for(tmp_path, policy_path, plan=plan, steps=16, eval_every=0, **options)).metrics
     assert sum(row["reward"] for row in rows[-3:]) / 3 > rows[0]["reward"] + 0.25
 
 
