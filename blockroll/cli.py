@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 DEMO = RunConfig(
     name="demo",
     rollout=RolloutConfig(temperature=1.5),
-    train=TrainConfig(steps=30, eval_every=15, eval_prompts=128),
+    train=TrainConfig(steps=25, eval_every=5),
 )
 DEMO_BATCHES = (1, 16)  # of the speed measured at the end of the demo
 BENCH_PROMPTS = 256
