@@ -243,13 +243,14 @@ def learning(
     *,
     seeds: Sequence[int] = (0, 1, 2),
     plans: Sequence[str] = ("plain", "two_forward"),
-    steps: int = 45,
+    stages: Sequence[int] = (45, 75),
     prompts_per_step: int = 64,
 ) -> list[Row]:
     """GRPO from the shipped policy, plain and two-forward, several seeds; a row per step.
 
-    Drawn hotter than 1, where the policy makes more of the mistakes that it can unlearn. In one process with
-    one thread, so that runs can go on side by side.
+    Each stage ends at a step where the learning rate has fallen to 0, and the next goes on from its
+    checkpoint: a warm restart. Drawn hotter than 1, where the policy makes more of the mistakes that it can
+    unlearn. In one process with one thread, so that runs can go on side by side.
     """
     rows = []
     for seed, plan in itertools.product(seeds, plans):
@@ -266,14 +267,15 @@ def learning(
                 temperature=LEARNING_TEMPERATURE,
             ),
             train=TrainConfig(
-                steps=steps,
                 prompts_per_step=prompts_per_step,
                 learner_threads=1,
                 eval_every=15,
                 eval_prompts=256,
             ),
         )
-        result = train(resumable(config), resume=has_checkpoint(config.run_dir))
+        for steps in stages:
+            stage = replace(config, train=replace(config.train, steps=steps))
+            result = train(resumable(stage), resume=has_checkpoint(config.run_dir))
         about = {"seed": seed, "plan_config": plan, "temperature": LEARNING_TEMPERATURE}
         rows += [{**about, **metrics} for metrics in result.metrics]
     return rows

@@ -45,9 +45,9 @@ def test_speed_rows_hold_every_subject(policy):
 
 def test_learning_runs_go_on_from_their_checkpoints(tmp_path, monkeypatch):
     monkeypatch.setattr(evidence, "RUNS", tmp_path)
-    rows = evidence.learning(seeds=(0,), steps=1, prompts_per_step=2)
+    rows = evidence.learning(seeds=(0,), stages=(1,), prompts_per_step=2)
     assert [(row["plan_config"], row["step"]) for row in rows] == [("plain", 1), ("two_forward", 1)]
-    rows = evidence.learning(seeds=(0,), steps=2, prompts_per_step=2)
+    rows = evidence.learning(seeds=(0,), stages=(1, 2), prompts_per_step=2)
     assert [(row["plan_config"], row["step"]) for row in rows] == [
         ("plain", 1),
         ("plain", 2),
