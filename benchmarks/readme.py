@@ -103,7 +103,8 @@ def learning_table() -> str:
     steps, seeds = max(row["step"] for row in rows), len({row["seed"] for row in rows})
     caption = (
         f"GRPO on arithmetic from the tiny policy, {steps} steps at temperature {rows[0]['temperature']:g}, "
-        f"means of {seeds} seeds. The bands of the two plans overlap in {band_overlap():.0%} of the steps."
+        f"means of {seeds} seeds. The rate falls to 0 and restarts once. "
+        f"The bands of the two plans overlap in {band_overlap():.0%} of the steps."
     )
     return "\n".join((*lines, "", caption))
 
