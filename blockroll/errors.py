@@ -2,7 +2,8 @@
 
     BlockrollError
     ├── InvalidInput (ValueError)            a request, argument or option that cannot be served
-    │   └── ConfigError                      an unknown key or a value outside its range in a config
+    │   ├── ConfigError                      an unknown key or a value outside its range in a config
+    │   └── AdapterMismatch                  a draft adapter is missing or of another architecture
     ├── RunExists (FileExistsError)          the run folder is already there
     ├── CheckpointError (RuntimeError)       a checkpoint is missing, incomplete or of another run
     ├── MissingDependency (ImportError)      an optional package is needed for what was asked
@@ -28,6 +29,10 @@ class InvalidInput(BlockrollError, ValueError):
 
 class ConfigError(InvalidInput):
     """An unknown key or a value outside its range in a config."""
+
+
+class AdapterMismatch(InvalidInput):
+    """A draft adapter is missing or of another architecture."""
 
 
 class RunExists(BlockrollError, FileExistsError):

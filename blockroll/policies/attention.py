@@ -4,11 +4,12 @@ Every forward of a policy brings its mask and its positions, so one function ser
 draft rows. The registered mask function is transformers' own for `sdpa`: a model left on this name
 still honours 2-D padding masks.
 
-Shapes: B requests, H query heads, R query rows, S keys, D head width.
+Shapes: B requests, H query heads, G key-value heads, R query rows, S keys, D head width.
 """
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -20,26 +21,57 @@ ATTENTION_NAME = "blockroll"
 def block_attention(
     module: nn.Module,
     query_BHRD: Tensor,
-    key_BHSD: Tensor,
-    value_BHSD: Tensor,
+    key_BGSD: Tensor,
+    value_BGSD: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
+    softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Softmax attention under a boolean mask (B, 1, R, S), True where a row may attend."""
+    """Softmax attention under a boolean mask (B, 1, R, S), True where a row may attend.
+
+    `softcap` c bends the scores to c * tanh(score / c) before the softmax (Gemma 2, section 2).
+    """
     rows = query_BHRD.shape[2]
+    if softcap is not None:
+        output_BHRD = _capped_attention(
+            query_BHRD, key_BGSD, value_BGSD, attention_mask, scaling=scaling, softcap=softcap
+        )
+        return output_BHRD.transpose(1, 2).contiguous(), None
     output_BHRD = scaled_dot_product_attention(
         query_BHRD,
-        key_BHSD,
-        value_BHSD,
+        key_BGSD,
+        value_BGSD,
         attn_mask=attention_mask,
         dropout_p=dropout,
         scale=scaling,
         is_causal=attention_mask is None and rows > 1,
-        enable_gqa=query_BHRD.shape[1] != key_BHSD.shape[1],
+        enable_gqa=query_BHRD.shape[1] != key_BGSD.shape[1],
     )
     return output_BHRD.transpose(1, 2).contiguous(), None
+
+
+def _capped_attention(
+    query_BHRD: Tensor,
+    key_BGSD: Tensor,
+    value_BGSD: Tensor,
+    mask_B1RS: Tensor | None,
+    *,
+    scaling: float | None,
+    softcap: float,
+) -> Tensor:
+    """In plain torch, because its fused attention has no soft cap; softmax in float32."""
+    rows, repeats = query_BHRD.shape[2], query_BHRD.shape[1] // key_BGSD.shape[1]
+    key_BHSD = key_BGSD.repeat_interleave(repeats, dim=1)
+    value_BHSD = value_BGSD.repeat_interleave(repeats, dim=1)
+    scale = query_BHRD.shape[-1] ** -0.5 if scaling is None else scaling
+    scores_BHRS = torch.tanh(query_BHRD @ key_BHSD.transpose(2, 3) * scale / softcap) * softcap
+    if mask_B1RS is None:
+        keys = key_BHSD.shape[2]
+        mask_B1RS = torch.ones((rows, keys), dtype=torch.bool, device=query_BHRD.device).tril(keys - rows)
+    scores_BHRS = scores_BHRS.masked_fill(~mask_B1RS, torch.finfo(scores_BHRS.dtype).min)
+    return scores_BHRS.softmax(dim=-1, dtype=torch.float32).to(query_BHRD.dtype) @ value_BHSD
 
 
 def register() -> None:

@@ -1,8 +1,10 @@
 """What the engine asks of a policy and of the key-value window it writes to.
 
-Shapes: B requests, R rows (new tokens) per request, K drafted tokens, V vocabulary.
+Shapes: B requests, R rows (new tokens) per request, K drafted tokens, L = K + 1 rows to verify, P levels,
+W hidden width, V vocabulary.
 """
 
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -12,8 +14,8 @@ from torch import Tensor
 class KVWindow(Protocol):
     """The rows of a cache that one forward reads and extends; hands every layer its keys and values."""
 
-    positions_BR: Tensor  # int64, absolute position of each new row
-    extent: int  # keys each layer returns; a row sees those whose index is at most its horizon
+    lengths_B: Tensor  # int64, committed rows of each request; the new rows lie behind them, in order
+    extent: int  # keys each layer returns
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object
@@ -22,14 +24,23 @@ class KVWindow(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FusedRows:
+    """What a fused forward gives: the target rows now, the proposals as states that cost no output head."""
+
+    verify_logits_BLV: Tensor  # float32, row i is the law of the token after row i
+    proposal_states_BPLW: Tensor  # slots 0..K of the proposal of each level, in the order of the levels
+
+
 class Policy(Protocol):
     """A causal LM that also drafts. Logits are float32, whatever the weights are."""
 
     vocab_size: int  # rows of the logits
     max_length: int  # positions the model was built for
     eos_token_ids: tuple[int, ...]
-    mask_token_id: int | None  # None: the policy cannot draft
-    trained_drafts: int  # largest K it was trained to draft; 0: none
+    mask_token_id: int | None  # None: masks are no token, or the policy cannot draft
+    trained_drafts: int  # largest K it was trained to draft; 0: it cannot draft
+    trained_layouts: tuple[str, ...]  # of `two_forward` and `fused`
     device: torch.device
 
     def prefill(self, ids_BR: Tensor, window: KVWindow) -> None:
@@ -45,4 +56,12 @@ class Policy(Protocol):
 
         The anchor is a causal row that sees no mask; mask rows see the prefix, the anchor and each other.
         """
+        ...
+
+    def fused_rows(self, ids_BL: Tensor, levels: tuple[int, ...], window: KVWindow) -> FusedRows:
+        """Verify the anchor and K drafts, and propose after each level, in one forward."""
+        ...
+
+    def proposal_logits(self, states_BKW: Tensor) -> Tensor:
+        """Logits (B, K, V) of the chosen proposal's states."""
         ...

@@ -1,14 +1,17 @@
 """A Hugging Face causal LM as a policy, through transformers' own extension points.
 
 The causal path is the model's ordinary forward plus its output head, because that is what learners
-recompute. Supported now: Llama and Qwen3.
+recompute. Families are listed in FAMILIES; `check_policy` tells whether a checkpoint keeps the contract.
 
-Shapes: B requests, R rows per request, K drafted tokens, W hidden width, V vocabulary.
+Shapes: B requests, R rows per request, K drafted tokens, L = K + 1 rows to verify, P levels, W hidden width,
+V vocabulary.
 """
 
+import contextlib
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -25,22 +28,30 @@ from transformers.utils import logging as hf_logging
 
 from blockroll.errors import InvalidInput
 from blockroll.policies import attention
-from blockroll.policies.base import KVWindow
+from blockroll.policies.adapter import DraftAdapter, has_adapter
+from blockroll.policies.base import FusedRows, KVWindow
+from blockroll.policies.layout import RowLayout, causal_rows, fused_rows, two_forward_rows
 
 TINY_POLICY_DIR = Path(__file__).parent / "tiny_policy"
-FAMILIES = ("llama", "qwen3")
+
+# Whether the family takes one attention mask for all layers or one per kind of layer.
+FAMILIES = {
+    "llama": "one",
+    "mistral": "one",
+    "qwen2": "by_layer_type",
+    "qwen3": "by_layer_type",
+    "qwen3_moe": "one",
+    "gemma2": "by_layer_type",
+    "gemma3_text": "by_layer_type",
+}
 
 
 class HFPolicy:
-    """A causal LM on one device that drafts when its config says it was trained to."""
+    """A causal LM on one device that drafts with an adapter, or when its config says it was trained to."""
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
         """Take over `model`: it is set to evaluation mode and to blockroll's attention."""
-        family = model.config.model_type
-        if family not in FAMILIES:
-            raise InvalidInput(
-                f"model family {family!r} is not supported; supported are {', '.join(FAMILIES)}"
-            )
+        _check_family(model.config.model_type)
         attention.register()
         model.set_attn_implementation(attention.ATTENTION_NAME)
         self.model = model
@@ -51,12 +62,33 @@ class HFPolicy:
         self.vocab_size = int(model.config.vocab_size)
         self.max_length = int(model.config.max_position_embeddings)
         self.eos_token_ids = _eos_token_ids(model)
+        self.adapter: DraftAdapter | None = None
         section: dict[str, Any] = getattr(model.config, "blockroll", None) or {}
         self.mask_token_id: int | None = section.get("mask_token_id")
+        self.trained_drafts = max(section.get("block_sizes", ()), default=0)
+        self.trained_layouts: tuple[str, ...] = tuple(section.get("layouts", ()))
         # transformers 5.24 renamed the argument; the old name is gone from 5.40.
         arguments = inspect.signature(model.base_model.forward).parameters
         self._cache_keyword = "cache" if "cache" in arguments else "past_key_values"
-        self.trained_drafts = max(section.get("block_sizes", ()), default=0)
+        self._sliding_window: int | None = getattr(model.config, "sliding_window", None)
+        self._layer_types: tuple[str, ...] = ()
+        if FAMILIES[model.config.model_type] == "by_layer_type":
+            self._layer_types = tuple(sorted(set(model.config.layer_types)))
+        self._final_softcap: float | None = getattr(model.config, "final_logit_softcapping", None)
+
+    @property
+    def stock_attention(self) -> str:
+        """The implementation a learner trains with: transformers' fused attention knows no soft cap."""
+        return "eager" if getattr(self.model.config, "attn_logit_softcapping", None) else "sdpa"
+
+    def use_adapter(self, adapter: DraftAdapter) -> None:
+        """Draft with this adapter, made for this policy's model, from now on. Masks are no token then."""
+        if self.adapter is not None:
+            self.adapter.remove()
+        self.adapter = adapter
+        self.mask_token_id = None
+        self.trained_drafts = max(adapter.config.block_sizes, default=0)
+        self.trained_layouts = adapter.config.layouts
 
     @classmethod
     def from_pretrained(
@@ -66,12 +98,19 @@ class HFPolicy:
         device: str | torch.device = "auto",
         dtype: str | torch.dtype = torch.float32,
         with_tokenizer: bool = True,
+        adapter: str | Path | None = None,
     ) -> Self:
-        """Load a checkpoint folder; `tiny` is the policy that ships with blockroll."""
+        """Load a checkpoint folder; `tiny` is the policy that ships with blockroll.
+
+        `adapter` is the folder of a draft adapter; one that lies beside the weights is used unasked.
+        """
         folder = resolve_checkpoint(path)
         model = load_model(folder, device=device, dtype=dtype)
         tokenizer = load_tokenizer(folder) if with_tokenizer else None
-        return cls(model, tokenizer)
+        policy = cls(model, tokenizer)
+        if adapter is not None or has_adapter(folder):
+            policy.use_adapter(DraftAdapter.from_pretrained(adapter or folder, model))
+        return policy
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write an ordinary Hugging Face checkpoint folder."""
@@ -89,45 +128,94 @@ class HFPolicy:
     @torch.inference_mode()
     def prefill(self, ids_BR: Tensor, window: KVWindow) -> None:
         """Write keys and values of prompt rows; no logits are computed."""
-        self._hidden(ids_BR, window, horizon_BR=window.positions_BR)
+        self.hidden(ids_BR, causal_rows(ids_BR.shape[1], self.device), window)
 
     @torch.inference_mode()
     def verify_logits(self, ids_BR: Tensor, window: KVWindow) -> Tensor:
         """Causal logits, float32 (B, R, V): row i is the law of the token after row i."""
-        hidden_BRW = self._hidden(ids_BR, window, horizon_BR=window.positions_BR)
-        return self._logits(hidden_BRW)
+        return self.logits(self.hidden(ids_BR, causal_rows(ids_BR.shape[1], self.device), window))
 
     @torch.inference_mode()
     def draft_logits(self, anchors_B: Tensor, num_drafts: int, window: KVWindow) -> Tensor:
         """Logits of the mask rows, float32 (B, K, V): row i is the law of the i-th draft after the anchor."""
-        if self.mask_token_id is None:
-            raise InvalidInput(
-                "this policy has no mask token: it was not trained to draft, use the plain plan"
-            )
-        ids_BR = anchors_B[:, None].repeat(1, num_drafts + 1)
-        ids_BR[:, 1:] = self.mask_token_id
-        # Masks see up to the last mask; the anchor stays causal, so its keys and values are clean.
-        horizon_BR = window.positions_BR[:, -1:].repeat(1, num_drafts + 1)
-        horizon_BR[:, 0] = window.positions_BR[:, 0]
-        hidden_BRW = self._hidden(ids_BR, window, horizon_BR=horizon_BR)
-        return self._logits(hidden_BRW[:, 1:])
+        layout = two_forward_rows(num_drafts, self.device)
+        return self.logits(self.hidden(anchors_B[:, None], layout, window)[:, 1:])
 
-    def _hidden(self, ids_BR: Tensor, window: KVWindow, *, horizon_BR: Tensor) -> Tensor:
-        keys_S = torch.arange(window.extent, device=ids_BR.device)
-        mask_B1RS = (keys_S <= horizon_BR[..., None])[:, None]
-        output = self.model.base_model(
-            input_ids=ids_BR,
-            position_ids=window.positions_BR,
-            attention_mask=mask_B1RS,
-            use_cache=True,
-            **{self._cache_keyword: window},
+    @torch.inference_mode()
+    def fused_rows(self, ids_BL: Tensor, levels: tuple[int, ...], window: KVWindow) -> FusedRows:
+        """Verify the anchor and K drafts, and propose after each level, in one forward."""
+        width = ids_BL.shape[1]
+        hidden_BRW = self.hidden(ids_BL, fused_rows(width - 1, levels, self.device), window)
+        return FusedRows(
+            verify_logits_BLV=self.logits(hidden_BRW[:, :width]),
+            proposal_states_BPLW=hidden_BRW[:, width:].reshape(len(ids_BL), len(levels), width, -1),
         )
+
+    @torch.inference_mode()
+    def proposal_logits(self, states_BKW: Tensor) -> Tensor:
+        """Logits of the chosen proposal's states, float32 (B, K, V)."""
+        return self.logits(states_BKW)
+
+    def hidden(self, ids_BC: Tensor, layout: RowLayout, window: KVWindow) -> Tensor:
+        """States (B, R, W) of the clean rows' tokens and of the masks behind them."""
+        return self.forward_rows(
+            ids_BC,
+            num_masks=len(layout.offsets_R) - layout.num_clean,
+            positions_BR=layout.positions(window.lengths_B),
+            attention_mask=partial(layout.attention_mask, window.lengths_B, window.extent),
+            window=window,
+        )
+
+    def forward_rows(
+        self,
+        ids_BC: Tensor,
+        *,
+        num_masks: int,
+        positions_BR: Tensor,
+        attention_mask: Callable[..., Tensor],
+        window: KVWindow,
+    ) -> Tensor:
+        """States (B, R, W) of C tokens and `num_masks` masks; `attention_mask(sliding_window=...)` is asked
+        for the mask (B, 1, R, S) of each kind of layer the family has."""
+        num_clean = ids_BC.shape[1]
+        adapter = self.adapter if num_masks else None
+        mask_id = (
+            0 if adapter else self.mask_token_id
+        )  # the adapter's embedding goes over whatever stands there
+        if num_masks and mask_id is None:
+            raise InvalidInput(
+                "this policy cannot draft: it has neither a draft adapter nor a mask token; "
+                "use the plain plan, or make an adapter with `blockroll convert`"
+            )
+        ids_BR = nn.functional.pad(ids_BC, (0, num_masks), value=mask_id)
+        inputs = {"input_ids": ids_BR}
+        if adapter is not None:
+            embeddings_BRW = self.model.get_input_embeddings()(ids_BR)
+            inputs = {"inputs_embeds": adapter.embed(embeddings_BRW, num_clean)}
+        with adapter.on_rows(num_clean) if adapter is not None else contextlib.nullcontext():
+            output = self.model.base_model(
+                **inputs,
+                position_ids=positions_BR,
+                attention_mask=self._masks_by_layer(attention_mask),
+                use_cache=True,
+                **{self._cache_keyword: window},
+            )
         hidden_BRW: Tensor = output.last_hidden_state
         return hidden_BRW
 
-    def _logits(self, hidden_BRW: Tensor) -> Tensor:
-        logits_BRV: Tensor = self.output_head(hidden_BRW)
-        return logits_BRV.float()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Float32 logits (..., V) of hidden states (..., W), as the model's own forward computes them."""
+        logits: Tensor = self.output_head(hidden)
+        if self._final_softcap is not None:
+            logits = torch.tanh(logits / self._final_softcap) * self._final_softcap
+        return logits.float()
+
+    def _masks_by_layer(self, attention_mask: Callable[..., Tensor]) -> Tensor | dict[str, Tensor]:
+        """The mask as the family takes it: one, or one per kind of layer."""
+        if not self._layer_types:
+            return attention_mask(sliding_window=self._sliding_window)
+        windows = {"full_attention": None, "sliding_attention": self._sliding_window}
+        return {kind: attention_mask(sliding_window=windows[kind]) for kind in self._layer_types}
 
 
 def resolve_checkpoint(path: str | Path) -> Path:

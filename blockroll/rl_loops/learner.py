@@ -48,7 +48,7 @@ class Learner:
         dtypes = {parameter.dtype for parameter in policy.model.parameters()}
         if dtypes != {torch.float32}:
             raise InvalidInput(f"the learner's weights must be float32, got {sorted(map(str, dtypes))}")
-        policy.model.set_attn_implementation("sdpa")
+        policy.model.set_attn_implementation(policy.stock_attention)
         self.policy = policy
         self.model = policy.model
         self.config = config
@@ -226,7 +226,7 @@ class Learner:
         temperatures = torch.tensor([r.request.sampling.logprob_temperature for r in rollouts], device=device)
         sizes = torch.tensor([len(rollout.token_ids) for rollout in rollouts], device=device)
         tokens_N = torch.tensor([token for rollout in rollouts for token in rollout.token_ids], device=device)
-        logits_NV = self.policy.output_head(hidden_NW).float()
+        logits_NV = self.policy.logits(hidden_NW)
         logprobs_NV = (logits_NV / temperatures.repeat_interleave(sizes)[:, None]).log_softmax(dim=-1)
         with torch.no_grad():
             entropies_N = -(logprobs_NV.exp() * logprobs_NV).sum(dim=-1)

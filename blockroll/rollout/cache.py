@@ -2,7 +2,7 @@
 
 A forward writes its rows behind a slot's committed length and reads everything up to them; only
 `commit` makes rows final. Rejected and mask rows are overwritten by the next forward, and no row ever sees
-past its horizon, so stale contents can't matter.
+a row that is neither committed nor new, so stale contents can't matter.
 
 Shapes: N slots, B slots of one window, H key-value heads, R new rows, S keys, D head width.
 """
@@ -67,9 +67,10 @@ class SlotWindow:
     """What one forward sees of the cache; stands in for transformers' cache object."""
 
     def __init__(self, cache: SlotCache, start: int, stop: int, num_rows: int) -> None:
-        lengths_B = cache.lengths_N[start:stop]
-        self.positions_BR = lengths_B[:, None] + torch.arange(num_rows, device=lengths_B.device)
-        needed = int(lengths_B.max()) + num_rows
+        # A copy: commits move the cache's own lengths on.
+        self.lengths_B = cache.lengths_N[start:stop].clone()
+        self._index_BR = self.lengths_B[:, None] + torch.arange(num_rows, device=self.lengths_B.device)
+        needed = int(self.lengths_B.max()) + num_rows
         assert needed <= cache.capacity, f"{needed} rows do not fit a slot of {cache.capacity}"
         self.extent = min(-(-needed // _EXTENT_STEP) * _EXTENT_STEP, cache.capacity)
         self._cache = cache
@@ -81,7 +82,7 @@ class SlotWindow:
         """Write one layer's new rows (B, H, R, D); return its keys and values (B, H, extent, D)."""
         keys, values = self._cache.layer(layer_idx, key_states)
         keys, values = keys[self._slots], values[self._slots]
-        index_BHRD = self.positions_BR[:, None, :, None].expand_as(key_states)
+        index_BHRD = self._index_BR[:, None, :, None].expand_as(key_states)
         keys.scatter_(2, index_BHRD, key_states)
         values.scatter_(2, index_BHRD, value_states)
         return keys[:, :, : self.extent], values[:, :, : self.extent]

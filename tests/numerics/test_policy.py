@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from blockroll.rollout.cache import SlotCache
-from tests.models import MASK_ID, VOCAB_SIZE, prompts, random_policy
+from tests.models import FAMILIES, MASK_ID, VOCAB_SIZE, prompts, random_policy
 
 NUM_DRAFTS = 4
 TOLERANCE = 1e-4
 
 
-@pytest.fixture(params=["llama", "qwen3"])
+@pytest.fixture(params=FAMILIES)
 def policy(request):
     return random_policy(request.param)
 
@@ -31,7 +31,7 @@ def prefilled(policy, texts, *, capacity=64):
 
 def plain_logits(policy, ids):
     """transformers' own forward, stock attention."""
-    policy.model.set_attn_implementation("sdpa")
+    policy.model.set_attn_implementation(policy.stock_attention)
     with torch.no_grad():
         logits = policy.model(torch.tensor([ids]), use_cache=False).logits[0]
     policy.model.set_attn_implementation("blockroll")
@@ -54,23 +54,67 @@ def test_verify_logits_equal_the_plain_causal_forward(policy):
         torch.testing.assert_close(got[row], want, atol=TOLERANCE, rtol=0)
 
 
+def dense_logits(policy, ids, sees, positions):
+    """transformers' stock attention over a whole text, under a mask of ours."""
+
+    def within(window):
+        near = positions[:, None] - positions[None] < window if window else True
+        return (sees & near)[None, None]
+
+    config = policy.model.config
+    window = getattr(config, "sliding_window", None)
+    mask = within(window)
+    if policy._layer_types:
+        mask = {"full_attention": within(None), "sliding_attention": within(window)}
+    if policy.stock_attention == "eager":  # which adds its mask
+
+        def additive(allowed):
+            return torch.zeros(allowed.shape).masked_fill(~allowed, -torch.inf)
+
+        mask = {kind: additive(m) for kind, m in mask.items()} if isinstance(mask, dict) else additive(mask)
+    policy.model.set_attn_implementation(policy.stock_attention)
+    with torch.no_grad():
+        logits = policy.model(
+            torch.tensor([ids]), attention_mask=mask, position_ids=positions[None], use_cache=False
+        ).logits[0]
+    policy.model.set_attn_implementation("blockroll")
+    return logits
+
+
 def test_draft_logits_equal_a_dense_forward_with_the_block_mask(policy):
     texts = prompts(5)
     cache, anchors = prefilled(policy, texts)
     got = policy.draft_logits(anchors, NUM_DRAFTS, cache.window(0, len(texts), NUM_DRAFTS + 1))
     for row, text in enumerate(texts):
-        ids = torch.tensor([[*text, *[MASK_ID] * NUM_DRAFTS]])
-        size = ids.shape[1]
-        mask = torch.ones(size, size, dtype=torch.bool).tril()
-        mask[len(text) :] = True
-        policy.model.set_attn_implementation("sdpa")
-        with torch.no_grad():
-            positions = torch.arange(size)[None]
-            output = policy.model(
-                ids, attention_mask=mask[None, None], position_ids=positions, use_cache=False
-            )
-        policy.model.set_attn_implementation("blockroll")
-        torch.testing.assert_close(got[row], output.logits[0, len(text) :], atol=TOLERANCE, rtol=0)
+        ids = [*text, *[MASK_ID] * NUM_DRAFTS]
+        sees = torch.ones(len(ids), len(ids), dtype=torch.bool).tril()
+        sees[len(text) :] = True
+        want = dense_logits(policy, ids, sees, torch.arange(len(ids)))[len(text) :]
+        torch.testing.assert_close(got[row], want, atol=TOLERANCE, rtol=0)
+
+
+LEVELS = [(0,), (0, NUM_DRAFTS), (0, 2), tuple(range(NUM_DRAFTS + 1))]
+
+
+@pytest.mark.parametrize("levels", LEVELS, ids=str)
+def test_a_fused_forward_verifies_as_a_causal_one_and_proposes_as_a_fresh_one_would(policy, levels):
+    """The proposal of level n is what a forward of its own gives after n accepted drafts, for every n."""
+    texts = prompts(5)
+    drafts = random_drafts(len(texts))
+    cache, anchors = prefilled(policy, texts)
+    ids = torch.cat([anchors[:, None], drafts], dim=1)
+    rows = policy.fused_rows(ids, levels, cache.window(0, len(texts), (NUM_DRAFTS + 1) * (len(levels) + 1)))
+    for row, text in enumerate(texts):
+        want = plain_logits(policy, [*text, *drafts[row].tolist()])[len(text) - 1 :]
+        torch.testing.assert_close(rows.verify_logits_BLV[row], want, atol=TOLERANCE, rtol=0)
+        for index, level in enumerate(levels):
+            known = [*text, *drafts[row, :level].tolist()]
+            whole = [*known, *[MASK_ID] * (NUM_DRAFTS + 1)]
+            sees = torch.ones(len(whole), len(whole), dtype=torch.bool).tril()
+            sees[len(known) :] = True
+            want = dense_logits(policy, whole, sees, torch.arange(len(whole)))[len(known) :]
+            got = policy.proposal_logits(rows.proposal_states_BPLW[row : row + 1, index])[0]
+            torch.testing.assert_close(got, want, atol=TOLERANCE, rtol=0)
 
 
 def test_drafts_look_both_ways_and_the_anchor_does_not(policy):
