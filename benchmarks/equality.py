@@ -22,9 +22,8 @@ class CoinMargins:
 
     def __call__(self, record: StepRecord) -> None:
         verdict, draft = record.verdict, record.draft
-        num_drafts = draft.token_ids_BK.shape[1]
         for row, request_id in enumerate(record.request_ids):
-            margins = []
+            margins, num_drafts = [], int(draft.num_drafts_B[row])
             num_accepted = int(verdict.num_accepted_B[row])
             for i in range(min(num_accepted + 1, num_drafts)):
                 coin = record.verify_uniforms_BL[row, i]

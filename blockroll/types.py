@@ -23,6 +23,13 @@ class Law:
 
     weight: float | None = 1.0
 
+    def __post_init__(self) -> None:
+        if self.weight is not None and not 0 <= self.weight <= 1:
+            raise InvalidInput(
+                f"the weight of a law must be between 0 and 1, got {self.weight}; 1 is the target "
+                "(lossless), 0 the draft's own law"
+            )
+
     @property
     def name(self) -> str:
         """`target`, `mixed(weight)` or `none`, as recorded in every rollout."""
@@ -44,6 +51,15 @@ class Plan:
     def __post_init__(self) -> None:
         if self.num_drafts < 0:
             raise InvalidInput(f"a plan needs at least 0 drafts, got {self.num_drafts}; 0 is plain decoding")
+        if self.levels and (
+            list(self.levels) != sorted(set(self.levels))
+            or self.levels[0] != 0
+            or self.levels[-1] > self.num_drafts
+        ):
+            raise InvalidInput(
+                f"the levels of a fused plan must rise from 0 to at most K = {self.num_drafts}, got "
+                f"{list(self.levels)}; without level 0 a step that accepts nothing has no drafts after it"
+            )
 
     @property
     def name(self) -> str:
@@ -59,20 +75,46 @@ class Plan:
         """Request-forwards that one step costs."""
         return 2 if self.num_drafts and not self.levels else 1
 
+    @property
+    def layout(self) -> str | None:
+        """What a policy must have been trained to draft for: `two_forward`, `fused`, or None for plain."""
+        if self.num_drafts == 0:
+            return None
+        return "fused" if self.levels else "two_forward"
+
+    @property
+    def rows_per_forward(self) -> int:
+        """New rows of one request in the widest forward of a step."""
+        return (self.num_drafts + 1) * (len(self.levels) + 1)
+
     @classmethod
     def parse(cls, text: str, *, default_drafts: int) -> "Plan":
-        """Read `plain`, `two_forward` (with `default_drafts`) or `two_forward(K)`, after `fixed:` or not."""
-        match = re.fullmatch(r"(?:fixed:)?(plain|two_forward)(?:\((\d+)\))?", text.strip())
-        if not match or (match[1] == "plain" and match[2]):
-            raise InvalidInput(f"plan must be 'plain', 'two_forward' or 'two_forward(K)', got {text!r}")
-        if match[1] == "plain":
+        """Read `plain`, `two_forward`, `two_forward(K)`, `fused`, `fused(K)` or `fused(K,[levels])`.
+
+        `fixed:` may stand before it. Without K it is `default_drafts`; without levels they are 0 and K.
+        """
+        match = _PLAN.fullmatch(text.replace(" ", ""))
+        if not match or (match["kind"] == "plain" and match["drafts"]):
+            raise InvalidInput(
+                "plan must be 'plain', 'two_forward', 'two_forward(K)', 'fused', 'fused(K)' or "
+                f"'fused(K,[0,...])', got {text!r}"
+            )
+        if match["kind"] == "plain":
             return cls(0)
-        num_drafts = int(match[2]) if match[2] else default_drafts
+        num_drafts = int(match["drafts"] or default_drafts)
         if num_drafts == 0:
             raise InvalidInput(f"plan {text!r} drafts nothing: give K of at least 1, or 'plain'")
-        return cls(num_drafts)
+        if match["kind"] == "two_forward":
+            if match["levels"]:
+                raise InvalidInput(f"plan {text!r} has levels, which only fused plans have")
+            return cls(num_drafts)
+        levels = match["levels"]
+        return cls(num_drafts, tuple(map(int, levels.split(","))) if levels else (0, num_drafts))
 
 
+_PLAN = re.compile(
+    r"(?:fixed:)?(?P<kind>plain|two_forward|fused)(?:\((?P<drafts>\d+)(?:,\[(?P<levels>\d+(?:,\d+)*)\])?\))?"
+)
 PLAIN = Plan(0)
 
 
@@ -104,9 +146,12 @@ class Sampling:
             raise InvalidInput(
                 "stop strings must not be empty: an empty string would end every rollout at once"
             )
-        if self.law.weight != 1.0:
+        if self.law.weight is None:
+            raise InvalidInput("law must be the target or mixed, got none; no sampler draws without a law")
+        if self.law.weight < 1 and self.temperature == 0:
             raise InvalidInput(
-                f"law must be the target (weight 1.0), got {self.law.name}; no other sampler exists"
+                f"law {self.law.name} has no greedy form: give a temperature above 0, or the target law "
+                "(weight 1)"
             )
 
     @property
@@ -178,6 +223,22 @@ class Rollout:
     stats: RolloutStats
     error: str | None = None  # what went wrong, if finish_reason is "error"
 
+    @property
+    def log_ratio(self) -> float:
+        """log pi/mu of the whole rollout: 0 under the target law, up to rounding; NaN if a logprob is."""
+        return math.fsum(self.policy_logprobs) - math.fsum(self.behavior_logprobs)
+
+    @property
+    def effective_sample_size(self) -> float:
+        """Of the token weights w = pi/mu, as a share: (sum w)^2 / (T sum w^2); 1 when all weigh the same.
+
+        NaN without tokens or where a logprob is not finite.
+        """
+        pairs = zip(self.policy_logprobs, self.behavior_logprobs, strict=True)
+        weights = [math.exp(policy - behavior) for policy, behavior in pairs]
+        squares = math.fsum(weight * weight for weight in weights)
+        return math.fsum(weights) ** 2 / (len(weights) * squares) if squares else math.nan
+
     def as_prefix(self) -> Prefix:
         """What was committed, to resume the request from: `replace(request, prefix=rollout.as_prefix())`."""
         return Prefix(
@@ -202,8 +263,9 @@ class Commit:
 class Draft:
     """Proposed tokens and the law they were really drawn from."""
 
-    token_ids_BK: "Tensor"  # int64
+    token_ids_BK: "Tensor"  # int64; behind a request's number of drafts they hold no meaning
     probs_BKV: "Tensor"  # float64; argmax drafts are a point mass
+    num_drafts_B: "Tensor"  # int64, 0..K: how many drafts each request really has
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -212,7 +274,7 @@ class Verdict:
 
     token_ids_BL: "Tensor"  # int64; positions past num_accepted hold no meaning
     num_accepted_B: "Tensor"  # int64, 0..K
-    behavior_logprobs_BL: "Tensor"  # float64, log target of each token
+    behavior_logprobs_BL: "Tensor"  # float64, log of the law each token was drawn from
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

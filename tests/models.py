@@ -48,7 +48,14 @@ FAMILIES = {
 }
 
 
-def random_model(family: str = "llama", *, seed: int = 0, scale: float = 1.0, trained_drafts: int = 4):
+def random_model(
+    family: str = "llama",
+    *,
+    seed: int = 0,
+    scale: float = 1.0,
+    trained_drafts: int = 4,
+    layouts: tuple[str, ...] = ("two_forward", "fused"),
+):
     """A two-layer causal LM; `scale` widens its logits, so that tokens differ in probability."""
     torch.manual_seed(seed)
     config = AutoConfig.for_model(family, **SHAPE, **FAMILIES[family])
@@ -62,7 +69,7 @@ def random_model(family: str = "llama", *, seed: int = 0, scale: float = 1.0, tr
         "conversion": "full",
         "mask_token_id": MASK_ID,
         "block_sizes": [trained_drafts],
-        "layouts": ["two_forward"],
+        "layouts": [*layouts],
     }
     return model.eval()
 

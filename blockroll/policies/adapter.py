@@ -129,8 +129,8 @@ class DraftAdapter(nn.Module):
                 f"the draft adapter in {folder} was made for the family {config.family!r}, the policy is "
                 f"{family!r}; convert this policy with `blockroll convert`"
             )
-        adapter = cls(model, config)
         tensors = safetensors.torch.load_file(folder / ADAPTER_WEIGHTS)
+        adapter = cls(model, config)
         problems = _differences(adapter.state_dict(), tensors)
         if problems:
             adapter.remove()

@@ -38,10 +38,15 @@ class Policy(Protocol):
     vocab_size: int  # rows of the logits
     max_length: int  # positions the model was built for
     eos_token_ids: tuple[int, ...]
-    mask_token_id: int | None  # None: masks are no token, or the policy cannot draft
-    trained_drafts: int  # largest K it was trained to draft; 0: it cannot draft
+    mask_token_id: int | None  # None: its masks are no token, or it cannot draft
+    trained_drafts: int  # largest K it was trained to draft; 0: none
     trained_layouts: tuple[str, ...]  # of `two_forward` and `fused`
     device: torch.device
+
+    @property
+    def can_draft(self) -> bool:
+        """Whether it has masks to draft with."""
+        ...
 
     def prefill(self, ids_BR: Tensor, window: KVWindow) -> None:
         """Write keys and values of prompt rows; no logits are computed."""

@@ -77,6 +77,11 @@ class HFPolicy:
         self._final_softcap: float | None = getattr(model.config, "final_logit_softcapping", None)
 
     @property
+    def can_draft(self) -> bool:
+        """Whether it has masks: an adapter's, or a mask token it was trained with."""
+        return self.adapter is not None or self.mask_token_id is not None
+
+    @property
     def stock_attention(self) -> str:
         """The implementation a learner trains with: transformers' fused attention knows no soft cap."""
         return "eager" if getattr(self.model.config, "attn_logit_softcapping", None) else "sdpa"
@@ -113,11 +118,13 @@ class HFPolicy:
         return policy
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write an ordinary Hugging Face checkpoint folder."""
+        """Write an ordinary Hugging Face checkpoint folder, the draft adapter beside the weights."""
         with _no_progress_bar():
             self.model.save_pretrained(folder)
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(folder)
+        if self.adapter is not None:
+            self.adapter.save_pretrained(folder)
 
     def decode(self, token_ids: list[int]) -> str:
         """Text of tokens, special ones left out."""
@@ -158,10 +165,12 @@ class HFPolicy:
 
     def hidden(self, ids_BC: Tensor, layout: RowLayout, window: KVWindow) -> Tensor:
         """States (B, R, W) of the clean rows' tokens and of the masks behind them."""
+        # Rows past the context are never committed, and must not stretch a scaled rotary embedding.
+        positions_BR = layout.positions(window.lengths_B).clamp(max=self.max_length - 1)
         return self.forward_rows(
             ids_BC,
             num_masks=len(layout.offsets_R) - layout.num_clean,
-            positions_BR=layout.positions(window.lengths_B),
+            positions_BR=positions_BR,
             attention_mask=partial(layout.attention_mask, window.lengths_B, window.extent),
             window=window,
         )

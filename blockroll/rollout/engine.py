@@ -1,9 +1,12 @@
 """One engine: continuous batching of requests under one decoding plan.
 
-A step is: admit waiting requests and prefill them, draft (if the plan drafts), verify, commit. The
-engine owns the cache and the per-request state; it knows neither processes nor weights' origins.
+A step is: admit waiting requests and prefill them, draft (if the plan drafts), verify, commit. Two-forward
+drafts with a forward of its own; a fused step verifies drafts that the step before proposed, and proposes the
+next ones in the same forward. The engine owns the cache and the per-request state; it knows neither processes
+nor weights' origins.
 
-Law: with the target law, committed tokens follow the causal policy exactly, whatever the drafts are.
+Law: with the target law, committed tokens follow the causal policy exactly, whatever the drafts are; with a
+mixed law they follow the mixture of policy and draft rows, which is recorded with each token.
 
 Shapes: B running requests, K drafted tokens, L = K + 1 verify rows, V vocabulary.
 """
@@ -20,9 +23,16 @@ from blockroll.errors import InvalidInput, NonFiniteLogits
 from blockroll.policies.base import Policy
 from blockroll.rollout.cache import SlotCache
 from blockroll.rollout.requests import Limits, check_request
-from blockroll.rollout.running import RunningRequest, StopRule
+from blockroll.rollout.running import Proposal, RunningRequest, StopRule
 from blockroll.rollout.scheduler import Scheduler
-from blockroll.samplers import draw_draft, policy_logprobs, step_uniforms, target_probs, verify_block
+from blockroll.samplers import (
+    draw_draft,
+    mixed_logits,
+    policy_logprobs,
+    step_uniforms,
+    target_probs,
+    verify_block,
+)
 from blockroll.types import Commit, Draft, Plan, Request, Rollout, Verdict
 
 
@@ -94,7 +104,7 @@ class Engine:
         self._scheduler = Scheduler(max_batch_size=max_batch_size)
         self._cache = SlotCache(
             num_slots=max_batch_size,
-            capacity=self.limits.max_length + plan.num_drafts + 1,
+            capacity=self.limits.max_length + plan.rows_per_forward,
             device=policy.device,
         )
         self._requests: dict[str, RunningRequest] = {}
@@ -162,39 +172,43 @@ class Engine:
         return result
 
     def _decode_step(self, batch: list[RunningRequest]) -> StepResult:
-        num_drafts, size = self.plan.num_drafts, len(batch)
+        plan, size = self.plan, len(batch)
+        if plan.levels:
+            self._start_proposals(batch)
         state = torch.tensor([running.state for running in batch], device=self.policy.device)
         anchors_B, seeds_B, attempts_B = state.unbind(dim=1)
-        temperatures = torch.tensor([running.temperatures for running in batch], device=self.policy.device)
-        temperature_B, draft_temperature_B = temperatures.unbind(dim=1)
+        laws = torch.tensor(
+            [running.law for running in batch], dtype=torch.float64, device=self.policy.device
+        )
+        temperature_B, draft_temperature_B, weight_B = laws.unbind(dim=1)
         positions_B = self._cache.lengths_N[:size] + 1
 
         clock = self._clock()
-        draft_uniforms_BK, verify_uniforms_BL = step_uniforms(seeds_B, positions_B, attempts_B, num_drafts)
+        draft_uniforms_BK, verify_uniforms_BL = step_uniforms(
+            seeds_B, positions_B, attempts_B, plan.num_drafts
+        )
         clock = self._charge("sampler_s", clock)
-        if num_drafts:
-            window = self._cache.window(0, size, num_drafts + 1)
-            draft_logits_BKV = self.policy.draft_logits(anchors_B, num_drafts, window)
-            clock = self._charge("forward_s", clock)
-            draft_logits_BKV, bad_drafts_B = _without_non_finite(draft_logits_BKV)
-            draft = draw_draft(draft_logits_BKV, draft_temperature_B, draft_uniforms_BK)
-            ids_BL = torch.cat([anchors_B[:, None], draft.token_ids_BK], dim=1)
-            clock = self._charge("sampler_s", clock)
+        draft_logits_BKV, num_drafts_B = self._draft_logits(batch, anchors_B)
+        clock = self._charge("forward_s", clock)
+        draft_logits_BKV, bad_drafts_B = _without_non_finite(draft_logits_BKV)
+        draft = draw_draft(draft_logits_BKV, draft_temperature_B, draft_uniforms_BK, num_drafts_B)
+        ids_BL = torch.cat([anchors_B[:, None], draft.token_ids_BK], dim=1)
+        clock = self._charge("sampler_s", clock)
+
+        window = self._cache.window(0, size, plan.rows_per_forward)
+        if plan.levels:
+            fused = self.policy.fused_rows(ids_BL, plan.levels, window)
+            logits_BLV = fused.verify_logits_BLV
         else:
-            bad_drafts_B = None
-            ids_BL = anchors_B[:, None]
-            draft = Draft(
-                token_ids_BK=ids_BL[:, :0],
-                probs_BKV=torch.empty(
-                    (size, 0, self.policy.vocab_size), dtype=torch.float64, device=ids_BL.device
-                ),
-            )
-        window = self._cache.window(0, size, num_drafts + 1)
-        logits_BLV = self.policy.verify_logits(ids_BL, window)
+            fused = None
+            logits_BLV = self.policy.verify_logits(ids_BL, window)
         clock = self._charge("forward_s", clock)
 
         logits_BLV, bad_targets_B = _without_non_finite(logits_BLV)
-        target_probs_BLV = target_probs(logits_BLV, temperature_B)
+        target_logits_BLV = logits_BLV
+        if any(running.is_mixed for running in batch):
+            target_logits_BLV = mixed_logits(logits_BLV, draft_logits_BKV, weight_B, num_drafts_B)
+        target_probs_BLV = target_probs(target_logits_BLV, temperature_B)
         verdict = verify_block(draft, target_probs_BLV, verify_uniforms_BL)
         policy_logprobs_BL = policy_logprobs(logits_BLV, verdict.token_ids_BL, temperature_B)
         self._charge("sampler_s", clock)
@@ -211,11 +225,69 @@ class Engine:
                 )
             )
         failed = _failures(bad_drafts_B, bad_targets_B)
-        return self._commit(batch, verdict, policy_logprobs_BL, failed)
+        result = self._commit(batch, draft.num_drafts_B.tolist(), verdict, policy_logprobs_BL, failed)
+        if fused is not None:
+            self._keep_proposals(batch, fused.proposal_states_BPLW, verdict.num_accepted_B)
+        return result
+
+    def _draft_logits(self, batch: list[RunningRequest], anchors_B: Tensor) -> tuple[Tensor, Tensor]:
+        """Draft rows (B, K, V), float32, behind the anchors, and how many of them each request has."""
+        plan, device = self.plan, self.policy.device
+        if plan.levels:
+            proposals = [running.proposal for running in batch]
+            rows = [proposal.logits_KV for proposal in proposals if proposal is not None]
+            counts = [proposal.num_drafts for proposal in proposals if proposal is not None]
+            return torch.stack(rows), torch.tensor(counts, device=device)
+        num_drafts_B = torch.full((len(batch),), plan.num_drafts, device=device)
+        if plan.num_drafts:
+            window = self._cache.window(0, len(batch), plan.num_drafts + 1)
+            return self.policy.draft_logits(anchors_B, plan.num_drafts, window), num_drafts_B
+        return torch.empty((len(batch), 0, self.policy.vocab_size), device=device), num_drafts_B
+
+    def _start_proposals(self, batch: list[RunningRequest]) -> None:
+        """A draft forward of their own for requests that no fused step has proposed for."""
+        first = next((slot for slot, running in enumerate(batch) if running.proposal is None), None)
+        if first is None:
+            return
+        clock = self._clock()
+        num_drafts, late = self.plan.num_drafts, batch[first:]  # those that join lie behind the others
+        anchors_B = torch.tensor([running.state[0] for running in late], device=self.policy.device)
+        window = self._cache.window(first, len(batch), num_drafts + 1)
+        logits_BKV = self.policy.draft_logits(anchors_B, num_drafts, window)
+        for logits_KV, running in zip(logits_BKV, late, strict=True):
+            if running.proposal is None:
+                running.start_proposal(Proposal(logits_KV=logits_KV, num_drafts=num_drafts))
+        self._charge("forward_s", clock)
+
+    def _keep_proposals(
+        self, batch: list[RunningRequest], states_BPLW: Tensor, num_accepted_B: Tensor
+    ) -> None:
+        """Give each request that goes on the proposal made for what was accepted.
+
+        That is the one of the largest level p at or below the n accepted drafts. Its slot j stands p + 1 + j
+        positions behind the old anchor, so slots n - p + 1 and up stand on those of the next drafts.
+        """
+        rows = [row for row, running in enumerate(batch) if running.is_running]
+        if not rows:
+            return
+        clock = self._clock()
+        num_drafts, device = self.plan.num_drafts, self.policy.device
+        levels_P = torch.tensor(self.plan.levels, device=device)
+        accepted_B = num_accepted_B[rows]
+        chosen_B = (levels_P <= accepted_B[:, None]).sum(dim=1) - 1
+        shift_B = accepted_B - levels_P[chosen_B]
+        slots_BK = (shift_B[:, None] + 1 + torch.arange(num_drafts, device=device)).clamp(max=num_drafts)
+        rows_B1 = torch.tensor(rows, device=device)[:, None]
+        states_BKW = states_BPLW[rows_B1, chosen_B[:, None], slots_BK]
+        logits_BKV = self.policy.proposal_logits(states_BKW)
+        for row, logits_KV, shift in zip(rows, logits_BKV, shift_B.tolist(), strict=True):
+            batch[row].proposal = Proposal(logits_KV=logits_KV, num_drafts=num_drafts - shift)
+        self._charge("forward_s", clock)
 
     def _commit(
         self,
         batch: list[RunningRequest],
+        num_drafts: list[int],
         verdict: Verdict,
         policy_logprobs_BL: Tensor,
         failed: dict[int, str],
@@ -230,11 +302,12 @@ class Engine:
         commits, finished = [], []
         for slot in reversed(range(len(batch))):  # from the last slot, so that moves touch none still to come
             running = batch[slot]
-            running.count_step(self.plan)
+            running.count_step(self.plan, num_drafts[slot])
             if slot in failed:
                 error = (
                     f"{NonFiniteLogits.__name__}: {failed[slot]} for request {running.request.request_id!r}"
                 )
+                running.finish_reason = "error"
                 finished.append(running.rollout("error", error=error))
                 self._cache.scrub(slot)
             else:
@@ -288,11 +361,10 @@ class Engine:
 
 def check_plan(plan: Plan, policy: Policy) -> None:
     """Refuse a plan the policy cannot follow; warn of more drafts than it was trained for."""
-    if plan.levels:
-        raise InvalidInput(f"plan {plan.name} is not served; allowed are plain and two_forward(K)")
-    if plan.num_drafts and policy.mask_token_id is None:
+    if plan.num_drafts and not policy.can_draft:
         raise InvalidInput(
-            f"plan {plan.name} needs a policy that drafts, and this one has no mask token; use 'plain'"
+            f"plan {plan.name} needs a policy that drafts, and this one has neither a draft adapter nor a "
+            "mask token; use 'plain', or make an adapter with `blockroll convert`"
         )
     if plan.num_drafts > policy.trained_drafts:
         warnings.warn(
@@ -300,11 +372,19 @@ def check_plan(plan: Plan, policy: Policy) -> None:
             "trained for; the law stays exact, the later drafts will rarely be accepted",
             stacklevel=2,
         )
+    elif plan.layout is not None and plan.layout not in policy.trained_layouts:
+        warnings.warn(
+            f"plan {plan.name} drafts in a layout this policy was not trained for, only for "
+            f"{', '.join(policy.trained_layouts) or 'none'}; the law stays exact, fewer drafts are accepted",
+            stacklevel=2,
+        )
 
 
 def _without_non_finite(logits: Tensor) -> tuple[Tensor, Tensor | None]:
     """Logits fit for the sampler, and which requests held NaN or infinity (None if none did)."""
     # The largest magnitude is NaN if any entry is, and costs one pass.
+    if logits.shape[1] == 0:
+        return logits, None
     bad_B = ~torch.isfinite(logits.abs().amax(dim=(1, 2)))
     if not bad_B.any():
         return logits, None

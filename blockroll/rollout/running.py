@@ -2,8 +2,20 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from blockroll.types import Commit, FinishReason, Plan, Request, Rollout, RolloutStats
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Proposal:
+    """The draft rows that a fused step leaves for the next one."""
+
+    logits_KV: "Tensor"  # float32; rows behind `num_drafts` hold no meaning
+    num_drafts: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +63,19 @@ class RunningRequest:
         draft_temperature = (
             sampling.temperature if sampling.draft_temperature is None else sampling.draft_temperature
         )
-        self.temperatures = (sampling.temperature, draft_temperature)
+        self.proposal: Proposal | None = None  # for the position behind the anchor; kept by fused plans only
+        assert sampling.law.weight is not None, "Sampling refuses a law that is none"
+        self.law = (sampling.temperature, draft_temperature, sampling.law.weight)
+
+    @property
+    def is_running(self) -> bool:
+        """Whether another step follows."""
+        return self.finish_reason is None
+
+    @property
+    def is_mixed(self) -> bool:
+        """Whether its law mixes policy and draft rows."""
+        return self.law[2] < 1
 
     @property
     def cached_ids(self) -> tuple[int, ...]:
@@ -64,12 +88,18 @@ class RunningRequest:
         anchor = self._token_ids[-1] if self._token_ids else self.request.prompt_ids[-1]
         return anchor, self.request.seed, self._num_forwards
 
-    def count_step(self, plan: Plan) -> None:
-        """One decoding step has run for this request."""
+    def count_step(self, plan: Plan, num_drafts: int) -> None:
+        """One decoding step has run for this request, with this many drafts to verify."""
         self._num_forwards += plan.forwards_per_step
-        if plan.num_drafts:
+        self.proposal = None  # the anchor moves
+        if num_drafts:
             self._num_verify_steps += 1
-            self._num_drafted += plan.num_drafts
+            self._num_drafted += num_drafts
+
+    def start_proposal(self, proposal: Proposal) -> None:
+        """Take the drafts of a draft forward of its own, which counts."""
+        self.proposal = proposal
+        self._num_forwards += 1
 
     def commit(
         self, token_ids: list[int], policy_logprobs: list[float], behavior_logprobs: list[float], version: int

@@ -27,13 +27,42 @@ def target_probs(logits_BLV: Tensor, temperature_B: Tensor) -> Tensor:
     return torch.where(is_greedy_B[:, None, None], best, probs)
 
 
-def draw_draft(logits_BKV: Tensor, temperature_B: Tensor, uniforms_BK: Tensor) -> Draft:
+def mixed_logits(
+    policy_logits_BLV: Tensor, draft_logits_BKV: Tensor, weight_B: Tensor, num_drafts_B: Tensor
+) -> Tensor:
+    """Target rows of the mixed law: float64 (B, L, V), w z_policy + (1 - w) z_draft where a draft was met.
+
+    A draft row enters only at the position it was drafted for; rows without a draft, the extra row among
+    them, stay causal, and so does every row of a request with w = 1, bit for bit. The law of a token then
+    depends on its prefix and on the draft row it met, so its log-probability is known only here.
+    Source: logit mixing of TiDAR (arXiv 2511.08923, ablation), as a target law under the verify rule.
+    """
+    num_drafts = draft_logits_BKV.shape[1]
+    policy_BLV = policy_logits_BLV.to(torch.float64)
+    weight_B11 = weight_B.to(torch.float64)[:, None, None]
+    mixed_BKV = weight_B11 * policy_BLV[:, :num_drafts] + (1 - weight_B11) * draft_logits_BKV.to(
+        torch.float64
+    )
+    offsets_K = torch.arange(num_drafts, device=policy_BLV.device)
+    meets_draft_BK = (offsets_K < num_drafts_B[:, None]) & (weight_B < 1)[:, None]
+    mixed_BKV = torch.where(meets_draft_BK[..., None], mixed_BKV, policy_BLV[:, :num_drafts])
+    return torch.cat([mixed_BKV, policy_BLV[:, num_drafts:]], dim=1)
+
+
+def draw_draft(
+    logits_BKV: Tensor, temperature_B: Tensor, uniforms_BK: Tensor, num_drafts_B: Tensor | None = None
+) -> Draft:
     """Draw every draft independently from its own row; temperature 0 takes the argmax, a point mass.
 
-    The law returned is the law drawn from, whatever the rows hold.
+    The law returned is the law drawn from, whatever the rows hold. Without `num_drafts_B` every row counts.
     """
     probs_BKV = target_probs(logits_BKV, temperature_B)
-    return Draft(token_ids_BK=inverse_cdf(probs_BKV, uniforms_BK), probs_BKV=probs_BKV)
+    if num_drafts_B is None:
+        batch, num_drafts = uniforms_BK.shape
+        num_drafts_B = torch.full((batch,), num_drafts, device=logits_BKV.device)
+    return Draft(
+        token_ids_BK=inverse_cdf(probs_BKV, uniforms_BK), probs_BKV=probs_BKV, num_drafts_B=num_drafts_B
+    )
 
 
 def verify_block(draft: Draft, target_probs_BLV: Tensor, uniforms_BL: Tensor) -> Verdict:
@@ -42,7 +71,7 @@ def verify_block(draft: Draft, target_probs_BLV: Tensor, uniforms_BL: Tensor) ->
     Law: if each draft token was drawn from its row of `draft.probs_BKV` and the uniforms are
     independent on (0, 1), the committed tokens are a sample of the target.
     Source: Leviathan et al. 2023, appendix A.1; Chen et al. 2023, theorem 1.
-    Rows sum to one and are float64; K may be zero.
+    Rows sum to one and are float64; K may be zero, and a request may have fewer drafts than K.
     """
     num_drafts = draft.token_ids_BK.shape[1]
     rows_B = torch.arange(len(target_probs_BLV), device=target_probs_BLV.device)
@@ -52,11 +81,12 @@ def verify_block(draft: Draft, target_probs_BLV: Tensor, uniforms_BL: Tensor) ->
 
     # u * draft < target is u < target / draft without the division, so draft == 0 is no special case.
     accepted_BK = uniforms_BL[:, :num_drafts] * draft_p_BK < target_p_BK
+    accepted_BK &= torch.arange(num_drafts, device=rows_B.device) < draft.num_drafts_B[:, None]
     num_accepted_B = accepted_BK.long().cumprod(dim=1).sum(dim=1)
 
     final_BV = target_probs_BLV[rows_B, num_accepted_B]
     if num_drafts:
-        is_rejected_B = num_accepted_B < num_drafts
+        is_rejected_B = num_accepted_B < draft.num_drafts_B
         rejected_law_BV = draft.probs_BKV[rows_B, num_accepted_B.clamp(max=num_drafts - 1)]
         residual_BV = (final_BV - rejected_law_BV).clamp(min=0)
         # Rounding can reject a token and leave no mass: draft and target are then equal.

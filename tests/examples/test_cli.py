@@ -37,7 +37,11 @@ def policy_path(tmp_path_factory):
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    config.blockroll = {"mask_token_id": tokenizer.mask_token_id, "block_sizes": [4]}
+    config.blockroll = {
+        "mask_token_id": tokenizer.mask_token_id,
+        "block_sizes": [4],
+        "layouts": ["two_forward"],
+    }
     folder = tmp_path_factory.mktemp("policy")
     HFPolicy(LlamaForCausalLM(config), tokenizer).save_pretrained(folder)
     return str(folder)

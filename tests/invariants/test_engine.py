@@ -10,17 +10,37 @@ from benchmarks.equality import CoinMargins, count_coin_differences, count_greed
 from blockroll.errors import InvalidInput
 from blockroll.rollout.engine import Engine
 from blockroll.rollout.scheduler import Scheduler
-from blockroll.types import Plan, Sampling
+from blockroll.types import Law, Plan, Sampling
 from tests.engines import make_requests, run
-from tests.models import EOS_ID, prompts, random_policy
+from tests.models import EOS_ID, FAMILIES, adapted_policy, prompts, random_policy
 
-PLAIN, TWO_FORWARD = Plan(0), Plan(4)
-PLANS = pytest.mark.parametrize("plan", [PLAIN, TWO_FORWARD], ids=lambda plan: plan.name)
+PLAIN, TWO_FORWARD, FUSED = Plan(0), Plan(4), Plan(4, (0, 2, 4))
+LEVEL_SETS = [(0,), (0, 4), (0, 2, 4), (0, 1, 2, 3, 4)]
+PLANS = pytest.mark.parametrize("plan", [PLAIN, TWO_FORWARD, FUSED], ids=lambda plan: plan.name)
+FUSED_PLANS = pytest.mark.parametrize(
+    "plan", [Plan(4, levels) for levels in LEVEL_SETS], ids=lambda p: p.name
+)
 
 
 @pytest.fixture(scope="module")
 def policy():
     return random_policy()
+
+
+@pytest.mark.parametrize(
+    ("text", "plan"),
+    [
+        ("plain", PLAIN),
+        ("two_forward", Plan(8)),
+        ("fixed:two_forward(4)", TWO_FORWARD),
+        ("fused", Plan(8, (0, 8))),
+        ("fused(4)", Plan(4, (0, 4))),
+        ("fused(4, [0, 2, 4])", FUSED),
+    ],
+)
+def test_plans_are_read_as_they_are_written(text, plan):
+    assert Plan.parse(text, default_drafts=8) == plan
+    assert Plan.parse(plan.name, default_drafts=3) == plan
 
 
 def causal_logprobs(policy, rollout):
@@ -41,6 +61,61 @@ def test_greedy_two_forward_equals_greedy_plain(family):
     plain, two_forward = run(policy, requests, PLAIN), run(policy, requests, TWO_FORWARD)
     assert count_greedy_differences(policy, plain, two_forward) <= 1
     assert sum(rollout.stats.num_accepted for rollout in two_forward.values()) > 0
+
+
+@FUSED_PLANS
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_fused_equals_greedy_plain(family, plan):
+    policy = adapted_policy(family)
+    requests = make_requests(prompts(16), Sampling(temperature=0, max_tokens=16))
+    plain, fused = run(policy, requests, PLAIN), run(policy, requests, plan)
+    assert count_greedy_differences(policy, plain, fused) <= 1
+    assert sum(rollout.stats.num_drafted for rollout in fused.values()) > 0
+
+
+@FUSED_PLANS
+def test_fused_drafts_count_forwards_and_drafts(policy, plan):
+    """One forward a step and one to begin with; never more drafts than K, fewer where no level fits."""
+    rollouts = run(policy, make_requests(prompts(20), Sampling(max_tokens=20)), plan)
+    for rollout in rollouts.values():
+        stats = rollout.stats
+        assert stats.num_verify_steps <= stats.num_forwards - 1
+        assert 0 < stats.num_drafted <= 4 * stats.num_verify_steps
+    drafts = sum(rollout.stats.num_drafted for rollout in rollouts.values())
+    steps = sum(rollout.stats.num_forwards - 1 for rollout in rollouts.values())
+    assert (drafts == 4 * steps) == (len(plan.levels) == 5)
+
+
+def test_one_request_may_mix_while_its_neighbours_stay_lossless(policy):
+    """w = 1 beside a mixed request: bit-identical to a batch where nobody mixes."""
+    lossless = make_requests(prompts(8), Sampling(max_tokens=16))
+    mixed = [
+        dataclasses.replace(r, sampling=Sampling(max_tokens=16, law=Law(0.3))) if i % 4 == 1 else r
+        for i, r in enumerate(lossless)
+    ]
+    for plan in (TWO_FORWARD, FUSED):
+        want, got = run(policy, lossless, plan), run(policy, mixed, plan)
+        for index, request in enumerate(lossless):
+            mine, theirs = want[request.request_id], got[request.request_id]
+            if index % 4 == 1:
+                assert theirs.law.name == "mixed(0.3)"
+                assert theirs.behavior_logprobs != theirs.policy_logprobs
+                assert 0 < theirs.effective_sample_size < 1
+                assert abs(theirs.log_ratio) > 1e-3
+                want_logprobs = causal_logprobs(policy, theirs)
+                got_logprobs = torch.tensor(theirs.policy_logprobs).double()
+                torch.testing.assert_close(got_logprobs, want_logprobs, atol=1e-4, rtol=0)
+            else:
+                assert dataclasses.replace(mine, request=theirs.request) == theirs
+                assert theirs.effective_sample_size == pytest.approx(1)
+                assert theirs.log_ratio == pytest.approx(0, abs=1e-9)
+
+
+@pytest.mark.parametrize("plan", [TWO_FORWARD, Plan(4, (0, 1, 2, 3, 4))], ids=lambda plan: plan.name)
+def test_weight_zero_accepts_every_draft(policy, plan):
+    sampling = Sampling(max_tokens=30, ignore_eos=True, law=Law(0.0))
+    for rollout in run(policy, make_requests(prompts(6), sampling), plan).values():
+        assert rollout.stats.num_accepted >= rollout.stats.num_drafted - 4  # the end may cut a block
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6, 0.0])
@@ -69,7 +144,7 @@ def test_a_batch_gives_the_tokens_each_request_gets_alone(policy, plan):
     assert count_coin_differences(alone, joining, margins) <= 1
 
 
-@PLANS
+@pytest.mark.parametrize("plan", [PLAIN, TWO_FORWARD], ids=lambda plan: plan.name)
 def test_a_request_aborted_at_every_step_and_resumed_equals_the_uninterrupted_one(policy, plan):
     requests = make_requests(prompts(8), Sampling(max_tokens=24))
     margins = CoinMargins()
@@ -243,11 +318,15 @@ def test_sampling_outside_its_range_is_refused(arguments, advice):
 def test_plans_outside_the_policys_reach_are_refused_or_named():
     with pytest.raises(InvalidInput, match="drafts nothing"):
         Plan.parse("two_forward(0)", default_drafts=4)
+    with pytest.raises(InvalidInput, match="has levels, which only fused plans have"):
+        Plan.parse("two_forward(4,[0,2])", default_drafts=4)
     with pytest.raises(InvalidInput, match="plan must be"):
         Plan.parse("three_forward", default_drafts=4)
-    policy = random_policy(trained_drafts=4)
+    policy = random_policy(trained_drafts=4, layouts=("two_forward",))
     with pytest.warns(UserWarning, match=r"two_forward\(6\) drafts more than the 4 tokens"):
         Engine(policy, plan=Plan(6))
+    with pytest.warns(UserWarning, match="in a layout this policy was not trained for, only for two_forward"):
+        Engine(policy, plan=FUSED)
     policy.mask_token_id = None
     with pytest.raises(InvalidInput, match="needs a policy that drafts"):
         Engine(policy, plan=Plan(4))

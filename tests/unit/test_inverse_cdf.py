@@ -58,6 +58,7 @@ def _one_step(
     draft = Draft(
         token_ids_BK=torch.full((rows, 1), drafted),
         probs_BKV=torch.tensor([[draft_V]], dtype=torch.float64).expand(rows, -1, -1),
+        num_drafts_B=torch.ones(rows, dtype=torch.int64),
     )
     target_BLV = torch.tensor([target_LV], dtype=torch.float64).expand(rows, -1, -1)
     coin_N = torch.full_like(uniforms_N, coin)

@@ -86,7 +86,7 @@ def save_policy(folder, seed):
         bos_token_id=1,
         eos_token_id=2,
         pad_token_id=0,
-        blockroll={"mask_token_id": 3, "block_sizes": [3], "conversion": "full"},
+        blockroll={"mask_token_id": 3, "block_sizes": [3], "layouts": ["two_forward"], "conversion": "full"},
     )
     HFPolicy(LlamaForCausalLM(config), tokenizer).save_pretrained(folder)
     return folder

@@ -1,0 +1,257 @@
+"""The exact law of what an engine commits, over whole histories of drafts, by integrating over its uniforms.
+
+A real Engine with its real cache decodes a policy of tables; only the coins are given. A step's outcome is a
+step function of its coins, so each state splits them at the thresholds that the tables imply (`integrate.py`
+says how) and every cell becomes one request. What a step leaves behind is a state: the committed tokens, and
+under a fused plan the proposal it chose, which the test works out for itself. States that are alike are
+joined, so that
+
+    law(x) = sum over paths of blocks of the mass of the path,
+    corrected(x) = sum over paths of the mass times the product of pi / mu along it
+
+can be summed over every path that reaches a text.
+
+Shapes: B requests, R rows, K drafted tokens, L = K + 1, P levels, S keys, V vocabulary, C cells.
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+from unittest import mock
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from blockroll.policies.base import FusedRows
+from blockroll.rollout import engine as engine_module
+from blockroll.rollout.engine import Engine
+from blockroll.types import Law, Plan, Request, Sampling
+from tests.law.integrate import Tokens, Toy, _boundaries, _product, _split, tempered
+
+PROMPT = 0  # every request starts from this one token; histories below leave it out
+LONGEST = 12
+
+
+class TablePolicy:
+    """A toy as a policy: tokens are their own keys, so the engine's cache holds the histories."""
+
+    def __init__(self, toy: Toy, num_drafts: int) -> None:
+        self.toy = toy
+        self.vocab_size = toy.vocab_size
+        self.max_length = LONGEST
+        self.eos_token_ids = ()
+        self.mask_token_id = None
+        self.can_draft = True
+        self.trained_drafts = num_drafts
+        self.trained_layouts = ("two_forward", "fused")
+        self.device = torch.device("cpu")
+
+    def prefill(self, ids_BR, window):
+        self._histories(ids_BR, window)
+
+    def verify_logits(self, ids_BR, window):
+        histories = self._histories(ids_BR, window)
+        return _logs([[self.toy.target_weights(h[: len(h) - n]) for n in _back(ids_BR)] for h in histories])
+
+    def draft_logits(self, anchors_B, num_drafts, window):
+        masks_BR = torch.full((len(anchors_B), num_drafts), -7)
+        histories = self._histories(torch.cat([anchors_B[:, None], masks_BR], dim=1), window)
+        known = [history[: len(history) - num_drafts] for history in histories]
+        return _logs([[self.toy.draft_weights(h, i) for i in range(num_drafts)] for h in known])
+
+    def fused_rows(self, ids_BL, levels, window):
+        width = ids_BL.shape[1]
+        masks_BR = torch.full((len(ids_BL), width * len(levels)), -7)
+        rows = self._histories(torch.cat([ids_BL, masks_BR], dim=1), window)
+        histories = [history[: len(history) - width * len(levels)] for history in rows]
+        verify = [[self.toy.target_weights(h[: len(h) - n]) for n in _back(ids_BL)] for h in histories]
+        states = torch.zeros(len(ids_BL), len(levels), width, LONGEST + 2)
+        for b, history in enumerate(histories):
+            for p, level in enumerate(levels):
+                known = history[: len(history) - (width - 1) + level]
+                for j in range(width):
+                    states[b, p, j, : len(known) + 2] = torch.tensor([j, len(known), *known])
+        return FusedRows(verify_logits_BLV=_logs(verify), proposal_states_BPLW=states)
+
+    def proposal_logits(self, states_BKW):
+        return _logs([[self.toy.draft_weights(*_known(state)) for state in row] for row in states_BKW])
+
+    def _histories(self, ids_BR: Tensor, window) -> list[Tokens]:
+        keys, _ = window.update(ids_BR[:, None, :, None].double(), ids_BR[:, None, :, None].double(), 0)
+        stop_B = (window.lengths_B + ids_BR.shape[1]).tolist()
+        return [
+            tuple(int(token) for token in keys[b, 0, 1:stop, 0].tolist()) for b, stop in enumerate(stop_B)
+        ]
+
+
+def _back(ids_BR: Tensor) -> range:
+    return range(ids_BR.shape[1] - 1, -1, -1)
+
+
+def _known(state: Tensor) -> tuple[Tokens, int]:
+    slot, length, *rest = (int(value) for value in state.tolist())
+    return tuple(rest[:length]), slot
+
+
+def _logs(rows: Sequence[Sequence[Sequence[float]]]) -> Tensor:
+    return torch.tensor(rows, dtype=torch.float64).log()
+
+
+class State(NamedTuple):
+    """Where a request stands between two steps, and the draft rows it will meet, as keys of the table."""
+
+    history: Tokens
+    drafts: tuple[tuple[Tokens, int], ...]
+
+
+@dataclass
+class Reached:
+    """All paths into one state; the coins are those of any one of them."""
+
+    mass: float = 0.0
+    corrected: float = 0.0
+    coins: tuple[tuple[float, ...], ...] = field(default=())
+
+
+def engine_law(
+    toy: Toy, plan: Plan, length: int, *, weight: float = 1.0
+) -> tuple[dict[Tokens, float], dict[Tokens, float]]:
+    """The law of the first `length` tokens, and the same corrected by the product of pi / mu."""
+    law: dict[Tokens, float] = defaultdict(float)
+    corrected: dict[Tokens, float] = defaultdict(float)
+    frontier = {_first_state(plan): Reached(mass=1.0, corrected=1.0)}
+    while frontier:
+        following: dict[State, Reached] = defaultdict(Reached)
+        cells = [
+            (state, reached, coins, volume)
+            for state, reached in frontier.items()
+            for coins, volume in zip(*_cells(toy, plan, state, weight), strict=True)
+        ]
+        outcomes = _run(toy, plan, [(*reached.coins, tuple(coins)) for _, reached, coins, _ in cells], weight)
+        for (state, reached, coins, volume), (new, num_accepted, drafted, ratio) in zip(
+            cells, outcomes, strict=True
+        ):
+            history = state.history + new
+            mass, better = reached.mass * volume, reached.corrected * volume * ratio(length)
+            if len(history) >= length:
+                law[history[:length]] += mass
+                corrected[history[:length]] += better
+                continue
+            entry = following[_next_state(plan, state.history, drafted, num_accepted, history)]
+            entry.mass += mass
+            entry.corrected += better
+            entry.coins = (*reached.coins, tuple(coins))
+        frontier = dict(following)
+    return dict(law), dict(corrected)
+
+
+def _first_state(plan: Plan) -> State:
+    return State((), tuple(((), i) for i in range(plan.num_drafts)))
+
+
+def _next_state(plan: Plan, before: Tokens, drafted: Tokens, num_accepted: int, history: Tokens) -> State:
+    """By the words of the design: the largest level at or below n, its slots n - p + 1..K."""
+    if not plan.levels:
+        return State(history, tuple((history, i) for i in range(plan.num_drafts)))
+    level = max(p for p in plan.levels if p <= num_accepted)
+    known = before + drafted[:level]
+    return State(history, tuple((known, j) for j in range(num_accepted - level + 1, plan.num_drafts + 1)))
+
+
+def _laws(toy: Toy, state: State, drafted: Tokens, weight: float) -> tuple[list, list]:
+    """Draft laws (one per draft), and the laws that are committed by (one more)."""
+    drafts = [tempered(toy.draft_weights(*key), toy.draft_temperature) for key in state.drafts]
+    targets = []
+    for i in range(len(drafts) + 1):
+        row = np.asarray(toy.target_weights(state.history + drafted[:i]), dtype=np.float64)
+        if i < len(drafts):
+            row = row**weight * np.asarray(toy.draft_weights(*state.drafts[i]), dtype=np.float64) ** (
+                1 - weight
+            )
+        targets.append(tempered(row, toy.temperature))
+    return drafts, targets
+
+
+def _cells(toy: Toy, plan: Plan, state: State, weight: float) -> tuple[np.ndarray, np.ndarray]:
+    """Points (C, 2K + 1) in the order draft uniforms, accept coins, final uniform; and volumes (C,)."""
+    num_drafts, unused = len(state.drafts), plan.num_drafts - len(state.drafts)
+    draft_laws, _ = _laws(toy, state, (), weight)
+    points, volumes = [], []
+    for drafted in np.ndindex(*[toy.vocab_size] * num_drafts):
+        if any(law_V[token] == 0 for token, law_V in zip(drafted, draft_laws, strict=True)):
+            continue
+        _, targets = _laws(toy, state, drafted, weight)
+        pairs = list(zip(targets, draft_laws, strict=False))
+        rows = [*targets, *(np.maximum(target - draft, 0) for target, draft in pairs)]
+        final_T = np.concatenate([_boundaries(row) for row in rows])
+        draws = [
+            _split(_boundaries(law_V), "low", within=law_V[:token].sum() + law_V[token] / 2)
+            for token, law_V in zip(drafted, draft_laws, strict=True)
+        ]
+        coins = [
+            _split(np.minimum(1, target[token] / draft[token])[None], "low")
+            for token, (target, draft) in zip(drafted, pairs, strict=True)
+        ]
+        idle = [(np.array([0.5]), np.array([1.0]))] * unused
+        intervals = [*draws, *idle, *coins, *idle, _split(final_T, "low")]
+        points.append(_product(point for point, _ in intervals))
+        volumes.append(_product(width for _, width in intervals).prod(axis=1))
+    return np.concatenate(points), np.concatenate(volumes)
+
+
+def _run(toy: Toy, plan: Plan, coins_C: Sequence[Sequence[Sequence[float]]], weight: float) -> list:
+    """Of the last of these steps, for every cell: tokens, number accepted, drafts, and pi / mu."""
+    steps = len(coins_C[0])
+    table = torch.tensor(coins_C, dtype=torch.float64)
+    step_index = [0]
+    drafted: dict[str, Tokens] = {}
+
+    def given_uniforms(seeds_B, positions_B, attempts_B, num_drafts):
+        step = table[seeds_B, step_index[0]]
+        return step[:, :num_drafts], step[:, num_drafts:]
+
+    def remember(record):
+        for row, request_id in enumerate(record.request_ids):
+            count = int(record.draft.num_drafts_B[row])
+            drafted[request_id] = tuple(record.draft.token_ids_BK[row, :count].tolist())
+
+    sampling = Sampling(
+        temperature=toy.temperature,
+        draft_temperature=toy.draft_temperature,
+        max_tokens=LONGEST - 1,
+        law=Law(weight),
+    )
+    with mock.patch.object(engine_module, "step_uniforms", given_uniforms):
+        engine = Engine(
+            TablePolicy(toy, plan.num_drafts), plan=plan, max_batch_size=len(coins_C), observer=remember
+        )
+        engine.submit(
+            Request(request_id=str(c), prompt_ids=(PROMPT,), seed=c, sampling=sampling)
+            for c in range(len(coins_C))
+        )
+        for step in range(steps):
+            step_index[0] = step
+            result = engine.step()
+    assert not result.finished, "the toy must not end before the test does"
+    commits = {commit.request_id: commit for commit in result.commits}
+    rollouts = {r.request.request_id: r for r in engine.abort([str(c) for c in range(len(coins_C))])}
+    outcomes = []
+    for c in range(len(coins_C)):
+        commit, rollout = commits[str(c)], rollouts[str(c)]
+        start = len(rollout.token_ids) - len(commit.token_ids)
+        outcomes.append((commit.token_ids, commit.num_accepted, drafted[str(c)], _Ratio(rollout, start)))
+    return outcomes
+
+
+class _Ratio:
+    """pi / mu of what a rollout's last step committed within a length, from the engine's own records."""
+
+    def __init__(self, rollout, start: int) -> None:
+        self.rollout, self.start = rollout, start
+
+    def __call__(self, length: int) -> float:
+        span = slice(self.start, length)
+        logs = sum(self.rollout.policy_logprobs[span]) - sum(self.rollout.behavior_logprobs[span])
+        return float(np.exp(logs))
