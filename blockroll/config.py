@@ -25,6 +25,7 @@ class PolicyConfig:
     """The language model."""
 
     path: str = "tiny"  # a Hugging Face checkpoint folder, or "tiny" for the policy that ships with blockroll
+    adapter: str | None = None  # folder of a draft adapter; one beside the weights is used unasked
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # weights and forward, not samplers
     device: str = "auto"  # torch device; "auto" takes the accelerator if there is one
 
@@ -41,9 +42,12 @@ class RolloutConfig:
     max_batch_size: int = 64  # requests that one replica decodes together
     max_length: int = 0  # tokens of prompt and completion; 0: what the policy was built for
     temperature: float = 1.0  # 0 is greedy
+    mix_weight: float = 1.0  # of the policy in the law: 1 is lossless, below 1 mixes draft rows in
     max_tokens: int = 64  # completion length at most
 
     def __post_init__(self) -> None:
+        if not 0 <= self.mix_weight <= 1:
+            raise ConfigError(f"mix_weight must be between 0 and 1, got {self.mix_weight}; 1 is lossless")
         _at_least(self, 1, "num_replicas", "threads_per_replica", "max_batch_size", "max_tokens")
         _at_least(self, 0, "max_length", "temperature")
 
@@ -75,6 +79,68 @@ class TrainConfig:
         _at_least(self, 0, "eval_every", "eval_prompts", "checkpoint_every", "warmup_steps", "clip_epsilon")
         _at_least(self, 0, "learning_rate")
         _at_least(self, 1, "behavior_ratio_cap")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DraftConfig:
+    """How a policy is taught to draft."""
+
+    conversion: Literal["adapter", "full"] = (
+        "adapter"  # an adapter beside the weights, or the weights themselves
+    )
+    rank: int = 32  # of the adapter's low-rank updates
+    block_sizes: tuple[int, ...] = (8,)  # K to train; several share one adapter, turn about
+    layouts: tuple[str, ...] = ("two_forward", "fused")  # what decoding may use, turn about
+    loss: Literal["ce", "kl", "tv"] = "kl"  # against the policy's own causal law
+    learning_rate: float = 1e-3  # AdamW
+    warmup_steps: int = 10  # linear warm-up of the learning rate
+    max_grad_norm: float = 1.0  # global gradient clip
+    causal_weight: float = 1.0  # of the causal loss in a full conversion
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "rank")
+        _at_least(self, 0, "learning_rate", "warmup_steps")
+        if not self.block_sizes or min(self.block_sizes) < 1:
+            raise ConfigError(
+                f"block_sizes must be one or more numbers of at least 1, got {self.block_sizes}"
+            )
+        unknown = [layout for layout in self.layouts if layout not in ("two_forward", "fused")]
+        if unknown or not self.layouts:
+            raise ConfigError(f"layouts must be of two_forward and fused, got {list(self.layouts)}")
+        if self.conversion == "full" and not self.causal_weight > 0:
+            raise ConfigError(
+                f"causal_weight must be above 0 in a full conversion, got {self.causal_weight}: without the "
+                "causal loss the policy is lost"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConvertConfig:
+    """One conversion: the policy answers prompts, the answers teach it to draft, again and again."""
+
+    out: str  # folder for the adapter (or for the whole policy, if `full`), its state and its metrics
+    prompts: str = "arithmetic"  # a JSONL file with a `prompt` per line, or a task
+    max_tokens: int = 1_000_000  # of the policy's own answers, in all
+    max_minutes: float = 0  # wall time; 0: no limit
+    prompts_per_round: int = 64  # answers of one round
+    completion_tokens: int = 128  # of one answer at most
+    temperature: float = 1.0  # the answers' and the laws'; drafts are best where they were trained
+    steps_per_round: int = 4  # optimizer steps on one round's answers
+    num_replicas: int = 1  # that answer in parallel; more than one are Ray actors
+    max_batch_size: int = 32  # answers that one replica decodes together
+    patience: int = 5  # rounds without a better acceptance before it stops
+    min_gain: float = 0.01  # tokens per step that count as better
+    seed: int = 0  # every random choice derives from it
+    chat_template: bool = True  # put prompts through the tokenizer's chat template, if it has one
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    draft: DraftConfig = field(default_factory=DraftConfig)
+
+    def __post_init__(self) -> None:
+        _at_least(
+            self, 1, "max_tokens", "prompts_per_round", "completion_tokens", "steps_per_round", "num_replicas"
+        )
+        _at_least(self, 1, "max_batch_size", "patience")
+        _at_least(self, 0, "max_minutes", "min_gain", "temperature")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,6 +217,11 @@ def _checked(hint: Any, value: Any, where: str) -> Any:
         if value is None and type(None) in typing.get_args(hint):
             return None
         (hint,) = (arg for arg in typing.get_args(hint) if arg is not type(None))
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise ConfigError(f"{where} must be a list, got {value!r}")
+        item = typing.get_args(hint)[0]
+        return tuple(_checked(item, entry, f"{where}[{i}]") for i, entry in enumerate(value))
     if hint is float and isinstance(value, str):
         try:  # YAML reads 1e-4 as text
             return float(value)

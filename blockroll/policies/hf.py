@@ -9,7 +9,7 @@ V vocabulary.
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -65,8 +65,9 @@ class HFPolicy:
         self.adapter: DraftAdapter | None = None
         section: dict[str, Any] = getattr(model.config, "blockroll", None) or {}
         self.mask_token_id: int | None = section.get("mask_token_id")
-        self.trained_drafts = max(section.get("block_sizes", ()), default=0)
-        self.trained_layouts: tuple[str, ...] = tuple(section.get("layouts", ()))
+        self.trained_drafts = 0
+        self.trained_layouts: tuple[str, ...] = ()
+        self.describe_drafts(section.get("block_sizes", ()), section.get("layouts", ()))
         # transformers 5.24 renamed the argument; the old name is gone from 5.40.
         arguments = inspect.signature(model.base_model.forward).parameters
         self._cache_keyword = "cache" if "cache" in arguments else "past_key_values"
@@ -92,8 +93,12 @@ class HFPolicy:
             self.adapter.remove()
         self.adapter = adapter
         self.mask_token_id = None
-        self.trained_drafts = max(adapter.config.block_sizes, default=0)
-        self.trained_layouts = adapter.config.layouts
+        self.describe_drafts(adapter.config.block_sizes, adapter.config.layouts)
+
+    def describe_drafts(self, block_sizes: Sequence[int], layouts: Sequence[str]) -> None:
+        """Say what the policy is trained to draft from now on."""
+        self.trained_drafts = max(block_sizes, default=0)
+        self.trained_layouts = tuple(layouts)
 
     @classmethod
     def from_pretrained(

@@ -99,6 +99,10 @@ def rollout_metrics(batch: Batch) -> dict[str, float]:
         "rollout/tokens_per_forward": _ratio(sum(lengths), sum(r.stats.num_forwards for r in rollouts)),
         "rollout/spec_accept_length": _mean(accept_lengths),
         "rollout/generated_tok_s": _ratio(sum(lengths), batch.duration_s),
+        "rollout/log_ratio_mean": _mean([rollout.log_ratio for rollout in rollouts]),
+        "rollout/effective_sample_size": _mean(
+            [rollout.effective_sample_size for rollout in rollouts if rollout.token_ids]
+        ),
         "rollout/duration_s": batch.duration_s,
         "rollout/failed": float(sum(rollout.finish_reason in FAILED_REASONS for rollout in rollouts)),
         "completions/mean_length": _mean(lengths),

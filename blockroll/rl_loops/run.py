@@ -24,7 +24,7 @@ from blockroll.rl_loops.learner import Learner
 from blockroll.rl_loops.tasks import Task
 from blockroll.rollout.pool import RolloutPool
 from blockroll.rollout.weight_sync import make_update
-from blockroll.types import Plan, Sampling, UpdateReceipt, WeightUpdate
+from blockroll.types import Law, Plan, Sampling, UpdateReceipt, WeightUpdate
 
 SAMPLES_PER_STEP = 2
 COUNTERS = ("rollout/failed_total", "reward/failed_total", "sync/checksum_fail_total")
@@ -75,7 +75,9 @@ class Run:
         self._counters = dict.fromkeys(COUNTERS, 0.0)
         self._extra: dict[str, Any] = {}
         self._sampling = Sampling(
-            temperature=config.rollout.temperature, max_tokens=config.rollout.max_tokens
+            temperature=config.rollout.temperature,
+            max_tokens=config.rollout.max_tokens,
+            law=Law(config.rollout.mix_weight),
         )
         self._eval_rows = tuple(task.eval_rows(config.train.eval_prompts)) if config.train.eval_every else ()
         default_drafts = learner.policy.trained_drafts or 1

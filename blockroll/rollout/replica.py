@@ -67,7 +67,10 @@ class LocalReplica:
     ) -> "LocalReplica":
         """Load the policy and put an engine around it."""
         policy = HFPolicy.from_pretrained(
-            policy_config.path, device=policy_config.device, dtype=policy_config.dtype
+            policy_config.path,
+            device=policy_config.device,
+            dtype=policy_config.dtype,
+            adapter=policy_config.adapter,
         )
         engine = Engine(
             policy,
