@@ -118,28 +118,27 @@ class DraftConfig:
 class ConvertConfig:
     """One conversion: the policy answers prompts, the answers teach it to draft, again and again."""
 
-    out: str  # folder for the adapter (or for the whole policy, if `full`), its state and its metrics
-    prompts: str = "arithmetic"  # a JSONL file with a `prompt` per line, or a task
+    out: str  # folder for the adapter (for the whole policy, if `full`), its state and its metrics
+    prompts: str = "arithmetic"  # a JSONL file with a `prompt` per line, text or messages; or a task
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)  # for prompts that are messages
     max_tokens: int = 1_000_000  # of the policy's own answers, in all
     max_minutes: float = 0  # wall time; 0: no limit
     prompts_per_round: int = 64  # answers of one round
     completion_tokens: int = 128  # of one answer at most
-    temperature: float = 1.0  # the answers' and the laws'; drafts are best where they were trained
-    steps_per_round: int = 4  # optimizer steps on one round's answers
+    temperature: float = 1.0  # of the answers and of both laws: what rollouts will use
+    steps_per_round: int = 4  # optimizer steps that share one round's answers
+    epochs_per_round: int = 2  # times that each answer is used, with other blocks every time
     num_replicas: int = 1  # that answer in parallel; more than one are Ray actors
     max_batch_size: int = 32  # answers that one replica decodes together
-    patience: int = 5  # rounds without a better acceptance before it stops
-    min_gain: float = 0.01  # tokens per step that count as better
+    patience: int = 8  # rounds without a better acceptance before it stops
+    min_gain: float = 0.02  # tokens per step that count as better
     seed: int = 0  # every random choice derives from it
-    chat_template: bool = True  # put prompts through the tokenizer's chat template, if it has one
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     draft: DraftConfig = field(default_factory=DraftConfig)
 
     def __post_init__(self) -> None:
-        _at_least(
-            self, 1, "max_tokens", "prompts_per_round", "completion_tokens", "steps_per_round", "num_replicas"
-        )
-        _at_least(self, 1, "max_batch_size", "patience")
+        _at_least(self, 1, "max_tokens", "prompts_per_round", "completion_tokens", "steps_per_round")
+        _at_least(self, 1, "epochs_per_round", "num_replicas", "max_batch_size", "patience")
         _at_least(self, 0, "max_minutes", "min_gain", "temperature")
 
 
@@ -170,6 +169,11 @@ def load_config(path: str | Path | None = None, overrides: Iterable[str] = ()) -
         if loaded is not None and not isinstance(loaded, Mapping):
             raise ConfigError(f"{path} must hold a mapping of options, got {type(loaded).__name__}")
         values = dict(loaded or {})
+    return from_mapping(RunConfig, with_overrides(values, overrides))
+
+
+def with_overrides(values: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    """The same nested values with overrides such as `train.steps=10` written over them."""
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals:
@@ -181,7 +185,7 @@ def load_config(path: str | Path | None = None, overrides: Iterable[str] = ()) -
             if not isinstance(target, dict):
                 raise ConfigError(f"{section!r} in {override!r} is a value, not a section")
         target[leaf] = yaml.safe_load(text)
-    return from_mapping(RunConfig, values)
+    return values
 
 
 def to_mapping(config: Any) -> dict[str, Any]:
@@ -217,6 +221,10 @@ def _checked(hint: Any, value: Any, where: str) -> Any:
         if value is None and type(None) in typing.get_args(hint):
             return None
         (hint,) = (arg for arg in typing.get_args(hint) if arg is not type(None))
+    if origin is dict:
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{where} must be a mapping, got {value!r}")
+        return dict(value)
     if origin is tuple:
         if not isinstance(value, list | tuple):
             raise ConfigError(f"{where} must be a list, got {value!r}")

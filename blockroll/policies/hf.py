@@ -9,6 +9,7 @@ V vocabulary.
 
 import contextlib
 import inspect
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -28,7 +29,7 @@ from transformers.utils import logging as hf_logging
 
 from blockroll.errors import InvalidInput
 from blockroll.policies import attention
-from blockroll.policies.adapter import DraftAdapter, has_adapter
+from blockroll.policies.adapter import DraftAdapter, chat_template_hash, has_adapter
 from blockroll.policies.base import FusedRows, KVWindow
 from blockroll.policies.layout import RowLayout, causal_rows, fused_rows, two_forward_rows
 
@@ -95,6 +96,16 @@ class HFPolicy:
         self.mask_token_id = None
         self.describe_drafts(adapter.config.block_sizes, adapter.config.layouts)
 
+    def warn_of_another_chat_template(self) -> None:
+        """Drafts are learned on prompts as one template writes them; say so if the tokenizer has another."""
+        trained = self.adapter.config.chat_template_hash if self.adapter else None
+        if trained and self.tokenizer is not None and trained != chat_template_hash(self.tokenizer):
+            warnings.warn(
+                "the draft adapter was trained on prompts of another chat template than this tokenizer's: "
+                "the law stays exact, but fewer drafts may be accepted; convert again to adapt it",
+                stacklevel=3,
+            )
+
     def describe_drafts(self, block_sizes: Sequence[int], layouts: Sequence[str]) -> None:
         """Say what the policy is trained to draft from now on."""
         self.trained_drafts = max(block_sizes, default=0)
@@ -120,6 +131,7 @@ class HFPolicy:
         policy = cls(model, tokenizer)
         if adapter is not None or has_adapter(folder):
             policy.use_adapter(DraftAdapter.from_pretrained(adapter or folder, model))
+            policy.warn_of_another_chat_template()
         return policy
 
     def save_pretrained(self, folder: str | Path) -> None:

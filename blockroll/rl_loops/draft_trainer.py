@@ -55,10 +55,14 @@ class DraftTrainer:
         self.config = config
         self.num_steps = 0
         self.num_tokens = 0  # of rollouts it has stepped on
+        self.lr_scale = 1.0  # of the learning rate, for schedules
         self._seed = seed
         if config.conversion == "adapter":
             if policy.adapter is None:
-                policy.use_adapter(DraftAdapter(policy.model, _adapter_config(policy, config)))
+                with torch.random.fork_rng(devices=[]):
+                    torch.manual_seed(seed)
+                    adapter = DraftAdapter(policy.model, _adapter_config(policy, config))
+                policy.use_adapter(adapter)
             assert policy.adapter is not None
             if policy.adapter.config.rank != config.rank:
                 raise InvalidInput(
@@ -73,6 +77,7 @@ class DraftTrainer:
                     "(policy.mask_token_id), or convert by adapter, which needs none"
                 )
             self.module = policy.model
+            policy.describe_drafts(config.block_sizes, config.layouts)
         self.parameters = list(self.module.parameters())
         self.optimizer = torch.optim.AdamW(
             self.parameters, lr=config.learning_rate, weight_decay=0.0, betas=(0.9, 0.98), foreach=False
@@ -193,7 +198,7 @@ class DraftTrainer:
                 parameter.grad.div_(num_scored)
         share = min(1.0, (self.num_steps + 1) / max(self.config.warmup_steps, 1))
         for group in self.optimizer.param_groups:
-            group["lr"] = self.config.learning_rate * share
+            group["lr"] = self.config.learning_rate * share * self.lr_scale
         norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm))
         if math.isfinite(norm):
             self.optimizer.step()
