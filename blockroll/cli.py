@@ -5,6 +5,7 @@ commands, so that help is quick. A BlockrollError becomes one line on stderr and
 """
 
 import dataclasses
+import itertools
 import json
 import os
 import platform
@@ -415,8 +416,9 @@ def _stream(
     while True:
         result = engine.step()
         for commit in result.commits:
-            show(commit.token_ids[: commit.num_accepted], is_drafted=True)
-            show(commit.token_ids[commit.num_accepted :], is_drafted=False)
+            pairs = zip(commit.token_ids, commit.is_draft, strict=True)
+            for is_drafted, run in itertools.groupby(pairs, key=lambda pair: pair[1]):
+                show([token_id for token_id, _ in run], is_drafted=is_drafted)
         if result.finished:
             break
     console.print()

@@ -161,9 +161,9 @@ class HFPolicy:
 
     @torch.inference_mode()
     def draft_logits(self, anchors_B: Tensor, num_drafts: int, window: KVWindow) -> Tensor:
-        """Logits of the mask rows, float32 (B, K, V): row i is the law of the i-th draft after the anchor."""
+        """Float32 (B, K + 1, V): the causal law of the token after the anchor, then the law of each draft."""
         layout = two_forward_rows(num_drafts, self.device)
-        return self.logits(self.hidden(anchors_B[:, None], layout, window)[:, 1:])
+        return self.logits(self.hidden(anchors_B[:, None], layout, window))
 
     @torch.inference_mode()
     def fused_rows(self, ids_BL: Tensor, levels: tuple[int, ...], window: KVWindow) -> FusedRows:

@@ -102,18 +102,24 @@ class RunningRequest:
         self._num_forwards += 1
 
     def commit(
-        self, token_ids: list[int], policy_logprobs: list[float], behavior_logprobs: list[float], version: int
+        self,
+        token_ids: list[int],
+        is_draft: list[bool],
+        policy_logprobs: list[float],
+        behavior_logprobs: list[float],
+        version: int,
     ) -> Commit:
-        """Append the verdict's tokens up to the end of the request; the last of them was not a draft."""
+        """Append the verdict's tokens up to the end of the request."""
         kept, self.finish_reason = self._stop_rule.cut(self._token_ids, token_ids)
-        num_accepted = min(len(token_ids) - 1, kept)
-        self._num_accepted += num_accepted
+        self._num_accepted += sum(is_draft[:kept])
         self._token_ids += token_ids[:kept]
         self._policy_logprobs += policy_logprobs[:kept]
         self._behavior_logprobs += behavior_logprobs[:kept]
         self._policy_versions += [version] * kept
         return Commit(
-            request_id=self.request.request_id, token_ids=tuple(token_ids[:kept]), num_accepted=num_accepted
+            request_id=self.request.request_id,
+            token_ids=tuple(token_ids[:kept]),
+            is_draft=tuple(is_draft[:kept]),
         )
 
     def rollout(self, finish_reason: FinishReason, *, error: str | None = None) -> Rollout:

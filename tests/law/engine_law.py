@@ -59,7 +59,8 @@ class TablePolicy:
         masks_BR = torch.full((len(anchors_B), num_drafts), -7)
         histories = self._histories(torch.cat([anchors_B[:, None], masks_BR], dim=1), window)
         known = [history[: len(history) - num_drafts] for history in histories]
-        return _logs([[self.toy.draft_weights(h, i) for i in range(num_drafts)] for h in known])
+        rows = [[self.toy.draft_weights(h, i) for i in range(num_drafts)] for h in known]
+        return _logs([[self.toy.target_weights(h), *row] for h, row in zip(known, rows, strict=True)])
 
     def fused_rows(self, ids_BL, levels, window):
         width = ids_BL.shape[1]
@@ -175,7 +176,13 @@ def _laws(toy: Toy, state: State, drafted: Tokens, weight: float) -> tuple[list,
 
 
 def _cells(toy: Toy, plan: Plan, state: State, weight: float) -> tuple[np.ndarray, np.ndarray]:
-    """Points (C, 2K + 1) in the order draft uniforms, accept coins, final uniform; and volumes (C,)."""
+    """Points (C, 2K + 1), draft uniforms, accept coins, final uniform; and volumes (C,).
+
+    A two-forward step settles its first position by one more coin, and verifies the others behind the token
+    that then stands there.
+    """
+    if plan.num_drafts and not plan.levels:
+        return _settled_cells(toy, state, weight)
     num_drafts, unused = len(state.drafts), plan.num_drafts - len(state.drafts)
     draft_laws, _ = _laws(toy, state, (), weight)
     points, volumes = [], []
@@ -201,6 +208,41 @@ def _cells(toy: Toy, plan: Plan, state: State, weight: float) -> tuple[np.ndarra
     return np.concatenate(points), np.concatenate(volumes)
 
 
+def _settled_cells(toy: Toy, state: State, weight: float) -> tuple[np.ndarray, np.ndarray]:
+    """Points (C, 2K + 2): the coin that replaces a rejected first draft comes last."""
+    draft_laws, (first_V, *_) = _laws(toy, state, (), weight)
+    points, volumes = [], []
+    for drafted in np.ndindex(*[toy.vocab_size] * len(draft_laws)):
+        if any(law_V[token] == 0 for token, law_V in zip(drafted, draft_laws, strict=True)):
+            continue
+        draws = [
+            _split(_boundaries(law_V), "low", within=law_V[:token].sum() + law_V[token] / 2)
+            for token, law_V in zip(drafted, draft_laws, strict=True)
+        ]
+        share = min(1.0, first_V[drafted[0]] / draft_laws[0][drafted[0]])
+        residual_V = np.maximum(first_V - draft_laws[0], 0)
+        outcomes = [(drafted[0], (share / 2, share), (0.5, 1.0))] if share > 0 else []
+        if share < 1:
+            for token in np.flatnonzero(residual_V):
+                below, mass = residual_V[:token].sum(), residual_V[token]
+                settle = ((below + mass / 2) / residual_V.sum(), mass / residual_V.sum())
+                outcomes.append((int(token), ((1 + share) / 2, 1 - share), settle))
+        for stands, coin, settle in outcomes:
+            _, targets = _laws(toy, state, (stands, *drafted[1:]), weight)
+            pairs = list(zip(targets[1:], draft_laws[1:], strict=False))
+            rows = [*targets[1:], *(np.maximum(target - draft, 0) for target, draft in pairs)]
+            coins = [
+                _split(np.minimum(1, target[token] / draft[token])[None], "low")
+                for token, (target, draft) in zip(drafted[1:], pairs, strict=True)
+            ]
+            final = _split(np.concatenate([_boundaries(row) for row in rows]), "low")
+            fixed = [(np.array([point]), np.array([width])) for point, width in (coin, settle)]
+            intervals = [*draws, fixed[0], *coins, final, fixed[1]]
+            points.append(_product(point for point, _ in intervals))
+            volumes.append(_product(width for _, width in intervals).prod(axis=1))
+    return np.concatenate(points), np.concatenate(volumes)
+
+
 def _run(toy: Toy, plan: Plan, coins_C: Sequence[Sequence[Sequence[float]]], weight: float) -> list:
     """Of the last of these steps, for every cell: tokens, number accepted, drafts, and pi / mu."""
     steps = len(coins_C[0])
@@ -208,7 +250,7 @@ def _run(toy: Toy, plan: Plan, coins_C: Sequence[Sequence[Sequence[float]]], wei
     step_index = [0]
     drafted: dict[str, Tokens] = {}
 
-    def given_uniforms(seeds_B, positions_B, attempts_B, num_drafts):
+    def given_uniforms(seeds_B, positions_B, attempts_B, num_drafts, *, settles):
         step = table[seeds_B, step_index[0]]
         return step[:, :num_drafts], step[:, num_drafts:]
 
@@ -241,7 +283,7 @@ def _run(toy: Toy, plan: Plan, coins_C: Sequence[Sequence[Sequence[float]]], wei
     for c in range(len(coins_C)):
         commit, rollout = commits[str(c)], rollouts[str(c)]
         start = len(rollout.token_ids) - len(commit.token_ids)
-        outcomes.append((commit.token_ids, commit.num_accepted, drafted[str(c)], _Ratio(rollout, start)))
+        outcomes.append((commit.token_ids, sum(commit.is_draft), drafted[str(c)], _Ratio(rollout, start)))
     return outcomes
 
 
