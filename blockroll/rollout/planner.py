@@ -39,6 +39,7 @@ _COUNTED_STEPS = 16  # and so many request-steps anywhere
 _PRIOR_STEPS = 4  # request-steps that the optimistic guess at a plan's tokens weighs
 _HALF_LIFE = 1024  # request-steps after which a count of tokens weighs half
 _TRYING_SHARE = 0.01  # of the time spent decoding that may go to trying plans, beyond the time at the start
+_STEPS_PER_CHOICE = 8  # a choice holds so long while nothing is tried: choosing takes time too
 _FORGET_STEPS = 10_000  # steps after which all plans but the one in use are tried anew
 
 
@@ -79,7 +80,9 @@ class Planner:
             for plan in self.candidates
         }
         self._in_use = PLAIN  # the best plan known at the latest choice
-        self._chosen: Plan | None = None
+        self._chosen = PLAIN
+        self._chosen_for: Bucket | None = None
+        self._holds_until = 0  # this many steps
         self._is_trying = False
         self._last_run: Plan | None = None
         self._warm: set[tuple[Plan, Bucket]] = set()
@@ -90,18 +93,21 @@ class Planner:
     def choose(self, batch_size: int, context: int) -> Plan:
         """The plan of the next step of so many requests, the longest of `context` tokens."""
         bucket = Bucket.of(batch_size, context)
-        tried = None
+        if bucket == self._chosen_for and self._num_steps < self._holds_until:
+            return self._chosen
+        self._chosen_for = bucket
+        best, tried = PLAIN, None
         if self._is_known(PLAIN, bucket):
             self._in_use = best = self._best_known(bucket)
             if self._trying_s < self.max_measure_s + _TRYING_SHARE * self._decoding_s:
                 tried = self._worth_trying(bucket, best)
-        else:
-            best = PLAIN
+            if tried is None:
+                self._holds_until = self._num_steps + _STEPS_PER_CHOICE
         self._is_trying = tried is not None
         plan = tried or best
         if plan != self._chosen:
             self._log_switch(plan, bucket, batch_size)
-            self._chosen = plan
+        self._chosen = plan
         return plan
 
     def observe(self, plan: Plan, batch_size: int, context: int, seconds: float, num_tokens: int) -> None:
@@ -119,7 +125,7 @@ class Planner:
             self._acceptance[plan].count(batch_size, num_tokens)
             if is_warm and seconds > 0:
                 self.costs.add(plan, bucket, seconds)
-                if self.costs.num_samples(plan, bucket) == _TIMED_STEPS:
+                if self.costs.num_samples(plan, bucket) in (1, _TIMED_STEPS):
                     self.costs.save()
         if self._num_steps % _FORGET_STEPS == 0:
             self._forget()
@@ -180,27 +186,19 @@ class Planner:
                 self.costs.forget(plan)
 
     def _log_switch(self, plan: Plan, bucket: Bucket, batch_size: int) -> None:
-        before = self._chosen
-        where = f"at batch {batch_size}, context up to {bucket.context}"
+        before, where = self._chosen, f"at batch {batch_size}, context up to {bucket.context}"
         if self.costs.seconds(PLAIN, bucket) is None:
-            logger.info("plan %s %s: its steps are timed first", plan.name, where)
-        elif before is None:
-            logger.info(
-                "plan %s %s: expected %.4g tokens/s",
-                plan.name,
-                where,
-                batch_size * self._speed(plan, bucket),
-            )
-        else:
-            logger.info(
-                "plan %s after %s %s: %s %.4g tokens/s, against %.4g",
-                plan.name,
-                before.name,
-                where,
-                "tried, could give" if self._is_trying else "expected",
-                batch_size * self._speed(plan, bucket),
-                batch_size * self._speed(before, bucket),
-            )
+            logger.info("plan %s after %s %s: plain is timed first", plan.name, before.name, where)
+            return
+        logger.info(
+            "plan %s after %s %s: %s %.4g tokens/s, against %.4g",
+            plan.name,
+            before.name,
+            where,
+            "tried, could give" if self._is_trying else "expected",
+            batch_size * self._speed(plan, bucket),
+            batch_size * self._speed(before, bucket),
+        )
 
 
 def candidate_plans(policy: Policy) -> tuple[Plan, ...]:
