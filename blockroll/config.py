@@ -6,6 +6,7 @@ One field is one line and one sentence. YAML files and `section.field=value` ove
 
 import dataclasses
 import difflib
+import os
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -38,7 +39,9 @@ class RolloutConfig:
     num_replicas: int = 2  # engines that share the requests
     threads_per_replica: int = 1  # torch threads of each Ray replica; cores are shared, so this is explicit
     gpus_per_replica: float = 1.0  # of each Ray replica on an accelerator; may be a fraction
-    plan: str = "two_forward"  # "plain", "two_forward" (K as trained) or "two_forward(K)"
+    plan: str = (
+        "two_forward"  # "auto" (each step chooses), or one for all: "plain", "two_forward(K)", "fused(K)"
+    )
     max_batch_size: int = 64  # requests that one replica decodes together
     max_length: int = 0  # tokens of prompt and completion; 0: what the policy was built for
     temperature: float = 1.0  # 0 is greedy
@@ -186,6 +189,11 @@ def with_overrides(values: dict[str, Any], overrides: Iterable[str]) -> dict[str
                 raise ConfigError(f"{section!r} in {override!r} is a value, not a section")
         target[leaf] = yaml.safe_load(text)
     return values
+
+
+def cache_dir() -> Path:
+    """Where measurements are kept between processes: `BLOCKROLL_CACHE`, or a folder in the user's cache."""
+    return Path(os.environ.get("BLOCKROLL_CACHE", "~/.cache/blockroll")).expanduser()
 
 
 def to_mapping(config: Any) -> dict[str, Any]:

@@ -168,6 +168,7 @@ class RolloutStats:
     num_verify_steps: int = 0  # steps that checked drafts
     num_drafted: int = 0  # drafts submitted to verify
     num_accepted: int = 0  # accepted drafts that were committed
+    steps_by_plan: tuple[tuple[Plan, int], ...] = ()  # each plan that ran, in the order of its first step
 
     @property
     def acceptance_rate(self) -> float:

@@ -24,6 +24,7 @@ from blockroll.errors import InvalidInput, NonFiniteLogits
 from blockroll.policies.hf import HFPolicy, load_model, resolve_checkpoint
 from blockroll.policies.reference import generate_stock
 from blockroll.rollout.engine import Engine, EngineTimes
+from blockroll.rollout.planner import Planner
 from blockroll.types import PLAIN, Plan, Request, Rollout, Sampling
 
 TRANSFORMERS = "transformers_generate"
@@ -119,9 +120,9 @@ class Subject(Protocol):
 
 
 class EngineSubject:
-    """blockroll's engine under one plan."""
+    """blockroll's engine under one plan, or under a planner."""
 
-    def __init__(self, policy: HFPolicy, plan: Plan, *, batch: int, max_length: int) -> None:
+    def __init__(self, policy: HFPolicy, plan: Plan | Planner, *, batch: int, max_length: int) -> None:
         self.name = plan.name
         # An accelerator runs behind the host; parts of a step can be told apart only if each is waited for.
         # The engine waits for it between the parts anyway, to look for logits that are not finite.
@@ -178,7 +179,7 @@ class TransformersSubject:
 def run_bench(
     policy: HFPolicy,
     prompts: Sequence[tuple[int, ...]],
-    plans: Sequence[Plan],
+    plans: Sequence[Plan | Planner],
     options: BenchOptions,
     *,
     policy_path: str,

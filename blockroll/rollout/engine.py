@@ -1,11 +1,11 @@
-"""One engine: continuous batching of requests under one decoding plan.
+"""One engine: continuous batching of requests under one decoding plan, or one chosen for each step.
 
 A step is: admit waiting requests and prefill them, draft (if the plan drafts), verify, commit. Two-forward
 drafts with a forward of its own, whose anchor row is causal: it settles the first position before the others
 are verified behind the token that really stands there, so such a step commits two tokens at least. A fused
-step verifies drafts that the step before proposed, and proposes the next ones in the same forward. The engine
-owns the cache and the per-request state; it knows neither processes
-nor weights' origins.
+step verifies drafts that the step before proposed, and proposes the next ones in the same forward. A planner
+is asked before each step and told what the step took and committed. The engine owns the cache and the
+per-request state; it knows neither processes nor weights' origins.
 
 Law: with the target law, committed tokens follow the causal policy exactly, whatever the drafts are; with a
 mixed law they follow the mixture of policy and draft rows, which is recorded with each token.
@@ -24,6 +24,7 @@ from torch import Tensor
 from blockroll.errors import InvalidInput, NonFiniteLogits
 from blockroll.policies.base import Policy
 from blockroll.rollout.cache import SlotCache
+from blockroll.rollout.planner import Planner
 from blockroll.rollout.requests import Limits, check_request
 from blockroll.rollout.running import Proposal, RunningRequest, StopRule
 from blockroll.rollout.scheduler import Scheduler
@@ -115,13 +116,13 @@ class _Laws:
 
 
 class Engine:
-    """Decodes requests with one policy under one plan. Not thread-safe: one caller at a time."""
+    """Decodes requests with one policy, one plan a step for all. Not thread-safe: one caller at a time."""
 
     def __init__(
         self,
         policy: Policy,
         *,
-        plan: Plan,
+        plan: Plan | Planner,
         max_batch_size: int = 64,
         max_length: int = 0,
         decode: Callable[[list[int]], str] | None = None,
@@ -130,13 +131,16 @@ class Engine:
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         """`max_length` 0 is what the policy was built for; `decode` is needed for stop strings only."""
-        check_plan(plan, policy)
+        self._planner = None if isinstance(plan, Plan) else plan
+        plans = (plan,) if isinstance(plan, Plan) else plan.candidates
+        for each in plans:
+            check_plan(each, policy)
         if max_length > policy.max_length:
             raise InvalidInput(
                 f"max_length is {max_length}, but the policy was built for {policy.max_length} positions"
             )
         self.policy = policy
-        self.plan = plan
+        self.plan = plans[0]  # of the latest step
         self.policy_version = policy_version
         self.times = EngineTimes()
         self.limits = Limits(
@@ -147,7 +151,7 @@ class Engine:
         self._scheduler = Scheduler(max_batch_size=max_batch_size)
         self._cache = SlotCache(
             num_slots=max_batch_size,
-            capacity=self.limits.max_length + plan.rows_per_forward,
+            capacity=self.limits.max_length + max(each.rows_per_forward for each in plans),
             device=policy.device,
         )
         self._requests: dict[str, RunningRequest] = {}
@@ -209,10 +213,25 @@ class Engine:
         if not batch:
             return StepResult(commits=(), finished=())
         started = self._clock()
+        context = 0
+        if self._planner is not None:
+            context = max(running.num_tokens for running in batch)
+            self._change_plan(self._planner.choose(len(batch), context), batch)
         result = self._decode_step(batch)
-        self.times.step_s += self._clock() - started
+        seconds = self._clock() - started
+        self.times.step_s += seconds
         self.times.num_steps += 1
+        if self._planner is not None:
+            num_tokens = sum(len(commit.token_ids) for commit in result.commits)
+            self._planner.observe(self.plan, len(batch), context, seconds, num_tokens)
         return result
+
+    def _change_plan(self, plan: Plan, batch: list[RunningRequest]) -> None:
+        """Decode by this plan from now on; proposals of another number of drafts would not fit it."""
+        if plan.num_drafts != self.plan.num_drafts:
+            for running in batch:
+                running.proposal = None
+        self.plan = plan
 
     def _decode_step(self, batch: list[RunningRequest]) -> StepResult:
         plan, size = self.plan, len(batch)
