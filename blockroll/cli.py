@@ -151,7 +151,7 @@ def generate(
     plan: Annotated[
         str | None,
         typer.Option(
-            help="'plain', 'two_forward' or 'two_forward(K)'; left out: two_forward if the policy drafts."
+            help="'auto', 'plain', 'two_forward(K)' or 'fused(K,[levels])'; left out: what it drafts by."
         ),
     ] = None,
     num_samples: Annotated[int, typer.Option(min=1, help="Samples, one after the other.")] = 1,
@@ -386,12 +386,11 @@ def _engine_for(
 ) -> tuple["Engine", list[Request]]:
     """An engine that decodes one request at a time, and the requests, as a pool would make them."""
     from blockroll.rollout.engine import Engine
+    from blockroll.rollout.planner import read_plan
     from blockroll.rollout.pool import RolloutPool
     from blockroll.rollout.replica import LocalReplica
 
-    engine = Engine(
-        policy, plan=Plan.parse(plan, default_drafts=policy.trained_drafts or 1), max_batch_size=1
-    )
+    engine = Engine(policy, plan=read_plan(plan, policy), max_batch_size=1)
     pool = RolloutPool([LocalReplica(engine, policy.model)], tokenizer=policy.tokenizer)
     return engine, pool.requests([prompt], sampling, seed=seed, num_samples=num_samples)
 
@@ -486,10 +485,11 @@ def _finish_with_speed(config: RunConfig, console: Console) -> None:
     from blockroll.rl_loops.checkpoint import latest_checkpoint
     from blockroll.rl_loops.report import write_report
     from blockroll.rollout.bench import BenchOptions, run_bench
+    from blockroll.rollout.planner import read_plan
 
     path = latest_checkpoint(config.run_dir)
     policy = _load_policy(str(path), config.policy.device, config.rollout.threads_per_replica)
-    plans = [Plan(0), Plan.parse(config.rollout.plan, default_drafts=policy.trained_drafts or 1)]
+    plans = [Plan(0), read_plan(config.rollout.plan, policy)]
     options = BenchOptions(
         batches=DEMO_BATCHES,
         max_tokens=config.rollout.max_tokens,

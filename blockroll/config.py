@@ -69,7 +69,8 @@ class TrainConfig:
     max_grad_norm: float = 1.0  # global gradient clip
     minibatches: int = 1  # optimizer steps per collected batch
     clip_epsilon: float = 0.2  # half-width of the ratio clip
-    behavior_ratio_cap: float = 2.0  # truncation of old policy over behaviour law
+    importance_sampling_correction: bool = True  # weigh tokens by old policy over behaviour law
+    behavior_ratio_cap: float = 2.0  # truncation of those weights
     learner_threads: int = 2  # torch threads of the learner; replicas idle while it works
     eval_every: int = 10  # steps between evaluations; 0: never
     eval_prompts: int = 128  # held-out prompts of one evaluation
