@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from blockroll.policies.hf import HFPolicy
     from blockroll.rl_loops.loop import train
     from blockroll.rollout.engine import Engine
+    from blockroll.rollout.policy_check import check_policy
     from blockroll.rollout.pool import RolloutPool
     from blockroll.types import Law, Plan, Request, Rollout, Sampling
 
@@ -27,6 +28,7 @@ __all__ = [
     "RunConfig",
     "Sampling",
     "__version__",
+    "check_policy",
     "load_config",
     "train",
 ]
@@ -41,6 +43,7 @@ _MODULES = {
     "RolloutPool": "blockroll.rollout.pool",
     "RunConfig": "blockroll.config",
     "Sampling": "blockroll.types",
+    "check_policy": "blockroll.rollout.policy_check",
     "load_config": "blockroll.config",
     "train": "blockroll.rl_loops.loop",
 }

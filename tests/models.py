@@ -37,6 +37,7 @@ FAMILIES = {
     "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
     "gemma2": {
         "query_pre_attn_scalar": 8,
+        "attn_logit_softcapping": 2.0,  # low, because random weights give low scores
         "sliding_window": SLIDING_WINDOW,
         "layer_types": ["sliding_attention", "full_attention"],
     },

@@ -56,6 +56,11 @@ class SlotCache:
                     storage.append(torch.zeros(shape, dtype=like.dtype, device=like.device))
         return self._keys[layer_idx], self._values[layer_idx]
 
+    def committed(self, slot: int) -> tuple[Tensor, ...]:
+        """Keys and then values of a slot's committed rows (H, S, D), layer by layer."""
+        length = int(self.lengths_N[slot])
+        return tuple(tensor[slot, :, :length] for tensor in (*self._keys, *self._values))
+
     def fill_stale(self, value: float) -> None:
         """Overwrite every row that is not committed: what attention may not see must not matter."""
         for tensor in (*self._keys, *self._values):

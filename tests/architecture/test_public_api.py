@@ -18,6 +18,7 @@ PUBLIC = [
     "RunConfig",
     "Sampling",
     "__version__",
+    "check_policy",
     "load_config",
     "train",
 ]
