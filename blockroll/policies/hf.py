@@ -293,7 +293,10 @@ def _no_progress_bar() -> Iterator[None]:
 
 def _check_family(family: str) -> None:
     if family not in FAMILIES:
-        raise InvalidInput(f"model family {family!r} is not supported; supported are {', '.join(FAMILIES)}")
+        raise InvalidInput(
+            f"model family {family!r} is not supported; supported are {', '.join(FAMILIES)}. A family can be "
+            "listed once a checkpoint of it passes `blockroll doctor --model`, which runs check_policy"
+        )
 
 
 def _eos_token_ids(model: PreTrainedModel) -> tuple[int, ...]:
