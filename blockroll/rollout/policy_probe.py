@@ -10,7 +10,8 @@ W hidden width, V vocabulary.
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -22,10 +23,11 @@ from blockroll.rollout.cache import SlotCache
 
 LONGEST_WINDOW = 256  # sliding windows up to this are filled; beyond, prompts would cost too much
 LONGEST_PREFIX = 12  # cached tokens of the longest prompt, where no window asks for more
+ROUNDING_MARGIN = 3  # times a model's own rounding, where that is more than the bound of its dtype
 LIKELY = 1e-3  # below float32 the logits of rare tokens round coarsely: only tokens above this are compared
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)  # without slots, for what is computed once
 class PolicyProbe:
     """Random prompts of mixed length, and two blocks of tokens to decode behind each."""
 
@@ -47,8 +49,13 @@ class PolicyProbe:
 
     @property
     def logprob_bound(self) -> float:
-        """How far equal log-probabilities may lie apart."""
-        return 1e-4 if self.is_float32 else 0.25
+        """How far equal log-probabilities may lie apart: no test can see below the model's own rounding."""
+        return self.at_least_rounding(1e-4 if self.is_float32 else 0.25)
+
+    def at_least_rounding(self, bound: float) -> float:
+        """The bound, or a few times what rounding alone does if that is more (and finite)."""
+        floor = ROUNDING_MARGIN * self.rounding
+        return max(bound, floor) if math.isfinite(floor) else bound
 
     @property
     def cache_bound(self) -> float:
@@ -102,8 +109,9 @@ class PolicyProbe:
         window = cache.window(0, len(anchors_B), num_drafts + 1)
         return self.policy.draft_logits(anchors_B, num_drafts, window)
 
-    def stock_logits(self) -> Tensor:
-        """Of the first block (B, L, V), by the model's own forward over each whole text, without a cache."""
+    @cached_property
+    def stock_logits_BLV(self) -> Tensor:
+        """Of the first block, by the model's own forward over each whole text, without a cache."""
         model, rows = self.policy.model, []
         with _stock_attention(self.policy):
             for prefix, block_L in zip(self.prefixes, self.block_BL, strict=True):
@@ -111,6 +119,16 @@ class PolicyProbe:
                 output = model(input_ids=ids_R[None], use_cache=False, logits_to_keep=self.width)
                 rows.append(output.logits[0].float())
         return torch.stack(rows)
+
+    @cached_property
+    def rounding(self) -> float:
+        """How far the stock forward's log-probabilities move when every input moves by its last bit.
+
+        From there on every sum rounds differently, as it does in another kernel or at another shape.
+        """
+        with _nudged_inputs(self.policy.model.get_input_embeddings()):
+            nudged = replace(self).stock_logits_BLV  # a copy that has computed nothing yet
+        return self.logprob_gap(nudged, self.stock_logits_BLV)
 
     def logprob_gap(self, logits: Tensor, reference: Tensor) -> float:
         """Largest difference of log-probabilities; below float32 over likely tokens only."""
@@ -182,6 +200,23 @@ def cache_gap(cache: SlotCache, recomputed: SlotCache) -> float:
                 scale = other.float().abs().max().clamp(min=1e-6)
                 gaps.append((mine.float() - other.float()).abs().max() / scale)
     return float(torch.stack(gaps).max())
+
+
+@contextmanager
+def _nudged_inputs(embedding: nn.Module) -> Iterator[None]:
+    """Every number that leaves the input embedding is one rounding step larger or smaller, at random."""
+    generator = torch.Generator().manual_seed(0)
+
+    def nudge(module: nn.Module, inputs: tuple[Tensor, ...], embeddings_BRW: Tensor) -> Tensor:
+        step = torch.finfo(embeddings_BRW.dtype).eps
+        signs_BRW = torch.randint(2, embeddings_BRW.shape, generator=generator) * 2 - 1
+        return embeddings_BRW * (1 + step * signs_BRW).to(embeddings_BRW)
+
+    handle = embedding.register_forward_hook(nudge)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from blockroll.errors import InvalidInput
 from blockroll.policies import attention, hf
 from blockroll.policies.adapter import parent_hash
 from blockroll.policies.hf import HFPolicy
-from blockroll.policies.layout import RowLayout, two_forward_rows
+from blockroll.policies.layout import RowLayout, causal_rows, two_forward_rows
 from blockroll.rollout.policy_check import CheckResult, check_policy
 from tests.models import FAMILIES, MASK_ID, VOCAB_SIZE, adapted_policy, random_model, random_policy
 
@@ -51,13 +51,27 @@ def test_any_number_of_drafts_can_be_checked(num_drafts):
     assert report.passed, str(report)
 
 
+def test_a_model_that_magnifies_rounding_is_allowed_what_its_own_forward_shows(monkeypatch):
+    """A sensitive head: no two stock kernels agree to 1e-4, yet a fault still stands out."""
+    policy = adapted_policy(scale=300.0)
+    allowed = by_name(check_policy(policy))[VERIFY].allowed
+    assert 2e-4 < allowed < 2e-3
+    assert check_policy(policy).passed
+    monkeypatch.setattr(hf, "causal_rows", lambda n, device: one_position_skipped(causal_rows(n, device)))
+    assert VERIFY in check_policy(policy).failures
+
+
+def one_position_skipped(layout):
+    return dataclasses.replace(layout, offsets_R=layout.offsets_R + (layout.offsets_R > 2))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("family", ["llama", "gemma2", "qwen3_moe"])
 def test_half_precision_has_wider_bounds_and_says_so(family, dtype):
     policy = HFPolicy(random_model(family).to(dtype))
     report = check_policy(policy)
     assert report.passed, str(report)
-    assert by_name(report)[VERIFY].allowed == 0.25
+    assert by_name(report)[VERIFY].allowed >= 0.25
     assert any(str(dtype).removeprefix("torch.") in sentence for sentence in report.not_checked)
 
 
@@ -103,7 +117,7 @@ def test_nothing_of_the_policy_is_changed(make):
 
 
 @pytest.mark.parametrize("make", [adapted_policy, random_policy])
-@pytest.mark.parametrize("fails_at", range(0, 70, 7))
+@pytest.mark.parametrize("fails_at", range(0, 60, 6))
 def test_a_check_that_raises_has_failed_and_leaves_nothing_changed(make, fails_at):
     """Some forward raises, be it stock, or between a change of the masks and its undoing."""
     policy = make()
