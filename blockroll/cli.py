@@ -345,10 +345,19 @@ def report(run_dir: Annotated[Path, typer.Argument(help="The folder of a run.")]
 
 
 @app.command()
-def doctor() -> None:
-    """Say what this machine has, what is missing and whether the tiny policy generates."""
+def doctor(
+    model: Annotated[
+        Path | None,
+        typer.Option(help="A checkpoint folder to check: are its rollouts lossless? Loaded in float32."),
+    ] = None,
+    adapter: Annotated[Path | None, typer.Option(help="The folder of its draft adapter.")] = None,
+    device: DeviceOption = "auto",
+) -> None:
+    """Say what this machine has and whether the tiny policy generates; with --model, check a checkpoint."""
     import torch
 
+    if adapter is not None and model is None:
+        raise InvalidInput(f"--adapter {adapter} needs the checkpoint it drafts for: give --model too")
     table = Table(show_header=False, box=None)
     for name, value in (*_machine(), *_versions()):
         table.add_row(name, value)
@@ -369,6 +378,32 @@ def doctor() -> None:
     finally:
         torch.set_num_threads(threads)
     console.print(f"tiny policy: generates ({_counts(stats, num_tokens)})", style="green")
+    if model is not None and not _checks_out(model, adapter, device, console):
+        raise typer.Exit(1)
+
+
+def _checks_out(model: Path, adapter: Path | None, device: str, console: Console) -> bool:
+    """Print the contract check of a checkpoint; whether it passed."""
+    from blockroll.policies.hf import HFPolicy, resolve_checkpoint
+    from blockroll.rollout.policy_check import check_policy
+
+    has_tokenizer = (resolve_checkpoint(model) / "tokenizer_config.json").is_file()
+    policy = HFPolicy.from_pretrained(model, device=device, with_tokenizer=has_tokenizer, adapter=adapter)
+    report = check_policy(policy)
+    title = Text(f"{model}: {report.subject}")
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("check")
+    table.add_column("measured", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    for result in report.results:
+        check = Text.assemble(result.name, (f"\n{result.detail}", "dim"))
+        verdict = Text("passed", style="green") if result.passed else Text("FAILED", style="bold red")
+        table.add_row(check, result.comparison, verdict)
+    console.print(table)
+    for sentence in report.not_checked:
+        console.print(f"not checked: {sentence}", style="yellow", markup=False)
+    console.print(report.conclusion, style="green" if report.passed else "red", markup=False)
+    return report.passed
 
 
 def _load_policy(path: str, device: str, threads: int) -> "HFPolicy":

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import json
+import shutil
 import subprocess
 import sys
 
@@ -13,7 +14,9 @@ from typer.testing import CliRunner
 
 from blockroll import cli
 from blockroll.config import PolicyConfig
+from blockroll.policies import hf
 from blockroll.policies.hf import TINY_POLICY_DIR, HFPolicy, load_tokenizer
+from tests.models import adapted_policy
 
 pytestmark = pytest.mark.skipif(
     not (TINY_POLICY_DIR / "tokenizer.json").is_file(), reason="needs the shipped policy's tokenizer"
@@ -192,6 +195,62 @@ def test_doctor_says_versions_and_what_is_missing(monkeypatch):
     assert result.exit_code == (0 if "tiny policy: generates" in result.stdout else 1)
 
 
+def test_doctor_shows_the_evidence_of_a_checkpoint_that_keeps_the_contract(policy_path):
+    result = blockroll("doctor", "--model", policy_path)
+
+    assert result.exit_code == 0, result.output
+    for words in ("llama in float32", "verify rows equal the stock forward", "proposals equal fresh drafts"):
+        assert words in result.stdout
+    assert "FAILED" not in result.stdout
+    assert "not checked: texts longer than" in result.stdout
+    assert "The policy keeps the contract: all 11 checks passed." in result.stdout
+
+
+def test_doctor_checks_a_checkpoint_with_an_adapter_from_elsewhere_and_without_a_tokenizer(tmp_path):
+    policy = adapted_policy("qwen3")
+    policy.model.save_pretrained(tmp_path / "policy")
+    policy.adapter.save_pretrained(tmp_path / "adapter")
+
+    plain = blockroll("doctor", "--model", tmp_path / "policy")
+    assert plain.exit_code == 0, plain.output
+    assert "all 5 checks passed" in plain.stdout
+    assert "neither a draft adapter nor a mask token" in plain.stdout
+    assert "loaded without one" in plain.stdout
+
+    drafting = blockroll("doctor", "--model", tmp_path / "policy", "--adapter", tmp_path / "adapter")
+    assert drafting.exit_code == 0, drafting.output
+    assert "all 11 checks passed" in drafting.stdout
+
+
+def test_doctor_fails_a_checkpoint_whose_tokenizer_has_more_tokens_than_it_has_logits(policy_path, tmp_path):
+    shutil.copytree(policy_path, tmp_path / "policy")
+    tokenizer = load_tokenizer(policy_path)
+    tokenizer.add_tokens(["<one>", "<two>"])
+    tokenizer.save_pretrained(tmp_path / "policy")
+
+    result = blockroll("doctor", "--model", tmp_path / "policy")
+
+    assert result.exit_code == 1
+    assert result.stdout.count("FAILED") == 1
+    assert "1 of 11 checks failed (vocabulary and end tokens fit). Do not train on its" in result.stdout
+    assert "Traceback" not in result.output
+
+
+def test_doctor_fails_a_policy_that_decodes_another_law(policy_path, monkeypatch):
+    causal_rows = hf.causal_rows
+
+    def shifted(num_rows, device):
+        layout = causal_rows(num_rows, device)
+        return dataclasses.replace(layout, offsets_R=2 * layout.offsets_R)
+
+    monkeypatch.setattr(hf, "causal_rows", shifted)
+    result = blockroll("doctor", "--model", policy_path)
+
+    assert result.exit_code == 1
+    assert "verify rows equal the stock forward;" in result.stdout
+    assert "Do not train on its rollouts." in result.stdout
+
+
 @pytest.mark.parametrize(
     ("arguments", "advice"),
     [
@@ -211,6 +270,9 @@ def test_doctor_says_versions_and_what_is_missing(monkeypatch):
         (["train", "a.yaml", "--resume", "runs/x"], "no config file"),
         (["train", "--resume", "runs/x"], "not the folder of a run"),
         (["report", "runs/x"], "no run folder"),
+        (["doctor", "--model", "nowhere"], "give a folder with config.json"),
+        (["doctor", "--model", "POLICY", "--adapter", "nowhere"], "no draft adapter in nowhere"),
+        (["doctor", "--adapter", "nowhere"], "give --model too"),
         (["bench", "--bogus"], "No such option"),
     ],
 )
