@@ -165,12 +165,14 @@ def generate_stock(
     pad_id = model.config.pad_token_id or 0
     ids_BR = torch.tensor([[pad_id] * (longest - len(prompt)) + [*prompt] for prompt in prompts])
     seen_BR = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    # Some releases of prompt lookup fail at None; an id behind the vocabulary is never drawn.
+    no_end = [model.config.get_text_config().vocab_size] if lookup_tokens else None
     # `generate` fills options left at None from the model's own; only here can "no end token" be said.
     model.generation_config = _generation_config(
         model,
         max_tokens=max_tokens,
         temperature=temperature,
-        eos_token_id=list(eos_token_ids) or None,
+        eos_token_id=list(eos_token_ids) or no_end,
         prompt_lookup_num_tokens=lookup_tokens or None,
     )
     with _seeded(model.device, seed):

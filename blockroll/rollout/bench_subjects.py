@@ -109,7 +109,7 @@ class TransformersSubject:
         try:
             self._reference = self._make_reference()
             self.decode(requests)
-        except (RuntimeError, ValueError) as error:
+        except (ImportError, OSError, RuntimeError, ValueError) as error:
             return f"{type(error).__name__}: {error}"
         return None
 

@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import threading
+from importlib.metadata import version
 
 import pytest
 import torch
@@ -28,6 +29,8 @@ from tests.models import EOS_ID, prompts, random_policy
 
 OPTIONS = BenchOptions(batches=(1, 3), repeats=2, rollouts=4, max_tokens=(6,))
 PLANS = [PLAIN, Plan(4)]
+# 5.4 fails as soon as OpenTelemetry is installed; 5.24 was seen to work.
+MAY_LACK_CONTINUOUS_BATCHING = tuple(map(int, version("transformers").split(".")[:2])) < (5, 24)
 FUSED = Plan(4, (0, 2, 4))
 WORKLOAD = Workload(batch=3, temperature=1.0, prompt_tokens=None, max_tokens=6)
 
@@ -310,8 +313,8 @@ def test_every_way_of_transformers_is_measured_or_says_why_not(saved):
         if plan == names[2] and batch == 2:
             assert "batch_size = 1" in row.skipped
             assert row.tokens_per_s is row.speedup_over_plain is row.latency_ms_p50 is None
-        elif plan == names[1] and row.skipped is not None:
-            pytest.skip(f"this transformers has no continuous batching here: {row.skipped}")
+        elif plan == names[1] and MAY_LACK_CONTINUOUS_BATCHING and row.skipped is not None:
+            assert row.tokens_per_s is None
         else:
             assert row.skipped is None
             assert row.mean_length == 6.0
@@ -323,6 +326,8 @@ def test_every_way_of_transformers_is_measured_or_says_why_not(saved):
 
 @pytest.mark.parametrize("name", REFERENCES)
 def test_every_way_of_transformers_draws_the_greedy_tokens_that_plain_draws(saved, name):
+    if name == "continuous_batching" and MAY_LACK_CONTINUOUS_BATCHING:
+        pytest.skip("older releases of transformers cannot always decode continuously")
     policy, path = saved
     texts = prompts(1 if name == "assisted" else 6)
     requests = make_requests(texts, Sampling(temperature=0.0, max_tokens=8))
