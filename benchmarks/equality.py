@@ -24,18 +24,22 @@ class CoinMargins:
         verdict, draft = record.verdict, record.draft
         for row, request_id in enumerate(record.request_ids):
             margins, num_drafts = [], int(draft.num_drafts_B[row])
-            num_accepted = int(verdict.num_accepted_B[row])
-            for i in range(min(num_accepted + 1, num_drafts)):
+            committed = int(verdict.num_committed_B[row])
+            for i in range(min(committed, num_drafts)):
                 coin = record.verify_uniforms_BL[row, i]
                 token = draft.token_ids_BK[row, i]
                 ratio = record.target_probs_BLV[row, i, token] / draft.probs_BKV[row, i, token]
                 margins.append(float((coin - ratio).abs()))
                 margins.append(_edge_distance(draft.probs_BKV[row, i], record.draft_uniforms_BK[row, i]))
-            final = record.target_probs_BLV[row, num_accepted]
-            if num_accepted < num_drafts:
-                final = (final - draft.probs_BKV[row, num_accepted]).clamp(min=0)
-            margins.append(_edge_distance(final, record.verify_uniforms_BL[row, -1]))
-            self.steps.setdefault(request_id, []).append((num_accepted + 1, min(margins)))
+            replaced = [(committed - 1, record.verify_uniforms_BL[row, -1])]
+            if record.settle_uniforms_B is not None and not verdict.is_draft_BL[row, 0]:
+                replaced.append((0, record.settle_uniforms_B[row]))
+            for i, uniform in replaced:
+                law = record.target_probs_BLV[row, i]
+                if i < num_drafts:
+                    law = (law - draft.probs_BKV[row, i]).clamp(min=0)
+                margins.append(_edge_distance(law, uniform))
+            self.steps.setdefault(request_id, []).append((committed, min(margins)))
 
     def at(self, request_id: str, token_index: int) -> float:
         """The smallest margin of the step that committed a request's token."""

@@ -101,9 +101,10 @@ def learning_table() -> str:
         rise = min(end - start for start, end in ends)
         lines.append(f"| {plan.replace('_', '-')} | {first:.3f} | {last:.3f} | {rise:+.3f} |")
     steps, seeds = max(row["step"] for row in rows), len({row["seed"] for row in rows})
+    stages = rows[0]["stages"]
     caption = (
         f"GRPO on arithmetic from the tiny policy, {steps} steps at temperature {rows[0]['temperature']:g}, "
-        f"means of {seeds} seeds. The rate falls to 0 and restarts once. "
+        f"means of {seeds} seeds. The rate falls to 0 in each of {len(stages)} stages. "
         f"The bands of the two plans overlap in {band_overlap():.0%} of the steps."
     )
     return "\n".join((*lines, "", caption))

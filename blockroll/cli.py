@@ -5,6 +5,7 @@ commands, so that help is quick. A BlockrollError becomes one line on stderr and
 """
 
 import dataclasses
+import itertools
 import json
 import os
 import platform
@@ -22,7 +23,15 @@ from rich.table import Table
 from rich.text import Text
 
 import blockroll
-from blockroll.config import RolloutConfig, RunConfig, TrainConfig, load_config
+from blockroll.config import (
+    ConvertConfig,
+    RolloutConfig,
+    RunConfig,
+    TrainConfig,
+    from_mapping,
+    load_config,
+    with_overrides,
+)
 from blockroll.errors import BlockrollError, InvalidInput, RunExists
 from blockroll.types import PLAIN, Plan, Request, RolloutStats, Sampling
 
@@ -143,7 +152,7 @@ def generate(
     plan: Annotated[
         str | None,
         typer.Option(
-            help="'plain', 'two_forward' or 'two_forward(K)'; left out: two_forward if the policy drafts."
+            help="'auto', 'plain', 'two_forward(K)' or 'fused(K,[levels])'; left out: what it drafts by."
         ),
     ] = None,
     num_samples: Annotated[int, typer.Option(min=1, help="Samples, one after the other.")] = 1,
@@ -215,11 +224,68 @@ def train(
 
 
 @app.command()
+def convert(
+    options: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[section.field=value ...]",
+            help="Any option of ConvertConfig, such as draft.rank=16 or draft.block_sizes=[4,8].",
+        ),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder to write; it must not exist.")] = None,
+    resume: Annotated[Path | None, typer.Option(help="A conversion's folder, to go on with it.")] = None,
+    policy: PolicyOption = "tiny",
+    prompts: Annotated[
+        str, typer.Option(help="A JSONL file with a `prompt` per line (text or messages), or a task.")
+    ] = "arithmetic",
+    conversion: Annotated[
+        Literal["adapter", "full"],
+        typer.Option(help="An adapter beside the weights, or the weights themselves."),
+    ] = "adapter",
+    max_tokens: Annotated[int, typer.Option(help="Of the policy's own answers, in all.")] = 1_000_000,
+    max_minutes: Annotated[float, typer.Option(help="Wall time; 0: no limit.")] = 0,
+    replicas: Annotated[int, typer.Option(help="Replicas that answer in parallel.")] = 1,
+    seed: SeedOption = 0,
+    device: DeviceOption = "auto",
+    threads: ThreadsOption = 0,
+) -> None:
+    """Teach a policy to draft, on its own answers; its own weights stay as they are."""
+    import torch
+
+    from blockroll.rl_loops.convert import convert as run_conversion
+    from blockroll.rl_loops.convert import load_convert_config
+
+    if threads:
+        torch.set_num_threads(threads)
+    if resume is not None:
+        run_conversion(load_convert_config(resume), resume=True)
+        return
+    if out is None:
+        raise InvalidInput("give --out FOLDER for the adapter, or --resume FOLDER to go on")
+    values = with_overrides(
+        {
+            "out": str(out),
+            "prompts": prompts,
+            "max_tokens": max_tokens,
+            "max_minutes": max_minutes,
+            "num_replicas": replicas,
+            "seed": seed,
+            "policy": {"path": policy, "device": device},
+            "draft": {"conversion": conversion},
+        },
+        options or [],
+    )
+    run_conversion(from_mapping(ConvertConfig, values))
+
+
+@app.command()
 def bench(
     policy: PolicyOption = "tiny",
     plans: Annotated[
         str,
-        typer.Option(help="Plans, separated by commas: 'plain', 'two_forward(K)', 'fused(K,[0,...])'."),
+        typer.Option(
+            help="Plans, separated by commas: 'auto', 'plain', 'two_forward(K)', 'fused(K,[0,...])'."
+        ),
     ] = "plain,two_forward",
     mix_weight: Annotated[
         str,
@@ -269,6 +335,7 @@ def bench(
 ) -> None:
     """Measure plans, laws and transformers against each other in one run; lists span a grid."""
     from blockroll.rollout.bench import BenchOptions, run_bench
+    from blockroll.rollout.planner import read_plan
 
     options = BenchOptions(
         batches=_whole_numbers("--batch", batch),
@@ -284,8 +351,7 @@ def bench(
     )
     _check_outputs(json_file, picture)
     hf_policy = _load_policy(policy, device, threads)
-    default_drafts = hf_policy.trained_drafts or 1
-    parsed = [Plan.parse(text, default_drafts=default_drafts) for text in _split_plans(plans)]
+    parsed = [read_plan(text, hf_policy) for text in _split_plans(plans)]
     if picture is not None and PLAIN not in parsed:
         raise InvalidInput(f"--picture draws speed-ups over plain: add 'plain' to --plans, got {plans!r}")
     console = Console()
@@ -364,12 +430,11 @@ def _engine_for(
 ) -> tuple["Engine", list[Request]]:
     """An engine that decodes one request at a time, and the requests, as a pool would make them."""
     from blockroll.rollout.engine import Engine
+    from blockroll.rollout.planner import read_plan
     from blockroll.rollout.pool import RolloutPool
     from blockroll.rollout.replica import LocalReplica
 
-    engine = Engine(
-        policy, plan=Plan.parse(plan, default_drafts=policy.trained_drafts or 1), max_batch_size=1
-    )
+    engine = Engine(policy, plan=read_plan(plan, policy), max_batch_size=1)
     pool = RolloutPool([LocalReplica(engine, policy.model)], tokenizer=policy.tokenizer)
     return engine, pool.requests([prompt], sampling, seed=seed, num_samples=num_samples)
 
@@ -394,8 +459,9 @@ def _stream(
     while True:
         result = engine.step()
         for commit in result.commits:
-            show(commit.token_ids[: commit.num_accepted], is_drafted=True)
-            show(commit.token_ids[commit.num_accepted :], is_drafted=False)
+            pairs = zip(commit.token_ids, commit.is_draft, strict=True)
+            for is_drafted, run in itertools.groupby(pairs, key=lambda pair: pair[1]):
+                show([token_id for token_id, _ in run], is_drafted=is_drafted)
         if result.finished:
             break
     console.print()
@@ -484,10 +550,11 @@ def _finish_with_speed(config: RunConfig, console: Console) -> None:
     from blockroll.rl_loops.checkpoint import latest_checkpoint
     from blockroll.rl_loops.report import write_report
     from blockroll.rollout.bench import BenchOptions, run_bench
+    from blockroll.rollout.planner import read_plan
 
     path = latest_checkpoint(config.run_dir)
     policy = _load_policy(str(path), config.policy.device, config.rollout.threads_per_replica)
-    plans = [Plan(0), Plan.parse(config.rollout.plan, default_drafts=policy.trained_drafts or 1)]
+    plans = [Plan(0), read_plan(config.rollout.plan, policy)]
     options = BenchOptions(
         batches=DEMO_BATCHES,
         max_tokens=(config.rollout.max_tokens,),

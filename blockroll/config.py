@@ -6,6 +6,7 @@ One field is one line and one sentence. YAML files and `section.field=value` ove
 
 import dataclasses
 import difflib
+import os
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -25,6 +26,7 @@ class PolicyConfig:
     """The language model."""
 
     path: str = "tiny"  # a Hugging Face checkpoint folder, or "tiny" for the policy that ships with blockroll
+    adapter: str | None = None  # folder of a draft adapter; one beside the weights is used unasked
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # weights and forward, not samplers
     device: str = "auto"  # torch device; "auto" takes the accelerator if there is one
 
@@ -37,13 +39,18 @@ class RolloutConfig:
     num_replicas: int = 2  # engines that share the requests
     threads_per_replica: int = 1  # torch threads of each Ray replica; cores are shared, so this is explicit
     gpus_per_replica: float = 1.0  # of each Ray replica on an accelerator; may be a fraction
-    plan: str = "two_forward"  # "plain", "two_forward" (K as trained) or "two_forward(K)"
+    plan: str = (
+        "two_forward"  # "auto" (each step chooses), or one for all: "plain", "two_forward(K)", "fused(K)"
+    )
     max_batch_size: int = 64  # requests that one replica decodes together
     max_length: int = 0  # tokens of prompt and completion; 0: what the policy was built for
     temperature: float = 1.0  # 0 is greedy
+    mix_weight: float = 1.0  # of the policy in the law: 1 is lossless, below 1 mixes draft rows in
     max_tokens: int = 64  # completion length at most
 
     def __post_init__(self) -> None:
+        if not 0 <= self.mix_weight <= 1:
+            raise ConfigError(f"mix_weight must be between 0 and 1, got {self.mix_weight}; 1 is lossless")
         _at_least(self, 1, "num_replicas", "threads_per_replica", "max_batch_size", "max_tokens")
         _at_least(self, 0, "max_length", "temperature")
 
@@ -62,7 +69,8 @@ class TrainConfig:
     max_grad_norm: float = 1.0  # global gradient clip
     minibatches: int = 1  # optimizer steps per collected batch
     clip_epsilon: float = 0.2  # half-width of the ratio clip
-    behavior_ratio_cap: float = 2.0  # truncation of old policy over behaviour law
+    importance_sampling_correction: bool = True  # weigh tokens by old policy over behaviour law
+    behavior_ratio_cap: float = 2.0  # truncation of those weights
     learner_threads: int = 2  # torch threads of the learner; replicas idle while it works
     eval_every: int = 10  # steps between evaluations; 0: never
     eval_prompts: int = 128  # held-out prompts of one evaluation
@@ -75,6 +83,67 @@ class TrainConfig:
         _at_least(self, 0, "eval_every", "eval_prompts", "checkpoint_every", "warmup_steps", "clip_epsilon")
         _at_least(self, 0, "learning_rate")
         _at_least(self, 1, "behavior_ratio_cap")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DraftConfig:
+    """How a policy is taught to draft."""
+
+    conversion: Literal["adapter", "full"] = (
+        "adapter"  # an adapter beside the weights, or the weights themselves
+    )
+    rank: int = 32  # of the adapter's low-rank updates
+    block_sizes: tuple[int, ...] = (8,)  # K to train; several share one adapter, turn about
+    layouts: tuple[str, ...] = ("two_forward", "fused")  # what decoding may use, turn about
+    loss: Literal["ce", "kl", "tv"] = "kl"  # against the policy's own causal law
+    learning_rate: float = 1e-3  # AdamW
+    warmup_steps: int = 10  # linear warm-up of the learning rate
+    max_grad_norm: float = 1.0  # global gradient clip
+    causal_weight: float = 1.0  # of the causal loss in a full conversion
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "rank")
+        _at_least(self, 0, "learning_rate", "warmup_steps")
+        if not self.block_sizes or min(self.block_sizes) < 1:
+            raise ConfigError(
+                f"block_sizes must be one or more numbers of at least 1, got {self.block_sizes}"
+            )
+        unknown = [layout for layout in self.layouts if layout not in ("two_forward", "fused")]
+        if unknown or not self.layouts:
+            raise ConfigError(f"layouts must be of two_forward and fused, got {list(self.layouts)}")
+        if self.conversion == "full" and not self.causal_weight > 0:
+            raise ConfigError(
+                f"causal_weight must be above 0 in a full conversion, got {self.causal_weight}: without the "
+                "causal loss the policy is lost"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConvertConfig:
+    """One conversion: the policy answers prompts, the answers teach it to draft, again and again."""
+
+    out: str  # folder for the adapter (for the whole policy, if `full`), its state and its metrics
+    prompts: str = "arithmetic"  # a JSONL file with a `prompt` per line, text or messages; or a task
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)  # for prompts that are messages
+    max_tokens: int = 1_000_000  # of the policy's own answers, in all
+    max_minutes: float = 0  # wall time; 0: no limit
+    prompts_per_round: int = 64  # answers of one round
+    completion_tokens: int = 128  # of one answer at most
+    temperature: float = 1.0  # of the answers and of both laws: what rollouts will use
+    steps_per_round: int = 4  # optimizer steps that share one round's answers
+    epochs_per_round: int = 2  # times that each answer is used, with other blocks every time
+    num_replicas: int = 1  # that answer in parallel; more than one are Ray actors
+    max_batch_size: int = 32  # answers that one replica decodes together
+    patience: int = 8  # rounds without a better acceptance before it stops
+    min_gain: float = 0.02  # tokens per step that count as better
+    seed: int = 0  # every random choice derives from it
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    draft: DraftConfig = field(default_factory=DraftConfig)
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "max_tokens", "prompts_per_round", "completion_tokens", "steps_per_round")
+        _at_least(self, 1, "epochs_per_round", "num_replicas", "max_batch_size", "patience")
+        _at_least(self, 0, "max_minutes", "min_gain", "temperature")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,6 +173,11 @@ def load_config(path: str | Path | None = None, overrides: Iterable[str] = ()) -
         if loaded is not None and not isinstance(loaded, Mapping):
             raise ConfigError(f"{path} must hold a mapping of options, got {type(loaded).__name__}")
         values = dict(loaded or {})
+    return from_mapping(RunConfig, with_overrides(values, overrides))
+
+
+def with_overrides(values: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    """The same nested values with overrides such as `train.steps=10` written over them."""
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals:
@@ -115,7 +189,12 @@ def load_config(path: str | Path | None = None, overrides: Iterable[str] = ()) -
             if not isinstance(target, dict):
                 raise ConfigError(f"{section!r} in {override!r} is a value, not a section")
         target[leaf] = yaml.safe_load(text)
-    return from_mapping(RunConfig, values)
+    return values
+
+
+def cache_dir() -> Path:
+    """Where measurements are kept between processes: `BLOCKROLL_CACHE`, or a folder in the user's cache."""
+    return Path(os.environ.get("BLOCKROLL_CACHE", "~/.cache/blockroll")).expanduser()
 
 
 def to_mapping(config: Any) -> dict[str, Any]:
@@ -151,6 +230,15 @@ def _checked(hint: Any, value: Any, where: str) -> Any:
         if value is None and type(None) in typing.get_args(hint):
             return None
         (hint,) = (arg for arg in typing.get_args(hint) if arg is not type(None))
+    if origin is dict:
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{where} must be a mapping, got {value!r}")
+        return dict(value)
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise ConfigError(f"{where} must be a list, got {value!r}")
+        item = typing.get_args(hint)[0]
+        return tuple(_checked(item, entry, f"{where}[{i}]") for i, entry in enumerate(value))
     if hint is float and isinstance(value, str):
         try:  # YAML reads 1e-4 as text
             return float(value)

@@ -168,6 +168,7 @@ class RolloutStats:
     num_verify_steps: int = 0  # steps that checked drafts
     num_drafted: int = 0  # drafts submitted to verify
     num_accepted: int = 0  # accepted drafts that were committed
+    steps_by_plan: tuple[tuple[Plan, int], ...] = ()  # each plan that ran, in the order of its first step
 
     @property
     def acceptance_rate(self) -> float:
@@ -256,7 +257,7 @@ class Commit:
 
     request_id: str
     token_ids: tuple[int, ...]
-    num_accepted: int  # leading tokens that were drafts; the rest came from the target
+    is_draft: tuple[bool, ...]  # per token: an accepted draft, or drawn from the target
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -270,11 +271,17 @@ class Draft:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """What one step commits: the first num_accepted + 1 tokens of each row."""
+    """What one step commits: the first `num_committed` tokens of each row."""
 
-    token_ids_BL: "Tensor"  # int64; positions past num_accepted hold no meaning
-    num_accepted_B: "Tensor"  # int64, 0..K
+    token_ids_BL: "Tensor"  # int64; positions behind num_committed hold no meaning
+    num_committed_B: "Tensor"  # int64, 1..K + 1
+    is_draft_BL: "Tensor"  # bool: the token is an accepted draft; the others were drawn from the target
     behavior_logprobs_BL: "Tensor"  # float64, log of the law each token was drawn from
+
+    @property
+    def num_accepted_B(self) -> "Tensor":
+        """Accepted drafts, int64, 0..K."""
+        return self.is_draft_BL.sum(dim=1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

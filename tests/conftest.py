@@ -1,11 +1,18 @@
-"""Threads and the one Ray cluster of a test session."""
+"""Threads, the cache folder of each test, and the one Ray cluster of a test session."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test reads what another process has measured, or leaves anything."""
+    monkeypatch.setenv("BLOCKROLL_CACHE", str(tmp_path))
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,7 @@
 """Running an engine in tests."""
 
 from collections.abc import Iterable
+from itertools import cycle
 
 from blockroll.rollout.engine import Engine
 from blockroll.types import Plan, Request, Rollout, Sampling
@@ -13,7 +14,24 @@ def make_requests(prompts: Iterable[tuple[int, ...]], sampling: Sampling, *, see
     ]
 
 
-def run(policy, requests: Iterable[Request], plan: Plan, **options) -> dict[str, Rollout]:
+class PlansInTurn:
+    """Stands in for a planner: every step takes the next plan, over and over; what was observed is kept."""
+
+    name = "in_turn"
+
+    def __init__(self, *plans: Plan) -> None:
+        self.candidates = plans
+        self.observed: list[tuple[Plan, int, int, int]] = []  # plan, batch size, context, tokens
+        self._turns = cycle(plans)
+
+    def choose(self, batch_size: int, context: int) -> Plan:
+        return next(self._turns)
+
+    def observe(self, plan: Plan, batch_size: int, context: int, seconds: float, num_tokens: int) -> None:
+        self.observed.append((plan, batch_size, context, num_tokens))
+
+
+def run(policy, requests: Iterable[Request], plan: Plan | PlansInTurn, **options) -> dict[str, Rollout]:
     """All rollouts by request id; the scheduler's invariants are checked on the way."""
     engine = Engine(policy, plan=plan, **options)
     engine.submit(requests)

@@ -19,7 +19,7 @@ from typing import Any, Literal, Self
 import safetensors.torch
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from blockroll.errors import AdapterMismatch
 
@@ -39,7 +39,8 @@ class AdapterConfig:
     block_sizes: tuple[int, ...] = ()  # K it was trained with; none: untrained
     layouts: tuple[str, ...] = ()  # of `two_forward`, `fused`
     parent_hash: str | None = None  # of the weights it was trained on; shown, never required
-    chat_template_hash: str | None = None  # of the template its prompts went through
+    chat_template_hash: str | None = None  # of the template its prompts went through; none: text as it was
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)  # and what it was called with
     trained_tokens: int = 0
     extra: Mapping[str, Any] = field(default_factory=dict)  # losses and measured acceptance, for people
 
@@ -72,7 +73,7 @@ class DraftAdapter(nn.Module):
             every_token = torch.arange(model.config.vocab_size, device=model.device)
             mean_W = embeddings(every_token).float().mean(dim=0)
         self.mask_embedding = nn.Parameter(mean_W.clone())
-        self.updates = nn.ModuleDict()
+        self.updates = nn.ModuleDict()  # made on the CPU, so that a seed means the same on every device
         self._handles = []
         for name, module, in_features, out_features in _targets(model):
             update = LowRank(in_features, out_features, config.rank)
@@ -180,6 +181,12 @@ def parent_hash(model: nn.Module) -> str:
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def chat_template_hash(tokenizer: PreTrainedTokenizerBase | None) -> str | None:
+    """Of a tokenizer's chat template; None without one."""
+    template = getattr(tokenizer, "chat_template", None)
+    return hashlib.blake2b(str(template).encode(), digest_size=8).hexdigest() if template else None
 
 
 def _targets(model: PreTrainedModel) -> list[tuple[str, nn.Module, int, int]]:

@@ -57,9 +57,10 @@ class Policy(Protocol):
         ...
 
     def draft_logits(self, anchors_B: Tensor, num_drafts: int, window: KVWindow) -> Tensor:
-        """Logits (B, K, V) of K mask rows behind the anchor, each for its own position.
+        """Logits (B, K + 1, V): the anchor's causal row, the law of the token after it, and then K masks'.
 
-        The anchor is a causal row that sees no mask; mask rows see the prefix, the anchor and each other.
+        A mask's row is for its own position. The anchor sees no mask, so its keys and values are clean; masks
+        see the prefix, the anchor and each other.
         """
         ...
 

@@ -9,7 +9,8 @@ V vocabulary.
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -28,7 +29,7 @@ from transformers.utils import logging as hf_logging
 
 from blockroll.errors import InvalidInput
 from blockroll.policies import attention
-from blockroll.policies.adapter import DraftAdapter, has_adapter
+from blockroll.policies.adapter import DraftAdapter, chat_template_hash, has_adapter
 from blockroll.policies.base import FusedRows, KVWindow
 from blockroll.policies.layout import RowLayout, causal_rows, fused_rows, two_forward_rows
 
@@ -65,8 +66,9 @@ class HFPolicy:
         self.adapter: DraftAdapter | None = None
         section: dict[str, Any] = getattr(model.config, "blockroll", None) or {}
         self.mask_token_id: int | None = section.get("mask_token_id")
-        self.trained_drafts = max(section.get("block_sizes", ()), default=0)
-        self.trained_layouts: tuple[str, ...] = tuple(section.get("layouts", ()))
+        self.trained_drafts = 0
+        self.trained_layouts: tuple[str, ...] = ()
+        self.describe_drafts(section.get("block_sizes", ()), section.get("layouts", ()))
         # transformers 5.24 renamed the argument; the old name is gone from 5.40.
         arguments = inspect.signature(model.base_model.forward).parameters
         self._cache_keyword = "cache" if "cache" in arguments else "past_key_values"
@@ -92,8 +94,22 @@ class HFPolicy:
             self.adapter.remove()
         self.adapter = adapter
         self.mask_token_id = None
-        self.trained_drafts = max(adapter.config.block_sizes, default=0)
-        self.trained_layouts = adapter.config.layouts
+        self.describe_drafts(adapter.config.block_sizes, adapter.config.layouts)
+
+    def warn_of_another_chat_template(self) -> None:
+        """Drafts are learned on prompts as one template writes them; say so if the tokenizer has another."""
+        trained = self.adapter.config.chat_template_hash if self.adapter else None
+        if trained and self.tokenizer is not None and trained != chat_template_hash(self.tokenizer):
+            warnings.warn(
+                "the draft adapter was trained on prompts of another chat template than this tokenizer's: "
+                "the law stays exact, but fewer drafts may be accepted; convert again to adapt it",
+                stacklevel=3,
+            )
+
+    def describe_drafts(self, block_sizes: Sequence[int], layouts: Sequence[str]) -> None:
+        """Say what the policy is trained to draft from now on."""
+        self.trained_drafts = max(block_sizes, default=0)
+        self.trained_layouts = tuple(layouts)
 
     @classmethod
     def from_pretrained(
@@ -115,6 +131,7 @@ class HFPolicy:
         policy = cls(model, tokenizer)
         if adapter is not None or has_adapter(folder):
             policy.use_adapter(DraftAdapter.from_pretrained(adapter or folder, model))
+            policy.warn_of_another_chat_template()
         return policy
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -144,9 +161,9 @@ class HFPolicy:
 
     @torch.inference_mode()
     def draft_logits(self, anchors_B: Tensor, num_drafts: int, window: KVWindow) -> Tensor:
-        """Logits of the mask rows, float32 (B, K, V): row i is the law of the i-th draft after the anchor."""
+        """Float32 (B, K + 1, V): the causal law of the token after the anchor, then the law of each draft."""
         layout = two_forward_rows(num_drafts, self.device)
-        return self.logits(self.hidden(anchors_B[:, None], layout, window)[:, 1:])
+        return self.logits(self.hidden(anchors_B[:, None], layout, window))
 
     @torch.inference_mode()
     def fused_rows(self, ids_BL: Tensor, levels: tuple[int, ...], window: KVWindow) -> FusedRows:

@@ -5,6 +5,7 @@ Seeds are a hash of what they are for, never the state of a generator: a run res
 
 import math
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,7 +14,7 @@ from blockroll.rl_loops.advantages import FAILED_REASONS, score_rollouts
 from blockroll.rl_loops.tasks import RewardFunction, Row
 from blockroll.rollout.pool import RolloutPool
 from blockroll.rollout.requests import derive_seed
-from blockroll.types import Request, Rollout, Sampling
+from blockroll.types import Plan, Request, Rollout, Sampling
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,12 +100,25 @@ def rollout_metrics(batch: Batch) -> dict[str, float]:
         "rollout/tokens_per_forward": _ratio(sum(lengths), sum(r.stats.num_forwards for r in rollouts)),
         "rollout/spec_accept_length": _mean(accept_lengths),
         "rollout/generated_tok_s": _ratio(sum(lengths), batch.duration_s),
+        "rollout/log_ratio_mean": _mean([rollout.log_ratio for rollout in rollouts]),
+        "rollout/effective_sample_size": _mean(
+            [rollout.effective_sample_size for rollout in rollouts if rollout.token_ids]
+        ),
         "rollout/duration_s": batch.duration_s,
         "rollout/failed": float(sum(rollout.finish_reason in FAILED_REASONS for rollout in rollouts)),
         "completions/mean_length": _mean(lengths),
         "completions/max_length": float(max(lengths, default=0)),
         "completions/clipped_ratio": _mean([rollout.finish_reason == "length" for rollout in rollouts]),
+        **plan_shares(rollouts),
     }
+
+
+def plan_shares(rollouts: Sequence[Rollout]) -> dict[str, float]:
+    """`rollout/plan/<name>`: the share of request-steps that each plan ran; they sum to 1."""
+    counts: Counter[Plan] = Counter()
+    for rollout in rollouts:
+        counts.update(dict(rollout.stats.steps_by_plan))
+    return {f"rollout/plan/{plan.name}": count / counts.total() for plan, count in counts.items()}
 
 
 def _mean(values: Sequence[float]) -> float:

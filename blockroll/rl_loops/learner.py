@@ -94,8 +94,10 @@ class Learner:
     def update(self, rollouts: Sequence[Rollout], advantages: Advantages) -> dict[str, float]:
         """Move the weights by one batch, `advantages` parallel to `rollouts`; returns metrics.
 
-        The old policy is computed once, before the first optimizer step. Rollouts without a valid advantage
-        or without tokens stay out. A step whose gradient norm is not finite is skipped, counted and named.
+        The old policy is computed once, before the first optimizer step. Without importance sampling
+        correction the weights are 1, and the metrics still say what they would have been. Rollouts without a
+        valid advantage or without tokens stay out. A step whose gradient norm is not finite is skipped,
+        counted and named.
         """
         used = [i for i, rollout in enumerate(rollouts) if advantages.is_valid_B[i] and rollout.token_ids]
         batch = [rollouts[i] for i in used]
@@ -109,7 +111,9 @@ class Learner:
 
         sizes = [len(rollout.token_ids) for rollout in batch]
         old_B = torch.split(old.logprobs_N, sizes)
-        weights_B = torch.split(correction.weights_N, sizes)
+        is_corrected = self.config.importance_sampling_correction
+        weights_N = correction.weights_N if is_corrected else torch.ones_like(correction.weights_N)
+        weights_B = torch.split(weights_N, sizes)
         valid_B = torch.split(correction.is_valid_N, sizes)
 
         learning_rate = self.learning_rate

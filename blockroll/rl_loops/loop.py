@@ -38,6 +38,7 @@ FIXED_ON_RESUME = (
     ("task",),
     ("policy", "path"),
     ("rollout", "temperature"),
+    ("rollout", "mix_weight"),
     ("rollout", "max_tokens"),
     ("train", "algorithm"),
     ("train", "prompts_per_step"),
@@ -103,7 +104,9 @@ def _run_to_the_end(
         if config.wandb:
             require_wandb()
         source = config.policy.path if state is None else str(latest_checkpoint(run_dir))
-        policy = HFPolicy.from_pretrained(source, device=config.policy.device, dtype=torch.float32)
+        policy = HFPolicy.from_pretrained(
+            source, device=config.policy.device, dtype=torch.float32, adapter=config.policy.adapter
+        )
         learner = Learner(policy, config.train, ALGORITHMS[config.train.algorithm])
         if pool is None:
             pool = make_pool(dataclasses.replace(config.policy, path=source), config.rollout)

@@ -22,9 +22,10 @@ from blockroll.rl_loops.checkpoint import save_checkpoint
 from blockroll.rl_loops.collect import Batch, collect, evaluate, rollout_metrics
 from blockroll.rl_loops.learner import Learner
 from blockroll.rl_loops.tasks import Task
+from blockroll.rollout.planner import read_plan
 from blockroll.rollout.pool import RolloutPool
 from blockroll.rollout.weight_sync import make_update
-from blockroll.types import Plan, Sampling, UpdateReceipt, WeightUpdate
+from blockroll.types import Law, Sampling, UpdateReceipt, WeightUpdate
 
 SAMPLES_PER_STEP = 2
 COUNTERS = ("rollout/failed_total", "reward/failed_total", "sync/checksum_fail_total")
@@ -75,11 +76,12 @@ class Run:
         self._counters = dict.fromkeys(COUNTERS, 0.0)
         self._extra: dict[str, Any] = {}
         self._sampling = Sampling(
-            temperature=config.rollout.temperature, max_tokens=config.rollout.max_tokens
+            temperature=config.rollout.temperature,
+            max_tokens=config.rollout.max_tokens,
+            law=Law(config.rollout.mix_weight),
         )
         self._eval_rows = tuple(task.eval_rows(config.train.eval_prompts)) if config.train.eval_every else ()
-        default_drafts = learner.policy.trained_drafts or 1
-        self._plan = Plan.parse(config.rollout.plan, default_drafts=default_drafts)
+        self._plan_name = read_plan(config.rollout.plan, learner.policy).name
 
     def start(self, state: Mapping[str, Any] | None) -> None:
         """Take over a checkpoint's state, bring every replica to the learner's weights, and evaluate once."""
@@ -132,7 +134,7 @@ class Run:
             "reward_std": advantages.reward_std,
             "frac_reward_zero_std": advantages.frac_zero_std,
             "policy_version": step - 1,
-            "plan": self._plan.name,
+            "plan": self._plan_name,
             **rollout_metrics(batch),
             **learner_metrics,
             **sync_metrics,

@@ -68,9 +68,9 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def truncate_lines(path: Path, last_step: int) -> None:
-    """Keep the lines up to `last_step`; a crash in between leaves the old file."""
-    kept = [row for row in read_lines(path) if row["step"] <= last_step]
+def truncate_lines(path: Path, last: int, *, key: str = "step") -> None:
+    """Keep the lines whose `key` is at most `last`; a crash in between leaves the old file."""
+    kept = [row for row in read_lines(path) if row[key] <= last]
     shorter = path.with_name(f".{path.name}.shorter")
     shorter.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
     os.replace(shorter, path)

@@ -12,6 +12,7 @@ class AcceptanceByPosition:
     """
 
     def __init__(self, num_drafts: int) -> None:
+        """`num_drafts` is the most that a step has."""
         self.num_steps = 0  # of single requests, with at least one draft
         self.num_reached_K = [0] * num_drafts  # steps that had a draft there and accepted all before it
         self.num_accepted_K = [0] * num_drafts  # steps that accepted the draft there, and all before it

@@ -11,6 +11,7 @@ Acceptance by draft position and pass@k come from passes of their own that are n
 own: the engines that are timed have no observer and judge nothing.
 """
 
+import copy
 import functools
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -49,6 +50,7 @@ from blockroll.rollout.bench_workload import (
 )
 from blockroll.rollout.engine import Engine, StepRecord
 from blockroll.rollout.pass_at_k import Judge, Passed
+from blockroll.rollout.planner import Planner
 from blockroll.types import PLAIN, Law, Plan, Request, Rollout
 
 __all__ = ["TRANSFORMERS", "BenchOptions", "BenchRow", "Judge", "run_bench", "to_record"]
@@ -59,7 +61,7 @@ NUM_RANDOM_PROMPTS = 256
 def run_bench(
     policy: HFPolicy,
     prompts: Prompts,
-    plans: Sequence[Plan],
+    plans: Sequence[Plan | Planner],
     options: BenchOptions,
     *,
     policy_path: str,
@@ -75,8 +77,9 @@ def run_bench(
     """
     if not (plans or against) or (options.prompt_source == "text" and not (prompts and all(prompts))):
         raise InvalidInput("a bench needs at least one prompt and one plan, and no prompt may be empty")
-    if len(set(plans)) < len(plans):
-        raise InvalidInput(f"each plan is measured once, got {', '.join(plan.name for plan in plans)}")
+    names = [plan.name for plan in plans]
+    if len(set(names)) < len(names):
+        raise InvalidInput(f"each plan is measured once, got {', '.join(names)}")
     if judge is not None and (options.prompt_tokens != (None,) or options.ignore_eos):
         raise InvalidInput(
             "only whole answers to whole prompts can be judged; leave out prompt_tokens, random prompts and "
@@ -112,7 +115,7 @@ class _Bench:
     def __init__(
         self,
         policy: HFPolicy,
-        plans: Sequence[Plan],
+        plans: Sequence[Plan | Planner],
         options: BenchOptions,
         *,
         references: Mapping[str, Callable[[ReferenceTask], Reference]],
@@ -120,13 +123,16 @@ class _Bench:
         judge: Judge | None,
     ) -> None:
         laws = [Law(weight) for weight in options.mix_weights]
-        self._pairs = [(plan, law) for plan in plans for law in (laws if plan.num_drafts else [TARGET])]
+        # A planner that served two laws would choose for one by what the other accepts.
+        self._pairs = [
+            (copy.deepcopy(plan), law) for plan in plans for law in (laws if _most_drafts(plan) else [TARGET])
+        ]
         self._policy = policy
         self._options = options
         self._references = references
         self._setting = setting
         self._judge = judge
-        self._passed: dict[tuple[Plan, Law, float, int], Passed] = {}
+        self._passed: dict[tuple[str, Law, float, int], Passed] = {}
 
     def measure(self, workload: Workload, prompts: Prompts) -> list[BenchRow]:
         """The rows of one workload: plans and laws first, then transformers."""
@@ -203,17 +209,18 @@ class _Bench:
         )
 
     def _examined(
-        self, row: BenchRow, plan: Plan, law: Law, workload: Workload, prompts: Prompts
+        self, row: BenchRow, plan: Plan | Planner, law: Law, workload: Workload, prompts: Prompts
     ) -> BenchRow:
         """Add what untimed passes tell: acceptance by position, and pass@k."""
-        if plan.num_drafts:
+        num_drafts = _most_drafts(plan)
+        if num_drafts:
             waves = make_waves(prompts, workload, 0, self._options, law=law)
-            acceptance = AcceptanceByPosition(plan.num_drafts)
+            acceptance = AcceptanceByPosition(num_drafts)
             self._decode(plan, [request for wave in waves for request in wave], observer=acceptance)
             row = with_acceptance(row, acceptance)
         if self._judge is not None:
-            # A batch size changes no token.
-            key = (plan, law, workload.temperature, workload.max_tokens)
+            # A batch size changes no law, and under a fixed plan no token.
+            key = (plan.name, law, workload.temperature, workload.max_tokens)
             if key not in self._passed:
                 sampling = self._options.sampling(workload, law)
                 requests = self._judge.requests(prompts, sampling, seed=self._options.seed)
@@ -223,15 +230,18 @@ class _Bench:
 
     def _decode(
         self,
-        plan: Plan,
+        plan: Plan | Planner,
         requests: Sequence[Request],
         *,
         observer: Callable[[StepRecord], None] | None = None,
     ) -> list[Rollout]:
-        """All rollouts of an engine of its own, in the order they end."""
+        """All rollouts of an engine of its own, in the order they end.
+
+        A planner goes on from what it knows; what it learns here is left behind.
+        """
         engine = Engine(
             self._policy,
-            plan=plan,
+            plan=copy.deepcopy(plan),
             max_batch_size=min(len(requests), max(self._options.batches)),
             max_length=max(len(request.prompt_ids) + request.sampling.max_tokens for request in requests),
             observer=observer,
@@ -254,6 +264,11 @@ def _interleave(
             waves = make_waves(prompts, workload, repeat, options, law=subject.law)
             done.append([subject.decode(wave) for wave in waves])
     return repeats
+
+
+def _most_drafts(plan: Plan | Planner) -> int:
+    plans = plan.candidates if isinstance(plan, Planner) else (plan,)
+    return max(each.num_drafts for each in plans)
 
 
 def _key(subject: Subject) -> tuple[str, str]:

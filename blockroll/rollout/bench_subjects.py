@@ -12,6 +12,7 @@ from blockroll.errors import InvalidInput, NonFiniteLogits
 from blockroll.policies.hf import HFPolicy, load_model, resolve_checkpoint
 from blockroll.policies.reference import LOOKUP_TOKENS, REFERENCES, Reference, ReferenceTask
 from blockroll.rollout.engine import Engine, EngineTimes
+from blockroll.rollout.planner import Planner
 from blockroll.types import Law, Plan, Request, Rollout
 
 TRANSFORMERS = "transformers_generate"
@@ -53,9 +54,11 @@ class Subject(Protocol):
 
 
 class EngineSubject:
-    """blockroll's engine under one plan, for requests of one law."""
+    """blockroll's engine under one plan or a planner, for requests of one law."""
 
-    def __init__(self, policy: HFPolicy, plan: Plan, *, law: Law, batch: int, max_length: int) -> None:
+    def __init__(
+        self, policy: HFPolicy, plan: Plan | Planner, *, law: Law, batch: int, max_length: int
+    ) -> None:
         self.name = plan.name
         self.law = law
         # An accelerator runs behind the host; parts of a step can be told apart only if each is waited for.

@@ -1,9 +1,11 @@
-"""One engine: continuous batching of requests under one decoding plan.
+"""One engine: continuous batching of requests under one decoding plan, or one chosen for each step.
 
 A step is: admit waiting requests and prefill them, draft (if the plan drafts), verify, commit. Two-forward
-drafts with a forward of its own; a fused step verifies drafts that the step before proposed, and proposes the
-next ones in the same forward. The engine owns the cache and the per-request state; it knows neither processes
-nor weights' origins.
+drafts with a forward of its own, whose anchor row is causal: it settles the first position before the others
+are verified behind the token that really stands there, so such a step commits two tokens at least. A fused
+step verifies drafts that the step before proposed, and proposes the next ones in the same forward. A planner
+is asked before each step and told what the step took and committed. The engine owns the cache and the
+per-request state; it knows neither processes nor weights' origins.
 
 Law: with the target law, committed tokens follow the causal policy exactly, whatever the drafts are; with a
 mixed law they follow the mixture of policy and draft rows, which is recorded with each token.
@@ -22,13 +24,16 @@ from torch import Tensor
 from blockroll.errors import InvalidInput, NonFiniteLogits
 from blockroll.policies.base import Policy
 from blockroll.rollout.cache import SlotCache
+from blockroll.rollout.planner import Planner
 from blockroll.rollout.requests import Limits, check_request
 from blockroll.rollout.running import Proposal, RunningRequest, StopRule
 from blockroll.rollout.scheduler import Scheduler
 from blockroll.samplers import (
     draw_draft,
+    join_verdicts,
     mixed_logits,
     policy_logprobs,
+    settle_first,
     step_uniforms,
     target_probs,
     verify_block,
@@ -45,6 +50,7 @@ class StepRecord:
     target_probs_BLV: Tensor
     draft_uniforms_BK: Tensor
     verify_uniforms_BL: Tensor
+    settle_uniforms_B: Tensor | None  # None: the first position was verified with the others
     verdict: Verdict
 
 
@@ -71,14 +77,52 @@ class EngineTimes:
         return self.step_s - self.forward_s - self.sampler_s
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Verified:
+    """A verdict and what it was made from; the cache rows it keeps are committed."""
+
+    verdict: Verdict
+    logits_BLV: Tensor  # float32, causal
+    target_probs_BLV: Tensor
+    bad_targets_B: Tensor | None
+    states_BPLW: Tensor | None  # proposals of a fused forward
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Laws:
+    """The laws of a batch, float64 (B,): what each request draws, drafts and mixes by."""
+
+    temperature_B: Tensor
+    draft_temperature_B: Tensor
+    weight_B: Tensor
+    is_mixed: bool  # whether any request mixes
+
+    @classmethod
+    def of(cls, batch: list[RunningRequest], device: torch.device) -> "_Laws":
+        laws = torch.tensor([running.law for running in batch], dtype=torch.float64, device=device)
+        temperature_B, draft_temperature_B, weight_B = laws.unbind(dim=1)
+        return cls(
+            temperature_B=temperature_B,
+            draft_temperature_B=draft_temperature_B,
+            weight_B=weight_B,
+            is_mixed=any(running.is_mixed for running in batch),
+        )
+
+    def target_probs(self, logits_BLV: Tensor, draft_logits_BKV: Tensor, num_drafts_B: Tensor) -> Tensor:
+        """Target rows (B, L, V), mixed with the draft rows where a request mixes and has a draft."""
+        if self.is_mixed:
+            logits_BLV = mixed_logits(logits_BLV, draft_logits_BKV, self.weight_B, num_drafts_B)
+        return target_probs(logits_BLV, self.temperature_B)
+
+
 class Engine:
-    """Decodes requests with one policy under one plan. Not thread-safe: one caller at a time."""
+    """Decodes requests with one policy, one plan a step for all. Not thread-safe: one caller at a time."""
 
     def __init__(
         self,
         policy: Policy,
         *,
-        plan: Plan,
+        plan: Plan | Planner,
         max_batch_size: int = 64,
         max_length: int = 0,
         decode: Callable[[list[int]], str] | None = None,
@@ -87,13 +131,16 @@ class Engine:
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         """`max_length` 0 is what the policy was built for; `decode` is needed for stop strings only."""
-        check_plan(plan, policy)
+        self._planner = None if isinstance(plan, Plan) else plan
+        plans = (plan,) if isinstance(plan, Plan) else plan.candidates
+        for each in plans:
+            check_plan(each, policy)
         if max_length > policy.max_length:
             raise InvalidInput(
                 f"max_length is {max_length}, but the policy was built for {policy.max_length} positions"
             )
         self.policy = policy
-        self.plan = plan
+        self.plan = plans[0]  # of the latest step
         self.policy_version = policy_version
         self.times = EngineTimes()
         self.limits = Limits(
@@ -104,7 +151,7 @@ class Engine:
         self._scheduler = Scheduler(max_batch_size=max_batch_size)
         self._cache = SlotCache(
             num_slots=max_batch_size,
-            capacity=self.limits.max_length + plan.rows_per_forward,
+            capacity=self.limits.max_length + max(each.rows_per_forward for each in plans),
             device=policy.device,
         )
         self._requests: dict[str, RunningRequest] = {}
@@ -166,10 +213,25 @@ class Engine:
         if not batch:
             return StepResult(commits=(), finished=())
         started = self._clock()
+        context = 0
+        if self._planner is not None:
+            context = max(running.num_tokens for running in batch)
+            self._change_plan(self._planner.choose(len(batch), context), batch)
         result = self._decode_step(batch)
-        self.times.step_s += self._clock() - started
+        seconds = self._clock() - started
+        self.times.step_s += seconds
         self.times.num_steps += 1
+        if self._planner is not None:
+            num_tokens = sum(len(commit.token_ids) for commit in result.commits)
+            self._planner.observe(self.plan, len(batch), context, seconds, num_tokens)
         return result
+
+    def _change_plan(self, plan: Plan, batch: list[RunningRequest]) -> None:
+        """Decode by this plan from now on; proposals of another number of drafts would not fit it."""
+        if plan.num_drafts != self.plan.num_drafts:
+            for running in batch:
+                running.proposal = None
+        self.plan = plan
 
     def _decode_step(self, batch: list[RunningRequest]) -> StepResult:
         plan, size = self.plan, len(batch)
@@ -177,61 +239,116 @@ class Engine:
             self._start_proposals(batch)
         state = torch.tensor([running.state for running in batch], device=self.policy.device)
         anchors_B, seeds_B, attempts_B = state.unbind(dim=1)
-        laws = torch.tensor(
-            [running.law for running in batch], dtype=torch.float64, device=self.policy.device
-        )
-        temperature_B, draft_temperature_B, weight_B = laws.unbind(dim=1)
+        laws = _Laws.of(batch, self.policy.device)
         positions_B = self._cache.lengths_N[:size] + 1
 
         clock = self._clock()
-        draft_uniforms_BK, verify_uniforms_BL = step_uniforms(
-            seeds_B, positions_B, attempts_B, plan.num_drafts
+        settles = plan.num_drafts > 0 and not plan.levels
+        draft_uniforms_BK, verify_uniforms = step_uniforms(
+            seeds_B, positions_B, attempts_B, plan.num_drafts, settles=settles
         )
         clock = self._charge("sampler_s", clock)
-        draft_logits_BKV, num_drafts_B = self._draft_logits(batch, anchors_B)
+        draft_logits, num_drafts_B = self._draft_logits(batch, anchors_B)
         clock = self._charge("forward_s", clock)
-        draft_logits_BKV, bad_drafts_B = _without_non_finite(draft_logits_BKV)
-        draft = draw_draft(draft_logits_BKV, draft_temperature_B, draft_uniforms_BK, num_drafts_B)
-        ids_BL = torch.cat([anchors_B[:, None], draft.token_ids_BK], dim=1)
-        clock = self._charge("sampler_s", clock)
-
-        window = self._cache.window(0, size, plan.rows_per_forward)
-        if plan.levels:
-            fused = self.policy.fused_rows(ids_BL, plan.levels, window)
-            logits_BLV = fused.verify_logits_BLV
-        else:
-            fused = None
-            logits_BLV = self.policy.verify_logits(ids_BL, window)
-        clock = self._charge("forward_s", clock)
-
-        logits_BLV, bad_targets_B = _without_non_finite(logits_BLV)
-        target_logits_BLV = logits_BLV
-        if any(running.is_mixed for running in batch):
-            target_logits_BLV = mixed_logits(logits_BLV, draft_logits_BKV, weight_B, num_drafts_B)
-        target_probs_BLV = target_probs(target_logits_BLV, temperature_B)
-        verdict = verify_block(draft, target_probs_BLV, verify_uniforms_BL)
-        policy_logprobs_BL = policy_logprobs(logits_BLV, verdict.token_ids_BL, temperature_B)
+        draft_logits, bad_drafts_B = _without_non_finite(draft_logits)
+        draft_logits_BKV = draft_logits[:, 1:] if settles else draft_logits
+        draft = draw_draft(draft_logits_BKV, laws.draft_temperature_B, draft_uniforms_BK, num_drafts_B)
         self._charge("sampler_s", clock)
+        if settles:
+            verified = self._settle_and_verify(draft_logits, draft, laws, verify_uniforms)
+        else:
+            verified = self._verify(anchors_B, draft_logits, draft, laws, verify_uniforms)
+        verdict = verified.verdict
 
+        clock = self._clock()
+        policy_logprobs_BL = policy_logprobs(verified.logits_BLV, verdict.token_ids_BL, laws.temperature_B)
+        self._charge("sampler_s", clock)
         if self._observer is not None:
             self._observer(
                 StepRecord(
                     request_ids=self._scheduler.running,
                     draft=draft,
-                    target_probs_BLV=target_probs_BLV,
+                    target_probs_BLV=verified.target_probs_BLV,
                     draft_uniforms_BK=draft_uniforms_BK,
-                    verify_uniforms_BL=verify_uniforms_BL,
+                    verify_uniforms_BL=verify_uniforms[:, : plan.num_drafts + 1],
+                    settle_uniforms_B=verify_uniforms[:, -1] if settles else None,
                     verdict=verdict,
                 )
             )
-        failed = _failures(bad_drafts_B, bad_targets_B)
-        result = self._commit(batch, draft.num_drafts_B.tolist(), verdict, policy_logprobs_BL, failed)
-        if fused is not None:
-            self._keep_proposals(batch, fused.proposal_states_BPLW, verdict.num_accepted_B)
+        failed = _failures(bad_drafts_B, verified.bad_targets_B)
+        result = self._commit(batch, num_drafts_B.tolist(), verdict, policy_logprobs_BL, failed)
+        if verified.states_BPLW is not None:
+            self._keep_proposals(batch, verified.states_BPLW, verdict.num_accepted_B)
         return result
 
+    def _verify(
+        self, anchors_B: Tensor, draft_logits_BKV: Tensor, draft: Draft, laws: "_Laws", uniforms_BL: Tensor
+    ) -> "_Verified":
+        """The anchor and all drafts in one forward, which a fused plan also lets propose."""
+        clock = self._clock()
+        ids_BL = torch.cat([anchors_B[:, None], draft.token_ids_BK], dim=1)
+        window = self._cache.window(0, len(ids_BL), self.plan.rows_per_forward)
+        states_BPLW = None
+        if self.plan.levels:
+            fused = self.policy.fused_rows(ids_BL, self.plan.levels, window)
+            logits_BLV, states_BPLW = fused.verify_logits_BLV, fused.proposal_states_BPLW
+        else:
+            logits_BLV = self.policy.verify_logits(ids_BL, window)
+        clock = self._charge("forward_s", clock)
+        logits_BLV, bad_targets_B = _without_non_finite(logits_BLV)
+        target_probs_BLV = laws.target_probs(logits_BLV, draft_logits_BKV, draft.num_drafts_B)
+        verdict = verify_block(draft, target_probs_BLV, uniforms_BL)
+        self._charge("sampler_s", clock)
+        self._cache.commit(0, len(ids_BL), verdict.num_committed_B)
+        return _Verified(
+            verdict=verdict,
+            logits_BLV=logits_BLV,
+            target_probs_BLV=target_probs_BLV,
+            bad_targets_B=bad_targets_B,
+            states_BPLW=states_BPLW,
+        )
+
+    def _settle_and_verify(
+        self, draft_logits: Tensor, draft: Draft, laws: "_Laws", uniforms: Tensor
+    ) -> "_Verified":
+        """The first position from the draft forward's own anchor row, the others behind what stands there.
+
+        That row saw no mask: its keys stay in the cache, and its logits are the first target row. No draft
+        but the first decides what is settled, so the others are still draws from their recorded law.
+        """
+        clock = self._clock()
+        size, num_drafts = len(draft_logits), self.plan.num_drafts
+        anchor_logits_B1V, draft_logits_BKV = draft_logits[:, :1], draft_logits[:, 1:]
+        first_probs_B1V = laws.target_probs(anchor_logits_B1V, draft_logits_BKV[:, :1], draft.num_drafts_B)
+        settled = settle_first(draft, first_probs_B1V, uniforms[:, [0, -1]])
+        self._cache.commit(0, size, settled.num_committed_B)
+        rest = Draft(
+            token_ids_BK=draft.token_ids_BK[:, 1:],
+            probs_BKV=draft.probs_BKV[:, 1:],
+            num_drafts_B=draft.num_drafts_B - 1,
+        )
+        ids_BK = torch.cat([settled.token_ids_BL, rest.token_ids_BK], dim=1)
+        clock = self._charge("sampler_s", clock)
+        logits_BKV = self.policy.verify_logits(ids_BK, self._cache.window(0, size, num_drafts))
+        clock = self._charge("forward_s", clock)
+        logits_BKV, bad_targets_B = _without_non_finite(logits_BKV)
+        rest_probs_BKV = laws.target_probs(logits_BKV, draft_logits_BKV[:, 1:], rest.num_drafts_B)
+        verified = verify_block(rest, rest_probs_BKV, uniforms[:, 1 : num_drafts + 1])
+        self._charge("sampler_s", clock)
+        self._cache.commit(0, size, verified.num_committed_B)
+        return _Verified(
+            verdict=join_verdicts(settled, verified),
+            logits_BLV=torch.cat([anchor_logits_B1V, logits_BKV], dim=1),
+            target_probs_BLV=torch.cat([first_probs_B1V, rest_probs_BKV], dim=1),
+            bad_targets_B=bad_targets_B,
+            states_BPLW=None,
+        )
+
     def _draft_logits(self, batch: list[RunningRequest], anchors_B: Tensor) -> tuple[Tensor, Tensor]:
-        """Draft rows (B, K, V), float32, behind the anchors, and how many of them each request has."""
+        """Draft rows, float32 (B, K, V), and how many of them each request has.
+
+        From a draft forward they come behind the anchor's causal row: (B, K + 1, V).
+        """
         plan, device = self.plan, self.policy.device
         if plan.levels:
             proposals = [running.proposal for running in batch]
@@ -253,7 +370,7 @@ class Engine:
         num_drafts, late = self.plan.num_drafts, batch[first:]  # those that join lie behind the others
         anchors_B = torch.tensor([running.state[0] for running in late], device=self.policy.device)
         window = self._cache.window(first, len(batch), num_drafts + 1)
-        logits_BKV = self.policy.draft_logits(anchors_B, num_drafts, window)
+        logits_BKV = self.policy.draft_logits(anchors_B, num_drafts, window)[:, 1:]
         for logits_KV, running in zip(logits_BKV, late, strict=True):
             if running.proposal is None:
                 running.start_proposal(Proposal(logits_KV=logits_KV, num_drafts=num_drafts))
@@ -292,12 +409,16 @@ class Engine:
         policy_logprobs_BL: Tensor,
         failed: dict[int, str],
     ) -> StepResult:
-        """Make tokens final, keep their cache rows, and let finished requests leave."""
-        self._cache.commit(0, len(batch), verdict.num_accepted_B + 1)
-        accepted = verdict.num_accepted_B.tolist()
-        tokens, policy, behavior = (
+        """Make tokens final and let finished requests leave."""
+        committed = verdict.num_committed_B.tolist()
+        tokens, is_draft, policy, behavior = (
             column.tolist()
-            for column in (verdict.token_ids_BL, policy_logprobs_BL, verdict.behavior_logprobs_BL)
+            for column in (
+                verdict.token_ids_BL,
+                verdict.is_draft_BL,
+                policy_logprobs_BL,
+                verdict.behavior_logprobs_BL,
+            )
         )
         commits, finished = [], []
         for slot in reversed(range(len(batch))):  # from the last slot, so that moves touch none still to come
@@ -311,9 +432,13 @@ class Engine:
                 finished.append(running.rollout("error", error=error))
                 self._cache.scrub(slot)
             else:
-                kept = accepted[slot] + 1
+                kept = committed[slot]
                 commit = running.commit(
-                    tokens[slot][:kept], policy[slot][:kept], behavior[slot][:kept], self.policy_version
+                    tokens[slot][:kept],
+                    is_draft[slot][:kept],
+                    policy[slot][:kept],
+                    behavior[slot][:kept],
+                    self.policy_version,
                 )
                 commits.append(commit)
                 if running.finish_reason is None:

@@ -14,9 +14,10 @@ from blockroll.config import PolicyConfig, RolloutConfig
 from blockroll.errors import InvalidInput, VersionMismatch, WeightSyncError
 from blockroll.policies.hf import HFPolicy
 from blockroll.rollout.engine import Engine
+from blockroll.rollout.planner import read_plan
 from blockroll.rollout.requests import Limits
 from blockroll.rollout.weight_sync.buckets import check_update, load_update, named_weights, weights_checksum
-from blockroll.types import Plan, ReplicaHealth, Request, Rollout, UpdateReceipt, WeightUpdate
+from blockroll.types import ReplicaHealth, Request, Rollout, UpdateReceipt, WeightUpdate
 
 _STEPS_PER_POLL = 16  # a poll returns after this many steps at the latest, so that updates need not wait long
 
@@ -67,11 +68,14 @@ class LocalReplica:
     ) -> "LocalReplica":
         """Load the policy and put an engine around it."""
         policy = HFPolicy.from_pretrained(
-            policy_config.path, device=policy_config.device, dtype=policy_config.dtype
+            policy_config.path,
+            device=policy_config.device,
+            dtype=policy_config.dtype,
+            adapter=policy_config.adapter,
         )
         engine = Engine(
             policy,
-            plan=Plan.parse(config.plan, default_drafts=policy.trained_drafts or 1),
+            plan=read_plan(config.plan, policy),
             max_batch_size=config.max_batch_size,
             max_length=config.max_length,
             decode=policy.decode,

@@ -1,5 +1,6 @@
 """A request while it runs: its committed tokens, their records, and when it ends."""
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -59,6 +60,7 @@ class RunningRequest:
         self._num_verify_steps = stats.num_verify_steps
         self._num_drafted = stats.num_drafted
         self._num_accepted = stats.num_accepted
+        self._steps_by_plan = Counter(dict(stats.steps_by_plan))
         sampling = request.sampling
         draft_temperature = (
             sampling.temperature if sampling.draft_temperature is None else sampling.draft_temperature
@@ -83,6 +85,11 @@ class RunningRequest:
         return (*self.request.prompt_ids, *self._token_ids)[:-1]
 
     @property
+    def num_tokens(self) -> int:
+        """Prompt and committed tokens: the context of its next step."""
+        return len(self.request.prompt_ids) + len(self._token_ids)
+
+    @property
     def state(self) -> tuple[int, int, int]:
         """Anchor, seed, attempt: what the next step needs besides the cache."""
         anchor = self._token_ids[-1] if self._token_ids else self.request.prompt_ids[-1]
@@ -91,6 +98,7 @@ class RunningRequest:
     def count_step(self, plan: Plan, num_drafts: int) -> None:
         """One decoding step has run for this request, with this many drafts to verify."""
         self._num_forwards += plan.forwards_per_step
+        self._steps_by_plan[plan] += 1
         self.proposal = None  # the anchor moves
         if num_drafts:
             self._num_verify_steps += 1
@@ -102,18 +110,24 @@ class RunningRequest:
         self._num_forwards += 1
 
     def commit(
-        self, token_ids: list[int], policy_logprobs: list[float], behavior_logprobs: list[float], version: int
+        self,
+        token_ids: list[int],
+        is_draft: list[bool],
+        policy_logprobs: list[float],
+        behavior_logprobs: list[float],
+        version: int,
     ) -> Commit:
-        """Append the verdict's tokens up to the end of the request; the last of them was not a draft."""
+        """Append the verdict's tokens up to the end of the request."""
         kept, self.finish_reason = self._stop_rule.cut(self._token_ids, token_ids)
-        num_accepted = min(len(token_ids) - 1, kept)
-        self._num_accepted += num_accepted
+        self._num_accepted += sum(is_draft[:kept])
         self._token_ids += token_ids[:kept]
         self._policy_logprobs += policy_logprobs[:kept]
         self._behavior_logprobs += behavior_logprobs[:kept]
         self._policy_versions += [version] * kept
         return Commit(
-            request_id=self.request.request_id, token_ids=tuple(token_ids[:kept]), num_accepted=num_accepted
+            request_id=self.request.request_id,
+            token_ids=tuple(token_ids[:kept]),
+            is_draft=tuple(is_draft[:kept]),
         )
 
     def rollout(self, finish_reason: FinishReason, *, error: str | None = None) -> Rollout:
@@ -131,6 +145,7 @@ class RunningRequest:
                 num_verify_steps=self._num_verify_steps,
                 num_drafted=self._num_drafted,
                 num_accepted=self._num_accepted,
+                steps_by_plan=tuple(self._steps_by_plan.items()),
             ),
             error=error,
         )

@@ -2,8 +2,10 @@
 
 from blockroll.samplers.lossless import (
     draw_draft,
+    join_verdicts,
     mixed_logits,
     policy_logprobs,
+    settle_first,
     target_probs,
     verify_block,
 )
@@ -11,8 +13,10 @@ from blockroll.samplers.uniforms import step_uniforms
 
 __all__ = [
     "draw_draft",
+    "join_verdicts",
     "mixed_logits",
     "policy_logprobs",
+    "settle_first",
     "step_uniforms",
     "target_probs",
     "verify_block",

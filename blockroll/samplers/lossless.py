@@ -99,7 +99,44 @@ def verify_block(draft: Draft, target_probs_BLV: Tensor, uniforms_BL: Tensor) ->
     tokens_BL = torch.cat([draft.token_ids_BK, final_B[:, None]], dim=1)
     tokens_BL = tokens_BL.scatter(1, num_accepted_B[:, None], final_B[:, None])
     behavior_BL = target_probs_BLV.gather(-1, tokens_BL[..., None]).squeeze(-1).log()
-    return Verdict(token_ids_BL=tokens_BL, num_accepted_B=num_accepted_B, behavior_logprobs_BL=behavior_BL)
+    offsets_L = torch.arange(num_drafts + 1, device=rows_B.device)
+    return Verdict(
+        token_ids_BL=tokens_BL,
+        num_committed_B=num_accepted_B + 1,
+        is_draft_BL=offsets_L < num_accepted_B[:, None],
+        behavior_logprobs_BL=behavior_BL,
+    )
+
+
+def settle_first(draft: Draft, target_probs_B1V: Tensor, uniforms_B2: Tensor) -> Verdict:
+    """The first position alone, whatever becomes of the others: its draft if accepted, else the residual's.
+
+    `uniforms_B2` are its accept coin and the coin of the token that replaces a rejected draft.
+    Law: verify_block on one draft without its extra token; the token that stands is a sample of the target.
+    """
+    first = Draft(
+        token_ids_BK=draft.token_ids_BK[:, :1],
+        probs_BKV=draft.probs_BKV[:, :1],
+        num_drafts_B=draft.num_drafts_B.clamp(max=1),
+    )
+    # The extra row is never drawn from: an accepted draft is all that is committed.
+    verdict = verify_block(first, target_probs_B1V.expand(-1, 2, -1), uniforms_B2)
+    return Verdict(
+        token_ids_BL=verdict.token_ids_BL[:, :1],
+        num_committed_B=torch.ones_like(verdict.num_committed_B),
+        is_draft_BL=verdict.is_draft_BL[:, :1],
+        behavior_logprobs_BL=verdict.behavior_logprobs_BL[:, :1],
+    )
+
+
+def join_verdicts(first: Verdict, rest: Verdict) -> Verdict:
+    """One verdict over both: everything of `first` is committed, and then what `rest` commits."""
+    return Verdict(
+        token_ids_BL=torch.cat([first.token_ids_BL, rest.token_ids_BL], dim=1),
+        num_committed_B=first.num_committed_B + rest.num_committed_B,
+        is_draft_BL=torch.cat([first.is_draft_BL, rest.is_draft_BL], dim=1),
+        behavior_logprobs_BL=torch.cat([first.behavior_logprobs_BL, rest.behavior_logprobs_BL], dim=1),
+    )
 
 
 def policy_logprobs(logits_BLV: Tensor, token_ids_BL: Tensor, temperature_B: Tensor) -> Tensor:

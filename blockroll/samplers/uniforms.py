@@ -56,21 +56,23 @@ def u52(high: Tensor, low: Tensor) -> Tensor:
 
 
 def step_uniforms(
-    seeds_B: Tensor, positions_B: Tensor, attempts_B: Tensor, num_drafts: int
+    seeds_B: Tensor, positions_B: Tensor, attempts_B: Tensor, num_drafts: int, *, settles: bool = False
 ) -> tuple[Tensor, Tensor]:
     """The uniforms of one decoding step: float64 (B, K) for drafting and (B, K + 1) for verifying.
 
     `positions_B` is the position of the first token the step can commit. The last verify uniform draws
-    the token after the accepted drafts.
+    the token after the accepted drafts. A step that settles its first position has one more behind it, for
+    the token that replaces a rejected first draft.
     """
     device = seeds_B.device
     offsets_K = torch.arange(num_drafts, device=device)
-    offsets = torch.cat([offsets_K, offsets_K, offsets_K.new_full((1,), num_drafts)])
+    final_offsets = torch.tensor([num_drafts, 0] if settles else [num_drafts], device=device)
+    offsets = torch.cat([offsets_K, offsets_K, final_offsets])
     purposes = torch.cat(
         [
             offsets_K.new_full((num_drafts,), Purpose.DRAFT),
             offsets_K.new_full((num_drafts,), Purpose.ACCEPT),
-            offsets_K.new_full((1,), Purpose.FINAL),
+            torch.full_like(final_offsets, Purpose.FINAL),
         ]
     )
     words = philox4x32(seeds_B[:, None], 0, positions_B[:, None] + offsets, purposes, attempts_B[:, None])

@@ -1,6 +1,7 @@
 """What an engine must not depend on, and what every rollout must satisfy."""
 
 import dataclasses
+import itertools
 import random
 
 import pytest
@@ -9,14 +10,22 @@ import torch
 from benchmarks.equality import CoinMargins, count_coin_differences, count_greedy_differences
 from blockroll.errors import InvalidInput
 from blockroll.rollout.engine import Engine
+from blockroll.rollout.planner import Planner
 from blockroll.rollout.scheduler import Scheduler
+from blockroll.samplers import uniforms
+from blockroll.samplers.uniforms import philox4x32
 from blockroll.types import Law, Plan, Sampling
-from tests.engines import make_requests, run
+from tests.engines import PlansInTurn, make_requests, run
 from tests.models import EOS_ID, FAMILIES, adapted_policy, prompts, random_policy
 
 PLAIN, TWO_FORWARD, FUSED = Plan(0), Plan(4), Plan(4, (0, 2, 4))
 LEVEL_SETS = [(0,), (0, 4), (0, 2, 4), (0, 1, 2, 3, 4)]
 PLANS = pytest.mark.parametrize("plan", [PLAIN, TWO_FORWARD, FUSED], ids=lambda plan: plan.name)
+SWITCHES = [
+    (PLAIN, TWO_FORWARD, FUSED),
+    (FUSED, Plan(3, (0, 3)), Plan(4, (0,)), TWO_FORWARD),
+    (Plan(2, (0,)), FUSED, FUSED, PLAIN),
+]
 FUSED_PLANS = pytest.mark.parametrize(
     "plan", [Plan(4, levels) for levels in LEVEL_SETS], ids=lambda p: p.name
 )
@@ -109,6 +118,85 @@ def test_one_request_may_mix_while_its_neighbours_stay_lossless(policy):
                 assert dataclasses.replace(mine, request=theirs.request) == theirs
                 assert theirs.effective_sample_size == pytest.approx(1)
                 assert theirs.log_ratio == pytest.approx(0, abs=1e-9)
+
+
+def joining_and_leaving(sampling):
+    """Requests of different lengths, for an engine that runs few of them together."""
+    lengths = (3, 17, 8, 30, 11)
+    return [
+        dataclasses.replace(
+            request, sampling=dataclasses.replace(request.sampling, max_tokens=lengths[i % len(lengths)])
+        )
+        for i, request in enumerate(make_requests(prompts(24), sampling))
+    ]
+
+
+@pytest.mark.parametrize("plans", SWITCHES, ids=lambda plans: "-".join(plan.name for plan in plans))
+def test_switching_plans_at_every_step_changes_no_greedy_token(policy, plans):
+    requests = joining_and_leaving(Sampling(temperature=0))
+    planner = PlansInTurn(*plans)
+    switched = run(policy, requests, planner, max_batch_size=5)
+    assert count_greedy_differences(policy, run(policy, requests, PLAIN), switched) <= 1
+    assert {plan for plan, *_ in planner.observed} == set(plans)
+    assert any(len(rollout.stats.steps_by_plan) == len(set(plans)) for rollout in switched.values())
+
+
+@pytest.fixture
+def coins(monkeypatch):
+    """The Philox words of every uniform that engines draw, in order."""
+    words = []
+
+    def remember(seed, c0, c1, c2, c3):
+        columns = torch.broadcast_tensors(*map(torch.as_tensor, (seed, c0, c1, c2, c3)))
+        words.extend(zip(*(column.flatten().tolist() for column in columns), strict=True))
+        return philox4x32(seed, c0, c1, c2, c3)
+
+    monkeypatch.setattr(uniforms, "philox4x32", remember)
+    return words
+
+
+@pytest.mark.parametrize("plans", SWITCHES, ids=lambda plans: "-".join(plan.name for plan in plans))
+def test_switching_plans_keeps_exact_logprobs_and_uses_no_coin_twice(policy, plans, coins):
+    requests = joining_and_leaving(Sampling())
+    for rollout in run(policy, requests, PlansInTurn(*plans), max_batch_size=5).values():
+        want = causal_logprobs(policy, rollout)
+        torch.testing.assert_close(torch.tensor(rollout.policy_logprobs).double(), want, atol=1e-4, rtol=0)
+        assert rollout.behavior_logprobs == pytest.approx(rollout.policy_logprobs, abs=1e-9)
+    assert len(coins) > 500
+    assert len(set(coins)) == len(coins)
+
+
+def test_a_plan_whose_forwards_are_not_counted_would_use_coins_twice(policy, coins, monkeypatch):
+    monkeypatch.setattr(Plan, "forwards_per_step", property(lambda plan: int(plan.layout is None)))
+    run(policy, joining_and_leaving(Sampling()), PlansInTurn(*SWITCHES[0]), max_batch_size=5)
+    assert len(set(coins)) < len(coins)
+
+
+def test_a_planner_is_told_what_each_step_was_and_committed(policy):
+    planner = PlansInTurn(PLAIN, TWO_FORWARD)
+    requests = make_requests(prompts(3), Sampling(max_tokens=9, ignore_eos=True))
+    rollouts = run(policy, requests, planner)
+    assert sum(num_tokens for *_, num_tokens in planner.observed) == 27
+    assert planner.observed[0] == (PLAIN, 3, max(len(request.prompt_ids) for request in requests), 3)
+    counts = [dict(rollout.stats.steps_by_plan) for rollout in rollouts.values()]
+    for plan in (PLAIN, TWO_FORWARD):
+        steps = sum(batch_size for ran, batch_size, *_ in planner.observed if ran == plan)
+        assert sum(count[plan] for count in counts) == steps
+
+
+def test_a_planner_finds_the_plan_that_its_engine_runs_fastest(policy):
+    """By a clock on which every step takes equally long, that is a plan that drafts."""
+    ticks = itertools.count()
+    planner = Planner([TWO_FORWARD])
+    requests = make_requests(prompts(40), Sampling(max_tokens=40, ignore_eos=True))
+    engine = Engine(policy, plan=planner, max_batch_size=8, clock=lambda: 1e-3 * next(ticks))
+    engine.submit(requests)
+    chosen = []
+    while engine.num_requests:
+        engine.step()
+        chosen.append(engine.plan)
+    assert chosen[:4] == [PLAIN] * 4
+    assert chosen.count(TWO_FORWARD) > 0.8 * len(chosen)
 
 
 @pytest.mark.parametrize("plan", [TWO_FORWARD, Plan(4, (0, 1, 2, 3, 4))], ids=lambda plan: plan.name)

@@ -17,6 +17,7 @@ Shapes: B requests, R rows, K drafted tokens, L = K + 1, P levels, S keys, V voc
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import cycle
 from typing import NamedTuple
 from unittest import mock
 
@@ -28,6 +29,7 @@ from blockroll.policies.base import FusedRows
 from blockroll.rollout import engine as engine_module
 from blockroll.rollout.engine import Engine
 from blockroll.types import Law, Plan, Request, Sampling
+from tests.engines import PlansInTurn
 from tests.law.integrate import Tokens, Toy, _boundaries, _product, _split, tempered
 
 PROMPT = 0  # every request starts from this one token; histories below leave it out
@@ -59,7 +61,8 @@ class TablePolicy:
         masks_BR = torch.full((len(anchors_B), num_drafts), -7)
         histories = self._histories(torch.cat([anchors_B[:, None], masks_BR], dim=1), window)
         known = [history[: len(history) - num_drafts] for history in histories]
-        return _logs([[self.toy.draft_weights(h, i) for i in range(num_drafts)] for h in known])
+        rows = [[self.toy.draft_weights(h, i) for i in range(num_drafts)] for h in known]
+        return _logs([[self.toy.target_weights(h), *row] for h, row in zip(known, rows, strict=True)])
 
     def fused_rows(self, ids_BL, levels, window):
         width = ids_BL.shape[1]
@@ -116,20 +119,30 @@ class Reached:
 
 
 def engine_law(
-    toy: Toy, plan: Plan, length: int, *, weight: float = 1.0
+    toy: Toy, *plans: Plan, length: int, weight: float = 1.0
 ) -> tuple[dict[Tokens, float], dict[Tokens, float]]:
-    """The law of the first `length` tokens, and the same corrected by the product of pi / mu."""
+    """The law of the first `length` tokens, and the same corrected by the product of pi / mu.
+
+    Steps take the plans in turn, over and over.
+    """
+    turns = cycle(plans)
+    plan = next(turns)
     law: dict[Tokens, float] = defaultdict(float)
     corrected: dict[Tokens, float] = defaultdict(float)
     frontier = {_first_state(plan): Reached(mass=1.0, corrected=1.0)}
+    steps: list[Plan] = []
     while frontier:
+        steps.append(plan)
+        after = next(turns)
         following: dict[State, Reached] = defaultdict(Reached)
         cells = [
             (state, reached, coins, volume)
             for state, reached in frontier.items()
             for coins, volume in zip(*_cells(toy, plan, state, weight), strict=True)
         ]
-        outcomes = _run(toy, plan, [(*reached.coins, tuple(coins)) for _, reached, coins, _ in cells], weight)
+        outcomes = _run(
+            toy, steps, [(*reached.coins, tuple(coins)) for _, reached, coins, _ in cells], weight
+        )
         for (state, reached, coins, volume), (new, num_accepted, drafted, ratio) in zip(
             cells, outcomes, strict=True
         ):
@@ -139,11 +152,11 @@ def engine_law(
                 law[history[:length]] += mass
                 corrected[history[:length]] += better
                 continue
-            entry = following[_next_state(plan, state.history, drafted, num_accepted, history)]
+            entry = following[_next_state(plan, after, state.history, drafted, num_accepted, history)]
             entry.mass += mass
             entry.corrected += better
             entry.coins = (*reached.coins, tuple(coins))
-        frontier = dict(following)
+        frontier, plan = dict(following), after
     return dict(law), dict(corrected)
 
 
@@ -151,10 +164,15 @@ def _first_state(plan: Plan) -> State:
     return State((), tuple(((), i) for i in range(plan.num_drafts)))
 
 
-def _next_state(plan: Plan, before: Tokens, drafted: Tokens, num_accepted: int, history: Tokens) -> State:
-    """By the words of the design: the largest level at or below n, its slots n - p + 1..K."""
-    if not plan.levels:
-        return State(history, tuple((history, i) for i in range(plan.num_drafts)))
+def _next_state(
+    plan: Plan, after: Plan, before: Tokens, drafted: Tokens, num_accepted: int, history: Tokens
+) -> State:
+    """By the words of the design: the largest level at or below n, its slots n - p + 1..K.
+
+    A fused step after one of as many drafts takes its proposal; any other step drafts anew.
+    """
+    if not (plan.levels and after.levels and plan.num_drafts == after.num_drafts):
+        return State(history, tuple((history, i) for i in range(after.num_drafts)))
     level = max(p for p in plan.levels if p <= num_accepted)
     known = before + drafted[:level]
     return State(history, tuple((known, j) for j in range(num_accepted - level + 1, plan.num_drafts + 1)))
@@ -175,7 +193,13 @@ def _laws(toy: Toy, state: State, drafted: Tokens, weight: float) -> tuple[list,
 
 
 def _cells(toy: Toy, plan: Plan, state: State, weight: float) -> tuple[np.ndarray, np.ndarray]:
-    """Points (C, 2K + 1) in the order draft uniforms, accept coins, final uniform; and volumes (C,)."""
+    """Points (C, 2K + 1), draft uniforms, accept coins, final uniform; and volumes (C,).
+
+    A two-forward step settles its first position by one more coin, and verifies the others behind the token
+    that then stands there.
+    """
+    if plan.num_drafts and not plan.levels:
+        return _settled_cells(toy, state, weight)
     num_drafts, unused = len(state.drafts), plan.num_drafts - len(state.drafts)
     draft_laws, _ = _laws(toy, state, (), weight)
     points, volumes = [], []
@@ -201,15 +225,51 @@ def _cells(toy: Toy, plan: Plan, state: State, weight: float) -> tuple[np.ndarra
     return np.concatenate(points), np.concatenate(volumes)
 
 
-def _run(toy: Toy, plan: Plan, coins_C: Sequence[Sequence[Sequence[float]]], weight: float) -> list:
-    """Of the last of these steps, for every cell: tokens, number accepted, drafts, and pi / mu."""
-    steps = len(coins_C[0])
-    table = torch.tensor(coins_C, dtype=torch.float64)
+def _settled_cells(toy: Toy, state: State, weight: float) -> tuple[np.ndarray, np.ndarray]:
+    """Points (C, 2K + 2): the coin that replaces a rejected first draft comes last."""
+    draft_laws, (first_V, *_) = _laws(toy, state, (), weight)
+    points, volumes = [], []
+    for drafted in np.ndindex(*[toy.vocab_size] * len(draft_laws)):
+        if any(law_V[token] == 0 for token, law_V in zip(drafted, draft_laws, strict=True)):
+            continue
+        draws = [
+            _split(_boundaries(law_V), "low", within=law_V[:token].sum() + law_V[token] / 2)
+            for token, law_V in zip(drafted, draft_laws, strict=True)
+        ]
+        share = min(1.0, first_V[drafted[0]] / draft_laws[0][drafted[0]])
+        residual_V = np.maximum(first_V - draft_laws[0], 0)
+        outcomes = [(drafted[0], (share / 2, share), (0.5, 1.0))] if share > 0 else []
+        if share < 1:
+            for token in np.flatnonzero(residual_V):
+                below, mass = residual_V[:token].sum(), residual_V[token]
+                settle = ((below + mass / 2) / residual_V.sum(), mass / residual_V.sum())
+                outcomes.append((int(token), ((1 + share) / 2, 1 - share), settle))
+        for stands, coin, settle in outcomes:
+            _, targets = _laws(toy, state, (stands, *drafted[1:]), weight)
+            pairs = list(zip(targets[1:], draft_laws[1:], strict=False))
+            rows = [*targets[1:], *(np.maximum(target - draft, 0) for target, draft in pairs)]
+            coins = [
+                _split(np.minimum(1, target[token] / draft[token])[None], "low")
+                for token, (target, draft) in zip(drafted[1:], pairs, strict=True)
+            ]
+            final = _split(np.concatenate([_boundaries(row) for row in rows]), "low")
+            fixed = [(np.array([point]), np.array([width])) for point, width in (coin, settle)]
+            intervals = [*draws, fixed[0], *coins, final, fixed[1]]
+            points.append(_product(point for point, _ in intervals))
+            volumes.append(_product(width for _, width in intervals).prod(axis=1))
+    return np.concatenate(points), np.concatenate(volumes)
+
+
+def _run(
+    toy: Toy, plans: Sequence[Plan], coins_C: Sequence[Sequence[Sequence[float]]], weight: float
+) -> list:
+    """Of the last of these steps, one plan each, per cell: tokens, number accepted, drafts, and pi / mu."""
+    tables = [torch.tensor(step, dtype=torch.float64) for step in zip(*coins_C, strict=True)]
     step_index = [0]
     drafted: dict[str, Tokens] = {}
 
-    def given_uniforms(seeds_B, positions_B, attempts_B, num_drafts):
-        step = table[seeds_B, step_index[0]]
+    def given_uniforms(seeds_B, positions_B, attempts_B, num_drafts, *, settles):
+        step = tables[step_index[0]][seeds_B]
         return step[:, :num_drafts], step[:, num_drafts:]
 
     def remember(record):
@@ -225,13 +285,16 @@ def _run(toy: Toy, plan: Plan, coins_C: Sequence[Sequence[Sequence[float]]], wei
     )
     with mock.patch.object(engine_module, "step_uniforms", given_uniforms):
         engine = Engine(
-            TablePolicy(toy, plan.num_drafts), plan=plan, max_batch_size=len(coins_C), observer=remember
+            TablePolicy(toy, max(plan.num_drafts for plan in plans)),
+            plan=plans[0] if len(set(plans)) == 1 else PlansInTurn(*plans),
+            max_batch_size=len(coins_C),
+            observer=remember,
         )
         engine.submit(
             Request(request_id=str(c), prompt_ids=(PROMPT,), seed=c, sampling=sampling)
             for c in range(len(coins_C))
         )
-        for step in range(steps):
+        for step in range(len(plans)):
             step_index[0] = step
             result = engine.step()
     assert not result.finished, "the toy must not end before the test does"
@@ -241,7 +304,7 @@ def _run(toy: Toy, plan: Plan, coins_C: Sequence[Sequence[Sequence[float]]], wei
     for c in range(len(coins_C)):
         commit, rollout = commits[str(c)], rollouts[str(c)]
         start = len(rollout.token_ids) - len(commit.token_ids)
-        outcomes.append((commit.token_ids, commit.num_accepted, drafted[str(c)], _Ratio(rollout, start)))
+        outcomes.append((commit.token_ids, sum(commit.is_draft), drafted[str(c)], _Ratio(rollout, start)))
     return outcomes
 
 

@@ -25,6 +25,12 @@ PLANS = [
     Plan(2, (0, 1, 2)),
 ]
 DRAFTING = [plan for plan in PLANS if plan.num_drafts]
+SWITCHES = [
+    (Plan(0), Plan(2, (0, 2)), Plan(1)),
+    (Plan(1, (0,)), Plan(2, (0, 1, 2)), Plan(2, (0,))),
+    (Plan(2, (0, 2)), Plan(1, (0, 1)), Plan(0)),
+    (Plan(2), Plan(2, (0,)), Plan(2, (0, 2))),
+]
 WEIGHTS = [0.0, 0.25, 0.5]
 LENGTH = 3
 POSITIVE = ["stochastic", "argmax_draft", "hot", "cold"]  # an engine takes -inf logits for a failed forward
@@ -33,7 +39,7 @@ POSITIVE = ["stochastic", "argmax_draft", "hot", "cold"]  # an engine takes -inf
 @pytest.mark.parametrize("plan", PLANS, ids=lambda plan: plan.name)
 @pytest.mark.parametrize("name", [*POSITIVE, "greedy", "greedy_argmax_draft"])
 def test_committed_tokens_follow_the_target_law_under_every_plan(plan, name):
-    law, corrected = engine_law(TOYS[name], plan, LENGTH)
+    law, corrected = engine_law(TOYS[name], plan, length=LENGTH)
     assert max_difference(law, target_law(TOYS[name], LENGTH)) < 1e-12
     if TOYS[name].temperature:
         assert max_difference(law, corrected) < 1e-12
@@ -45,7 +51,7 @@ def test_committed_tokens_follow_the_target_law_under_every_plan(plan, name):
 def test_the_product_of_pi_over_mu_corrects_the_mixed_law(plan, weight, name):
     """Over the joint law of text and block path; without the correction the law is visibly another."""
     toy = TOYS[name]
-    law, corrected = engine_law(toy, plan, LENGTH, weight=weight)
+    law, corrected = engine_law(toy, plan, length=LENGTH, weight=weight)
     expected = target_law(toy, LENGTH)
     assert sum(law.values()) == pytest.approx(1, abs=1e-12)
     assert max_difference(corrected, expected) < 1e-12
@@ -56,11 +62,22 @@ def test_the_product_of_pi_over_mu_corrects_the_mixed_law(plan, weight, name):
 @pytest.mark.parametrize("name", POSITIVE)
 def test_one_block_follows_the_mixed_rows_and_then_the_causal_one(weight, name):
     toy, num_drafts = TOYS[name], 2
-    law, _ = engine_law(toy, Plan(num_drafts), 1, weight=weight)
+    law, _ = engine_law(toy, Plan(num_drafts), length=1, weight=weight)
     row = np.array(toy.target_weights(())) ** weight * np.array(toy.draft_weights((), 0)) ** (1 - weight)
     powered = row ** (1 / toy.temperature)
     expected = {(token,): p for token, p in enumerate((powered / powered.sum()).tolist())}
     assert max_difference(law, expected) < 1e-12
+
+
+@pytest.mark.parametrize("plans", SWITCHES, ids=lambda plans: "-".join(plan.name for plan in plans))
+@pytest.mark.parametrize(
+    ("name", "weight"), [("stochastic", 1.0), ("hot", 1.0), ("greedy", 1.0), ("hot", 0.5)]
+)
+def test_switching_plans_at_every_step_leaves_the_law_exact(plans, name, weight):
+    law, corrected = engine_law(TOYS[name], *plans, length=LENGTH, weight=weight)
+    expected = target_law(TOYS[name], LENGTH)
+    assert max_difference(corrected if TOYS[name].temperature else law, expected) < 1e-12
+    assert weight < 1 or max_difference(law, expected) < 1e-12
 
 
 def mixes_the_extra_row(policy_logits, draft_logits, weight, num_drafts):
@@ -91,7 +108,7 @@ keep_proposals = engine_module.Engine._keep_proposals
 )
 def test_a_planted_bug_of_the_engine_breaks_the_law(monkeypatch, where, name, bug, weight):
     monkeypatch.setattr(where, name, bug)
-    _, corrected = engine_law(TOYS["hot"], Plan(2, (0, 2)), LENGTH, weight=weight)
+    _, corrected = engine_law(TOYS["hot"], Plan(2, (0, 2)), length=LENGTH, weight=weight)
     assert max_difference(corrected, target_law(TOYS["hot"], LENGTH)) > 1e-4
 
 
@@ -103,13 +120,13 @@ def test_a_wrong_behavior_logprob_leaves_the_mixed_law_uncorrected(monkeypatch):
         return dataclasses.replace(verdict, behavior_logprobs_BL=verdict.behavior_logprobs_BL * 0)
 
     monkeypatch.setattr(engine_module, "verify_block", reports_the_policy)
-    _, corrected = engine_law(TOYS["stochastic"], Plan(2), LENGTH, weight=0.5)
+    _, corrected = engine_law(TOYS["stochastic"], Plan(2), length=LENGTH, weight=0.5)
     assert max_difference(corrected, target_law(TOYS["stochastic"], LENGTH)) > 1e-2
 
 
 def test_weight_zero_accepts_every_stochastic_draft():
     toy = TOYS["stochastic"]
-    law, _ = engine_law(toy, Plan(2), 2, weight=0.0)
+    law, _ = engine_law(toy, Plan(2), length=2, weight=0.0)
     expected = {
         (first, second): p * q
         for first, p in enumerate(toy.draft_V((), 0).tolist())

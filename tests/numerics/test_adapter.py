@@ -29,14 +29,15 @@ def policy(request):
 
 
 def all_logits(policy):
-    """Verify logits plain and fused, draft logits and proposals, on the same texts and drafts."""
+    """Causal rows of a verify, a fused and a draft forward; then drafts and proposals, on the same texts."""
     texts = prompts(6)
     cache, anchors = prefilled(policy, texts)
     ids = torch.cat([anchors[:, None], random_drafts(len(texts))], dim=1)
     verify = policy.verify_logits(ids, cache.window(0, len(texts), NUM_DRAFTS + 1))
-    draft = policy.draft_logits(anchors, NUM_DRAFTS, cache.window(0, len(texts), NUM_DRAFTS + 1))
+    rows = policy.draft_logits(anchors, NUM_DRAFTS, cache.window(0, len(texts), NUM_DRAFTS + 1))
     fused = policy.fused_rows(ids, LEVELS, cache.window(0, len(texts), FUSED_ROWS))
-    return verify, fused.verify_logits_BLV, draft, policy.proposal_logits(fused.proposal_states_BPLW[:, 1])
+    proposal = policy.proposal_logits(fused.proposal_states_BPLW[:, 1])
+    return verify, fused.verify_logits_BLV, rows[:, :1], rows[:, 1:], proposal
 
 
 def test_causal_logits_are_bit_identical_with_and_without_the_adapter(policy):
@@ -61,35 +62,35 @@ def test_verify_logits_are_bit_identical_whatever_the_adapter_holds(policy):
             parameter.mul_(-7.0)
     after = all_logits(policy)
     is_mixture = policy.model.config.model_type == "qwen3_moe"
-    for mine, other in zip(before[:2], after[:2], strict=True):
+    for mine, other in zip(before[:3], after[:3], strict=True):
         if is_mixture:  # the sizes of its groups of tokens change
             torch.testing.assert_close(mine, other, atol=1e-5, rtol=0)
         else:
             assert torch.equal(mine, other)
-    for mine, other in zip(before[2:], after[2:], strict=True):
+    for mine, other in zip(before[3:], after[3:], strict=True):
         assert (mine - other).abs().amax(dim=(1, 2)).min() > 1e-3
 
 
 def test_every_kind_of_parameter_reaches_the_drafts(policy):
-    before = all_logits(policy)[2]
+    before = all_logits(policy)[3]
     for name, parameter in policy.adapter.named_parameters():
         kept = parameter.detach().clone()
         with torch.no_grad():
             parameter.mul_(1.5)
-        assert not torch.equal(all_logits(policy)[2], before), name
+        assert not torch.equal(all_logits(policy)[3], before), name
         with torch.no_grad():
             parameter.copy_(kept)
-    assert torch.equal(all_logits(policy)[2], before)
+    assert torch.equal(all_logits(policy)[3], before)
 
 
 def test_an_untrained_adapter_changes_nothing_but_the_embedding():
     policy = HFPolicy(random_model())
     policy.use_adapter(DraftAdapter(policy.model, AdapterConfig(family="llama", rank=4)))
-    before = all_logits(policy)[2]
+    before = all_logits(policy)[3]
     with torch.no_grad():
         for update in policy.adapter.updates.values():
             update.down.mul_(3.0)
-    assert torch.equal(all_logits(policy)[2], before)
+    assert torch.equal(all_logits(policy)[3], before)
 
 
 @pytest.mark.parametrize("level", range(NUM_DRAFTS + 1))
@@ -103,7 +104,7 @@ def test_the_proposal_of_a_level_equals_a_fresh_draft_forward_after_as_many_acce
     got = policy.proposal_logits(fused.proposal_states_BPLW[:, levels.index(level)])
     cache.commit(0, len(texts), torch.full((len(texts),), level))
     fresh = policy.draft_logits(ids[:, level], NUM_DRAFTS + 1, cache.window(0, len(texts), NUM_DRAFTS + 2))
-    torch.testing.assert_close(got, fresh, atol=1e-4, rtol=0)
+    torch.testing.assert_close(got, fresh[:, 1:], atol=1e-4, rtol=0)
 
 
 def test_an_adapter_survives_the_disk_and_fits_other_weights_of_the_architecture(policy, tmp_path):
@@ -134,7 +135,7 @@ def test_a_policy_takes_another_adapter_and_forgets_the_first():
     second = random_adapter(policy, seed=9)
     policy.use_adapter(second)
     fresh.adapter.load_state_dict(second.state_dict())
-    assert torch.equal(all_logits(policy)[2], all_logits(fresh)[2])
+    assert torch.equal(all_logits(policy)[3], all_logits(fresh)[3])
 
 
 def test_an_adapter_takes_the_place_of_a_mask_token():

@@ -89,7 +89,7 @@ def test_draft_logits_equal_a_dense_forward_with_the_block_mask(policy):
         ids = [*text, *[MASK_ID] * NUM_DRAFTS]
         sees = torch.ones(len(ids), len(ids), dtype=torch.bool).tril()
         sees[len(text) :] = True
-        want = dense_logits(policy, ids, sees, torch.arange(len(ids)))[len(text) :]
+        want = dense_logits(policy, ids, sees, torch.arange(len(ids)))[len(text) - 1 :]
         torch.testing.assert_close(got[row], want, atol=TOLERANCE, rtol=0)
 
 
@@ -130,7 +130,7 @@ def test_drafts_look_both_ways_and_the_anchor_does_not(policy):
         )
     wide = policy.draft_logits(anchors, NUM_DRAFTS, cache.window(0, 3, NUM_DRAFTS + 1))
     narrow = policy.draft_logits(anchors, NUM_DRAFTS - 1, cache.window(0, 3, NUM_DRAFTS))
-    assert (wide[:, 0] - narrow[:, 0]).abs().max() > 1e-3
+    assert (wide[:, 1] - narrow[:, 1]).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("poison", [1e4, -1e4])
@@ -161,7 +161,12 @@ def test_verify_logits_are_bit_identical_whatever_the_mask_embedding_holds(polic
         ids = torch.cat([anchors[:, None], drafts], dim=1)
         results.append(policy.verify_logits(ids, cache.window(0, len(texts), NUM_DRAFTS + 1)))
     assert torch.equal(*results)
-    assert not torch.equal(*draft_logits)
+    assert not torch.equal(*(logits[:, 1:] for logits in draft_logits))
+    first, second = (logits[:, 0] for logits in draft_logits)  # the anchor sees no mask
+    if policy.model.config.model_type == "qwen3_moe":  # the sizes of its groups of tokens change
+        torch.testing.assert_close(first, second, atol=1e-5, rtol=0)
+    else:
+        assert torch.equal(first, second)
 
 
 def test_cache_after_every_pattern_of_accepts_equals_recompute(policy):

@@ -23,6 +23,7 @@ from blockroll.rollout.bench_table import bench_table
 from blockroll.rollout.bench_workload import Workload, cut_to_length, make_waves, random_prompts
 from blockroll.rollout.engine import Engine
 from blockroll.rollout.pass_at_k import pass_at_k
+from blockroll.rollout.planner import Planner
 from blockroll.types import PLAIN, Law, Plan, Sampling
 from tests.engines import make_requests, run
 from tests.models import EOS_ID, prompts, random_policy
@@ -422,6 +423,23 @@ def test_acceptance_by_position_is_what_a_hand_count_of_the_records_gives(saved,
         assert row.accepted_at_least[i - 1] == len(held) / len(steps)
     if plan.levels:
         assert len({drafts for drafts, _ in steps}) > 1
+
+
+def test_a_planner_is_measured_under_every_law_and_each_law_has_its_own(saved):
+    policy, path = saved
+    planner = Planner([Plan(2), FUSED])
+    options = dataclasses.replace(OPTIONS, batches=(2,), max_tokens=(20,), mix_weights=(1.0, 0.5), repeats=1)
+    judge = Judge(is_correct=lambda index, token_ids: True, num_prompts=1, num_samples=1, k=1)
+    rows = run_bench(policy, prompts(5), [PLAIN, planner], options, policy_path=path, judge=judge)
+
+    assert [(row.plan, row.law) for row in rows] == [
+        ("plain", "target"), ("auto", "target"), ("auto", "mixed(0.5)")
+    ]  # fmt: skip
+    for row in rows[1:]:
+        assert row.speedup_over_plain is not None
+        assert len(row.acceptance_by_position) == len(row.accepted_at_least) == 4
+        assert row.pass_at_1 == 1.0
+    json.dumps([to_record(row) for row in rows], allow_nan=False)
 
 
 def test_acceptance_without_steps_is_unknown():

@@ -1,6 +1,7 @@
 """The learner on a tiny random model: its log-probabilities, its steps and its state."""
 
 import copy
+import dataclasses
 import math
 
 import pytest
@@ -248,3 +249,17 @@ def test_the_learner_gives_the_process_its_threads_back():
     before = torch.get_num_threads()
     learner(learner_threads=before + 1).logprobs(BATCH)
     assert torch.get_num_threads() == before
+
+
+def test_without_correction_the_behavior_law_moves_nothing_and_is_still_reported():
+    """Two batches that differ in behaviour logprobs alone."""
+    odd = [dataclasses.replace(r, behavior_logprobs=tuple(x - 0.5 for x in r.policy_logprobs)) for r in BATCH]
+    weights, metrics = [], []
+    for corrected, batch in ((False, BATCH), (False, odd), (True, odd)):
+        subject = learner(importance_sampling_correction=corrected)
+        metrics.append(subject.update(batch, worth(1.0, -1.0, 1.0, -1.0)))
+        weights.append(torch.cat([p.detach().flatten() for p in subject.model.parameters()]))
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[1], weights[2])
+    name = "rollout_corr/rollout_is_mean"
+    assert metrics[1][name] == metrics[2][name] != metrics[0][name]

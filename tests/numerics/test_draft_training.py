@@ -1,0 +1,176 @@
+"""Training passes see what decoding sees, and move what they should."""
+
+import dataclasses
+import io
+import math
+
+import pytest
+import torch
+
+from blockroll.config import DraftConfig
+from blockroll.errors import InvalidInput
+from blockroll.policies.draft_training import DRAFT_LOSSES, MaskBlocks, Texts, draft_pass, random_blocks
+from blockroll.policies.hf import HFPolicy
+from blockroll.rl_loops.draft_trainer import DraftTrainer
+from blockroll.types import Plan, Sampling
+from tests.engines import make_requests, run
+from tests.models import FAMILIES, adapted_policy, prompts, random_model, random_policy
+from tests.numerics.test_policy import prefilled
+
+K = 4
+
+
+@pytest.fixture(params=FAMILIES)
+def policy(request):
+    return adapted_policy(request.param)
+
+
+def rollouts_of(policy, count=12, **sampling):
+    sampling = Sampling(**{"max_tokens": 14, "ignore_eos": True, **sampling})
+    return list(run(policy, make_requests(prompts(count), sampling), Plan(0)).values())
+
+
+def texts_of(rollouts):
+    return Texts.of(
+        [r.request.prompt_ids for r in rollouts],
+        [r.token_ids for r in rollouts],
+        [r.request.sampling.logprob_temperature for r in rollouts],
+        torch.device("cpu"),
+    )
+
+
+@pytest.mark.parametrize("layout", ["two_forward", "fused"])
+def test_a_training_block_gives_the_acceptance_that_decoding_has(policy, layout):
+    """The overlap of each slot equals the one computed from the decoding forwards at the same anchor."""
+    rollouts = rollouts_of(policy, count=4)
+    texts = texts_of(rollouts)
+    first_slot = 1 if layout == "fused" else 0
+    for extra in (0, 3):
+        anchors = texts.prompt_lengths_B[:, None] - 1 + extra
+        blocks = MaskBlocks(anchors_BG=anchors, num_drafts=K, first_slot=first_slot)
+        got = draft_pass(policy, texts, blocks, loss="tv")
+        want = torch.zeros(K, dtype=torch.float64)
+        for rollout, anchor in zip(rollouts, anchors[:, 0].tolist(), strict=True):
+            ids = (*rollout.request.prompt_ids, *rollout.token_ids)
+            cache, last = prefilled(policy, [ids[: anchor + 1]])
+            draft = policy.draft_logits(last, K + first_slot, cache.window(0, 1, K + first_slot + 1))[:, 1:]
+            rows = torch.tensor([ids[anchor : anchor + K + first_slot]])
+            target = policy.verify_logits(rows, cache.window(0, 1, rows.shape[1]))
+            overlap = torch.minimum(draft[0].softmax(-1), target[0].softmax(-1)).sum(-1)
+            want += overlap[first_slot:].double()
+        torch.testing.assert_close(got.overlap_sum_K, want, atol=1e-4, rtol=0)
+        assert got.count_K.tolist() == [len(rollouts)] * K
+        assert float(got.loss_sum.detach()) == pytest.approx(4 * K - float(want.sum()), abs=1e-3)
+
+
+@pytest.mark.parametrize("num_drafts", [1, 3, 8, 40])
+@pytest.mark.parametrize("layout", ["two_forward", "fused"])
+def test_blocks_score_completion_tokens_only_and_most_of_them(num_drafts, layout):
+    policy = adapted_policy()
+    texts = texts_of(rollouts_of(policy, ignore_eos=False))
+    met = torch.zeros_like(texts.ids_BS)
+    for seed in range(60):
+        blocks = random_blocks(texts, num_drafts, layout, torch.Generator().manual_seed(seed))
+        scored = blocks.is_scored_BM(texts)
+        for row in range(len(texts.ids_BS)):
+            index = blocks.positions_BM[row][scored[row]]
+            assert len(set(index.tolist())) == len(index)
+            met[row].index_add_(0, index, torch.ones_like(index))
+    index_S = torch.arange(texts.ids_BS.shape[1])
+    first = texts.prompt_lengths_B[:, None] + (1 if layout == "fused" else 0)
+    is_completion = (index_S >= first) & (index_S < texts.lengths_B[:, None])
+    assert (met[~is_completion] == 0).all()
+    assert (met[is_completion] > 0).all()
+
+
+@pytest.mark.parametrize("loss", DRAFT_LOSSES)
+def test_steps_on_its_own_rollouts_raise_acceptance_and_leave_the_policy_alone(loss):
+    policy = HFPolicy(random_model())
+    config = DraftConfig(rank=8, block_sizes=(K,), layouts=("two_forward",), loss=loss, learning_rate=2e-2)
+    trainer = DraftTrainer(policy, config)
+    rollouts = rollouts_of(policy, count=48)
+    weights = {name: tensor.clone() for name, tensor in policy.model.state_dict().items()}
+    history = [trainer.step(rollouts) for _ in range(25)]
+    if loss != "ce":  # which learns this handful of texts by heart
+        assert history[-1].acceptance > history[0].acceptance + 0.05
+    assert history[-1].loss < history[0].loss
+    assert all(torch.equal(weights[name], tensor) for name, tensor in policy.model.state_dict().items())
+    assert all(parameter.requires_grad for parameter in policy.model.parameters())
+    decoded = run(policy, make_requests(prompts(40), Sampling(max_tokens=20)), Plan(K))
+    assert sum(r.stats.num_accepted for r in decoded.values()) > 0
+
+
+def test_a_full_conversion_moves_every_weight_and_learns_to_draft(policy):
+    policy = random_policy(policy.model.config.model_type)
+    config = DraftConfig(conversion="full", block_sizes=(K,), loss="ce", learning_rate=3e-3)
+    trainer = DraftTrainer(policy, config)
+    rollouts = rollouts_of(policy, count=24)
+    weights = {name: tensor.clone() for name, tensor in policy.model.named_parameters()}
+    history = [trainer.step(rollouts) for _ in range(16)]
+    assert history[-1].loss < history[0].loss
+    moved = [
+        name for name, tensor in policy.model.named_parameters() if not torch.equal(tensor, weights[name])
+    ]
+    assert len(moved) == len(weights)
+
+
+def test_block_sizes_and_layouts_take_turns():
+    policy = HFPolicy(random_model())
+    trainer = DraftTrainer(policy, DraftConfig(rank=2, block_sizes=(2, 4)))
+    rollouts = rollouts_of(policy, count=4)
+    kinds = [
+        (m.num_drafts, m.layout, len(m.acceptance_K)) for m in (trainer.step(rollouts) for _ in range(5))
+    ]
+    assert kinds == [
+        (2, "two_forward", 2),
+        (2, "fused", 2),
+        (4, "two_forward", 4),
+        (4, "fused", 4),
+        (2, "two_forward", 2),
+    ]
+
+
+def test_a_trainer_that_was_put_away_goes_on_as_if_it_had_not_been():
+    config = DraftConfig(rank=4, block_sizes=(K,))
+    first = DraftTrainer(HFPolicy(random_model()), config, seed=3)
+    rollouts = rollouts_of(first.policy, count=6)
+    for _ in range(2):
+        first.step(rollouts)
+    second = DraftTrainer(HFPolicy(random_model()), config, seed=3)
+    on_disk = io.BytesIO()
+    torch.save(first.state_dict(), on_disk)
+    on_disk.seek(0)
+    second.load_state_dict(torch.load(on_disk, weights_only=True))
+    for _ in range(2):
+        assert dataclasses.asdict(first.step(rollouts)) == dataclasses.asdict(second.step(rollouts))
+    assert second.num_tokens == first.num_tokens == 4 * sum(len(r.token_ids) for r in rollouts)
+
+
+def test_a_gradient_that_is_not_finite_moves_nothing():
+    policy = HFPolicy(random_model())
+    trainer = DraftTrainer(policy, DraftConfig(rank=2, block_sizes=(K,)))
+    rollouts = rollouts_of(policy, count=3)
+    trainer.step(rollouts)
+    with torch.no_grad():
+        policy.adapter.mask_embedding[0] = math.nan
+    kept = {name: tensor.clone() for name, tensor in policy.adapter.state_dict().items()}
+    assert trainer.step(rollouts).is_skipped
+    for name, tensor in policy.adapter.state_dict().items():
+        torch.testing.assert_close(tensor, kept[name], equal_nan=True, atol=0, rtol=0)
+
+
+def test_bad_input_is_refused_by_name():
+    policy = HFPolicy(random_model())
+    with pytest.raises(InvalidInput, match="at least one rollout of two tokens"):
+        DraftTrainer(policy, DraftConfig(rank=2)).step([])
+    with pytest.raises(InvalidInput, match="rank is 3, but the policy's adapter has rank 2"):
+        DraftTrainer(policy, DraftConfig(rank=3))
+    policy.mask_token_id = None
+    with pytest.raises(InvalidInput, match="a full conversion needs a mask token"):
+        DraftTrainer(policy, DraftConfig(conversion="full"))
+    with pytest.raises(InvalidInput, match="causal_weight must be above 0"):
+        DraftConfig(conversion="full", causal_weight=0)
+    with pytest.raises(InvalidInput, match="block_sizes must be one or more"):
+        DraftConfig(block_sizes=())
+    with pytest.raises(InvalidInput, match=r"layouts must be of two_forward and fused, got \['triple'\]"):
+        DraftConfig(layouts=("triple",))
