@@ -227,14 +227,14 @@ def speed(policy: HFPolicy, *, batches: tuple[int, ...] = (1, 4, 16, 64), repeat
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        options = BenchOptions(batches=batches, repeats=repeats, rollouts=16, max_tokens=64)
+        options = BenchOptions(batches=batches, repeats=repeats, rollouts=16, max_tokens=(64,))
         rows = run_bench(
             policy,
             prompts(policy, 128, seed=7),
             [PLAIN, TWO_FORWARD],
             options,
             policy_path="tiny",
-            against_transformers=True,
+            against=("generate",),
         )
     finally:
         torch.set_num_threads(threads)
