@@ -115,7 +115,7 @@ def main() -> None:
             completion_tokens=96,
             steps_per_round=4,
             policy=PolicyConfig(path=str(folder)),
-            draft=DraftConfig(block_sizes=(args.drafts,)),
+            draft=DraftConfig(block_sizes=(args.drafts,), learning_rate=2e-3),
         ),
         console=console,
     )
