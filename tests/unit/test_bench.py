@@ -411,16 +411,19 @@ def test_acceptance_by_position_is_what_a_hand_count_of_the_records_gives(saved,
     while engine.num_requests:
         engine.step()
     steps = [
-        (int(drafts), int(accepted))
+        (
+            int(record.draft.num_drafts_B[b]),
+            record.verdict.is_draft_BL[b, : record.verdict.num_committed_B[b]],
+        )
         for record in records
-        for drafts, accepted in zip(record.draft.num_drafts_B, record.verdict.num_accepted_B, strict=True)
+        for b in range(len(record.request_ids))
     ]
     assert row.num_verify_steps == len(steps)
     for i in range(1, plan.num_drafts + 1):
-        reached = [accepted for drafts, accepted in steps if drafts >= i and accepted >= i - 1]
-        held = [accepted for _, accepted in steps if accepted >= i]
-        assert row.acceptance_by_position[i - 1] == (len(held) / len(reached) if reached else None)
-        assert row.accepted_at_least[i - 1] == len(held) / len(steps)
+        reached = [bool(is_draft[i - 1]) for drafts, is_draft in steps if i <= min(drafts, len(is_draft))]
+        assert row.acceptance_by_position[i - 1] == (sum(reached) / len(reached) if reached else None)
+        at_least = [int(is_draft.sum()) >= i for _, is_draft in steps]
+        assert row.accepted_at_least[i - 1] == sum(at_least) / len(steps)
     if plan.levels:
         assert len({drafts for drafts, _ in steps}) > 1
 
