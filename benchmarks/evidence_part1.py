@@ -44,19 +44,21 @@ LEARNING_TEMPERATURE = 1.5
 
 
 def provenance() -> Row:
-    """Where and from what a row was measured."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty=+changes", "--abbrev=12", "--exclude=*"],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=Path(__file__).parent,
-    )
+    """Where and from what a row was measured; changes of the rows themselves do not count as changes."""
+    commit = _git("rev-parse", "--short=12", "HEAD")
+    changes = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results")
     return {
-        "commit": commit.stdout.strip() or None,
+        "commit": f"{commit}+changes" if changes else commit or None,
         "machine": f"{platform.machine()} CPU, {os.cpu_count()} cores",
         "torch": torch.__version__,
     }
+
+
+def _git(*arguments: str) -> str:
+    root = Path(__file__).parents[1]
+    return subprocess.run(
+        ["git", *arguments], capture_output=True, text=True, check=False, cwd=root
+    ).stdout.strip()
 
 
 def prompts(policy: HFPolicy, count: int, *, seed: int = 1) -> list[tuple[int, ...]]:
@@ -225,14 +227,14 @@ def speed(policy: HFPolicy, *, batches: tuple[int, ...] = (1, 4, 16, 64), repeat
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        options = BenchOptions(batches=batches, repeats=repeats, rollouts=16, max_tokens=64)
+        options = BenchOptions(batches=batches, repeats=repeats, rollouts=16, max_tokens=(64,))
         rows = run_bench(
             policy,
             prompts(policy, 128, seed=7),
             [PLAIN, TWO_FORWARD],
             options,
             policy_path="tiny",
-            against_transformers=True,
+            against=("generate",),
         )
     finally:
         torch.set_num_threads(threads)

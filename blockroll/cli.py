@@ -9,6 +9,7 @@ import itertools
 import json
 import os
 import platform
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -33,11 +34,11 @@ from blockroll.config import (
     with_overrides,
 )
 from blockroll.errors import BlockrollError, InvalidInput, RunExists
-from blockroll.types import Plan, Request, RolloutStats, Sampling
+from blockroll.types import PLAIN, Plan, Request, RolloutStats, Sampling
 
 if TYPE_CHECKING:
     from blockroll.policies.hf import HFPolicy
-    from blockroll.rollout.bench import BenchRow
+    from blockroll.rollout.bench import BenchRow, Judge
     from blockroll.rollout.engine import Engine
 
 DEMO = RunConfig(
@@ -47,6 +48,7 @@ DEMO = RunConfig(
 )
 DEMO_BATCHES = (1, 16)  # of the speed measured at the end of the demo
 BENCH_PROMPTS = 256
+WIDEST_TABLE = 250  # characters
 DRAFTED_STYLE = "bold green underline"
 INTERRUPTED = 130  # exit code after Ctrl-C, as shells have it
 EXTRAS = {  # optional package: what it gives
@@ -280,58 +282,101 @@ def convert(
 @app.command()
 def bench(
     policy: PolicyOption = "tiny",
-    plans: Annotated[str, typer.Option(help="Plans, separated by commas.")] = "plain,two_forward",
+    plans: Annotated[
+        str,
+        typer.Option(
+            help="Plans, separated by commas: 'auto', 'plain', 'two_forward(K)', 'fused(K,[0,...])'."
+        ),
+    ] = "plain,two_forward",
+    mix_weight: Annotated[
+        str,
+        typer.Option(help="Laws, separated by commas: 1 is the target, below 1 its weight in the mixture."),
+    ] = "1",
     batch: Annotated[str, typer.Option(help="Batch sizes, separated by commas.")] = "1,8,64",
-    repeats: Annotated[int, typer.Option(help="Measured rounds of each cell.")] = 5,
-    rollouts: Annotated[int, typer.Option(help="Rollouts of one round at least.")] = 8,
-    max_tokens: Annotated[int, typer.Option(help="Completion length at most.")] = 64,
+    temperature: Annotated[
+        str, typer.Option(help="Sampling temperatures, separated by commas; 0 is greedy.")
+    ] = "1",
+    prompts: Annotated[
+        Literal["text", "random"], typer.Option(help="Arithmetic problems, or token ids drawn at random.")
+    ] = "text",
+    prompt_tokens: Annotated[
+        str | None,
+        typer.Option(help="Exact prompt lengths, separated by commas; left out: as long as each problem is."),
+    ] = None,
+    max_tokens: Annotated[str, typer.Option(help="Completion lengths at most, separated by commas.")] = "64",
     ignore_eos: Annotated[
         bool, typer.Option("--ignore-eos", help="Every completion has --max-tokens tokens.")
     ] = False,
-    temperature: TemperatureOption = 1.0,
+    repeats: Annotated[int, typer.Option(help="Measured rounds of each workload.")] = 5,
+    rollouts: Annotated[int, typer.Option(help="Rollouts of one round at least.")] = 8,
     seed: SeedOption = 0,
     against: Annotated[
-        Literal["transformers"] | None, typer.Option(help="Also measure Hugging Face generate.")
+        str | None,
+        typer.Option(
+            help="Also measure transformers' own 'generate', 'continuous_batching', 'assisted' (by prompt "
+            "lookup), separated by commas."
+        ),
     ] = None,
+    task: Annotated[
+        Literal["none", "arithmetic"],
+        typer.Option(help="'arithmetic' judges the answers: pass@1 and pass@k of each plan and law."),
+    ] = "none",
+    samples: Annotated[int, typer.Option(help="Judged samples of each prompt.")] = 8,
+    pass_k: Annotated[int, typer.Option(help="The k of pass@k.")] = 4,
     json_file: Annotated[
         Path | None,
         typer.Option("--json", help="Write the rows: a JSON array, or lines if it ends in .jsonl."),
     ] = None,
+    picture: Annotated[
+        Path | None,
+        typer.Option(help="Draw speed-up over plain and acceptance by draft position into this .png."),
+    ] = None,
     device: DeviceOption = "auto",
     threads: ThreadsOption = 1,
 ) -> None:
-    """Measure decoding plans against each other in one run, on arithmetic prompts."""
+    """Measure plans, laws and transformers against each other in one run; lists span a grid."""
     from blockroll.rollout.bench import BenchOptions, run_bench
+    from blockroll.rollout.planner import read_plan
 
     options = BenchOptions(
-        batches=_batch_sizes(batch),
+        batches=_whole_numbers("--batch", batch),
+        temperatures=_numbers("--temperature", temperature),
+        prompt_tokens=(None,) if prompt_tokens is None else _whole_numbers("--prompt-tokens", prompt_tokens),
+        max_tokens=_whole_numbers("--max-tokens", max_tokens),
+        mix_weights=_numbers("--mix-weight", mix_weight),
+        prompt_source=prompts,
+        ignore_eos=ignore_eos,
         repeats=repeats,
         rollouts=rollouts,
-        max_tokens=max_tokens,
-        temperature=temperature,
-        ignore_eos=ignore_eos,
         seed=seed,
     )
-    if json_file is not None and not json_file.parent.is_dir():
-        raise InvalidInput(f"--json {json_file}: there is no folder {json_file.parent}")
+    _check_outputs(json_file, picture)
     hf_policy = _load_policy(policy, device, threads)
-    default_drafts = hf_policy.trained_drafts or 1
-    parsed = [Plan.parse(text, default_drafts=default_drafts) for text in plans.split(",")]
+    parsed = [read_plan(text, hf_policy) for text in _split_plans(plans)]
+    if picture is not None and PLAIN not in parsed:
+        raise InvalidInput(f"--picture draws speed-ups over plain: add 'plain' to --plans, got {plans!r}")
     console = Console()
     with console.status("measuring ...") as status:
         rows = run_bench(
             hf_policy,
-            _arithmetic_prompts(hf_policy),
+            _arithmetic_prompts(hf_policy) if prompts == "text" else [],
             parsed,
             options,
             policy_path=policy,
-            against_transformers=against is not None,
+            against=against.replace(" ", "").split(",") if against else (),
+            judge=_arithmetic_judge(hf_policy, samples, pass_k) if task == "arithmetic" else None,
             on_row=lambda row: status.update(f"measured {row.plan} at batch {row.batch} ..."),
         )
-    console.print(_bench_table(rows, title=f"{policy} on {rows[0].setting.device}, {rows[0].setting.dtype}"))
+    table = _bench_table(rows, title=f"{policy} on {rows[0].setting.device}, {rows[0].setting.dtype}")
+    # A figure that is cut short is of no use: a narrow terminal breaks the lines instead.
+    needed = console.measure(table, options=console.options.update(max_width=WIDEST_TABLE)).maximum
+    Console(width=max(console.width, needed)).print(table)
     if json_file is not None:
         _write_rows(json_file, rows)
         console.print(f"{len(rows)} rows written to {json_file}", highlight=False, soft_wrap=True)
+    if picture is not None:
+        _draw_bench(picture, rows)
+        console.print(f"Picture: {picture}", highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -498,11 +543,32 @@ def _split_config(arguments: Sequence[str]) -> tuple[Path | None, list[str]]:
     return path, [argument for argument in arguments if "=" in argument]
 
 
-def _batch_sizes(text: str) -> tuple[int, ...]:
+def _split_plans(text: str) -> list[str]:
+    """Plans at the commas that stand outside parentheses."""
+    return re.split(r",(?![^(]*\))", text)
+
+
+def _whole_numbers(option: str, text: str) -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
-        raise InvalidInput(f"--batch takes whole numbers separated by commas, got {text!r}") from None
+        raise InvalidInput(f"{option} takes whole numbers separated by commas, got {text!r}") from None
+
+
+def _numbers(option: str, text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise InvalidInput(f"{option} takes numbers separated by commas, got {text!r}") from None
+
+
+def _check_outputs(json_file: Path | None, picture: Path | None) -> None:
+    """Refuse before measuring what could not be written after it."""
+    for option, path in (("--json", json_file), ("--picture", picture)):
+        if path is not None and not path.parent.is_dir():
+            raise InvalidInput(f"{option} {path}: there is no folder {path.parent}")
+    if picture is not None and picture.suffix != ".png":
+        raise InvalidInput(f"--picture {picture}: give a file that ends in .png")
 
 
 def _remove_run(run_dir: Path, console: Console) -> None:
@@ -527,8 +593,8 @@ def _finish_with_speed(config: RunConfig, console: Console) -> None:
     plans = [Plan(0), read_plan(config.rollout.plan, policy)]
     options = BenchOptions(
         batches=DEMO_BATCHES,
-        max_tokens=config.rollout.max_tokens,
-        temperature=config.rollout.temperature,
+        max_tokens=(config.rollout.max_tokens,),
+        temperatures=(config.rollout.temperature,),
         seed=config.seed,
     )
     with console.status("measuring drafted against plain rollouts ..."):
@@ -547,35 +613,37 @@ def _arithmetic_prompts(policy: "HFPolicy") -> list[tuple[int, ...]]:
     return [tuple(policy.tokenizer(row["prompt"])["input_ids"]) for row in rows]
 
 
-def _bench_table(rows: Sequence["BenchRow"], *, title: str) -> Table:
-    table = Table(
-        title=title, title_justify="left", box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False
-    )
-    table.add_column("plan", no_wrap=True)
-    for column in ("batch", "tok/s", "min..max", "x plain", "accept", "tok/fwd", "host ms"):
-        table.add_column(column, justify="right", no_wrap=True)
-    for row in rows:
-        table.add_row(
-            row.plan.removesuffix("_generate"),
-            str(row.batch),
-            f"{row.tokens_per_s:.0f}",
-            f"{row.tokens_per_s_min:.0f}..{row.tokens_per_s_max:.0f}",
-            _figure(row.speedup_over_plain, 2),
-            _figure(row.acceptance_rate, 3),
-            _figure(row.tokens_per_forward, 2),
-            _figure(row.host_ms_per_step, 2),
+def _arithmetic_judge(policy: "HFPolicy", samples: int, k: int) -> "Judge":
+    """Judges the first of `_arithmetic_prompts` by the task's reward."""
+    from blockroll.rl_loops.tasks import load_task
+    from blockroll.rollout.bench import Judge
+
+    task = load_task("arithmetic")
+    rows = task.eval_rows(BENCH_PROMPTS)
+
+    def is_correct(index: int, token_ids: tuple[int, ...]) -> bool:
+        rewards = task.reward_fn(
+            prompts=[rows[index]["prompt"]],
+            completions=[policy.decode(list(token_ids))],
+            completion_ids=[list(token_ids)],
+            answer=[rows[index]["answer"]],
         )
-    table.caption = (
-        f"medians of {rows[0].repeats}, prompts of {rows[0].context} tokens, completions of "
-        f"{rows[0].mean_length:.0f}, {rows[0].setting.threads} torch threads;\n"
-        "host ms are per step, without forward and sampler"
-    )
-    table.caption_justify = "left"
-    return table
+        return rewards[0] == 1.0
+
+    return Judge(is_correct=is_correct, num_samples=samples, k=k)
 
 
-def _figure(value: float | None, digits: int) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"
+def _bench_table(rows: Sequence["BenchRow"], *, title: str) -> Table:
+    from blockroll.rollout.bench_table import bench_table
+
+    return bench_table(rows, title=title)
+
+
+def _draw_bench(path: Path, rows: Sequence["BenchRow"]) -> None:
+    from blockroll.rl_loops.figures import save_bench
+    from blockroll.rollout.bench import to_record
+
+    save_bench([to_record(row) for row in rows], path)
 
 
 def _write_rows(path: Path, rows: Sequence["BenchRow"]) -> None:

@@ -86,7 +86,7 @@ def prompt_ids(policy: HFPolicy, lines: list[str]) -> list[tuple[int, ...]]:
 
 def measure(policy: HFPolicy, plans: list[Plan], batches: tuple[int, ...], path: Path) -> list[dict]:
     """Acceptance, tokens per forward and speed on held-out prompts, in one run."""
-    options = BenchOptions(batches=batches, repeats=5, rollouts=4, max_tokens=64)
+    options = BenchOptions(batches=batches, repeats=5, rollouts=4, max_tokens=(64,))
     rows = run_bench(
         policy, prompt_ids(policy, list(questions(HELD_OUT_TOPICS))), plans, options, policy_path=str(path)
     )
@@ -115,7 +115,7 @@ def main() -> None:
             completion_tokens=96,
             steps_per_round=4,
             policy=PolicyConfig(path=str(folder)),
-            draft=DraftConfig(block_sizes=(args.drafts,)),
+            draft=DraftConfig(block_sizes=(args.drafts,), learning_rate=2e-3),
         ),
         console=console,
     )

@@ -40,6 +40,7 @@ log = logging.getLogger(__name__)
 STATE_FILE = "convert_state.pt"
 METRICS_FILE = "convert.jsonl"
 BATCHES = (1, 4, 16, 64)  # whose speed-up is predicted
+COST_CONTEXT = 32  # tokens behind which steps are timed: short, because every batch is prefilled
 SMOOTHING = 3  # rounds averaged before they are compared
 REPORT_EVERY_S = 60.0
 
@@ -129,7 +130,7 @@ def _convert(
     for request in _requests(config, prompts, done.round):
         check_request(request, pool.limits)  # a prompt that does not fit is named before hours are spent
 
-    costs = step_costs(policy, _plans(config), BATCHES, context=config.completion_tokens)
+    costs = step_costs(policy, _plans(config), BATCHES, context=COST_CONTEXT, repeats=2)
     if state is None:
         console.print(_plan_table(config, trainer, costs))
     out.mkdir(parents=True, exist_ok=True)

@@ -22,7 +22,7 @@ from blockroll.policies.hf import HFPolicy
 from blockroll.rl_loops.learner import length_chunks
 from blockroll.types import Rollout
 
-MAX_LOGITS = 1 << 26  # of one forward's scored rows: rows times vocabulary
+MAX_LOGITS = 1 << 24  # of one forward's scored rows: rows times vocabulary
 SAVED = ("optimizer", "num_steps", "num_tokens", "weights")
 
 

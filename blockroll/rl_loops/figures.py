@@ -1,4 +1,6 @@
-"""The figures of a report, as SVG that takes its text and grid colours from the page it stands in.
+"""The figures of a report and of a bench.
+
+Those of a report are SVG that takes its text and grid colours from the page it stands in.
 
 Series are sequences of (x, y); points without a value are left out before they come here.
 """
@@ -7,6 +9,7 @@ import io
 import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -19,9 +22,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 Series = Sequence[tuple[float, float]]
+Lines = dict[str, list[Mapping[str, Any]]]  # rows of a bench, from the smallest batch up, by label
 
 # Stand-ins that no figure uses otherwise; the SVG gets the page's own colours in their place.
 INK, GRID = "#010203", "#040506"
+PRINT_COLOURS = {INK: "#1f2937", GRID: "#d1d5db"}  # where there is no page: a file of its own
 PAGE_COLOURS = {INK: "currentColor", GRID: "var(--grid)"}
 
 BLUE, AMBER, TEAL, SLATE = "#3d7fd6", "#d9822b", "#2a9d8f", "#8c96a8"
@@ -145,6 +150,97 @@ def speed(rows: Sequence[Mapping[str, Any]]) -> Callable[[Axes], None]:
         axes.legend(loc="upper left", fontsize=9)
 
     return plot
+
+
+def save_bench(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Rows of a bench as a picture of its own: speed-up over plain, and acceptance by draft position."""
+    lines = _bench_lines([row for row in rows if not row["skipped"]])
+    plots = [bench_speedup(lines)]
+    if any(row["acceptance_by_position"] for row in rows):
+        plots.append(bench_acceptance(lines))
+    style = {key: PRINT_COLOURS.get(value, value) for key, value in STYLE.items()}
+    with matplotlib.rc_context(style):
+        figure = Figure(figsize=(6.4 * len(plots), 3.8 + 0.08 * len(lines)), layout="constrained")
+        for axes, plot in zip(figure.subplots(1, len(plots), squeeze=False)[0], plots, strict=True):
+            plot(axes)
+        handles, labels = figure.axes[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=min(3, len(labels)), fontsize=9)
+        figure.savefig(path, dpi=150, facecolor="white")
+
+
+def bench_speedup(lines: Lines) -> Callable[[Axes], None]:
+    """Median ratio to plain by batch, with whiskers from the smallest to the largest repeat."""
+
+    def plot(axes: Axes) -> None:
+        batches = sorted({row["batch"] for line in lines.values() for row in line})
+        axes.axhline(1.0, color=SLATE, linewidth=1.5, label="plain")
+        for number, (label, line) in enumerate(lines.items()):
+            compared = [row for row in line if row["speedup_over_plain"] is not None]
+            if not compared:
+                continue
+            # Side by side, so that whiskers do not hide each other.
+            shift = min(0.06, 0.5 / len(lines)) * (number - (len(lines) - 1) / 2)
+            medians = [row["speedup_over_plain"] for row in compared]
+            below = [row["speedup_over_plain"] - row["speedup_min"] for row in compared]
+            above = [row["speedup_max"] - row["speedup_over_plain"] for row in compared]
+            axes.errorbar(
+                [batches.index(row["batch"]) + shift for row in compared],
+                medians,
+                yerr=[below, above],
+                color=f"C{number}",
+                linewidth=2,
+                elinewidth=1.2,
+                marker="o",
+                markersize=5,
+                capsize=3,
+                label=label,
+            )
+        axes.set_xticks(range(len(batches)), [str(batch) for batch in batches])
+        axes.set(
+            xlabel="requests decoded together",
+            ylabel="speed over plain",
+            title="median of the repeats, and their range",
+        )
+        axes.set_ylim(bottom=0)
+
+    return plot
+
+
+def bench_acceptance(lines: Lines) -> Callable[[Axes], None]:
+    """Acceptance by draft position at the smallest batch: of drafts reached, and of all steps (dashed)."""
+
+    def plot(axes: Axes) -> None:
+        for number, (row, *_) in enumerate(lines.values()):
+            for key, style in (("acceptance_by_position", "-"), ("accepted_at_least", "--")):
+                shares = [(i, share) for i, share in enumerate(row[key] or (), start=1) if share is not None]
+                if shares:
+                    axes.plot(*_columns(shares), style, color=f"C{number}", marker="o", markersize=4)
+        axes.set(
+            xlabel="draft position",
+            ylabel="share accepted",
+            title="of the drafts reached; dashed: of all steps",
+        )
+        axes.set_ylim(0, 1.02)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+    return plot
+
+
+def _bench_lines(rows: Sequence[Mapping[str, Any]]) -> Lines:
+    """Rows of one subject and setting, plain left out, by a label that names what differs between them."""
+    words: dict[str, Callable[[Any], str]] = {
+        "plan": str,
+        "law": str,
+        "temperature": "T={:g}".format,
+        "prompt_tokens": "prompt {}".format,
+        "max_tokens": "max {}".format,
+    }
+    drawn = sorted((row for row in rows if row["plan"] != "plain"), key=lambda row: row["batch"])
+    varied = [key for key in words if key == "plan" or len({row[key] for row in drawn}) > 1]
+    lines: Lines = {}
+    for row in drawn:
+        lines.setdefault(", ".join(words[key](row[key]) for key in varied), []).append(row)
+    return lines
 
 
 def _columns(series: Series) -> tuple[list[float], list[float]]:

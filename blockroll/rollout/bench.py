@@ -1,378 +1,306 @@
 """Speed of decoding plans, measured against each other in one run.
 
-Within a repeat every subject decodes the same prompts with the same seeds, one subject after the other
-(ABAB...), so that a machine that slows down slows all of them. A repeat decodes its rollouts in waves of
-`batch` requests that are submitted together and drained; its speed is committed tokens over wall time,
-prefill included. Reported are medians over repeats with all values beside them; the first round of every
-subject is a warm-up and not counted.
+Under each workload (batch, temperature, lengths) and within a repeat every subject decodes the same prompts
+with the same seeds, one subject after the other (ABAB...), so that a machine that slows down slows all of
+them. A repeat decodes its rollouts in waves of `batch` requests that are submitted together and drained; its
+speed is committed tokens over wall time, prefill included. Reported are medians over repeats with all values
+beside them; the first round of every subject is a warm-up and not counted. Ratios against plain are taken
+within a repeat.
+
+Acceptance by draft position and pass@k come from passes of their own that are not timed, on engines of their
+own: the engines that are timed have no observer and judge nothing.
 """
 
-import math
+import copy
+import functools
 import statistics
-import subprocess
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from importlib.metadata import version
-from pathlib import Path
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
-import torch
-
-import blockroll
-from blockroll.errors import InvalidInput, NonFiniteLogits
-from blockroll.policies.hf import HFPolicy, load_model, resolve_checkpoint
-from blockroll.policies.reference import generate_stock
-from blockroll.rollout.engine import Engine, EngineTimes
+from blockroll.errors import InvalidInput
+from blockroll.policies.hf import HFPolicy
+from blockroll.policies.reference import Reference, ReferenceTask
+from blockroll.rollout.acceptance import AcceptanceByPosition
+from blockroll.rollout.bench_rows import (
+    BenchRow,
+    Setting,
+    describe_setting,
+    to_record,
+    with_acceptance,
+    with_passed,
+    with_speed,
+)
+from blockroll.rollout.bench_subjects import (
+    TRANSFORMERS,
+    EngineSubject,
+    Subject,
+    TransformersSubject,
+    Wave,
+    check_finite,
+    load_references,
+)
+from blockroll.rollout.bench_workload import (
+    TARGET,
+    BenchOptions,
+    Prompts,
+    Workload,
+    cut_to_length,
+    make_waves,
+    random_prompts,
+)
+from blockroll.rollout.engine import Engine, StepRecord
+from blockroll.rollout.pass_at_k import Judge, Passed
 from blockroll.rollout.planner import Planner
-from blockroll.types import PLAIN, Plan, Request, Rollout, Sampling
+from blockroll.types import PLAIN, Law, Plan, Request, Rollout
 
-TRANSFORMERS = "transformers_generate"
+__all__ = ["TRANSFORMERS", "BenchOptions", "BenchRow", "Judge", "run_bench", "to_record"]
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BenchOptions:
-    """What to measure."""
-
-    batches: tuple[int, ...] = (1, 8, 64)  # requests decoded together
-    repeats: int = 5  # measured rounds of each cell
-    rollouts: int = 8  # rollouts of one repeat at least; small batches take several waves
-    max_tokens: int = 64  # completion length at most
-    temperature: float = 1.0  # 0 is greedy
-    ignore_eos: bool = False  # every completion has max_tokens tokens
-    seed: int = 0  # of the requests
-
-    def __post_init__(self) -> None:
-        if not self.batches or min(self.batches) < 1:
-            raise InvalidInput(f"batch sizes must be at least 1, got {list(self.batches)}")
-        if self.repeats < 1 or self.rollouts < 1:
-            raise InvalidInput(
-                f"repeats and rollouts must be at least 1, got {self.repeats} and {self.rollouts}"
-            )
-
-    @property
-    def sampling(self) -> Sampling:
-        """How every measured request is sampled."""
-        return Sampling(temperature=self.temperature, max_tokens=self.max_tokens, ignore_eos=self.ignore_eos)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Setting:
-    """Where a measurement was taken."""
-
-    policy: str  # as asked for: "tiny" or a folder
-    device: str  # "cpu", or the accelerator's name
-    dtype: str  # of weights and forward
-    threads: int  # torch threads of this process
-    commit: str | None  # of the source tree; None outside one
-    blockroll_version: str
-    torch_version: str
-    transformers_version: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BenchRow:
-    """One cell: a subject at a batch size. None where a subject has no such figure."""
-
-    plan: str  # a plan's name, or `transformers_generate`
-    batch: int
-    context: int  # prompt tokens, median
-    tokens_per_s: float  # median over repeats
-    tokens_per_s_min: float
-    tokens_per_s_max: float
-    tokens_per_s_all: tuple[float, ...]  # in the order of repeats
-    acceptance_rate: float | None  # over all repeats
-    tokens_per_forward: float | None  # over all repeats; prefill excluded
-    speedup_over_plain: float | None  # median of the repeats' ratios; None if plain was not measured
-    speedup_min: float | None
-    speedup_max: float | None
-    host_ms_per_step: float | None  # everything but forward and sampler; prefill excluded
-    forward_ms_per_step: float | None
-    sampler_ms_per_step: float | None
-    num_tokens: int  # committed in all repeats
-    mean_length: float  # tokens per completion
-    repeats: int
-    temperature: float
-    max_tokens: int
-    ignore_eos: bool
-    setting: Setting
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Wave:
-    """What decoding one batch gave; rollouts and times are None for a subject that reports neither."""
-
-    num_tokens: int
-    num_rollouts: int
-    duration_s: float
-    rollouts: tuple[Rollout, ...] | None = None
-    times: EngineTimes | None = None
-
-
-class Subject(Protocol):
-    """Something that decodes a batch of requests."""
-
-    name: str
-
-    def decode(self, requests: Sequence[Request]) -> Wave:
-        """Decode all requests to their end."""
-        ...
-
-
-class EngineSubject:
-    """blockroll's engine under one plan, or under a planner."""
-
-    def __init__(self, policy: HFPolicy, plan: Plan | Planner, *, batch: int, max_length: int) -> None:
-        self.name = plan.name
-        # An accelerator runs behind the host; parts of a step can be told apart only if each is waited for.
-        # The engine waits for it between the parts anyway, to look for logits that are not finite.
-        clock = time.perf_counter if policy.device.type == "cpu" else _synchronized_clock
-        self._engine = Engine(policy, plan=plan, max_batch_size=batch, max_length=max_length, clock=clock)
-
-    def decode(self, requests: Sequence[Request]) -> Wave:
-        """Decode all requests to their end."""
-        self._engine.times = EngineTimes()
-        finished: list[Rollout] = []
-        start = time.perf_counter()
-        self._engine.submit(requests)
-        while self._engine.num_requests:
-            finished.extend(self._engine.step().finished)
-        duration_s = time.perf_counter() - start
-        for rollout in finished:
-            if rollout.error is not None:
-                raise NonFiniteLogits(f"a measured rollout failed: {rollout.error}")
-        return Wave(
-            num_tokens=sum(len(rollout.token_ids) for rollout in finished),
-            num_rollouts=len(finished),
-            duration_s=duration_s,
-            rollouts=tuple(finished),
-            times=self._engine.times,
-        )
-
-
-class TransformersSubject:
-    """Plain Hugging Face `generate` on a model of its own, with transformers' default attention."""
-
-    def __init__(self, policy: HFPolicy, path: str) -> None:
-        self.name = TRANSFORMERS
-        self._eos_token_ids = policy.eos_token_ids
-        self._model = load_model(resolve_checkpoint(path), device=policy.device, dtype=policy.model.dtype)
-
-    def decode(self, requests: Sequence[Request]) -> Wave:
-        """Decode all requests to the end of the longest."""
-        sampling = requests[0].sampling
-        start = time.perf_counter()
-        completions = generate_stock(
-            self._model,
-            [request.prompt_ids for request in requests],
-            max_tokens=sampling.max_tokens,
-            temperature=sampling.temperature,
-            eos_token_ids=() if sampling.ignore_eos else self._eos_token_ids,
-            seed=requests[0].seed,
-        )
-        duration_s = time.perf_counter() - start
-        return Wave(
-            num_tokens=sum(map(len, completions)), num_rollouts=len(completions), duration_s=duration_s
-        )
+NUM_RANDOM_PROMPTS = 256
 
 
 def run_bench(
     policy: HFPolicy,
-    prompts: Sequence[tuple[int, ...]],
+    prompts: Prompts,
     plans: Sequence[Plan | Planner],
     options: BenchOptions,
     *,
     policy_path: str,
-    against_transformers: bool = False,
+    against: Sequence[str] = (),
+    judge: Judge | None = None,
     on_row: Callable[[BenchRow], None] = lambda row: None,
 ) -> list[BenchRow]:
-    """Measure every plan at every batch size. `on_row` gets each row when its batch size is done.
+    """Measure every plan under every law and workload. `on_row` gets each row when its workload is done.
 
-    Prompts are taken in turn, over and over. `against_transformers` adds Hugging Face `generate`.
+    Plain drafts nothing, so every law is the target to it: it is measured once, and so is each way of
+    transformers that `against` names. What cannot be measured has a row that says why. `prompts` may be empty
+    if they are random. `judge` adds pass@k of each plan and law.
     """
-    if not prompts or not (plans or against_transformers):
-        raise InvalidInput("a bench needs at least one prompt and one plan")
-    if len(set(plans)) < len(plans):
-        raise InvalidInput(f"each plan is measured once, got {', '.join(plan.name for plan in plans)}")
-    max_length = max(map(len, prompts)) + options.max_tokens
-    if max_length > policy.max_length:
+    if not (plans or against) or (options.prompt_source == "text" and not (prompts and all(prompts))):
+        raise InvalidInput("a bench needs at least one prompt and one plan, and no prompt may be empty")
+    names = [plan.name for plan in plans]
+    if len(set(names)) < len(names):
+        raise InvalidInput(f"each plan is measured once, got {', '.join(names)}")
+    if judge is not None and (options.prompt_tokens != (None,) or options.ignore_eos):
         raise InvalidInput(
-            f"prompt and completion take {max_length} tokens, but the policy was built for "
-            f"{policy.max_length}; give max_tokens of at most {policy.max_length - max(map(len, prompts))}"
+            "only whole answers to whole prompts can be judged; leave out prompt_tokens, random prompts and "
+            "ignore_eos, or the judge"
         )
-    setting = describe_setting(policy, policy_path)
-    stock = [TransformersSubject(policy, policy_path)] if against_transformers else []
+    workloads = [
+        (workload, _prompts_of(workload, prompts, options, policy)) for workload in options.workloads()
+    ]
+    for workload, chosen in workloads:
+        _check_length(workload, chosen, policy)
+    bench = _Bench(
+        policy,
+        plans,
+        options,
+        references=load_references(against, policy, policy_path),
+        setting=describe_setting(policy, policy_path),
+        judge=judge,
+    )
     rows = []
-    for batch in options.batches:
-        subjects: list[Subject] = [
-            *(EngineSubject(policy, plan, batch=batch, max_length=max_length) for plan in plans),
-            *stock,
-        ]
-        for row in _measure_batch(subjects, prompts, batch, options, setting):
+    for workload, chosen in workloads:
+        for row in bench.measure(workload, chosen):
             rows.append(row)
             on_row(row)
     return rows
 
 
-def to_record(row: BenchRow) -> dict[str, Any]:
-    """The row as one flat JSON object."""
-    record = asdict(row)
-    setting = record.pop("setting")
-    return {**record, **setting}
+class _Bench:
+    """One run: what its workloads have in common.
 
+    Rows of a workload begin with those of `_pairs`, in their order.
+    """
 
-def describe_setting(policy: HFPolicy, policy_path: str) -> Setting:
-    """Machine and versions, as recorded in every row."""
-    device = policy.device
-    return Setting(
-        policy=policy_path,
-        device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        dtype=str(policy.model.dtype).removeprefix("torch."),
-        threads=torch.get_num_threads(),
-        commit=_commit(),
-        blockroll_version=blockroll.__version__,
-        torch_version=torch.__version__,
-        transformers_version=version("transformers"),
-    )
-
-
-def make_waves(
-    prompts: Sequence[tuple[int, ...]], batch: int, repeat: int, options: BenchOptions
-) -> list[list[Request]]:
-    """The requests of one repeat, in waves of `batch`; equal arguments give equal requests."""
-    num_waves = math.ceil(options.rollouts / batch)
-    first = repeat * num_waves * batch
-    return [
-        [
-            Request(
-                request_id=f"bench-{index}",
-                prompt_ids=prompts[index % len(prompts)],
-                seed=options.seed * 1_000_003 + index,
-                sampling=options.sampling,
-            )
-            for index in range(first + wave * batch, first + (wave + 1) * batch)
+    def __init__(
+        self,
+        policy: HFPolicy,
+        plans: Sequence[Plan | Planner],
+        options: BenchOptions,
+        *,
+        references: Mapping[str, Callable[[ReferenceTask], Reference]],
+        setting: Setting,
+        judge: Judge | None,
+    ) -> None:
+        laws = [Law(weight) for weight in options.mix_weights]
+        # A planner that served two laws would choose for one by what the other accepts.
+        self._pairs = [
+            (copy.deepcopy(plan), law) for plan in plans for law in (laws if _most_drafts(plan) else [TARGET])
         ]
-        for wave in range(num_waves)
-    ]
+        self._policy = policy
+        self._options = options
+        self._references = references
+        self._setting = setting
+        self._judge = judge
+        self._passed: dict[tuple[str, Law, float, int], Passed] = {}
 
+    def measure(self, workload: Workload, prompts: Prompts) -> list[BenchRow]:
+        """The rows of one workload: plans and laws first, then transformers."""
+        rows = self._timed(workload, prompts)
+        for index, (plan, law) in enumerate(self._pairs):
+            if rows[index].skipped is None:
+                rows[index] = self._examined(rows[index], plan, law, workload, prompts)
+        return rows
 
-def _measure_batch(
-    subjects: Sequence[Subject],
-    prompts: Sequence[tuple[int, ...]],
-    batch: int,
-    options: BenchOptions,
-    setting: Setting,
-) -> list[BenchRow]:
-    for subject in subjects:
-        subject.decode(make_waves(prompts, batch, 0, options)[0])
-    repeats: dict[str, list[list[Wave]]] = {subject.name: [] for subject in subjects}
-    lengths: list[int] = []
-    for repeat in range(options.repeats):
-        waves = make_waves(prompts, batch, repeat, options)
-        lengths.extend(len(request.prompt_ids) for wave in waves for request in wave)
-        for subject in subjects:
-            repeats[subject.name].append([subject.decode(wave) for wave in waves])
-    plain = [_tokens_per_s(waves) for waves in repeats.get(PLAIN.name, [])]
-    context = round(statistics.median(lengths))
-    return [
-        _row(
-            subject.name,
-            repeats[subject.name],
-            plain,
-            batch=batch,
-            context=context,
-            options=options,
-            setting=setting,
+    def _timed(self, workload: Workload, prompts: Prompts) -> list[BenchRow]:
+        subjects = self._subjects(workload, prompts)
+        try:
+            refusals = [_warm_up(subject, prompts, workload, self._options) for subject in subjects]
+            able = [subject for subject, reason in zip(subjects, refusals, strict=True) if reason is None]
+            repeats = _interleave(able, prompts, workload, self._options)
+        finally:
+            for subject in subjects:
+                subject.close()
+        measured = dict(zip(map(_key, able), repeats, strict=True))
+        plain = measured.get((PLAIN.name, TARGET.name), ())
+        rows = []
+        for subject, reason in zip(subjects, refusals, strict=True):
+            row = self._blank_row(subject, workload, prompts)
+            if reason is not None:
+                rows.append(replace(row, skipped=reason))
+            else:
+                rows.append(with_speed(row, measured[_key(subject)], plain))
+        return rows
+
+    def _subjects(self, workload: Workload, prompts: Prompts) -> list[Subject]:
+        longest = max(map(len, prompts))
+        task = ReferenceTask(
+            batch=workload.batch,
+            longest_prompt=longest,
+            max_tokens=workload.max_tokens,
+            temperature=workload.temperature,
+            eos_token_ids=() if self._options.ignore_eos else tuple(self._policy.eos_token_ids),
         )
-        for subject in subjects
-    ]
+        return [
+            *(
+                EngineSubject(
+                    self._policy,
+                    plan,
+                    law=law,
+                    batch=workload.batch,
+                    max_length=longest + workload.max_tokens,
+                )
+                for plan, law in self._pairs
+            ),
+            *(
+                TransformersSubject(name, functools.partial(make, task))
+                for name, make in self._references.items()
+            ),
+        ]
+
+    def _blank_row(self, subject: Subject, workload: Workload, prompts: Prompts) -> BenchRow:
+        options = self._options
+        repeats = [make_waves(prompts, workload, repeat, options) for repeat in range(options.repeats)]
+        requests = [request for waves in repeats for wave in waves for request in wave]
+        return BenchRow(
+            plan=subject.name,
+            law=subject.law.name,
+            batch=workload.batch,
+            temperature=workload.temperature,
+            prompts=options.prompts_in_words(workload.prompt_tokens),
+            prompt_tokens=workload.prompt_tokens,
+            context=round(statistics.median(len(request.prompt_ids) for request in requests)),
+            max_tokens=workload.max_tokens,
+            ignore_eos=options.ignore_eos,
+            repeats=options.repeats,
+            rollouts=len(requests) // options.repeats,
+            seed=options.seed,
+            setting=self._setting,
+        )
+
+    def _examined(
+        self, row: BenchRow, plan: Plan | Planner, law: Law, workload: Workload, prompts: Prompts
+    ) -> BenchRow:
+        """Add what untimed passes tell: acceptance by position, and pass@k."""
+        num_drafts = _most_drafts(plan)
+        if num_drafts:
+            waves = make_waves(prompts, workload, 0, self._options, law=law)
+            acceptance = AcceptanceByPosition(num_drafts)
+            self._decode(plan, [request for wave in waves for request in wave], observer=acceptance)
+            row = with_acceptance(row, acceptance)
+        if self._judge is not None:
+            # A batch size changes no law, and under a fixed plan no token.
+            key = (plan.name, law, workload.temperature, workload.max_tokens)
+            if key not in self._passed:
+                sampling = self._options.sampling(workload, law)
+                requests = self._judge.requests(prompts, sampling, seed=self._options.seed)
+                self._passed[key] = self._judge.passed(self._decode(plan, requests))
+            row = with_passed(row, self._passed[key])
+        return row
+
+    def _decode(
+        self,
+        plan: Plan | Planner,
+        requests: Sequence[Request],
+        *,
+        observer: Callable[[StepRecord], None] | None = None,
+    ) -> list[Rollout]:
+        """All rollouts of an engine of its own, in the order they end.
+
+        A planner goes on from what it knows; what it learns here is left behind.
+        """
+        engine = Engine(
+            self._policy,
+            plan=copy.deepcopy(plan),
+            max_batch_size=min(len(requests), max(self._options.batches)),
+            max_length=max(len(request.prompt_ids) + request.sampling.max_tokens for request in requests),
+            observer=observer,
+        )
+        engine.submit(requests)
+        finished: list[Rollout] = []
+        while engine.num_requests:
+            finished.extend(engine.step().finished)
+        check_finite(finished)
+        return finished
 
 
-def _row(
-    plan: str,
-    repeats: Sequence[Sequence[Wave]],
-    plain: Sequence[float],
-    *,
-    batch: int,
-    context: int,
-    options: BenchOptions,
-    setting: Setting,
-) -> BenchRow:
-    speeds = [_tokens_per_s(waves) for waves in repeats]
-    ratios = [speed / base for speed, base in zip(speeds, plain, strict=True)] if plain else []
-    waves = [wave for repeat in repeats for wave in repeat]
-    rollouts = [rollout for wave in waves for rollout in wave.rollouts or ()]
-    num_tokens = sum(wave.num_tokens for wave in waves)
-    return BenchRow(
-        plan=plan,
-        batch=batch,
-        context=context,
-        tokens_per_s=statistics.median(speeds),
-        tokens_per_s_min=min(speeds),
-        tokens_per_s_max=max(speeds),
-        tokens_per_s_all=tuple(speeds),
-        acceptance_rate=_ratio(
-            sum(rollout.stats.num_accepted for rollout in rollouts),
-            sum(rollout.stats.num_drafted for rollout in rollouts),
-        ),
-        tokens_per_forward=_ratio(
-            sum(len(rollout.token_ids) for rollout in rollouts),
-            sum(rollout.stats.num_forwards for rollout in rollouts),
-        ),
-        speedup_over_plain=statistics.median(ratios) if ratios else None,
-        speedup_min=min(ratios, default=None),
-        speedup_max=max(ratios, default=None),
-        host_ms_per_step=_ms_per_step(repeats, lambda times: times.host_s),
-        forward_ms_per_step=_ms_per_step(repeats, lambda times: times.forward_s),
-        sampler_ms_per_step=_ms_per_step(repeats, lambda times: times.sampler_s),
-        num_tokens=num_tokens,
-        mean_length=num_tokens / sum(wave.num_rollouts for wave in waves),
-        repeats=options.repeats,
-        temperature=options.temperature,
-        max_tokens=options.max_tokens,
-        ignore_eos=options.ignore_eos,
-        setting=setting,
+def _interleave(
+    subjects: Sequence[Subject], prompts: Prompts, workload: Workload, options: BenchOptions
+) -> list[list[list[Wave]]]:
+    """The waves of each subject's repeats; within a repeat they take turns."""
+    repeats: list[list[list[Wave]]] = [[] for _ in subjects]
+    for repeat in range(options.repeats):
+        for subject, done in zip(subjects, repeats, strict=True):
+            waves = make_waves(prompts, workload, repeat, options, law=subject.law)
+            done.append([subject.decode(wave) for wave in waves])
+    return repeats
+
+
+def _most_drafts(plan: Plan | Planner) -> int:
+    plans = plan.candidates if isinstance(plan, Planner) else (plan,)
+    return max(each.num_drafts for each in plans)
+
+
+def _key(subject: Subject) -> tuple[str, str]:
+    return subject.name, subject.law.name
+
+
+def _warm_up(subject: Subject, prompts: Prompts, workload: Workload, options: BenchOptions) -> str | None:
+    if subject.law != TARGET and workload.temperature == 0:
+        return f"law {subject.law.name} has no greedy form"
+    return subject.warm_up(make_waves(prompts, workload, 0, options, law=subject.law)[0])
+
+
+def _prompts_of(workload: Workload, prompts: Prompts, options: BenchOptions, policy: HFPolicy) -> Prompts:
+    if workload.prompt_tokens is None:
+        return prompts
+    if options.prompt_source == "text":
+        return cut_to_length(prompts, workload.prompt_tokens)
+    refused = {policy.mask_token_id, *policy.eos_token_ids}
+    return random_prompts(
+        NUM_RANDOM_PROMPTS,
+        workload.prompt_tokens,
+        allowed_ids=[token_id for token_id in range(policy.vocab_size) if token_id not in refused],
+        seed=options.seed,
     )
 
 
-def _tokens_per_s(waves: Sequence[Wave]) -> float:
-    return sum(wave.num_tokens for wave in waves) / sum(wave.duration_s for wave in waves)
-
-
-def _ms_per_step(repeats: Sequence[Sequence[Wave]], part: Callable[[EngineTimes], float]) -> float | None:
-    """Median over repeats of one part's milliseconds per step."""
-    figures = []
-    for waves in repeats:
-        times = [wave.times for wave in waves if wave.times is not None]
-        figure = _ratio(1000 * sum(map(part, times)), sum(each.num_steps for each in times))
-        if figure is not None:
-            figures.append(figure)
-    return statistics.median(figures) if figures else None
-
-
-def _ratio(numerator: float, denominator: float) -> float | None:
-    return numerator / denominator if denominator else None
-
-
-def _synchronized_clock() -> float:
-    torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-def _commit() -> str | None:
-    """The commit of the source tree that this package runs from, with `+changes` if it was edited."""
-    root = Path(blockroll.__file__).parents[1]
-    if not (root / ".git").exists():
-        return None
-    try:
-        described = subprocess.run(
-            ["git", "describe", "--always", "--dirty=+changes", "--abbrev=12", "--exclude=*"],
-            cwd=root,
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=10,
+def _check_length(workload: Workload, prompts: Prompts, policy: HFPolicy) -> None:
+    longest = max(map(len, prompts))
+    if longest + workload.max_tokens > policy.max_length:
+        room = policy.max_length - longest
+        advice = f"give max_tokens of at most {room}" if room > 0 else "give shorter prompts"
+        raise InvalidInput(
+            f"prompt and completion take {longest + workload.max_tokens} tokens, but the policy was built "
+            f"for {policy.max_length}; {advice}"
         )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return described.stdout.strip()

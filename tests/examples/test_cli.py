@@ -103,7 +103,7 @@ def test_bench_writes_one_json_object_per_cell(policy_path, tmp_path, name):
     path = tmp_path / name
     result = blockroll(
         "bench", "--policy", policy_path, "--plans", "plain,two_forward", "--batch", "1,2", "--json", path,
-        "--repeats", 1, "--rollouts", 2, "--max-tokens", 4, "--against", "transformers",
+        "--repeats", 1, "--rollouts", 2, "--max-tokens", 4, "--against", "generate",
     )  # fmt: skip
     assert result.exit_code == 0, result.output
 
@@ -115,6 +115,22 @@ def test_bench_writes_one_json_object_per_cell(policy_path, tmp_path, name):
     ]
     for row in rows:
         assert {"context", "tokens_per_s", "acceptance_rate", "tokens_per_forward"} <= row.keys()
+
+
+def test_bench_judges_answers_and_draws_a_picture(policy_path, tmp_path):
+    path, picture = tmp_path / "rows.json", tmp_path / "speed.png"
+    result = blockroll(
+        "bench", "--policy", policy_path, "--plans", "plain,two_forward(2)", "--mix-weight", "1,0.5",
+        "--batch", "2", "--temperature", "0.5,1", "--max-tokens", "4", "--repeats", 1, "--rollouts", 2,
+        "--task", "arithmetic", "--samples", 2, "--pass-k", 2, "--json", path, "--picture", picture,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+
+    rows = json.loads(path.read_text())
+    assert len(rows) == 2 * 3
+    assert all(0 <= row["pass_at_1"] <= row["pass_at_k"] <= 1 for row in rows)
+    assert "pass@2" in result.output
+    assert picture.read_bytes().startswith(b"\x89PNG")
 
 
 def test_train_reads_yaml_and_overrides_and_reports_and_refuses_its_own_folder(
@@ -264,6 +280,13 @@ def test_doctor_fails_a_policy_that_decodes_another_law(policy_path, monkeypatch
         (["bench", "--batch", "1,x"], "whole numbers"),
         (["bench", "--batch", "0"], "at least 1"),
         (["bench", "--json", "no/such/folder.json"], "there is no folder"),
+        (["bench", "--picture", "no/such/folder.png"], "there is no folder"),
+        (["bench", "--picture", "speed.gif"], "ends in .png"),
+        (["bench", "--policy", "POLICY", "--plans", "two_forward", "--picture", "a.png"], "add 'plain'"),
+        (["bench", "--mix-weight", "1,2"], "between 0 and 1"),
+        (["bench", "--temperature", "warm"], "--temperature takes numbers"),
+        (["bench", "--prompts", "random"], "give prompt_tokens"),
+        (["bench", "--policy", "POLICY", "--against", "all"], "generate, continuous_batching, assisted"),
         (["train", "missing.yaml"], "no config file"),
         (["train", "a.yaml", "b.yaml"], "one config file is read"),
         (["train", "train.stepz=3"], "did you mean"),

