@@ -88,13 +88,13 @@ def decode(
     return finished
 
 
-def greedy_equality(policy: HFPolicy, *, count: int = 200) -> list[Row]:
-    """Greedy two-forward against greedy plain, token for token."""
+def greedy_equality(policy: HFPolicy, *, count: int = 200, plan: Plan = TWO_FORWARD) -> list[Row]:
+    """Greedy drafting against greedy plain, token for token."""
     wanted = requests(prompts(policy, count), Sampling(temperature=0, max_tokens=64))
-    plain, drafted = decode(policy, wanted, PLAIN), decode(policy, wanted, TWO_FORWARD)
+    plain, drafted = decode(policy, wanted, PLAIN), decode(policy, wanted, plan)
     return [
         {
-            "check": "greedy two-forward equals greedy plain",
+            "check": f"greedy {plan.name} equals greedy plain",
             "prompts": count,
             "tokens": sum(len(rollout.token_ids) for rollout in plain.values()),
             "differing_rollouts_all_at_ties": count_greedy_differences(policy, plain, drafted),
@@ -136,8 +136,10 @@ def logprob_differences(policy: HFPolicy, rollout: Rollout) -> list[float]:
     return (fresh - torch.tensor(rollout.policy_logprobs, dtype=torch.float64)).abs().tolist()
 
 
-def law_equality(policy: HFPolicy, *, short: int = 20_000, whole: int = 4_000) -> list[Row]:
-    """Two-sample tests, two-forward against plain: texts of short rollouts, lengths and rewards."""
+def law_equality(
+    policy: HFPolicy, *, short: int = 20_000, whole: int = 4_000, plan: Plan = TWO_FORWARD
+) -> list[Row]:
+    """Two-sample tests, drafting against plain: texts of short rollouts, lengths and rewards."""
     # Cut before "=?", and hot: the policy goes on freely, and many of its drafts are rejected.
     short_texts = [text[:-2] for text in prompts(policy, 4, seed=3)]
     rows = []
@@ -146,20 +148,20 @@ def law_equality(policy: HFPolicy, *, short: int = 20_000, whole: int = 4_000) -
     samples = [
         Counter(
             (rollout.request.prompt_ids, rollout.token_ids)
-            for rollout in decode(policy, requests(repeated, sampling, seed=seed), plan).values()
+            for rollout in decode(policy, requests(repeated, sampling, seed=seed), each).values()
         )
-        for seed, plan in ((1, PLAIN), (2, TWO_FORWARD))
+        for seed, each in ((1, PLAIN), (2, plan))
     ]
     rows.append(
         {"check": "texts of short rollouts agree in law", "rollouts_per_plan": short, **chi_square(*samples)}
     )
 
     lengths, rewards = [], []
-    for seed, plan in ((3, PLAIN), (4, TWO_FORWARD)):
+    for seed, each in ((3, PLAIN), (4, plan)):
         # Problems of its own for each plan: two samples that share them would not be independent.
         problem_list = list(itertools.islice(problems(seed, held_out=True), whole))
         texts = prompts(policy, whole, seed=seed)
-        rollouts = decode(policy, requests(texts, Sampling(max_tokens=64), seed=seed), plan)
+        rollouts = decode(policy, requests(texts, Sampling(max_tokens=64), seed=seed), each)
         lengths.append(Counter(("all", len(rollout.token_ids)) for rollout in rollouts.values()))
         rewards.append(
             [

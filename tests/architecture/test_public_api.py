@@ -8,6 +8,7 @@ import pytest
 import blockroll
 
 PUBLIC = [
+    "DraftTrainer",
     "Engine",
     "HFPolicy",
     "Law",
@@ -48,5 +49,5 @@ def test_type_checkers_see_every_name_that_is_imported_on_first_use():
 
 
 def test_a_name_that_is_not_public_is_refused_with_the_list_of_those_that_are():
-    with pytest.raises(AttributeError, match=r"'Enigne'; public are Engine, HFPolicy"):
+    with pytest.raises(AttributeError, match=r"'Enigne'; public are DraftTrainer, Engine"):
         _ = blockroll.Enigne
