@@ -13,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 from blockroll import cli
+from blockroll.cli import machine, runs
 from blockroll.config import PolicyConfig
 from blockroll.policies import hf
 from blockroll.policies.hf import TINY_POLICY_DIR, HFPolicy, load_tokenizer
@@ -162,19 +163,19 @@ def test_train_reads_yaml_and_overrides_and_reports_and_refuses_its_own_folder(
 def test_demo_runs_twice_measures_speed_and_does_without_ray(policy_path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(
-        cli,
+        runs,
         "DEMO",
         dataclasses.replace(
-            cli.DEMO,
+            runs.DEMO,
             policy=PolicyConfig(path=policy_path),
-            rollout=dataclasses.replace(cli.DEMO.rollout, max_tokens=4),
+            rollout=dataclasses.replace(runs.DEMO.rollout, max_tokens=4),
             train=dataclasses.replace(
-                cli.DEMO.train, prompts_per_step=2, group_size=2, eval_prompts=2, learner_threads=1
+                runs.DEMO.train, prompts_per_step=2, group_size=2, eval_prompts=2, learner_threads=1
             ),
         ),
     )
     find_spec = importlib.util.find_spec
-    monkeypatch.setattr(cli, "find_spec", lambda name: None if name == "ray" else find_spec(name))
+    monkeypatch.setattr(runs, "find_spec", lambda name: None if name == "ray" else find_spec(name))
 
     first = blockroll("demo", "--steps", 1)
     assert first.exit_code == 0, first.output
@@ -202,7 +203,7 @@ def test_demo_deletes_nothing_that_is_no_run(tmp_path, monkeypatch):
 
 def test_doctor_says_versions_and_what_is_missing(monkeypatch):
     find_spec = importlib.util.find_spec
-    monkeypatch.setattr(cli, "find_spec", lambda name: None if name == "trl" else find_spec(name))
+    monkeypatch.setattr(machine, "find_spec", lambda name: None if name == "trl" else find_spec(name))
 
     result = blockroll("doctor")
 

@@ -1,0 +1,5 @@
+"""`python -m blockroll.cli`."""
+
+from blockroll.cli import app
+
+app()

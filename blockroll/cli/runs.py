@@ -1,0 +1,138 @@
+"""Training runs: demo, train, report."""
+
+import dataclasses
+import shutil
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from blockroll.cli.options import BackendOption, WandbOption, load_policy
+from blockroll.cli.speed import arithmetic_prompts, print_table, write_rows
+from blockroll.config import RolloutConfig, RunConfig, TrainConfig, load_config
+from blockroll.errors import InvalidInput, RunExists
+from blockroll.types import PLAIN
+
+DEMO = RunConfig(
+    name="demo",
+    rollout=RolloutConfig(temperature=1.5),
+    train=TrainConfig(steps=25, eval_every=5),
+)
+DEMO_BATCHES = (1, 16)  # of the speed measured at the end of the demo
+
+
+def demo(
+    steps: Annotated[int, typer.Option(min=1, help="Policy updates.")] = DEMO.train.steps,
+    seed: Annotated[int, typer.Option(help="Every random choice derives from it.")] = 0,
+    backend: BackendOption = "ray",
+    wandb: WandbOption = False,
+) -> None:
+    """GRPO on arithmetic with the tiny policy on two replicas; replaces runs/demo."""
+    from blockroll.rl_loops.loop import train as run_training
+
+    console = Console()
+    if backend == "ray" and find_spec("ray") is None:
+        console.print(
+            "Ray is not installed (pip install 'blockroll[ray]'): both replicas run in this process.",
+            style="yellow",
+            highlight=False,
+        )
+        backend = "local"
+    config = dataclasses.replace(
+        DEMO,
+        seed=seed,
+        wandb=wandb,
+        rollout=dataclasses.replace(DEMO.rollout, backend=backend),
+        train=dataclasses.replace(DEMO.train, steps=steps, eval_every=min(DEMO.train.eval_every, steps)),
+    )
+    _remove_run(config.run_dir, console)
+    run_training(config, console=console)
+    _finish_with_speed(config, console)
+
+
+def train(
+    config: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[CONFIG.yaml] [section.field=value ...]",
+            help="A YAML file and overrides of its options.",
+        ),
+    ] = None,
+    resume: Annotated[
+        Path | None, typer.Option(help="A run folder, to go on from its newest checkpoint.")
+    ] = None,
+    wandb: WandbOption = False,
+) -> None:
+    """Train as a config says: collect, advantages, update, publish."""
+    from blockroll.rl_loops.loop import load_run_config
+    from blockroll.rl_loops.loop import train as run_training
+
+    path, overrides = _split_config(config or [])
+    if wandb:
+        overrides.append("wandb=true")
+    if resume is None:
+        run_training(load_config(path, overrides))
+        return
+    if path is not None:
+        raise InvalidInput(
+            f"--resume goes on with the config in {resume}; leave out {path}, overrides are allowed"
+        )
+    run_training(load_run_config(resume, overrides), resume=True)
+
+
+def report(run_dir: Annotated[Path, typer.Argument(help="The folder of a run.")]) -> None:
+    """Write report.html into a run's folder."""
+    from blockroll.rl_loops.report import write_report
+
+    if not run_dir.is_dir():
+        raise InvalidInput(f"no run folder at {run_dir}")
+    Console(soft_wrap=True, highlight=False).print(f"Report: {write_report(run_dir)}")
+
+
+def _split_config(arguments: Sequence[str]) -> tuple[Path | None, list[str]]:
+    """The YAML file, if one is named, and the overrides."""
+    paths = [argument for argument in arguments if "=" not in argument]
+    if len(paths) > 1:
+        raise InvalidInput(
+            f"one config file is read, got {', '.join(paths)}; an option is written section.field=value"
+        )
+    path = Path(paths[0]) if paths else None
+    if path is not None and not path.is_file():
+        raise InvalidInput(f"no config file at {path}")
+    return path, [argument for argument in arguments if "=" in argument]
+
+
+def _remove_run(run_dir: Path, console: Console) -> None:
+    """The demo is run again and again: its last run makes room. Anything that is no run stays."""
+    if not run_dir.exists():
+        return
+    if not (run_dir / "config.yaml").is_file():
+        raise RunExists(f"{run_dir} is in the way and is not the folder of a run; move it elsewhere")
+    console.print(f"Replacing the earlier {run_dir}", highlight=False, soft_wrap=True)
+    shutil.rmtree(run_dir)
+
+
+def _finish_with_speed(config: RunConfig, console: Console) -> None:
+    """Measure plain against drafted rollouts on the policy just trained, and put that into the report."""
+    from blockroll.rl_loops.checkpoint import latest_checkpoint
+    from blockroll.rl_loops.report import write_report
+    from blockroll.rollout.bench import BenchOptions, run_bench
+    from blockroll.rollout.planner import read_plan
+
+    path = latest_checkpoint(config.run_dir)
+    policy = load_policy(str(path), config.policy.device, config.rollout.threads_per_replica)
+    plans = [PLAIN, read_plan(config.rollout.plan, policy)]
+    options = BenchOptions(
+        batches=DEMO_BATCHES,
+        max_tokens=(config.rollout.max_tokens,),
+        temperatures=(config.rollout.temperature,),
+        seed=config.seed,
+    )
+    with console.status("measuring drafted against plain rollouts ..."):
+        rows = run_bench(policy, arithmetic_prompts(policy), plans, options, policy_path=str(path))
+    write_rows(config.run_dir / "speed.json", rows)
+    print_table(console, rows, title="Speed of the trained policy, one replica")
+    console.print(f"Report: {write_report(config.run_dir)}", highlight=False, soft_wrap=True)

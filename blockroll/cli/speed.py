@@ -1,0 +1,201 @@
+"""Plans measured against each other: bench."""
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+from rich.console import Console
+
+from blockroll.cli.options import DeviceOption, PolicyOption, SeedOption, ThreadsOption, load_policy
+from blockroll.errors import InvalidInput
+from blockroll.types import PLAIN
+
+if TYPE_CHECKING:
+    from blockroll.policies.hf import HFPolicy
+    from blockroll.rollout.bench import BenchRow, Judge
+
+BENCH_PROMPTS = 256
+WIDEST_TABLE = 250  # characters
+
+
+def bench(
+    policy: PolicyOption = "tiny",
+    plans: Annotated[
+        str,
+        typer.Option(
+            help="Plans, separated by commas: 'auto', 'plain', 'two_forward(K)', 'fused(K,[0,...])'."
+        ),
+    ] = "plain,two_forward",
+    mix_weight: Annotated[
+        str,
+        typer.Option(help="Laws, separated by commas: 1 is the target, below 1 its weight in the mixture."),
+    ] = "1",
+    batch: Annotated[str, typer.Option(help="Batch sizes, separated by commas.")] = "1,8,64",
+    temperature: Annotated[
+        str, typer.Option(help="Sampling temperatures, separated by commas; 0 is greedy.")
+    ] = "1",
+    prompts: Annotated[
+        Literal["text", "random"], typer.Option(help="Arithmetic problems, or token ids drawn at random.")
+    ] = "text",
+    prompt_tokens: Annotated[
+        str | None,
+        typer.Option(help="Exact prompt lengths, separated by commas; left out: as long as each problem is."),
+    ] = None,
+    max_tokens: Annotated[str, typer.Option(help="Completion lengths at most, separated by commas.")] = "64",
+    ignore_eos: Annotated[
+        bool, typer.Option("--ignore-eos", help="Every completion has --max-tokens tokens.")
+    ] = False,
+    repeats: Annotated[int, typer.Option(help="Measured rounds of each workload.")] = 5,
+    rollouts: Annotated[int, typer.Option(help="Rollouts of one round at least.")] = 8,
+    seed: SeedOption = 0,
+    against: Annotated[
+        str | None,
+        typer.Option(
+            help="Also measure transformers' own 'generate', 'continuous_batching', 'assisted' (by prompt "
+            "lookup), separated by commas."
+        ),
+    ] = None,
+    task: Annotated[
+        Literal["none", "arithmetic"],
+        typer.Option(help="'arithmetic' judges the answers: pass@1 and pass@k of each plan and law."),
+    ] = "none",
+    samples: Annotated[int, typer.Option(help="Judged samples of each prompt.")] = 8,
+    pass_k: Annotated[int, typer.Option(help="The k of pass@k.")] = 4,
+    json_file: Annotated[
+        Path | None,
+        typer.Option("--json", help="Write the rows: a JSON array, or lines if it ends in .jsonl."),
+    ] = None,
+    picture: Annotated[
+        Path | None,
+        typer.Option(help="Draw speed-up over plain and acceptance by draft position into this .png."),
+    ] = None,
+    device: DeviceOption = "auto",
+    threads: ThreadsOption = 1,
+) -> None:
+    """Measure plans, laws and transformers against each other in one run; lists span a grid."""
+    from blockroll.rollout.bench import BenchOptions, run_bench
+    from blockroll.rollout.planner import read_plan
+
+    options = BenchOptions(
+        batches=whole_numbers("--batch", batch),
+        temperatures=numbers("--temperature", temperature),
+        prompt_tokens=(None,) if prompt_tokens is None else whole_numbers("--prompt-tokens", prompt_tokens),
+        max_tokens=whole_numbers("--max-tokens", max_tokens),
+        mix_weights=numbers("--mix-weight", mix_weight),
+        prompt_source=prompts,
+        ignore_eos=ignore_eos,
+        repeats=repeats,
+        rollouts=rollouts,
+        seed=seed,
+    )
+    _check_outputs(json_file, picture)
+    hf_policy = load_policy(policy, device, threads)
+    parsed = [read_plan(text, hf_policy) for text in split_plans(plans)]
+    if picture is not None and PLAIN not in parsed:
+        raise InvalidInput(f"--picture draws speed-ups over plain: add 'plain' to --plans, got {plans!r}")
+    console = Console()
+    with console.status("measuring ...") as status:
+        rows = run_bench(
+            hf_policy,
+            arithmetic_prompts(hf_policy) if prompts == "text" else [],
+            parsed,
+            options,
+            policy_path=policy,
+            against=against.replace(" ", "").split(",") if against else (),
+            judge=_arithmetic_judge(hf_policy, samples, pass_k) if task == "arithmetic" else None,
+            on_row=lambda row: status.update(f"measured {row.plan} at batch {row.batch} ..."),
+        )
+    print_table(console, rows, title=f"{policy} on {rows[0].setting.device}, {rows[0].setting.dtype}")
+    if json_file is not None:
+        write_rows(json_file, rows)
+        console.print(f"{len(rows)} rows written to {json_file}", highlight=False, soft_wrap=True)
+    if picture is not None:
+        _draw_bench(picture, rows)
+        console.print(f"Picture: {picture}", highlight=False, soft_wrap=True)
+
+
+def split_plans(text: str) -> list[str]:
+    """Plans at the commas that stand outside parentheses."""
+    return re.split(r",(?![^(]*\))", text)
+
+
+def whole_numbers(option: str, text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise InvalidInput(f"{option} takes whole numbers separated by commas, got {text!r}") from None
+
+
+def numbers(option: str, text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise InvalidInput(f"{option} takes numbers separated by commas, got {text!r}") from None
+
+
+def _check_outputs(json_file: Path | None, picture: Path | None) -> None:
+    """Refuse before measuring what could not be written after it."""
+    for option, path in (("--json", json_file), ("--picture", picture)):
+        if path is not None and not path.parent.is_dir():
+            raise InvalidInput(f"{option} {path}: there is no folder {path.parent}")
+    if picture is not None and picture.suffix != ".png":
+        raise InvalidInput(f"--picture {picture}: give a file that ends in .png")
+
+
+def arithmetic_prompts(policy: "HFPolicy") -> list[tuple[int, ...]]:
+    from blockroll.rl_loops.tasks import load_task
+
+    if policy.tokenizer is None:
+        raise InvalidInput("the checkpoint has no tokenizer, and the bench's prompts are text")
+    rows = load_task("arithmetic").eval_rows(BENCH_PROMPTS)
+    return [tuple(policy.tokenizer(row["prompt"])["input_ids"]) for row in rows]
+
+
+def _arithmetic_judge(policy: "HFPolicy", samples: int, k: int) -> "Judge":
+    """Judges the first of `arithmetic_prompts` by the task's reward."""
+    from blockroll.rl_loops.tasks import load_task
+    from blockroll.rollout.bench import Judge
+
+    task = load_task("arithmetic")
+    rows = task.eval_rows(BENCH_PROMPTS)
+
+    def is_correct(index: int, token_ids: tuple[int, ...]) -> bool:
+        rewards = task.reward_fn(
+            prompts=[rows[index]["prompt"]],
+            completions=[policy.decode(list(token_ids))],
+            completion_ids=[list(token_ids)],
+            answer=[rows[index]["answer"]],
+        )
+        return rewards[0] == 1.0
+
+    return Judge(is_correct=is_correct, num_samples=samples, k=k)
+
+
+def print_table(console: Console, rows: Sequence["BenchRow"], *, title: str) -> None:
+    """The rows as a table. A figure cut short is of no use: a narrow terminal breaks the lines instead."""
+    from blockroll.rollout.bench_table import bench_table
+
+    table = bench_table(rows, title=title)
+    needed = console.measure(table, options=console.options.update(max_width=WIDEST_TABLE)).maximum
+    Console(file=console.file, width=max(console.width, needed)).print(table)
+
+
+def _draw_bench(path: Path, rows: Sequence["BenchRow"]) -> None:
+    from blockroll.rl_loops.figures import save_bench
+    from blockroll.rollout.bench import to_record
+
+    save_bench([to_record(row) for row in rows], path)
+
+
+def write_rows(path: Path, rows: Sequence["BenchRow"]) -> None:
+    from blockroll.rollout.bench import to_record
+
+    records = [to_record(row) for row in rows]
+    if path.suffix == ".jsonl":
+        text = "".join(json.dumps(record, allow_nan=False) + "\n" for record in records)
+    else:
+        text = json.dumps(records, indent=2, allow_nan=False) + "\n"
+    path.write_text(text, encoding="utf-8")

@@ -1,0 +1,144 @@
+"""One sample at a time, as it is decoded: generate."""
+
+import itertools
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from blockroll.cli.options import (
+    DeviceOption,
+    PolicyOption,
+    SeedOption,
+    TemperatureOption,
+    ThreadsOption,
+    load_policy,
+)
+from blockroll.errors import InvalidInput
+from blockroll.types import Plan, Request, RolloutStats, Sampling
+
+if TYPE_CHECKING:
+    from blockroll.policies.hf import HFPolicy
+    from blockroll.rollout.engine import Engine
+
+DRAFTED_STYLE = "bold green underline"
+
+
+def generate(
+    prompt: Annotated[str, typer.Argument(help="Text to go on from.")],
+    policy: PolicyOption = "tiny",
+    temperature: TemperatureOption = 1.0,
+    seed: SeedOption = 0,
+    max_tokens: Annotated[int, typer.Option(help="Tokens at most.")] = 64,
+    plan: Annotated[
+        str | None,
+        typer.Option(
+            help="'auto', 'plain', 'two_forward(K)' or 'fused(K,[levels])'; left out: what it drafts by."
+        ),
+    ] = None,
+    num_samples: Annotated[int, typer.Option(min=1, help="Samples, one after the other.")] = 1,
+    task: Annotated[
+        Literal["auto", "arithmetic", "none"],
+        typer.Option(
+            help="'arithmetic' ends the prompt with the line break its problems end with; 'none' takes the "
+            "prompt as given; 'auto' is arithmetic for the tiny policy."
+        ),
+    ] = "auto",
+    mark: Annotated[
+        bool, typer.Option("--mark", help="Mark drafted tokens as [text] where there is no color.")
+    ] = False,
+    device: DeviceOption = "auto",
+    threads: ThreadsOption = 1,
+) -> None:
+    """Stream samples token by token; drafted and accepted tokens are marked."""
+    sampling = Sampling(temperature=temperature, max_tokens=max_tokens)
+    if task == "arithmetic" or (task == "auto" and policy == "tiny"):
+        prompt = prompt.rstrip("\n") + "\n"
+    hf_policy = load_policy(policy, device, threads)
+    chosen = plan or ("two_forward" if hf_policy.trained_drafts else "plain")
+    engine, requests = engine_for(hf_policy, chosen, prompt, sampling, seed=seed, num_samples=num_samples)
+    console = Console(highlight=False, soft_wrap=True)
+    is_styled = console.is_terminal and not console.no_color
+    if is_styled or mark:
+        sign = Text("green", style=DRAFTED_STYLE) if is_styled else Text("[brackets]")
+        console.print(
+            Text.assemble("Drafted and accepted tokens are in ", sign, "; the target drew the rest.")
+        )
+    for index, request in enumerate(requests):
+        if num_samples > 1:
+            console.print(f"--- sample {index + 1}", style="dim")
+        stats, num_tokens = stream(engine, hf_policy, request, console, is_styled=is_styled, mark=mark)
+        Console(stderr=not console.is_terminal, highlight=False, soft_wrap=True).print(
+            _counts_line(stats, num_tokens, engine.plan), style="dim"
+        )
+
+
+def engine_for(
+    policy: "HFPolicy", plan: str, prompt: str, sampling: Sampling, *, seed: int, num_samples: int
+) -> tuple["Engine", list[Request]]:
+    """An engine that decodes one request at a time, and the requests, as a pool would make them."""
+    from blockroll.rollout.engine import Engine
+    from blockroll.rollout.planner import read_plan
+    from blockroll.rollout.pool import RolloutPool
+    from blockroll.rollout.replica import LocalReplica
+
+    engine = Engine(policy, plan=read_plan(plan, policy), max_batch_size=1)
+    pool = RolloutPool([LocalReplica(engine, policy.model)], tokenizer=policy.tokenizer)
+    return engine, pool.requests([prompt], sampling, seed=seed, num_samples=num_samples)
+
+
+def stream(
+    engine: "Engine", policy: "HFPolicy", request: Request, console: Console, *, is_styled: bool, mark: bool
+) -> tuple[RolloutStats, int]:
+    """Print one sample while it is decoded; its counts, and how many tokens it has."""
+    token_ids: list[int] = []
+    shown = ""
+
+    def show(new_ids: Sequence[int], *, is_drafted: bool) -> None:
+        nonlocal shown
+        token_ids.extend(new_ids)
+        # A character whose last bytes are still to come decodes to U+FFFD: it waits for them.
+        text = policy.decode(token_ids).rstrip("\ufffd")
+        fresh, shown = text[len(shown) :], text
+        if fresh:
+            console.print(_styled(fresh, is_drafted, is_styled=is_styled, mark=mark), end="")
+
+    engine.submit([request])
+    while True:
+        result = engine.step()
+        for commit in result.commits:
+            pairs = zip(commit.token_ids, commit.is_draft, strict=True)
+            for is_drafted, run in itertools.groupby(pairs, key=lambda pair: pair[1]):
+                show([token_id for token_id, _ in run], is_drafted=is_drafted)
+        if result.finished:
+            break
+    console.print()
+    (rollout,) = result.finished
+    if rollout.error is not None:
+        raise InvalidInput(f"generation failed: {rollout.error}")
+    return rollout.stats, len(rollout.token_ids)
+
+
+def _styled(text: str, is_drafted: bool, *, is_styled: bool, mark: bool) -> Text:
+    if is_drafted and is_styled:
+        return Text(text, style=DRAFTED_STYLE)
+    if is_drafted and mark:
+        # A line break outside the brackets keeps the lines of the text what they are.
+        lines = [f"[{line}]" if line else "" for line in text.split("\n")]
+        return Text("\n".join(lines))
+    return Text(text)
+
+
+def counts(stats: RolloutStats, num_tokens: int) -> str:
+    rate = num_tokens / stats.num_forwards
+    line = f"{num_tokens} tokens, {stats.num_forwards} forwards, {rate:.2f} tokens per forward"
+    if stats.num_drafted:
+        drafts = f"{stats.num_accepted} of {stats.num_drafted} drafts"
+        line += f", acceptance {stats.acceptance_rate:.2f} ({drafts})"
+    return line
+
+
+def _counts_line(stats: RolloutStats, num_tokens: int, plan: Plan) -> Text:
+    return Text(f"{plan.name}: {counts(stats, num_tokens)}")
