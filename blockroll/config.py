@@ -100,6 +100,7 @@ class DraftConfig:
     warmup_steps: int = 10  # linear warm-up of the learning rate
     max_grad_norm: float = 1.0  # global gradient clip
     causal_weight: float = 1.0  # of the causal loss in a full conversion
+    mask_token_id: int | None = None  # of a full conversion; None: the policy's or the tokenizer's own
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "rank")

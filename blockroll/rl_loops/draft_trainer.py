@@ -71,11 +71,7 @@ class DraftTrainer:
                 )
             self.module: torch.nn.Module = policy.adapter
         else:
-            if policy.mask_token_id is None:
-                raise InvalidInput(
-                    "a full conversion needs a mask token: give the id of one that never occurs "
-                    "(policy.mask_token_id), or convert by adapter, which needs none"
-                )
+            policy.mask_token_id = _mask_token_id(policy, config)
             self.module = policy.model
             policy.describe_drafts(config.block_sizes, config.layouts)
         self.parameters = list(self.module.parameters())
@@ -228,6 +224,18 @@ def _adapter_config(policy: HFPolicy, config: DraftConfig) -> AdapterConfig:
         layouts=tuple(config.layouts),
         parent_hash=parent_hash(policy.model),
     )
+
+
+def _mask_token_id(policy: HFPolicy, config: DraftConfig) -> int:
+    """The token that a full conversion uses as mask: the one asked for, the policy's or the tokenizer's."""
+    own = (policy.mask_token_id, getattr(policy.tokenizer, "mask_token_id", None))
+    found = next((each for each in (config.mask_token_id, *own) if each is not None), None)
+    if found is None or not 0 <= found < policy.vocab_size:
+        raise InvalidInput(
+            f"a full conversion needs a mask token, got {found}: give draft.mask_token_id, the id (below "
+            f"{policy.vocab_size}) of a token that never occurs, or convert by adapter, which needs none"
+        )
+    return found
 
 
 def _texts(rollouts: Sequence[Rollout], device: torch.device) -> Texts:

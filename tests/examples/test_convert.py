@@ -115,7 +115,6 @@ def test_a_resumed_conversion_equals_the_uninterrupted_one(config, tmp_path, mon
 
 def test_a_full_conversion_saves_a_policy_that_drafts_by_its_mask_token(bare_path, tmp_path):
     policy = HFPolicy.from_pretrained(bare_path)
-    policy.mask_token_id = policy.tokenizer.mask_token_id
     config = ConvertConfig(
         out=str(tmp_path / "full"),
         draft=DraftConfig(conversion="full", block_sizes=(4,), layouts=("two_forward",)),
@@ -125,7 +124,7 @@ def test_a_full_conversion_saves_a_policy_that_drafts_by_its_mask_token(bare_pat
     loaded = HFPolicy.from_pretrained(config.out)
     assert loaded.adapter is None
     assert (loaded.trained_drafts, loaded.trained_layouts) == (4, ("two_forward",))
-    assert loaded.mask_token_id == policy.mask_token_id
+    assert loaded.mask_token_id == policy.tokenizer.mask_token_id
 
 
 def test_it_stops_when_acceptance_stops_rising(config):
