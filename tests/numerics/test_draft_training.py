@@ -166,9 +166,9 @@ def test_bad_input_is_refused_by_name():
     with pytest.raises(InvalidInput, match="rank is 3, but the policy's adapter has rank 2"):
         DraftTrainer(policy, DraftConfig(rank=3))
     policy.mask_token_id = None
-    with pytest.raises(InvalidInput, match="a full conversion needs a mask token, got None: give draft.mask"):
+    with pytest.raises(InvalidInput, match="a full conversion needs a mask token, got None"):
         DraftTrainer(policy, DraftConfig(conversion="full"))
-    with pytest.raises(InvalidInput, match="got 24: give draft.mask_token_id, the id .below 24. of a token"):
+    with pytest.raises(InvalidInput, match=r"got 24: give draft\.mask_token_id"):
         DraftTrainer(policy, DraftConfig(conversion="full", mask_token_id=24))
     assert DraftTrainer(policy, DraftConfig(conversion="full", mask_token_id=5)).policy.mask_token_id == 5
     with pytest.raises(InvalidInput, match="causal_weight must be above 0"):
