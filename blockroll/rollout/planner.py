@@ -3,6 +3,8 @@
 Expected are the tokens a plan commits per request and step, counted online, over the seconds a step takes at
 that batch and context. Both come from real steps, so measuring commits tokens too: plain is timed first in a
 bucket, then each plan that could be faster runs for a few steps and is dropped as soon as it is clearly not.
+Machines speed up and slow down, so every now and then a rival of the plan in use runs for a moment again: no
+plan is judged by one bad moment.
 
 Law: a choice depends on counts of committed tokens and on times, never on a draft that is not settled, and
 every coin of a step is fresh. So under the target law tokens follow the causal policy exactly, whatever is
@@ -39,6 +41,9 @@ _COUNTED_STEPS = 16  # and so many request-steps anywhere
 _PRIOR_STEPS = 4  # request-steps that the optimistic guess at a plan's tokens weighs
 _HALF_LIFE = 1024  # request-steps after which a count of tokens weighs half
 _TRYING_SHARE = 0.01  # of the time spent decoding that may go to trying plans, beyond the time at the start
+_STEPS_PER_CHECK = 64  # after which a rival is timed again,
+_CHECKED_STEPS = 3  # for so many steps,
+_RIVAL = 0.5  # if it is known to reach this share of the best plan's tokens per second
 _STEPS_PER_CHOICE = 8  # a choice holds so long while nothing is tried: choosing takes time too
 _FORGET_STEPS = 10_000  # steps after which all plans but the one in use are tried anew
 
@@ -84,6 +89,10 @@ class Planner:
         self._chosen_for: Bucket | None = None
         self._holds_until = 0  # this many steps
         self._is_trying = False
+        self._checked: Plan | None = None  # the rival being timed again
+        self._check_ends = 0
+        self._next_check = _STEPS_PER_CHECK
+        self._timed_at: dict[tuple[Plan, Bucket], int] = {}
         self._last_run: Plan | None = None
         self._warm: set[tuple[Plan, Bucket]] = set()
         self._num_steps = 0
@@ -100,7 +109,7 @@ class Planner:
         if self._is_known(PLAIN, bucket):
             self._in_use = best = self._best_known(bucket)
             if self._trying_s < self.max_measure_s + _TRYING_SHARE * self._decoding_s:
-                tried = self._worth_trying(bucket, best)
+                tried = self._worth_trying(bucket, best) or self._rival(bucket, best)
             if tried is None:
                 self._holds_until = self._num_steps + _STEPS_PER_CHOICE
         self._is_trying = tried is not None
@@ -125,6 +134,7 @@ class Planner:
             self._acceptance[plan].count(batch_size, num_tokens)
             if is_warm and seconds > 0:
                 self.costs.add(plan, bucket, seconds)
+                self._timed_at[plan, bucket] = self._num_steps
                 if self.costs.num_samples(plan, bucket) in (1, _TIMED_STEPS):
                     self.costs.save()
         if self._num_steps % _FORGET_STEPS == 0:
@@ -177,6 +187,25 @@ class Planner:
                 if self._speed(plan, bucket) > share * speed:
                     return plan
         return None
+
+    def _rival(self, bucket: Bucket, best: Plan) -> Plan | None:
+        """The plan to time again now: of those that come near the best, the one timed longest ago."""
+        if self._checked is not None and self._num_steps < self._check_ends:
+            return self._checked
+        self._checked = None
+        if self._num_steps < self._next_check:
+            return None
+        self._next_check = self._num_steps + _STEPS_PER_CHECK
+        least = _RIVAL * self._speed(best, bucket)
+        rivals = [
+            plan
+            for plan in self.candidates
+            if plan != best and self._is_known(plan, bucket) and self._speed(plan, bucket) >= least
+        ]
+        if rivals:
+            self._checked = min(rivals, key=lambda plan: self._timed_at.get((plan, bucket), 0))
+            self._check_ends = self._num_steps + _CHECKED_STEPS
+        return self._checked
 
     def _forget(self) -> None:
         """Policy, prompts and machine have changed meanwhile: what is not in use may have become better."""

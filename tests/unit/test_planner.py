@@ -3,6 +3,7 @@
 import logging
 import random
 import re
+from collections import Counter
 from itertools import pairwise
 
 import pytest
@@ -62,23 +63,44 @@ class World:
         return chosen
 
 
+def most_common(plans):
+    return Counter(plans).most_common(1)[0][0]
+
+
+def mean_speed(world, plans, batch_size):
+    """Expected tokens of these steps over the seconds they take."""
+    tokens = sum(batch_size * world.tokens(plan) for plan in plans)
+    return tokens / sum(world.seconds(plan, batch_size) for plan in plans)
+
+
+@pytest.mark.parametrize("slowdown", [3.5, 4.5])  # it is three times as fast as plain
+def test_a_plan_that_was_first_timed_in_a_bad_moment_gets_another_chance(slowdown):
+    world, planner = World(draft_agrees=0.9, row_cost=0.0005), Planner([TWO_8])
+    fair = world.seconds
+    world.seconds = lambda plan, *place: fair(plan, *place) * (slowdown if plan == TWO_8 else 1)
+    world.run(planner, 40, 1)
+    world.seconds = fair
+    assert most_common(world.run(planner, 1000, 1)[-200:]) == TWO_8
+
+
 @pytest.mark.parametrize("batch_size", [1, 8, 64])
 @pytest.mark.parametrize("draft_agrees", [0.2, 0.6, 0.9])
 @pytest.mark.parametrize("row_cost", [0.0005, 0.02, 0.5])
 def test_the_fastest_plan_is_found_and_kept(batch_size, draft_agrees, row_cost):
     world = World(draft_agrees=draft_agrees, row_cost=row_cost, noise=0.1)
-    settled = set(world.run(Planner(PLANS), 800, batch_size)[-100:])
+    settled = world.run(Planner(PLANS), 800, batch_size)[-256:]
     best = max(world.speed(plan, batch_size) for plan in PLANS)
-    assert min(world.speed(plan, batch_size) for plan in settled) > 0.88 * best
+    assert world.speed(most_common(settled), batch_size) > 0.88 * best
+    assert mean_speed(world, settled, batch_size) > 0.86 * best  # timing rivals again included
 
 
 def test_each_bucket_has_its_own_best_plan():
     world, planner = World(row_cost=0.02), Planner(PLANS)
     for batch_size in (64, 1, 64, 1):
         world.run(planner, 200, batch_size)
-    assert set(world.run(planner, 50, 1)) == {FUSED_8}
-    assert set(world.run(planner, 50, 64)) == {PLAIN}
-    assert set(world.run(planner, 50, 40)) == {PLAIN}
+    assert most_common(world.run(planner, 50, 1)) == FUSED_8
+    assert most_common(world.run(planner, 50, 64)) == PLAIN
+    assert most_common(world.run(planner, 50, 40)) == PLAIN
     assert planner.costs.num_samples(FUSED_8, Bucket(1, 64)) > planner.costs.num_samples(
         FUSED_8, Bucket(64, 64)
     )
@@ -105,7 +127,7 @@ def test_one_slow_step_decides_nothing():
     world, planner = World(row_cost=0.0005), Planner([TWO_8])
     assert world.run(planner, 200, 8)[-1] == TWO_8
     planner.observe(TWO_8, 8, 64, 10.0, 8 * 5)
-    assert set(world.run(planner, 50, 8)) == {TWO_8}
+    assert world.run(planner, 50, 8).count(TWO_8) >= 47
 
 
 def test_a_plan_that_is_clearly_slower_is_dropped_after_one_timed_step():
@@ -146,25 +168,24 @@ def test_a_plan_is_replaced_only_by_one_that_is_faster_by_a_margin():
             chosen.append(plan)
         return chosen
 
-    assert run(100)[-50:] == [PLAIN] * 50
+    assert most_common(run(100)[-50:]) == PLAIN
     costs[PLAIN] = 1.02
-    assert run(50) == [PLAIN] * 50
+    assert most_common(run(50)) == PLAIN
     costs[PLAIN] = 1.2
-    assert run(50)[-30:] == [TWO_4] * 30
+    assert most_common(run(50)[-30:]) == TWO_4
     costs[TWO_4] = 2.48  # plain is 3 % faster than that
-    assert run(50) == [TWO_4] * 50
+    assert most_common(run(50)) == TWO_4
     costs[TWO_4] = 2.9
-    assert run(50)[-30:] == [PLAIN] * 30
+    assert most_common(run(50)[-30:]) == PLAIN
 
 
 def test_a_fall_in_acceptance_brings_plain_back_and_a_rise_is_found_again():
     world, planner = World(draft_agrees=0.8, row_cost=0.01), Planner([TWO_8])
-    assert world.run(planner, 200, 8)[-1] == TWO_8
+    assert most_common(world.run(planner, 200, 8)[-50:]) == TWO_8
     world.draft_agrees = 0.05
-    assert world.run(planner, 1000, 8)[-1] == PLAIN
+    assert most_common(world.run(planner, 1000, 8)[-100:]) == PLAIN
     world.draft_agrees = 0.8
-    assert set(world.run(planner, 1000, 8)) == {PLAIN}
-    assert world.run(planner, 10_000, 8)[-1] == TWO_8
+    assert most_common(world.run(planner, 11_000, 8)[-100:]) == TWO_8
 
 
 def test_trying_stops_when_its_time_is_up():
