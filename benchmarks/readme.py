@@ -79,7 +79,8 @@ def drafts_table() -> str:
     count = next(iter(cells.values()))["rollouts"]
     caption = (
         f"Tokens per forward of the tiny policy on {count} held-out problems at temperature 1: all its "
-        "weights trained to draft (`full`), or its causal part untouched, and an adapter made by `blockroll convert`."
+        "weights trained to draft (`full`), or its causal part untouched, and an adapter made by "
+        "`blockroll convert`."
     )
     return "\n".join((*lines, "", caption))
 
