@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+import transformers
 from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel
 
 LOOKUP_TOKENS = 10  # drafts per step of prompt lookup, as in transformers' own examples
@@ -83,6 +84,9 @@ class GenerateReference:
         """Nothing is kept."""
 
 
+CONTINUOUS_BATCHING_SINCE = (5, 24)  # version of transformers
+
+
 class ContinuousBatchingReference:
     """Continuous batching: a thread decodes what is submitted, and completions come one by one.
 
@@ -93,6 +97,11 @@ class ContinuousBatchingReference:
     """
 
     def __init__(self, model: PreTrainedModel, task: ReferenceTask) -> None:
+        if tuple(map(int, transformers.__version__.split(".")[:2])) < CONTINUOUS_BATCHING_SINCE:
+            raise RuntimeError(
+                f"continuous batching of transformers {transformers.__version__} is not measured: it was "
+                f"seen to fail or to hang before {'.'.join(map(str, CONTINUOUS_BATCHING_SINCE))}"
+            )
         self._task = task
         self._device = model.device
         pages = math.ceil((task.longest_prompt + task.max_tokens) / PAGE_TOKENS) + 1
