@@ -322,13 +322,14 @@ def experiments() -> dict[str, Callable[[], list[Row]]]:
     }
 
 
-def main(names: Sequence[str]) -> None:
+def write_rows(part: int, found: dict[str, Callable[[], list[Row]]], names: Sequence[str]) -> None:
+    """Run the experiments named, or all that have no rows yet; rows appear whole or not at all."""
     RESULTS.mkdir(exist_ok=True)
-    for name, experiment in experiments().items():
-        path = RESULTS / f"part1_{name}.jsonl"
+    for name, experiment in found.items():
+        path = RESULTS / f"part{part}_{name}.jsonl"
         if (names and name not in names) or (not names and path.exists()):
             continue
-        print(f"part 1: {name}", flush=True)
+        print(f"part {part}: {name}", flush=True)
         rows = experiment()
         partial = path.with_suffix(".partial")
         partial.write_text("".join(json.dumps({**row, **provenance()}) + "\n" for row in rows))
@@ -336,4 +337,4 @@ def main(names: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    write_rows(1, experiments(), sys.argv[1:])

@@ -10,7 +10,6 @@ The tests run a short form of each.
 
 import importlib.metadata
 import itertools
-import json
 import os
 import sys
 from collections import Counter
@@ -23,7 +22,6 @@ import torch
 from benchmarks.evidence_part1 import (
     BATCH,
     LEARNING_TEMPERATURE,
-    RESULTS,
     Row,
     acceptance_rate,
     chi_square,
@@ -31,9 +29,9 @@ from benchmarks.evidence_part1 import (
     has_checkpoint,
     law_equality,
     prompts,
-    provenance,
     requests,
     resumable,
+    write_rows,
 )
 from blockroll.config import ConvertConfig, DraftConfig, PolicyConfig, RolloutConfig, RunConfig, TrainConfig
 from blockroll.policies.hf import HFPolicy
@@ -264,18 +262,5 @@ def experiments() -> dict[str, Callable[[], list[Row]]]:
     return found
 
 
-def main(names: Sequence[str]) -> None:
-    RESULTS.mkdir(exist_ok=True)
-    for name, experiment in experiments().items():
-        path = RESULTS / f"part2_{name}.jsonl"
-        if (names and name not in names) or (not names and path.exists()):
-            continue
-        print(f"part 2: {name}", flush=True)
-        rows = experiment()
-        partial = path.with_suffix(".partial")
-        partial.write_text("".join(json.dumps({**row, **provenance()}) + "\n" for row in rows))
-        partial.rename(path)
-
-
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    write_rows(2, experiments(), sys.argv[1:])
