@@ -1,7 +1,8 @@
-"""What a decoding step costs: seconds by plan and by bucket of batch and context, kept between processes.
+"""What a decoding step costs, in plain steps, by plan and by bucket of batch and context.
 
-The figures belong to one kind of model on one kind of machine; the file's name is a hash of both. They are
-measurements, so a file that is lost or damaged costs nothing but measuring again.
+A figure is the time of a step over that of the plain steps around it: machines speed up and slow down, and
+leave a ratio alone. The table is kept between processes, for one kind of model on one kind of machine; its
+name is a hash of both. A file that is lost or damaged costs nothing but measuring again.
 """
 
 import contextlib
@@ -15,11 +16,12 @@ from collections import deque
 from pathlib import Path
 from typing import NamedTuple, Self
 
-from blockroll.types import Plan
+from blockroll.types import PLAIN, Plan
 
 logger = logging.getLogger(__name__)
 
-_SAMPLES_KEPT = 8  # per plan and bucket, the newest
+SAMPLES_KEPT = 12  # per plan and bucket, the newest
+_KEY = "plain_steps_per_step"
 _SHORTEST_CONTEXT = 64  # below, a step costs the same
 
 
@@ -34,9 +36,19 @@ class Bucket(NamedTuple):
         """The bucket of a step with so many requests, the longest of `context` tokens."""
         return cls(_next_power(batch_size), max(_SHORTEST_CONTEXT, _next_power(context)))
 
+    def neighbours(self) -> tuple["Bucket", ...]:
+        """The buckets that differ by one step, the likeliest to cost the same first."""
+        batch_size, context = self
+        return (
+            Bucket(batch_size, context // 2),
+            Bucket(batch_size, context * 2),
+            Bucket(batch_size * 2, context),
+            Bucket(batch_size // 2, context),
+        )
+
 
 class CostTable:
-    """Seconds per step, as the median of the newest samples of each plan in each bucket."""
+    """Plain steps that one step takes, as the median of the newest samples of each plan in each bucket."""
 
     def __init__(self, path: Path | None = None) -> None:
         """An empty table; `save` writes it to `path`, or nowhere."""
@@ -50,14 +62,14 @@ class CostTable:
         table = cls(path)
         try:
             kept = json.loads(path.read_text())
-            for name, buckets in kept["seconds_per_step"].items():
+            for name, buckets in kept[_KEY].items():
                 plan = Plan.parse(name, default_drafts=1)
                 for text, samples in buckets.items():
                     batch_size, context = map(int, text.split("x"))
-                    for seconds in samples:
-                        if not 0 < seconds < math.inf:
-                            raise ValueError(f"{name} at {text} took {seconds} seconds")
-                        table.add(plan, Bucket(batch_size, context), seconds)
+                    for cost in samples:
+                        if not 0 < cost < math.inf:
+                            raise ValueError(f"{name} at {text} took {cost} plain steps")
+                        table.add(plan, Bucket(batch_size, context), cost)
         except FileNotFoundError:
             return cls(path)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as damage:
@@ -70,7 +82,7 @@ class CostTable:
         if self.path is None:
             return
         kept = {
-            "seconds_per_step": {
+            _KEY: {
                 plan.name: {f"{b.batch_size}x{b.context}": [*samples] for b, samples in buckets.items()}
                 for plan, buckets in self._samples.items()
             }
@@ -84,24 +96,24 @@ class CostTable:
             )
             self.path = None
 
-    def add(self, plan: Plan, bucket: Bucket, seconds: float) -> None:
-        """Count one more step."""
-        samples = self._samples.setdefault(plan, {}).setdefault(bucket, deque(maxlen=_SAMPLES_KEPT))
-        samples.append(seconds)
+    def add(self, plan: Plan, bucket: Bucket, cost: float) -> None:
+        """Count one more step, that took `cost` times as long as the plain steps around it."""
+        samples = self._samples.setdefault(plan, {}).setdefault(bucket, deque(maxlen=SAMPLES_KEPT))
+        samples.append(cost)
         self._medians.setdefault(plan, {})[bucket] = statistics.median(samples)
 
-    def seconds(self, plan: Plan, bucket: Bucket) -> float | None:
-        """Seconds per step; None if there is no sample."""
-        return self._medians.get(plan, {}).get(bucket)
+    def cost(self, plan: Plan, bucket: Bucket) -> float | None:
+        """Plain steps that one step takes; None if there is no sample. A plain step takes one."""
+        return 1.0 if plan == PLAIN else self._medians.get(plan, {}).get(bucket)
+
+    def nearby_cost(self, plan: Plan, bucket: Bucket) -> float | None:
+        """The cost in a bucket next to this one, in batch or in context; None if there is no sample."""
+        known = self._medians.get(plan, {})
+        return next((known[near] for near in bucket.neighbours() if near in known), None)
 
     def num_samples(self, plan: Plan, bucket: Bucket) -> int:
-        """Samples behind that figure."""
+        """Samples behind the cost."""
         return len(self._samples.get(plan, {}).get(bucket, ()))
-
-    def forget(self, plan: Plan) -> None:
-        """Drop every sample of a plan."""
-        self._samples.pop(plan, None)
-        self._medians.pop(plan, None)
 
 
 def _next_power(number: int) -> int:

@@ -1,10 +1,10 @@
 """A plan that chooses itself: each step takes the plan with the most expected tokens per second.
 
-Expected are the tokens a plan commits per request and step, counted online, over the seconds a step takes at
-that batch and context. Both come from real steps, so measuring commits tokens too: plain is timed first in a
-bucket, then each plan that could be faster runs for a few steps and is dropped as soon as it is clearly not.
-Machines speed up and slow down, so every now and then a rival of the plan in use runs for a moment again: no
-plan is judged by one bad moment.
+Expected are the tokens a plan commits per request and step, counted online, over what a step costs at that
+batch and context. Costs are ratios: a trial is one step of a plan between two plain ones, and a step costs
+what it took over the mean of theirs, so a machine that speeds up and slows down moves both. Trials are real
+steps and commit tokens too. Plans that could win are tried when a bucket is first met, the likeliest losers
+never; later the plan in use and those close to it are tried again now and then.
 
 Law: a choice depends on counts of committed tokens and on times, never on a draft that is not settled, and
 every coin of a step is fresh. So under the target law tokens follow the causal policy exactly, whatever is
@@ -16,7 +16,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,7 +24,7 @@ import torch
 import blockroll
 from blockroll.config import cache_dir
 from blockroll.policies.base import Policy
-from blockroll.rollout.cost_table import Bucket, CostTable
+from blockroll.rollout.cost_table import SAMPLES_KEPT, Bucket, CostTable
 from blockroll.types import PLAIN, Plan
 
 if TYPE_CHECKING:
@@ -35,17 +35,15 @@ logger = logging.getLogger(__name__)
 AUTO = "auto"
 _NUM_DRAFTS = (4, 8, 16, 32)  # drafts worth a try, below what the policy was trained for
 _MARGIN = 0.05  # a plan replaces another if it is faster by this share
-_HOPELESS = 0.5  # a plan being tried is dropped early at this share of the best plan's tokens per second
-_TIMED_STEPS = 3  # a plan is known in a bucket after so many timed steps,
-_COUNTED_STEPS = 16  # and so many request-steps anywhere
+_HOPELESS = 0.7  # a plan is not tried (on) if it seems to reach less than this share of the best plan's speed
+_TRIALS = 4  # after which a plan is known in a bucket
+_COUNTED_STEPS = 16  # request-steps anywhere, after which its tokens are known
 _PRIOR_STEPS = 4  # request-steps that the optimistic guess at a plan's tokens weighs
 _HALF_LIFE = 1024  # request-steps after which a count of tokens weighs half
-_TRYING_SHARE = 0.01  # of the time spent decoding that may go to trying plans, beyond the time at the start
-_STEPS_PER_CHECK = 64  # after which a rival is timed again,
-_CHECKED_STEPS = 3  # for so many steps,
-_RIVAL = 0.5  # if it is known to reach this share of the best plan's tokens per second
-_STEPS_PER_CHOICE = 8  # a choice holds so long while nothing is tried: choosing takes time too
-_FORGET_STEPS = 10_000  # steps after which all plans but the one in use are tried anew
+_TRIAL_SHARE = 0.01  # of the time spent decoding that may go to first trials, beyond the time at the start
+_STEPS_PER_TRIAL = (32, 256)  # in use and close plans are tried again: few samples, and as many as are kept
+_STEPS_PER_CHOICE = 8  # a choice holds so long: choosing takes time too
+_FORGET_STEPS = 10_000  # steps after which what plans not in use commit is counted anew
 
 
 @dataclass(slots=True)
@@ -62,6 +60,31 @@ class Acceptance:
         self.num_tokens = kept * self.num_tokens + num_tokens
 
 
+@dataclass(slots=True)
+class _Trial:
+    """A step of a plan between two plain ones; steps before it, if any, only warm it up."""
+
+    plan: Plan
+    num_warm_ups: int
+    steps: list[tuple[int, float]] = field(default_factory=list)  # batch size and seconds of those done
+
+    @property
+    def next_plan(self) -> Plan:
+        return self.plan if 1 <= len(self.steps) <= 1 + self.num_warm_ups else PLAIN
+
+    @property
+    def is_done(self) -> bool:
+        return len(self.steps) == 3 + self.num_warm_ups
+
+    @property
+    def cost(self) -> float:
+        """Plain steps that one step of the plan takes; plain as it would be at the batch of that step."""
+        (size_before, before), *_, (size, seconds), (size_after, after) = self.steps
+        ended = size_before - size_after
+        share = min(max((size_before - size) / ended, 0.0), 1.0) if ended else 0.5
+        return seconds / (before + share * (after - before))
+
+
 class Planner:
     """Chooses among candidate plans from what their steps have cost and committed.
 
@@ -73,7 +96,7 @@ class Planner:
     def __init__(
         self, candidates: Iterable[Plan], *, costs: CostTable | None = None, max_measure_s: float = 20.0
     ) -> None:
-        """Plain is always a candidate. Trying others takes at most `max_measure_s` and 1 % of the time."""
+        """Plain is always a candidate. First trials take at most `max_measure_s` and 1 % of the time."""
         self.candidates = tuple(
             sorted({PLAIN, *candidates}, key=lambda plan: (plan.rows_per_forward, plan.forwards_per_step))
         )
@@ -84,59 +107,47 @@ class Planner:
             plan: [other for other in reversed(self.candidates) if _is_narrower(other, plan)]
             for plan in self.candidates
         }
-        self._in_use = PLAIN  # the best plan known at the latest choice
-        self._chosen = PLAIN
-        self._chosen_for: Bucket | None = None
+        self._in_use = PLAIN
+        self._bucket: Bucket | None = None
         self._holds_until = 0  # this many steps
-        self._is_trying = False
-        self._checked: Plan | None = None  # the rival being timed again
-        self._check_ends = 0
-        self._next_check = _STEPS_PER_CHECK
-        self._timed_at: dict[tuple[Plan, Bucket], int] = {}
+        self._trial: _Trial | None = None
+        self._next_check: dict[Bucket, int] = {}
+        self._tried_at: dict[tuple[Plan, Bucket], int] = {}
         self._last_run: Plan | None = None
         self._warm: set[tuple[Plan, Bucket]] = set()
         self._num_steps = 0
         self._decoding_s = 0.0
-        self._trying_s = 0.0
+        self._trials_s = 0.0
 
     def choose(self, batch_size: int, context: int) -> Plan:
         """The plan of the next step of so many requests, the longest of `context` tokens."""
         bucket = Bucket.of(batch_size, context)
-        if bucket == self._chosen_for and self._num_steps < self._holds_until:
-            return self._chosen
-        self._chosen_for = bucket
-        best, tried = PLAIN, None
-        if self._is_known(PLAIN, bucket):
-            self._in_use = best = self._best_known(bucket)
-            if self._trying_s < self.max_measure_s + _TRYING_SHARE * self._decoding_s:
-                tried = self._worth_trying(bucket, best) or self._rival(bucket, best)
-            if tried is None:
-                self._holds_until = self._num_steps + _STEPS_PER_CHOICE
-        self._is_trying = tried is not None
-        plan = tried or best
-        if plan != self._chosen:
-            self._log_switch(plan, bucket, batch_size)
-        self._chosen = plan
-        return plan
+        if bucket != self._bucket:  # steps on both sides of an edge do not compare
+            self._bucket, self._trial, self._holds_until = bucket, None, 0
+        if self._trial is None and self._num_steps >= self._holds_until:
+            best = self._best(bucket)
+            if best != self._in_use:
+                self._log_switch(best, bucket)
+                self._in_use = best
+            self._trial = self._next_trial(bucket)
+            self._holds_until = self._num_steps + _STEPS_PER_CHOICE
+        return self._in_use if self._trial is None else self._trial.next_plan
 
     def observe(self, plan: Plan, batch_size: int, context: int, seconds: float, num_tokens: int) -> None:
         """A step under `plan` took so long, prefill excluded, and committed so many tokens in all."""
         self._num_steps += 1
         self._decoding_s += seconds
-        if self._is_trying:
-            self._trying_s += seconds
-        bucket = Bucket.of(batch_size, context)
-        is_warm, is_steady = (plan, bucket) in self._warm, plan == self._last_run
-        self._warm.add((plan, bucket))
-        self._last_run = plan
         # The first step after a switch is unlike those that follow: fused plans start their proposals in it.
-        if is_steady:
+        if plan == self._last_run or not plan.levels:
             self._acceptance[plan].count(batch_size, num_tokens)
-            if is_warm and seconds > 0:
-                self.costs.add(plan, bucket, seconds)
-                self._timed_at[plan, bucket] = self._num_steps
-                if self.costs.num_samples(plan, bucket) in (1, _TIMED_STEPS):
-                    self.costs.save()
+        self._last_run = plan
+        self._warm.add((plan, Bucket.of(batch_size, context)))
+        trial = self._trial
+        if trial is not None and seconds > 0:
+            trial.steps.append((batch_size, seconds))
+            self._trials_s += seconds
+            if trial.is_done:
+                self._end_trial(trial, Bucket.of(batch_size, context))
         if self._num_steps % _FORGET_STEPS == 0:
             self._forget()
 
@@ -156,77 +167,83 @@ class Planner:
                 return 1 + accepted_per_draft * plan.num_drafts
         return 1.0 + plan.num_drafts
 
-    def _is_known(self, plan: Plan, bucket: Bucket) -> bool:
-        is_counted = plan == PLAIN or self._acceptance[plan].num_steps >= _COUNTED_STEPS
-        return is_counted and self.costs.num_samples(plan, bucket) >= _TIMED_STEPS
-
-    def _speed(self, plan: Plan, bucket: Bucket) -> float:
-        """Expected tokens per second of one request; at most that where the plan was not timed."""
-        seconds = self.costs.seconds(plan, bucket)
-        if seconds is None:  # no step takes less time than one of fewer forwards and rows
-            seconds = max(
-                self.costs.seconds(other, bucket) or 0.0
+    def speedup(self, plan: Plan, bucket: Bucket) -> float:
+        """Expected tokens per second over plain's; at most that where the plan was not tried."""
+        cost = self.costs.cost(plan, bucket) or self.costs.nearby_cost(plan, bucket)
+        if cost is None:  # no step takes less time than one of fewer forwards and rows
+            cost = max(
+                self.costs.cost(other, bucket) or 0.0
                 for other in self.candidates
                 if other.forwards_per_step <= plan.forwards_per_step
                 and other.rows_per_forward <= plan.rows_per_forward
             )
-        return self.expected_tokens(plan) / seconds
+        return self.expected_tokens(plan) / cost
 
-    def _best_known(self, bucket: Bucket) -> Plan:
-        speeds = {plan: self._speed(plan, bucket) for plan in self.candidates if self._is_known(plan, bucket)}
-        fastest = max(speeds, key=speeds.__getitem__)
-        is_close = speeds[fastest] <= (1 + _MARGIN) * speeds.get(self._in_use, 0.0)
+    def _best(self, bucket: Bucket) -> Plan:
+        """The fastest of the plans tried here or nearby; the one in use if it comes close."""
+        speedups = {
+            plan: self.speedup(plan, bucket)
+            for plan in self.candidates
+            if self.costs.num_samples(plan, bucket) >= _TRIALS or self.costs.nearby_cost(plan, bucket)
+        }
+        speedups[PLAIN] = 1.0
+        fastest = max(speedups, key=speedups.__getitem__)
+        is_close = speedups[fastest] <= (1 + _MARGIN) * speedups.get(self._in_use, 0.0)
         return self._in_use if is_close else fastest
 
-    def _worth_trying(self, bucket: Bucket, best: Plan) -> Plan | None:
-        """The narrowest plan not known yet that could still win."""
-        speed = self._speed(best, bucket)
-        for plan in self.candidates:
-            if not self._is_known(plan, bucket):
-                share = _HOPELESS if self.costs.num_samples(plan, bucket) else 1 + _MARGIN
-                if self._speed(plan, bucket) > share * speed:
-                    return plan
-        return None
-
-    def _rival(self, bucket: Bucket, best: Plan) -> Plan | None:
-        """The plan to time again now: of those that come near the best, the one timed longest ago."""
-        if self._checked is not None and self._num_steps < self._check_ends:
-            return self._checked
-        self._checked = None
-        if self._num_steps < self._next_check:
+    def _next_trial(self, bucket: Bucket) -> _Trial | None:
+        """Of a plan not known yet that could win, or again of the plan in use or one close to it."""
+        best = self.speedup(self._in_use, bucket)
+        plan = None
+        if self._trials_s < self.max_measure_s + _TRIAL_SHARE * self._decoding_s:
+            plan = next(
+                (each for each in self.candidates if self._is_worth_a_trial(each, bucket, best)), None
+            )
+        if plan is None and self._num_steps >= self._next_check.get(bucket, 0):
+            close = [
+                each
+                for each in self.candidates
+                if self.costs.num_samples(each, bucket) and self.speedup(each, bucket) >= _HOPELESS * best
+            ]
+            if close:
+                plan = min(close, key=lambda each: self._tried_at.get((each, bucket), 0))
+                fewest = min(self.costs.num_samples(each, bucket) for each in close)
+                self._next_check[bucket] = self._num_steps + _STEPS_PER_TRIAL[fewest >= SAMPLES_KEPT]
+        if plan is None:
             return None
-        self._next_check = self._num_steps + _STEPS_PER_CHECK
-        least = _RIVAL * self._speed(best, bucket)
-        rivals = [
-            plan
-            for plan in self.candidates
-            if plan != best and self._is_known(plan, bucket) and self._speed(plan, bucket) >= least
-        ]
-        if rivals:
-            self._checked = min(rivals, key=lambda plan: self._timed_at.get((plan, bucket), 0))
-            self._check_ends = self._num_steps + _CHECKED_STEPS
-        return self._checked
+        num_warm_ups = 1 if plan.levels or (plan, bucket) not in self._warm else 0
+        return _Trial(plan, num_warm_ups)
+
+    def _is_worth_a_trial(self, plan: Plan, bucket: Bucket, best: float) -> bool:
+        if plan == PLAIN or self.costs.num_samples(plan, bucket) >= _TRIALS:
+            return False
+        if self.costs.num_samples(plan, bucket):
+            return True
+        least = _HOPELESS if self.costs.nearby_cost(plan, bucket) else 1 + _MARGIN
+        return self.speedup(plan, bucket) > least * best
+
+    def _end_trial(self, trial: _Trial, bucket: Bucket) -> None:
+        self._trial, self._holds_until = None, 0
+        self.costs.add(trial.plan, bucket, trial.cost)
+        self._tried_at[trial.plan, bucket] = self._num_steps
+        if self.costs.num_samples(trial.plan, bucket) in (_TRIALS, SAMPLES_KEPT):
+            self.costs.save()
 
     def _forget(self) -> None:
-        """Policy, prompts and machine have changed meanwhile: what is not in use may have become better."""
+        """Policy and prompts have changed meanwhile: what is not in use may have become better."""
         for plan in self.candidates:
             if plan != self._in_use:
                 self._acceptance[plan] = Acceptance()
-                self.costs.forget(plan)
 
-    def _log_switch(self, plan: Plan, bucket: Bucket, batch_size: int) -> None:
-        before, where = self._chosen, f"at batch {batch_size}, context up to {bucket.context}"
-        if self.costs.seconds(PLAIN, bucket) is None:
-            logger.info("plan %s after %s %s: plain is timed first", plan.name, before.name, where)
-            return
+    def _log_switch(self, plan: Plan, bucket: Bucket) -> None:
         logger.info(
-            "plan %s after %s %s: %s %.4g tokens/s, against %.4g",
+            "plan %s after %s at batch up to %d, context up to %d: expected %.3gx plain, against %.3gx",
             plan.name,
-            before.name,
-            where,
-            "tried, could give" if self._is_trying else "expected",
-            batch_size * self._speed(plan, bucket),
-            batch_size * self._speed(before, bucket),
+            self._in_use.name,
+            bucket.batch_size,
+            bucket.context,
+            self.speedup(plan, bucket),
+            self.speedup(self._in_use, bucket),
         )
 
 
@@ -241,7 +258,7 @@ def candidate_plans(policy: Policy) -> tuple[Plan, ...]:
         plans += [Plan(size) for size in sizes]
     if "fused" in policy.trained_layouts:
         for size in sizes:
-            plans += [Plan(size, tuple(sorted(levels))) for levels in ({0}, {0, size}, {0, size // 2, size})]
+            plans += [Plan(size, tuple(sorted(levels))) for levels in ({0}, {0, size // 2, size})]
     return tuple(dict.fromkeys(plans))
 
 
