@@ -125,7 +125,7 @@ class DraftPass:
     num_scored: int
     overlap_sum_K: Tensor  # float64, sum over blocks of sum_v min(teacher, draft) at each draft position
     count_K: Tensor  # int64, scored slots at each draft position
-    accepted_sum: float  # over whole blocks: expected accepted drafts
+    tokens_sum: float  # over whole blocks: expected committed tokens of a step
     num_whole_blocks: int
 
 
@@ -198,12 +198,16 @@ def draft_pass(
     overlap_BGK = overlap_BM.view(shape)[..., drafts]
     is_scored_BGK = is_scored_BM.view(shape)[..., drafts]
     is_whole_BG = is_scored_BGK.all(dim=-1)
+    chain_BGK = overlap_BGK.clone()
+    if blocks.first_slot == 0:
+        chain_BGK[..., 0] = 1.0  # a two-forward step settles its first position whatever was drafted there
+    tokens_BG = 1 + chain_BGK.cumprod(dim=-1).sum(dim=-1)
     return DraftPass(
         loss_sum=loss_sum,
         num_scored=len(labels_N),
         overlap_sum_K=overlap_BGK.sum(dim=(0, 1)).cpu(),
         count_K=is_scored_BGK.sum(dim=(0, 1)).cpu(),
-        accepted_sum=float(overlap_BGK.cumprod(dim=-1).sum(dim=-1)[is_whole_BG].sum()),
+        tokens_sum=float(tokens_BG[is_whole_BG].sum()),
         num_whole_blocks=int(is_whole_BG.sum()),
     )
 

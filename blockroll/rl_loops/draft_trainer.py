@@ -34,7 +34,7 @@ class DraftMetrics:
     layout: str
     loss: float  # per scored slot
     acceptance_K: tuple[float, ...]  # expected, by draft position, if the position is reached; NaN: not met
-    tokens_per_step: float  # 1 + expected accepted drafts of a whole block
+    tokens_per_step: float  # expected of a whole block: accepted drafts, and what the step adds
     num_scored: int
     grad_norm: float
     is_skipped: bool  # the gradient was not finite: nothing moved
@@ -102,7 +102,7 @@ class DraftTrainer:
         num_drafts, layout = kinds[self.num_steps % len(kinds)]
         generator = torch.Generator().manual_seed((self._seed << 24) + self.num_steps)
         is_full = self.config.conversion == "full"
-        loss_sum = accepted_sum = 0.0
+        loss_sum = tokens_sum = 0.0
         num_scored = num_blocks = 0
         overlap_K = torch.zeros(num_drafts, dtype=torch.float64)
         count_K = torch.zeros(num_drafts, dtype=torch.int64)
@@ -127,7 +127,7 @@ class DraftTrainer:
                 count_K += result.count_K
                 num_scored += result.num_scored
                 num_blocks += result.num_whole_blocks
-                accepted_sum += result.accepted_sum
+                tokens_sum += result.tokens_sum
         norm = self._move(num_scored)
         self.num_steps += 1
         self.num_tokens += sum(len(rollout.token_ids) for rollout in used)
@@ -136,7 +136,7 @@ class DraftTrainer:
             layout=layout,
             loss=loss_sum / num_scored if num_scored else math.nan,
             acceptance_K=tuple((overlap_K / count_K).tolist()),
-            tokens_per_step=1 + accepted_sum / num_blocks if num_blocks else math.nan,
+            tokens_per_step=tokens_sum / num_blocks if num_blocks else math.nan,
             num_scored=num_scored,
             grad_norm=norm,
             is_skipped=not math.isfinite(norm),

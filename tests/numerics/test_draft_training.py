@@ -114,6 +114,22 @@ def test_a_full_conversion_moves_every_weight_and_learns_to_draft(policy):
     assert len(moved) == len(weights)
 
 
+@pytest.mark.parametrize("plan", [Plan(K), Plan(K, tuple(range(K + 1)))], ids=lambda plan: plan.name)
+def test_tokens_per_step_is_what_decoding_commits(plan):
+    """Counted in an engine on the one side, expected from a training pass on the other."""
+    policy = adapted_policy()
+    config = DraftConfig(rank=policy.adapter.config.rank, block_sizes=(K,), layouts=(plan.layout,))
+    trainer = DraftTrainer(policy, config)
+    trainer.lr_scale = 0.0
+    requests = make_requests(prompts(60), Sampling(max_tokens=100, ignore_eos=True))
+    decoded = list(run(policy, requests, plan).values())
+    expected = [trainer.step(decoded).tokens_per_step for _ in range(4)]
+    start = 1 if plan.levels else 0  # a draft forward before the first fused step
+    num_steps = sum(rollout.stats.num_forwards - start for rollout in decoded) / plan.forwards_per_step
+    committed = sum(len(rollout.token_ids) for rollout in decoded) / num_steps
+    assert committed == pytest.approx(sum(expected) / len(expected), rel=0.06)
+
+
 def test_block_sizes_and_layouts_take_turns():
     policy = HFPolicy(random_model())
     trainer = DraftTrainer(policy, DraftConfig(rank=2, block_sizes=(2, 4)))
