@@ -19,6 +19,7 @@ from typing import Any, Literal, Self
 import safetensors.torch
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from blockroll.errors import AdapterMismatch
@@ -56,8 +57,7 @@ class LowRank(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Update (..., out_features) in the dtype of x."""
-        update: Tensor = x @ self.down.to(x.dtype).T @ self.up.to(x.dtype).T
-        return update
+        return F.linear(F.linear(x, self.down.to(x.dtype)), self.up.to(x.dtype))
 
 
 class DraftAdapter(nn.Module):
@@ -148,7 +148,11 @@ class DraftAdapter(nn.Module):
             first = self._first_row
             if first is None:
                 return output
-            changed = output[:, first:] + update(inputs[0][:, first:])
+            change = update(inputs[0][:, first:])
+            if not torch.is_grad_enabled():
+                output[:, first:].add_(change)
+                return output
+            changed = output[:, first:] + change
             return changed if first == 0 else torch.cat([output[:, :first], changed], dim=1)
 
         return add_update

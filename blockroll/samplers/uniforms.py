@@ -9,8 +9,12 @@ where the attempt counts the decoding forwards the request has run. A position t
 drafted again therefore never meets a word that has already influenced an outcome.
 """
 
+from collections.abc import Callable
 from enum import IntEnum
+from functools import lru_cache
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -32,22 +36,33 @@ def philox4x32(
     seed: Tensor, c0: Tensor | int, c1: Tensor | int, c2: Tensor | int, c3: Tensor | int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Four 32-bit words (in int64) per element of the broadcast arguments."""
-    words = [torch.as_tensor(word, dtype=torch.int64, device=seed.device) for word in (c0, c1, c2, c3)]
-    shape = torch.broadcast_shapes(seed.shape, *(word.shape for word in words))  # type: ignore[no-untyped-call]
-    seed, counters = seed.expand(shape), [word.expand(shape) for word in words]
+    counters = [torch.as_tensor(word, dtype=torch.int64, device=seed.device) for word in (c0, c1, c2, c3)]
+    seed, *counters = torch.broadcast_tensors(seed, *counters)  # type: ignore[no-untyped-call]
+    key = torch.stack([seed & _MASK, (seed >> 32) & _MASK])
     # The products of words 0 and 2 are taken together: x = (c0, c2), y = (c1, c3).
     x = torch.stack([counters[0], counters[2]]) & _MASK
     y = torch.stack([counters[1], counters[3]]) & _MASK
     lead = (2,) + (1,) * seed.dim()
     multiplier = torch.tensor(_MULTIPLIERS, dtype=torch.int64, device=seed.device).view(lead)
     key_step = torch.tensor(_KEY_STEPS, dtype=torch.int64, device=seed.device).view(lead)
-    key = torch.stack([seed & _MASK, (seed >> 32) & _MASK])
+    if seed.device.type == "cpu":  # the same in NumPy, whose small operations cost a fraction of torch's
+        arrays = (part.numpy() for part in (x, y, key, multiplier, key_step))
+        x, y = (torch.from_numpy(words.copy()) for words in _rounds(*arrays, swap=np.flipud))
+    else:
+        x, y = _rounds(x, y, key, multiplier, key_step, swap=torch.flipud)
+    return x[0], y[0], x[1], y[1]
+
+
+def _rounds(
+    x: Any, y: Any, key: Any, multiplier: Any, key_step: Any, *, swap: Callable[[Any], Any]
+) -> tuple[Any, Any]:
+    """All rounds, in torch or NumPy; `swap` exchanges the two words of an array."""
     for _ in range(_NUM_ROUNDS):
         # The signed product wraps, but its 64 bits are those of the unsigned one.
         product = multiplier * x
-        x, y = ((product >> 32) & _MASK).flip(0) ^ y ^ key, (product & _MASK).flip(0)
+        x, y = swap((product >> 32) & _MASK) ^ y ^ key, swap(product & _MASK)
         key = (key + key_step) & _MASK
-    return x[0], y[0], x[1], y[1]
+    return x, y
 
 
 def u52(high: Tensor, low: Tensor) -> Tensor:
@@ -64,17 +79,20 @@ def step_uniforms(
     the token after the accepted drafts. A step that settles its first position has one more behind it, for
     the token that replaces a rejected first draft.
     """
-    device = seeds_B.device
-    offsets_K = torch.arange(num_drafts, device=device)
-    final_offsets = torch.tensor([num_drafts, 0] if settles else [num_drafts], device=device)
-    offsets = torch.cat([offsets_K, offsets_K, final_offsets])
-    purposes = torch.cat(
-        [
-            offsets_K.new_full((num_drafts,), Purpose.DRAFT),
-            offsets_K.new_full((num_drafts,), Purpose.ACCEPT),
-            torch.full_like(final_offsets, Purpose.FINAL),
-        ]
-    )
+    offsets, purposes = _words_of_step(num_drafts, settles, seeds_B.device)
     words = philox4x32(seeds_B[:, None], 0, positions_B[:, None] + offsets, purposes, attempts_B[:, None])
     uniforms = u52(words[0], words[1])
     return uniforms[:, :num_drafts], uniforms[:, num_drafts:]
+
+
+@lru_cache(maxsize=64)
+def _words_of_step(num_drafts: int, settles: bool, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Offset and purpose of every coin of a step: drafts, accepts, and then the tokens that are drawn."""
+    offsets_K = torch.arange(num_drafts, device=device)
+    final_offsets = torch.tensor([num_drafts, 0] if settles else [num_drafts], device=device)
+    purposes = (
+        offsets_K.new_full((num_drafts,), Purpose.DRAFT),
+        offsets_K.new_full((num_drafts,), Purpose.ACCEPT),
+        torch.full_like(final_offsets, Purpose.FINAL),
+    )
+    return torch.cat([offsets_K, offsets_K, final_offsets]), torch.cat(purposes)

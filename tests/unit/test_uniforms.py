@@ -10,11 +10,12 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
 from blockroll.samplers import step_uniforms
-from blockroll.samplers.uniforms import Purpose, philox4x32, u52
+from blockroll.samplers.uniforms import Purpose, _rounds, philox4x32, u52
 
 _MASK = 0xFFFFFFFF
 
@@ -191,3 +192,16 @@ def test_coins_look_uniform_and_uncorrelated_across_positions_and_purposes():
     assert (columns.mean(dim=0) - 0.5).abs().max() < tolerance * math.sqrt(1 / 12)
     assert (columns.var(dim=0) - 1 / 12).abs().max() < tolerance * math.sqrt(1 / 180)
     assert (torch.corrcoef(columns.T) - torch.eye(columns.shape[1])).abs().max() < tolerance
+
+
+def test_torch_rounds_equal_those_in_numpy():
+    """NumPy serves the CPU, torch every other device; here both run on the CPU."""
+    generator = torch.Generator().manual_seed(0)
+    x, y, key = (torch.randint(_MASK + 1, (2, 40, 9), generator=generator) for _ in range(3))
+    constants = (torch.tensor([0xD2511F53, 0xCD9E8D57]), torch.tensor([0x9E3779B9, 0xBB67AE85]))
+    multiplier, key_step = (constant.view(2, 1, 1) for constant in constants)
+    arguments = (x, y, key, multiplier, key_step)
+    in_torch = _rounds(*arguments, swap=torch.flipud)
+    in_numpy = _rounds(*(argument.numpy() for argument in arguments), swap=np.flipud)
+    for words, others in zip(in_torch, in_numpy, strict=True):
+        assert (words.numpy() == others).all()
