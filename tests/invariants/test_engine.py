@@ -195,7 +195,7 @@ def test_a_planner_finds_the_plan_that_its_engine_runs_fastest(policy):
     while engine.num_requests:
         engine.step()
         chosen.append(engine.plan)
-    assert chosen[:4] == [PLAIN] * 4
+    assert chosen[0] == PLAIN
     assert chosen.count(TWO_FORWARD) > 0.8 * len(chosen)
 
 
