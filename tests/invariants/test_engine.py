@@ -188,7 +188,7 @@ def test_a_planner_finds_the_plan_that_its_engine_runs_fastest(policy):
     """By a clock on which every step takes equally long, that is a plan that drafts."""
     ticks = itertools.count()
     planner = Planner([TWO_FORWARD])
-    requests = make_requests(prompts(40), Sampling(max_tokens=40, ignore_eos=True))
+    requests = make_requests(prompts(120), Sampling(max_tokens=40, ignore_eos=True))
     engine = Engine(policy, plan=planner, max_batch_size=8, clock=lambda: 1e-3 * next(ticks))
     engine.submit(requests)
     chosen = []
@@ -196,7 +196,7 @@ def test_a_planner_finds_the_plan_that_its_engine_runs_fastest(policy):
         engine.step()
         chosen.append(engine.plan)
     assert chosen[0] == PLAIN
-    assert chosen.count(TWO_FORWARD) > 0.8 * len(chosen)
+    assert chosen.count(TWO_FORWARD) > 0.75 * len(chosen)
 
 
 @pytest.mark.parametrize("plan", [TWO_FORWARD, Plan(4, (0, 1, 2, 3, 4))], ids=lambda plan: plan.name)
