@@ -27,7 +27,16 @@ class PlansInTurn:
     def choose(self, batch_size: int, context: int) -> Plan:
         return next(self._turns)
 
-    def observe(self, plan: Plan, batch_size: int, context: int, seconds: float, num_tokens: int) -> None:
+    def observe(
+        self,
+        plan: Plan,
+        batch_size: int,
+        context: int,
+        seconds: float,
+        num_tokens: int,
+        *,
+        start_seconds: float,
+    ) -> None:
         self.observed.append((plan, batch_size, context, num_tokens))
 
 

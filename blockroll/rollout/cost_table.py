@@ -102,18 +102,41 @@ class CostTable:
         samples.append(cost)
         self._medians.setdefault(plan, {})[bucket] = statistics.median(samples)
 
-    def cost(self, plan: Plan, bucket: Bucket) -> float | None:
-        """Plain steps that one step takes; None if there is no sample. A plain step takes one."""
-        return 1.0 if plan == PLAIN else self._medians.get(plan, {}).get(bucket)
+    def cost(self, plan: Plan, bucket: Bucket) -> float:
+        """Plain steps that one step takes: as measured, or else as its rows and forwards let expect.
 
-    def nearby_cost(self, plan: Plan, bucket: Bucket) -> float | None:
-        """The cost in a bucket next to this one, in batch or in context; None if there is no sample."""
-        known = self._medians.get(plan, {})
-        return next((known[near] for near in bucket.neighbours() if near in known), None)
+        Of a plain step a share grows with the rows and the rest comes with every forward, so a step of f
+        forwards and r rows in all takes f + (r - f) share plain steps. What was measured in the bucket gives
+        the share, or else a bucket next to it; where nothing is known rows are taken to cost nothing.
+        """
+        measured = self._medians.get(plan, {}).get(bucket)
+        if measured is not None or plan == PLAIN:
+            return measured or 1.0
+        forwards, rows = _forwards_and_rows(plan)
+        near = (self._row_share(each) for each in (bucket, *bucket.neighbours()))
+        share = next((share for share in near if share is not None), 0.0)
+        return forwards + (rows - forwards) * share
+
+    def _row_share(self, bucket: Bucket) -> float | None:
+        """The share of a plain step that grows with its rows; None if no plan was measured there."""
+        shares = []
+        for plan, medians in self._medians.items():
+            if bucket in medians:
+                forwards, rows = _forwards_and_rows(plan)
+                shares.append(max(0.0, medians[bucket] - forwards) / (rows - forwards))
+        return statistics.median(shares) if shares else None
 
     def num_samples(self, plan: Plan, bucket: Bucket) -> int:
-        """Samples behind the cost."""
+        """Samples behind the cost; 0 if it is only expected."""
         return len(self._samples.get(plan, {}).get(bucket, ()))
+
+    def is_measured_near(self, plan: Plan, bucket: Bucket) -> bool:
+        """Whether the plan was measured in a bucket next to this one."""
+        return any(self.num_samples(plan, near) for near in bucket.neighbours())
+
+
+def _forwards_and_rows(plan: Plan) -> tuple[int, int]:
+    return plan.forwards_per_step, plan.forwards_per_step * plan.rows_per_forward
 
 
 def _next_power(number: int) -> int:

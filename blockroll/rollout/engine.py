@@ -69,6 +69,7 @@ class EngineTimes:
     num_steps: int = 0
     step_s: float = 0.0
     forward_s: float = 0.0
+    start_s: float = 0.0  # of forward_s: first proposals of a fused plan
     sampler_s: float = 0.0
 
     @property
@@ -212,7 +213,7 @@ class Engine:
         batch = [self._requests[request_id] for request_id in self._scheduler.running]
         if not batch:
             return StepResult(commits=(), finished=())
-        started = self._clock()
+        started, start_s = self._clock(), self.times.start_s
         context = 0
         if self._planner is not None:
             context = max(running.num_tokens for running in batch)
@@ -223,7 +224,14 @@ class Engine:
         self.times.num_steps += 1
         if self._planner is not None:
             num_tokens = sum(len(commit.token_ids) for commit in result.commits)
-            self._planner.observe(self.plan, len(batch), context, seconds, num_tokens)
+            self._planner.observe(
+                self.plan,
+                len(batch),
+                context,
+                seconds,
+                num_tokens,
+                start_seconds=self.times.start_s - start_s,
+            )
         return result
 
     def _change_plan(self, plan: Plan, batch: list[RunningRequest]) -> None:
@@ -374,7 +382,7 @@ class Engine:
         for logits_KV, running in zip(logits_BKV, late, strict=True):
             if running.proposal is None:
                 running.start_proposal(Proposal(logits_KV=logits_KV, num_drafts=num_drafts))
-        self._charge("forward_s", clock)
+        self.times.start_s += self._charge("forward_s", clock) - clock
 
     def _keep_proposals(
         self, batch: list[RunningRequest], states_BPLW: Tensor, num_accepted_B: Tensor

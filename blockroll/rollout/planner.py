@@ -3,8 +3,8 @@
 Expected are the tokens a plan commits per request and step, counted online, over what a step costs at that
 batch and context. Costs are ratios: a trial is one step of a plan between two plain ones, and a step costs
 what it took over the mean of theirs, so a machine that speeds up and slows down moves both. Trials are real
-steps and commit tokens too. Plans that could win are tried when a bucket is first met, the likeliest losers
-never; later the plan in use and those close to it are tried again now and then.
+steps and commit tokens too. Plans that could win are tried when a bucket is first met, those that the trials
+before let expect to lose never; the plan in use and those close to it are tried again now and then.
 
 Law: a choice depends on counts of committed tokens and on times, never on a draft that is not settled, and
 every coin of a step is fresh. So under the target law tokens follow the causal policy exactly, whatever is
@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 AUTO = "auto"
 _NUM_DRAFTS = (4, 8, 16, 32)  # drafts worth a try, below what the policy was trained for
 _MARGIN = 0.05  # a plan replaces another if it is faster by this share
-_HOPELESS = 0.7  # a plan is not tried (on) if it seems to reach less than this share of the best plan's speed
+_HOPELESS = 0.8  # a plan is not tried if it is expected to reach less than this share of the best's speed
 _TRIALS = 4  # after which a plan is known in a bucket
 _COUNTED_STEPS = 16  # request-steps anywhere, after which its tokens are known
 _PRIOR_STEPS = 4  # request-steps that the optimistic guess at a plan's tokens weighs
@@ -47,17 +47,25 @@ _FORGET_STEPS = 10_000  # steps after which what plans not in use commit is coun
 
 
 @dataclass(slots=True)
-class Acceptance:
-    """Committed tokens of one plan, the older the lighter."""
+class _Counts:
+    """What the steps of one plan did, the older the lighter."""
 
     num_steps: float = 0.0  # request-steps
     num_tokens: float = 0.0
+    step_s: float = 0.0  # of steps in use, without their starts,
+    start_s: float = 0.0  # and of those: a fused plan starts with a draft forward for each new request
 
     def count(self, num_requests: int, num_tokens: int) -> None:
         """One step of so many requests committed so many tokens."""
         kept = 0.5 ** (num_requests / _HALF_LIFE)
         self.num_steps = kept * self.num_steps + num_requests
         self.num_tokens = kept * self.num_tokens + num_tokens
+        self.step_s, self.start_s = kept * self.step_s, kept * self.start_s
+
+    @property
+    def start_share(self) -> float:
+        """Time for starts over time for steps."""
+        return self.start_s / self.step_s if self.step_s else 0.0
 
 
 @dataclass(slots=True)
@@ -102,7 +110,7 @@ class Planner:
         )
         self.costs = CostTable() if costs is None else costs
         self.max_measure_s = max_measure_s
-        self._acceptance = {plan: Acceptance() for plan in self.candidates}
+        self._counts = {plan: _Counts() for plan in self.candidates}
         self._narrower = {
             plan: [other for other in reversed(self.candidates) if _is_narrower(other, plan)]
             for plan in self.candidates
@@ -133,21 +141,34 @@ class Planner:
             self._holds_until = self._num_steps + _STEPS_PER_CHOICE
         return self._in_use if self._trial is None else self._trial.next_plan
 
-    def observe(self, plan: Plan, batch_size: int, context: int, seconds: float, num_tokens: int) -> None:
-        """A step under `plan` took so long, prefill excluded, and committed so many tokens in all."""
+    def observe(
+        self,
+        plan: Plan,
+        batch_size: int,
+        context: int,
+        seconds: float,
+        num_tokens: int,
+        *,
+        start_seconds: float = 0.0,
+    ) -> None:
+        """A step under `plan` took so long, prefill excluded, and committed so many tokens in all.
+
+        Of the time, `start_seconds` went into first proposals for requests that had none.
+        """
         self._num_steps += 1
         self._decoding_s += seconds
-        # The first step after a switch is unlike those that follow: fused plans start their proposals in it.
-        if plan == self._last_run or not plan.levels:
-            self._acceptance[plan].count(batch_size, num_tokens)
-        self._last_run = plan
-        self._warm.add((plan, Bucket.of(batch_size, context)))
-        trial = self._trial
+        counts, trial = self._counts[plan], self._trial
+        counts.count(batch_size, num_tokens)
         if trial is not None and seconds > 0:
-            trial.steps.append((batch_size, seconds))
+            trial.steps.append((batch_size, seconds - start_seconds))
             self._trials_s += seconds
             if trial.is_done:
                 self._end_trial(trial, Bucket.of(batch_size, context))
+        elif trial is None and plan == self._last_run:  # after a switch, all requests are started
+            counts.step_s += seconds - start_seconds
+            counts.start_s += start_seconds
+        self._last_run = plan
+        self._warm.add((plan, Bucket.of(batch_size, context)))
         if self._num_steps % _FORGET_STEPS == 0:
             self._forget()
 
@@ -155,28 +176,21 @@ class Planner:
         """Committed tokens per request and step; as many as there can be at most while few were counted."""
         if plan == PLAIN:
             return 1.0
-        counted = self._acceptance[plan]
+        counted = self._counts[plan]
         total = counted.num_tokens + _PRIOR_STEPS * self._most_tokens(plan)
         return total / (counted.num_steps + _PRIOR_STEPS)
 
     def _most_tokens(self, plan: Plan) -> float:
         """Further drafts are accepted at most as often as, on average, those of the next narrower plan."""
         for narrower in self._narrower[plan]:
-            if self._acceptance[narrower].num_steps:
+            if self._counts[narrower].num_steps:
                 accepted_per_draft = (self.expected_tokens(narrower) - 1) / narrower.num_drafts
                 return 1 + accepted_per_draft * plan.num_drafts
         return 1.0 + plan.num_drafts
 
     def speedup(self, plan: Plan, bucket: Bucket) -> float:
-        """Expected tokens per second over plain's; at most that where the plan was not tried."""
-        cost = self.costs.cost(plan, bucket) or self.costs.nearby_cost(plan, bucket)
-        if cost is None:  # no step takes less time than one of fewer forwards and rows
-            cost = max(
-                self.costs.cost(other, bucket) or 0.0
-                for other in self.candidates
-                if other.forwards_per_step <= plan.forwards_per_step
-                and other.rows_per_forward <= plan.rows_per_forward
-            )
+        """Expected tokens per second over plain's."""
+        cost = self.costs.cost(plan, bucket) * (1 + self._counts[plan].start_share)
         return self.expected_tokens(plan) / cost
 
     def _best(self, bucket: Bucket) -> Plan:
@@ -184,9 +198,10 @@ class Planner:
         speedups = {
             plan: self.speedup(plan, bucket)
             for plan in self.candidates
-            if self.costs.num_samples(plan, bucket) >= _TRIALS or self.costs.nearby_cost(plan, bucket)
+            if plan == PLAIN
+            or self.costs.num_samples(plan, bucket) >= _TRIALS
+            or self.costs.is_measured_near(plan, bucket)
         }
-        speedups[PLAIN] = 1.0
         fastest = max(speedups, key=speedups.__getitem__)
         is_close = speedups[fastest] <= (1 + _MARGIN) * speedups.get(self._in_use, 0.0)
         return self._in_use if is_close else fastest
@@ -211,16 +226,13 @@ class Planner:
                 self._next_check[bucket] = self._num_steps + _STEPS_PER_TRIAL[fewest >= SAMPLES_KEPT]
         if plan is None:
             return None
-        num_warm_ups = 1 if plan.levels or (plan, bucket) not in self._warm else 0
-        return _Trial(plan, num_warm_ups)
+        return _Trial(plan, num_warm_ups=(plan, bucket) not in self._warm)
 
     def _is_worth_a_trial(self, plan: Plan, bucket: Bucket, best: float) -> bool:
-        if plan == PLAIN or self.costs.num_samples(plan, bucket) >= _TRIALS:
+        num_trials = self.costs.num_samples(plan, bucket)
+        if plan == PLAIN or num_trials >= _TRIALS:
             return False
-        if self.costs.num_samples(plan, bucket):
-            return True
-        least = _HOPELESS if self.costs.nearby_cost(plan, bucket) else 1 + _MARGIN
-        return self.speedup(plan, bucket) > least * best
+        return num_trials > 0 or self.speedup(plan, bucket) > _HOPELESS * best
 
     def _end_trial(self, trial: _Trial, bucket: Bucket) -> None:
         self._trial, self._holds_until = None, 0
@@ -233,7 +245,7 @@ class Planner:
         """Policy and prompts have changed meanwhile: what is not in use may have become better."""
         for plan in self.candidates:
             if plan != self._in_use:
-                self._acceptance[plan] = Acceptance()
+                self._counts[plan] = _Counts()
 
     def _log_switch(self, plan: Plan, bucket: Bucket) -> None:
         logger.info(
