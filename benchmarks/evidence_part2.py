@@ -148,7 +148,8 @@ def auto(
 ) -> list[Row]:
     """The plan that chooses itself, against plain and transformers, in one run; one thread.
 
-    A first, shorter run fills the cost table, as any earlier run on a user's machine does.
+    Four rollouts for each place in the batch are submitted together, as a step of RL submits many. A first,
+    shorter run fills the cost table, as any earlier run on a user's machine does.
     """
     os.environ["BLOCKROLL_CACHE"] = str(RUNS / "cache")
     threads = torch.get_num_threads()
@@ -157,7 +158,7 @@ def auto(
         policy = causal_part(adapter or trained_adapter())
         texts = prompts(policy, 128, seed=7)
         for rounds in (2, repeats):
-            options = BenchOptions(batches=batches, repeats=rounds, rollouts=32, max_tokens=(64,))
+            options = BenchOptions(batches=batches, repeats=rounds, rollouts=32, queue=4, max_tokens=(64,))
             rows = run_bench(
                 policy,
                 texts,

@@ -50,6 +50,7 @@ def bench(
     ] = False,
     repeats: Annotated[int, typer.Option(help="Measured rounds of each workload.")] = 5,
     rollouts: Annotated[int, typer.Option(help="Rollouts of one round at least.")] = 8,
+    queue: Annotated[int, typer.Option(help="Rollouts submitted together for each place in the batch.")] = 1,
     seed: SeedOption = 0,
     against: Annotated[
         str | None,
@@ -89,6 +90,7 @@ def bench(
         ignore_eos=ignore_eos,
         repeats=repeats,
         rollouts=rollouts,
+        queue=queue,
         seed=seed,
     )
     _check_outputs(json_file, picture)

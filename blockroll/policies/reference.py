@@ -67,18 +67,19 @@ class GenerateReference:
         self._lookup_tokens = lookup_tokens
 
     def complete(self, prompts: Sequence[Sequence[int]], *, seed: int) -> Iterator[Completion]:
-        """Decode all prompts in one left-padded batch."""
-        completions = generate_stock(
-            self._model,
-            prompts,
-            max_tokens=self._task.max_tokens,
-            temperature=self._task.temperature,
-            eos_token_ids=self._task.eos_token_ids,
-            seed=seed,
-            lookup_tokens=self._lookup_tokens,
-        )
-        for index, token_ids in enumerate(completions):
-            yield Completion(index=index, token_ids=token_ids)
+        """Decode left-padded batches, one after the other."""
+        for start in range(0, len(prompts), self._task.batch):
+            completions = generate_stock(
+                self._model,
+                prompts[start : start + self._task.batch],
+                max_tokens=self._task.max_tokens,
+                temperature=self._task.temperature,
+                eos_token_ids=self._task.eos_token_ids,
+                seed=seed + start,
+                lookup_tokens=self._lookup_tokens,
+            )
+            for index, token_ids in enumerate(completions, start=start):
+                yield Completion(index=index, token_ids=token_ids)
 
     def close(self) -> None:
         """Nothing is kept."""

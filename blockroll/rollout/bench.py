@@ -2,8 +2,9 @@
 
 Under each workload (batch, temperature, lengths) and within a repeat every subject decodes the same prompts
 with the same seeds, one subject after the other (ABAB...), so that a machine that slows down slows all of
-them. A repeat decodes its rollouts in waves of `batch` requests that are submitted together and drained; its
-speed is committed tokens over wall time, prefill included. Reported are medians over repeats with all values
+them. A repeat decodes its rollouts in waves of `batch` times `queue` requests that are submitted together and
+drained: what waits is decoded as places get free, or by `generate` batch after batch. Its speed is committed
+tokens over wall time, prefill included. Reported are medians over repeats with all values
 beside them; the first round of every subject is a warm-up and not counted. Ratios against plain are taken
 within a repeat.
 
@@ -204,6 +205,7 @@ class _Bench:
             ignore_eos=options.ignore_eos,
             repeats=options.repeats,
             rollouts=len(requests) // options.repeats,
+            queue=options.queue,
             seed=options.seed,
             setting=self._setting,
         )

@@ -47,6 +47,7 @@ class BenchRow:
     ignore_eos: bool  # every completion has max_tokens tokens
     repeats: int
     rollouts: int  # of one repeat
+    queue: int  # rollouts submitted together for each place in the batch
     seed: int
     setting: Setting
     skipped: str | None = None  # why it was not measured; None if it was

@@ -39,12 +39,14 @@ class BenchOptions:
     ignore_eos: bool = False  # every completion has max_tokens tokens
     repeats: int = 5  # measured rounds of each workload
     rollouts: int = 8  # rollouts of one repeat at least; small batches take several waves
+    queue: int = 1  # rollouts submitted together for each place in the batch
     seed: int = 0  # of requests and random prompts
 
     def __post_init__(self) -> None:
-        if self.repeats < 1 or self.rollouts < 1:
+        if min(self.repeats, self.rollouts, self.queue) < 1:
             raise InvalidInput(
-                f"repeats and rollouts must be at least 1, got {self.repeats} and {self.rollouts}"
+                f"repeats, rollouts and queue must be at least 1, got {self.repeats}, {self.rollouts} and "
+                f"{self.queue}"
             )
         lengths = [length for length in self.prompt_tokens if length is not None]
         _check_list("batch sizes", self.batches, counts=self.batches)
@@ -86,13 +88,13 @@ class BenchOptions:
 def make_waves(
     prompts: Prompts, workload: Workload, repeat: int, options: BenchOptions, *, law: Law = TARGET
 ) -> list[list[Request]]:
-    """The requests of one repeat, in waves of `batch`; prompts are taken in turn, over and over.
+    """The requests of one repeat, in waves of `batch` times `queue`; prompts are taken in turn.
 
     Equal arguments give equal requests; other laws differ in nothing but the law.
     """
-    batch, sampling = workload.batch, options.sampling(workload, law)
-    num_waves = math.ceil(options.rollouts / batch)
-    first = repeat * num_waves * batch
+    size, sampling = workload.batch * options.queue, options.sampling(workload, law)
+    num_waves = math.ceil(options.rollouts / size)
+    first = repeat * num_waves * size
     return [
         [
             Request(
@@ -101,7 +103,7 @@ def make_waves(
                 seed=options.seed * 1_000_003 + index,
                 sampling=sampling,
             )
-            for index in range(first + wave * batch, first + (wave + 1) * batch)
+            for index in range(first + wave * size, first + (wave + 1) * size)
         ]
         for wave in range(num_waves)
     ]

@@ -107,6 +107,18 @@ def test_counts_do_not_depend_on_the_batch(saved):
     assert len({(row.num_tokens, row.acceptance_rate, row.tokens_per_forward) for row in rows}) == 1
 
 
+def test_a_queue_is_submitted_at_once_and_decoded_as_places_get_free(saved):
+    policy, path = saved
+    options = dataclasses.replace(OPTIONS, batches=(2,), rollouts=9, queue=3)
+    waves = make_waves(prompts(5), dataclasses.replace(WORKLOAD, batch=2), 1, options)
+    assert [len(wave) for wave in waves] == [6, 6]
+    rows = run_bench(policy, prompts(5), [PLAIN, Plan(4)], options, policy_path=path, against=("generate",))
+    assert {(row.rollouts, row.queue) for row in rows} == {(12, 3)}
+    short = dataclasses.replace(options, queue=1, rollouts=12)
+    again = run_bench(policy, prompts(5), [PLAIN], short, policy_path=path)
+    assert again[0].num_tokens == rows[0].num_tokens  # the same requests, and a batch changes no token
+
+
 def test_transformers_is_measured_on_the_same_prompts(saved):
     policy, path = saved
     rows = run_bench(policy, prompts(5), [PLAIN], OPTIONS, policy_path=path, against=("generate",))
@@ -234,6 +246,7 @@ def test_the_grid_is_spanned_and_every_row_states_its_whole_setting(saved):
         mix_weights=(1.0, 0.5),
         repeats=1,
         rollouts=2,
+        queue=1,
         seed=7,
     )
     rows = run_bench(policy, prompts(5), [PLAIN, FUSED], options, policy_path=path)
@@ -518,6 +531,7 @@ def test_every_record_is_json_without_nan(saved):
         max_tokens=(1,),
         repeats=1,
         rollouts=1,
+        queue=1,
     )
     judge = Judge(is_correct=lambda index, token_ids: False, num_prompts=1, num_samples=1, k=1)
     rows = run_bench(
