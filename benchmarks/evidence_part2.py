@@ -12,7 +12,7 @@ import importlib.metadata
 import itertools
 import os
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -36,8 +36,9 @@ from benchmarks.evidence_part1 import (
 from blockroll.config import ConvertConfig, DraftConfig, PolicyConfig, RolloutConfig, RunConfig, TrainConfig
 from blockroll.policies.hf import HFPolicy
 from blockroll.rl_loops.arithmetic import problems, reward
-from blockroll.rl_loops.convert import STATE_FILE, convert, load_convert_config
+from blockroll.rl_loops.convert import METRICS_FILE, STATE_FILE, convert, load_convert_config
 from blockroll.rl_loops.loop import train
+from blockroll.rl_loops.tracking import read_lines
 from blockroll.rollout.acceptance import AcceptanceByPosition
 from blockroll.rollout.bench import BenchOptions, run_bench, to_record
 from blockroll.rollout.engine import Engine
@@ -218,16 +219,20 @@ def learning(
     return rows
 
 
-def smollm2(folder: Path = SMOLLM2, *, short: int = 4_000) -> list[Row]:
+def smollm2(folder: Path = SMOLLM2, *, short: int = 2_000) -> list[Row]:
     """SmolLM2 before and after the example's conversion, and lossless against plain by a two-sample test."""
-    from examples.smollm2 import HELD_OUT_TOPICS, checkpoint, measure, prompt_ids, questions
+    from examples.smollm2 import HELD_OUT_TOPICS, checkpoint, measure, prompt_ids, questions, untrained
 
     path = checkpoint(folder / "policy")
     policy = HFPolicy.from_pretrained(path, adapter=folder / "adapter")
-    assert policy.adapter is not None
     num_drafts = policy.trained_drafts
-    plans = [PLAIN, Plan(num_drafts), Plan(num_drafts, (0, num_drafts)), read_plan("auto", policy)]
-    rows = [{"state": "after", **row} for row in measure(policy, plans, (1, 8), path)]
+    plans = [PLAIN, Plan(num_drafts), Plan(num_drafts, (0, num_drafts))]
+    before = untrained(path, load_convert_config(folder / "adapter").draft)
+    rows = [{"state": "before", **row} for row in measure(before, plans, path)]
+    rows += [conversion_row(folder / "adapter")]
+    plans.append(read_plan("auto", policy))
+    rows += [{"state": "after", **row} for row in measure(policy, plans, path)]
+
     texts = prompt_ids(policy, list(questions(HELD_OUT_TOPICS)))
     bare = HFPolicy.from_pretrained(path)
     ids = torch.tensor([texts[0]])
@@ -237,11 +242,10 @@ def smollm2(folder: Path = SMOLLM2, *, short: int = 4_000) -> list[Row]:
         {"check": "causal logits bit-identical with and without the adapter", "equal": torch.equal(*pair)}
     )
     repeated = [texts[index % 4] for index in range(short)]
-    sampling = Sampling(max_tokens=3)
     samples = [
         Counter(
             (rollout.request.prompt_ids, rollout.token_ids)
-            for rollout in decode(policy, requests(repeated, sampling, seed=seed), plan)
+            for rollout in decode(policy, requests(repeated, Sampling(max_tokens=3), seed=seed), plan)
         )
         for seed, plan in ((1, PLAIN), (2, Plan(num_drafts)))
     ]
@@ -249,6 +253,24 @@ def smollm2(folder: Path = SMOLLM2, *, short: int = 4_000) -> list[Row]:
         {"check": "texts of short rollouts agree in law", "rollouts_per_plan": short, **chi_square(*samples)}
     )
     return rows
+
+
+def conversion_row(adapter: Path) -> Row:
+    """What a conversion took, and expected acceptance by position on fresh answers, round by round."""
+    steps = defaultdict(list)
+    for step in read_lines(adapter / METRICS_FILE):
+        steps[step["layout"], step["round"]].append(step["acceptance_K"])
+    rounds: dict[str, list[list[float]]] = defaultdict(list)
+    for (layout, _), seen in steps.items():
+        rounds[layout].append(np.mean(seen, axis=0).round(4).tolist())
+    state = torch.load(adapter / STATE_FILE, map_location="cpu", weights_only=True)
+    return {
+        "state": "conversion",
+        "minutes": state["progress"]["minutes"],
+        "tokens": state["progress"]["num_tokens"],
+        "threads": torch.get_num_threads(),
+        "acceptance_by_round": rounds,
+    }
 
 
 def experiments() -> dict[str, Callable[[], list[Row]]]:

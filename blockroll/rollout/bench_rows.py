@@ -2,6 +2,7 @@
 
 import statistics
 import subprocess
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
@@ -68,6 +69,7 @@ class BenchRow:
     num_tokens: int | None = None  # committed in all repeats
     mean_length: float | None = None  # tokens per completion
     tokens_per_forward: float | None = None  # over all repeats; prefill excluded
+    share_by_plan: dict[str, float] | None = None  # of the steps of single requests
     acceptance_rate: float | None = None  # over all repeats
     # Entry i is draft i + 1 of a step; over the first repeat's requests, decoded once more.
     acceptance_by_position: tuple[float | None, ...] | None = None  # accepted / reached
@@ -95,6 +97,9 @@ def with_speed(row: BenchRow, repeats: Sequence[Sequence[Wave]], plain: Sequence
     rollouts = [rollout for wave in waves for rollout in wave.rollouts or ()]
     latencies_ms = [1000 * latency for wave in waves for latency in wave.latencies_s]
     num_tokens = sum(wave.num_tokens for wave in waves)
+    steps: Counter[str] = Counter()
+    for rollout in rollouts:
+        steps.update({plan.name: count for plan, count in rollout.stats.steps_by_plan})
     return replace(
         row,
         tokens_per_s=statistics.median(speeds),
@@ -116,6 +121,7 @@ def with_speed(row: BenchRow, repeats: Sequence[Sequence[Wave]], plain: Sequence
             sum(len(rollout.token_ids) for rollout in rollouts),
             sum(rollout.stats.num_forwards for rollout in rollouts),
         ),
+        share_by_plan={name: count / steps.total() for name, count in steps.most_common()} or None,
         acceptance_rate=_ratio(
             sum(rollout.stats.num_accepted for rollout in rollouts),
             sum(rollout.stats.num_drafted for rollout in rollouts),

@@ -7,6 +7,8 @@ cache: when a request leaves, the last one moves into its slot.
 from collections import deque
 from dataclasses import dataclass
 
+_SLOTS_PER_JOINING = 8  # requests join when one slot in so many is free
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Move:
@@ -41,7 +43,13 @@ class Scheduler:
         self._waiting.append((request_id, num_tokens))
 
     def admit(self) -> list[str]:
-        """Move waiting requests into free slots behind the running ones; returns them in slot order."""
+        """Move waiting requests into free slots behind the running ones; returns them in slot order.
+
+        Few at a time would each cost a forward of their own, so they wait until a share of the slots is free.
+        """
+        num_free = self.max_batch_size - len(self._running)
+        if num_free < min(len(self._waiting), self.max_batch_size // _SLOTS_PER_JOINING):
+            return []
         admitted: list[str] = []
         widest = 0
         while self._waiting and len(self._running) < self.max_batch_size:

@@ -429,6 +429,20 @@ def test_the_same_request_id_twice_is_refused(policy):
         engine.submit([request, request])
 
 
+def test_requests_join_several_at_a_time_but_never_wait_for_what_does_not_come():
+    scheduler = Scheduler(max_batch_size=16)
+    for index in range(20):
+        scheduler.submit(f"r{index}", 5)
+    assert len(scheduler.admit()) == 16
+    scheduler.release(3)
+    assert scheduler.admit() == []  # one of 16 slots is free, and four wait
+    scheduler.release(3)
+    assert scheduler.admit() == ["r16", "r17"]
+    scheduler.drop_waiting("r18")
+    scheduler.release(0)
+    assert scheduler.admit() == ["r19"]  # the last does not wait for company
+
+
 def test_every_scheduled_request_runs_once_and_slots_have_no_holes():
     rng = random.Random(0)
     for _ in range(30):

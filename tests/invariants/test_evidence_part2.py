@@ -61,3 +61,13 @@ def test_every_variant_learns_from_the_law_it_was_drawn_from(adapter, tmp_path, 
         is_mixed = variant.startswith("mixed")
         assert (row["rollout/effective_sample_size"] < 1 - 1e-6) <= is_mixed
     assert by_variant["lossless"]["policy_version"] == 0
+
+
+def test_a_conversion_has_a_row_of_what_it_took_and_learned(adapter):
+    row = evidence.conversion_row(adapter)
+    assert row["tokens"] >= 300
+    assert row["minutes"] > 0
+    rounds = row["acceptance_by_round"]
+    assert rounds.keys() == {"two_forward", "fused"}
+    assert all(len(acceptance_K) == 8 for layout in rounds.values() for acceptance_K in layout)
+    json.dumps(row)

@@ -63,6 +63,7 @@ def test_every_plan_and_batch_gives_one_row_with_every_figure(saved):
         assert 1 <= row.context <= 12
         assert None not in (row.host_ms_per_step, row.forward_ms_per_step, row.sampler_ms_per_step)
         assert row.setting.policy == path
+        assert row.share_by_plan == {row.plan: 1.0}
         if row.plan == "plain":
             assert row.acceptance_rate is None
             assert row.tokens_per_forward == 1.0
