@@ -37,6 +37,7 @@ from benchmarks.evidence_part1 import (
 from blockroll.config import ConvertConfig, DraftConfig, PolicyConfig, RolloutConfig, RunConfig, TrainConfig
 from blockroll.policies.hf import HFPolicy
 from blockroll.rl_loops.arithmetic import problems, reward
+from blockroll.rl_loops.checkpoint import latest_checkpoint
 from blockroll.rl_loops.convert import METRICS_FILE, STATE_FILE, convert, load_convert_config
 from blockroll.rl_loops.loop import train
 from blockroll.rl_loops.tracking import read_lines
@@ -96,7 +97,6 @@ def drafts(adapter: Path | None = None, *, count: int = 400, plans: Sequence[Pla
         "full": HFPolicy.from_pretrained("tiny"),
         "adapter": causal_part(adapter or trained_adapter()),
     }
-    answers = [problem.answer for problem in itertools.islice(problems(1, held_out=True), count)]
     rows = []
     for (conversion, policy), plan, weight in itertools.product(policies.items(), plans, (1.0, 0.5)):
         if plan.layout not in policy.trained_layouts:
@@ -115,14 +115,7 @@ def drafts(adapter: Path | None = None, *, count: int = 400, plans: Sequence[Pla
                 "acceptance_rate": acceptance_rate(rollouts),
                 "acceptance_by_position": acceptance.conditional,
                 "tokens_per_forward": num_tokens / num_forwards,
-                "reward": float(
-                    np.mean(
-                        [
-                            reward(policy.decode(list(rollout.token_ids)), answer)
-                            for rollout, answer in zip(rollouts, answers, strict=True)
-                        ]
-                    )
-                ),
+                "reward": mean_reward(policy, rollouts),
                 "log_ratio_mean": float(np.mean([rollout.log_ratio for rollout in rollouts])),
                 "log_ratio_std": float(np.std([rollout.log_ratio for rollout in rollouts])),
                 "effective_sample_size": float(np.mean([r.effective_sample_size for r in rollouts])),
@@ -190,8 +183,13 @@ def learning(
     variants: Sequence[str] = tuple(VARIANTS),
     steps: int = 45,
     prompts_per_step: int = 64,
+    held_out: int = 2_000,
 ) -> list[Row]:
-    """GRPO under plain, lossless and mixed rollouts, the last with and without correction; a row per step."""
+    """GRPO under plain, lossless and mixed rollouts, the last with and without correction.
+
+    A row per step, and one per run: what its last weights get on held-out problems, decoded plainly at
+    temperature 1, whatever law they were trained under.
+    """
     adapter = adapter or trained_adapter()
     rows = []
     for seed, variant in itertools.product(seeds, variants):
@@ -217,7 +215,27 @@ def learning(
         )
         result = train(resumable(config), resume=has_checkpoint(config.run_dir))
         rows += [{"seed": seed, "variant": variant, **metrics} for metrics in result.metrics]
+        policy = HFPolicy.from_pretrained(latest_checkpoint(config.run_dir))
+        rollouts = decode(policy, requests(prompts(policy, held_out), Sampling(max_tokens=64)), PLAIN)
+        rows.append(
+            {
+                "seed": seed,
+                "variant": variant,
+                "held_out_problems": held_out,
+                "held_out_reward": mean_reward(policy, rollouts),
+            }
+        )
     return rows
+
+
+def mean_reward(policy: HFPolicy, rollouts: Sequence[Rollout]) -> float:
+    """Of the held-out problems that `prompts` asks, in order."""
+    answers = [problem.answer for problem in itertools.islice(problems(1, held_out=True), len(rollouts))]
+    rewards = [
+        reward(policy.decode(list(rollout.token_ids)), answer)
+        for rollout, answer in zip(rollouts, answers, strict=True)
+    ]
+    return float(np.mean(rewards))
 
 
 def smollm2(folder: Path = SMOLLM2, *, short: int = 2_000) -> list[Row]:
