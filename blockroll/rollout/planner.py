@@ -125,7 +125,7 @@ class Planner:
         self._warm: set[tuple[Plan, Bucket]] = set()
         self._num_steps = 0
         self._decoding_s = 0.0
-        self._trials_s = 0.0
+        self._first_trials_s = 0.0
 
     def choose(self, batch_size: int, context: int) -> Plan:
         """The plan of the next step of so many requests, the longest of `context` tokens."""
@@ -159,16 +159,18 @@ class Planner:
         self._decoding_s += seconds
         counts, trial = self._counts[plan], self._trial
         counts.count(batch_size, num_tokens)
+        bucket = Bucket.of(batch_size, context)
         if trial is not None and seconds > 0:
             trial.steps.append((batch_size, seconds - start_seconds))
-            self._trials_s += seconds
+            if self.costs.num_samples(trial.plan, bucket) < _TRIALS:
+                self._first_trials_s += seconds
             if trial.is_done:
-                self._end_trial(trial, Bucket.of(batch_size, context))
+                self._end_trial(trial, bucket)
         elif trial is None and plan == self._last_run:  # after a switch, all requests are started
             counts.step_s += seconds - start_seconds
             counts.start_s += start_seconds
         self._last_run = plan
-        self._warm.add((plan, Bucket.of(batch_size, context)))
+        self._warm.add((plan, bucket))
         if self._num_steps % _FORGET_STEPS == 0:
             self._forget()
 
@@ -210,7 +212,7 @@ class Planner:
         """Of a plan not known yet that could win, or again of the plan in use or one close to it."""
         best = self.speedup(self._in_use, bucket)
         plan = None
-        if self._trials_s < self.max_measure_s + _TRIAL_SHARE * self._decoding_s:
+        if self._first_trials_s < self.max_measure_s + _TRIAL_SHARE * self._decoding_s:
             plan = next(
                 (each for each in self.candidates if self._is_worth_a_trial(each, bucket, best)), None
             )
