@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from rich.console import Console
 
 from benchmarks.evidence_part1 import (
     BATCH,
@@ -240,9 +241,20 @@ def mean_reward(policy: HFPolicy, rollouts: Sequence[Rollout]) -> float:
 
 def smollm2(folder: Path = SMOLLM2, *, short: int = 2_500) -> list[Row]:
     """SmolLM2 before and after the example's conversion, and lossless against plain by a two-sample test."""
-    from examples.smollm2 import ASKS, HELD_OUT_TOPICS, checkpoint, measure, untrained
+    from examples.smollm2 import (
+        ASKS,
+        HELD_OUT_TOPICS,
+        LEARNING_RATE,
+        checkpoint,
+        learn_to_draft,
+        measure,
+        untrained,
+    )
 
     path = checkpoint(folder / "policy")
+    if not (folder / "adapter" / STATE_FILE).is_file():
+        draft = DraftConfig(block_sizes=(4,), learning_rate=LEARNING_RATE)
+        learn_to_draft(folder, draft, minutes=30, console=Console())
     policy = HFPolicy.from_pretrained(path, adapter=folder / "adapter")
     num_drafts = policy.trained_drafts
     plans = [PLAIN, Plan(num_drafts), Plan(num_drafts, (0, num_drafts))]

