@@ -96,7 +96,7 @@ def untrained(folder: Path, draft: DraftConfig) -> HFPolicy:
 
 def measure(policy: HFPolicy, plans: Sequence[Plan | Planner], path: Path) -> list[dict]:
     """Acceptance, tokens per forward and speed on held-out prompts, in one run."""
-    options = BenchOptions(batches=(1, 8), repeats=5, rollouts=4, max_tokens=(64,))
+    options = BenchOptions(batches=(1, 8), repeats=5, rollouts=2, max_tokens=(64,))
     rows = run_bench(
         policy, prompt_ids(policy, list(questions(HELD_OUT_TOPICS))), plans, options, policy_path=str(path)
     )
