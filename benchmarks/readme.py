@@ -1,13 +1,15 @@
-"""The README's measured results, written from committed rows and from nothing else.
+"""What was measured, written from committed rows and from nothing else.
 
-    python -m benchmarks.readme        rewrite the section between the markers, and the picture
+    python -m benchmarks.readme        rewrite the README's section, docs/measured.md and the pictures
 
-A test holds the README against the rows.
+A test holds both texts against the rows.
 """
 
 import json
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,8 @@ Row = dict[str, Any]
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-PICTURE = ROOT / "docs" / "images" / "part1_learning.png"
+PAGE = ROOT / "docs" / "measured.md"
+IMAGES = ROOT / "docs" / "images"
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 WINDOW = 5  # steps whose rewards are averaged at either end of a run
 
@@ -27,9 +30,168 @@ def read(name: str) -> list[Row]:
     return [json.loads(line) for line in (RESULTS / f"{name}.jsonl").read_text().splitlines()]
 
 
+def has_rows(name: str) -> bool:
+    """Whether an experiment's rows are committed."""
+    return (RESULTS / f"{name}.jsonl").is_file()
+
+
 def measured_section() -> str:
     """Everything the README says in numbers."""
-    return "\n\n".join((speed_table(), drafts_table(), learning_table(), law_list()))
+    return "\n\n".join((auto_table(), findings_list()))
+
+
+def measured_page() -> str:
+    """Everything that was measured; an experiment without rows has no section."""
+    sections = (
+        ("part2_auto", "Speed: the plan that chooses itself", auto_table),
+        ("part1_speed", "Speed: drafts of a policy trained for them", speed_table),
+        ("part2_drafts", "What an adapter drafts", drafts_table),
+        ("part2_smollm2", "SmolLM2-135M-Instruct, converted by adapter", smollm2_table),
+        ("part1_law", "The law, at full size", law_list),
+        ("part1_learning", "GRPO: plain and drafted rollouts", learning_table),
+        ("part2_learning", "GRPO: the target law and a mixed law", laws_table),
+    )
+    return "\n\n".join(
+        (
+            "# Measured",
+            "Every figure is written from committed rows, `benchmarks/results/`, by `python -m "
+            "benchmarks.readme`; `make evidence` measures them again. CPU, float32, the shipped policy of "
+            "1.6M parameters unless said otherwise.",
+            *(f"## {title}\n\n{text()}" for name, title, text in sections if has_rows(name)),
+        )
+    )
+
+
+def auto_table() -> str:
+    """Tokens per second of the planner against plain, the fixed plan and transformers, from one run."""
+    rows = read("part2_auto")
+    cells = {(row["plan"], row["batch"]): row for row in rows}
+    lines = [
+        "| batch | `auto`, against plain | against `generate` | fixed two-forward, against plain |",
+        "| ---: | ---: | ---: | ---: |",
+    ]
+    for batch in sorted({row["batch"] for row in rows}):
+        chosen, fixed = cells["auto", batch], cells["two_forward(8)", batch]
+        lines.append(
+            f"| {batch} | {_ratio_and_range(chosen)} | {_against_generate(cells, 'auto', batch):.2f}x "
+            f"| {_ratio_and_range(fixed)} |"
+        )
+    first = rows[0]
+    caption = (
+        "Tokens per second of the tiny policy's causal part with an adapter, float32, "
+        f"{first['threads']} CPU thread, temperature {first['temperature']:g}, {first['queue']} rollouts for "
+        f"each place in the batch: median (and range) of {first['repeats']} paired ratios of one run; "
+        f"against transformers' `generate` likewise. Commit {first['commit']}."
+    )
+    return "\n".join((*lines, "", caption))
+
+
+def _ratio_and_range(row: Row) -> str:
+    return f"{row['speedup_over_plain']:.2f}x ({row['speedup_min']:.2f} to {row['speedup_max']:.2f})"
+
+
+def _against_generate(cells: dict[tuple[str, int], Row], plan: str, batch: int) -> float:
+    """Median of the repeats' ratios."""
+    ours, stock = (cells[name, batch]["tokens_per_s_all"] for name in (plan, "transformers_generate"))
+    return float(np.median(np.divide(ours, stock)))
+
+
+def findings_list() -> str:
+    """The rest of the README's figures, a line each."""
+    return "\n".join(
+        text()
+        for name, text in (
+            ("part1_law", law_finding),
+            ("part2_drafts", drafts_finding),
+            ("part2_smollm2", smollm2_finding),
+            ("part2_learning", laws_finding),
+        )
+        if has_rows(name)
+    )
+
+
+def law_finding() -> str:
+    """Lossless rollouts are the policy's own."""
+    texts = read("part1_law")[0]
+    return (
+        f"- **Lossless is the policy.** {texts['rollouts_per_plan']:,} short drafted rollouts against plain "
+        f"ones: p = {texts['p_value']:.2f}, where a total variation of "
+        f"{texts['detectable_total_variation_at_power_0.99']:.3f} would be found 99 times in 100."
+    )
+
+
+def drafts_finding() -> str:
+    """What an adapter gives."""
+    cells = {(row["conversion"], row["plan"], row["law"]): row for row in read("part2_drafts")}
+    two_forward, fused = (
+        cells["adapter", plan, "target"]["tokens_per_forward"]
+        for plan in ("two_forward(8)", "fused(8,[0,4,8])")
+    )
+    return (
+        "- **Any model drafts.** An adapter made in minutes gives the tiny policy "
+        f"{two_forward:.2f} tokens per forward in two-forward steps and {fused:.2f} in fused ones."
+    )
+
+
+def smollm2_finding() -> str:
+    """A real pretrained model."""
+    cells = smollm2_cells()
+    return f"- {smollm2_sentence(cells['before', 'two_forward(4)', 1], cells['after', 'two_forward(4)', 1])}"
+
+
+def laws_finding() -> str:
+    """What GRPO makes of each law."""
+    laws = laws_summary()
+    return (
+        "- **What a law costs, and what correcting it buys.** Held-out reward after GRPO, mean and range of "
+        f"{len(laws['plain'].rewards)} seeds: {laws['plain'].held_out} on plain rollouts, "
+        f"{laws['lossless'].held_out} on lossless drafts; on drafts mixed in by half "
+        f"{laws['mixed, corrected'].held_out} with importance weights and "
+        f"{laws['mixed, uncorrected'].held_out} without."
+    )
+
+
+def smollm2_cells() -> dict[tuple[str, str, int], Row]:
+    """Speed rows by state, plan and batch."""
+    return {(row["state"], row["plan"], row["batch"]): row for row in read("part2_smollm2") if "batch" in row}
+
+
+def smollm2_sentence(before: Row, after: Row) -> str:
+    """What its conversion took and gave."""
+    (conversion,) = (row for row in read("part2_smollm2") if row.get("state") == "conversion")
+    return (
+        f"SmolLM2-135M after {conversion['minutes']:.0f} minutes on {conversion['threads']} cores "
+        f"({conversion['tokens']:,} tokens of its own): {before['tokens_per_forward']:.2f} to "
+        f"{after['tokens_per_forward']:.2f} tokens per forward, two-forward."
+    )
+
+
+def smollm2_table() -> str:
+    """Acceptance, tokens per forward and speed, before and after the conversion."""
+    cells = smollm2_cells()
+    lines = [
+        "| adapter | plan | batch | acceptance by position | tokens per forward | against plain |",
+        "| --- | --- | ---: | --- | ---: | ---: |",
+    ]
+    for (state, plan, batch), row in cells.items():
+        positions = row["acceptance_by_position"]
+        accepted = " ".join("-" if value is None else f"{value:.2f}" for value in positions or ())
+        lines.append(
+            f"| {'untrained' if state == 'before' else 'trained'} | {plan.replace(',[', ', [')} | {batch} "
+            f"| {accepted} | {row['tokens_per_forward']:.2f} | {_ratio_and_range(row)} |"
+        )
+    checks = {row["check"]: row for row in read("part2_smollm2") if "check" in row}
+    (law,) = (row for row in checks.values() if "p_value" in row)
+    (equal,) = (row for row in checks.values() if "equal" in row)
+    caption = (
+        f"{smollm2_sentence(cells['before', 'two_forward(4)', 1], cells['after', 'two_forward(4)', 1])} "
+        f"Temperature 1, held-out prompts, {next(iter(cells.values()))['threads']} threads. Causal logits "
+        f"with and without the adapter are {'bit-identical' if equal['equal'] else 'DIFFERENT'}. Texts of "
+        f"{law['rollouts_per_plan']:,} short rollouts each, two-forward against plain: p = "
+        f"{law['p_value']:.2f}; a total variation of {law['detectable_total_variation_at_power_0.99']:.3f} "
+        f"would be found 99 times in 100."
+    )
+    return "\n".join((*lines, "", caption))
 
 
 def speed_table() -> str:
@@ -43,12 +205,9 @@ def speed_table() -> str:
     ]
     for batch in sorted({row["batch"] for row in rows}):
         drafted = cells["two_forward(8)", batch]
-        stock = np.median(
-            np.divide(drafted["tokens_per_s_all"], cells["transformers_generate", batch]["tokens_per_s_all"])
-        )
         lines.append(
-            f"| {batch} | {drafted['speedup_over_plain']:.2f}x "
-            f"({drafted['speedup_min']:.2f} to {drafted['speedup_max']:.2f}) | {stock:.2f}x "
+            f"| {batch} | {_ratio_and_range(drafted)} "
+            f"| {_against_generate(cells, 'two_forward(8)', batch):.2f}x "
             f"| {drafted['acceptance_rate']:.2f} | {drafted['tokens_per_forward']:.2f} "
             f"| {drafted['host_ms_per_step']:.2f} |"
         )
@@ -130,14 +289,80 @@ def learning_table() -> str:
         f"means of {seeds} seeds. The rate falls to 0 in each of {len(stages)} stages. "
         f"The bands of the two plans overlap in {band_overlap():.0%} of the steps."
     )
-    return "\n".join((*lines, "", caption))
+    picture = "![Reward of GRPO on plain and on drafted rollouts](images/part1_learning.png)"
+    return "\n".join((picture, "", *lines, "", caption))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LawSummary:
+    """The runs of one law of part 2, seed by seed."""
+
+    rewards: list[list[float]]  # by step
+    acceptance: list[list[float]]  # by step; none for plain
+    effective: float  # sample size as a share, mean of the steps
+    held_out_rewards: list[float]
+
+    @property
+    def held_out(self) -> str:
+        """Mean and range of the seeds."""
+        values = self.held_out_rewards
+        return f"{np.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})"
+
+
+def laws_summary() -> dict[str, LawSummary]:
+    """By variant, in the order of the runs."""
+    rows = read("part2_learning")
+    found = {}
+    for variant in dict.fromkeys(row["variant"] for row in rows):
+        own = [row for row in rows if row["variant"] == variant]
+        seeds = sorted({row["seed"] for row in own})
+        steps = [[row for row in own if row["seed"] == seed and "step" in row] for seed in seeds]
+        found[variant] = LawSummary(
+            rewards=[[row["reward"] for row in run] for run in steps],
+            acceptance=[
+                [row["rollout/acceptance_rate"] for row in run if row.get("rollout/acceptance_rate")]
+                for run in steps
+            ],
+            effective=float(np.mean([row["rollout/effective_sample_size"] for run in steps for row in run])),
+            held_out_rewards=[row["held_out_reward"] for row in own if "held_out_reward" in row],
+        )
+    return found
+
+
+def laws_table() -> str:
+    """What each law's runs gave, and what correction buys."""
+    lines = [
+        f"| rollouts | reward, first {WINDOW} steps | last {WINDOW} | accepted, first {WINDOW} "
+        f"| last {WINDOW} | effective sample size | held-out reward of the last weights |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    laws = laws_summary()
+    for variant, law in laws.items():
+        rewards = np.array(law.rewards)
+        accepted = ["-", "-"]
+        if all(law.acceptance):
+            table = np.array([[np.mean(run[:WINDOW]), np.mean(run[-WINDOW:])] for run in law.acceptance])
+            accepted = [f"{value:.2f}" for value in table.mean(axis=0)]
+        lines.append(
+            f"| {variant} | {rewards[:, :WINDOW].mean():.3f} | {rewards[:, -WINDOW:].mean():.3f} "
+            f"| {accepted[0]} | {accepted[1]} | {law.effective:.4f} | {law.held_out} |"
+        )
+    plain = laws["plain"]
+    problems = next(row["held_out_problems"] for row in read("part2_learning") if "held_out_problems" in row)
+    caption = (
+        f"GRPO on arithmetic, {len(plain.rewards[0])} steps, {len(plain.rewards)} seeds, temperature 1.5. "
+        "The rewards of the first columns are those of the rollouts, under the law they were drawn from: "
+        "mixed rollouts score differently from the policy they train. The last column is the policy: plain "
+        f"decoding of {problems:,} held-out problems at temperature 1, mean (and range) of the seeds."
+    )
+    picture = "![Reward and acceptance of GRPO under both laws](images/part2_learning.png)"
+    return "\n".join((picture, "", *lines, "", caption))
 
 
 def law_list() -> str:
     """The equalities that were measured at full size."""
     (greedy,) = read("part1_greedy")
     logprobs = read("part1_logprobs")
-    texts, lengths, rewards = read("part1_law")
     worst = max(row["max_difference"] for row in logprobs)
     return "\n".join(
         (
@@ -145,12 +370,34 @@ def law_list() -> str:
             f"tokens: {greedy['differing_rollouts_all_at_ties']} differences.",
             f"- Recorded log-probabilities differ from a fresh causal forward by at most {worst:.1e} over "
             f"{logprobs[0]['rollouts']:,} rollouts per plan.",
-            f"- Two-forward against plain, {texts['rollouts_per_plan']:,} short rollouts each: p = "
-            f"{texts['p_value']:.2f} (a total variation of "
-            f"{texts['detectable_total_variation_at_power_0.99']:.3f} would be found 99 times in 100); "
-            f"lengths p = {lengths['p_value']:.2f}, rewards p = {rewards['p_value']:.2f} over "
-            f"{rewards['rollouts_per_plan']:,} whole rollouts each.",
+            _two_samples("Two-forward", read("part1_law")),
+            *(fused_lines() if has_rows("part2_equality") else ()),
         )
+    )
+
+
+def fused_lines() -> tuple[str, str]:
+    """The same for fused plans."""
+    rows = read("part2_equality")
+    greedy = [row for row in rows if "differing_rollouts_all_at_ties" in row]
+    samples = [row for row in rows if "p_value" in row]
+    names = ", ".join(row["check"].split()[1].replace(",[", ", [") for row in greedy)
+    return (
+        f"- Greedy {names} equal greedy plain on {greedy[0]['prompts']} prompts each: "
+        f"{sum(row['differing_rollouts_all_at_ties'] for row in greedy)} differences.",
+        _two_samples(samples[0]["plan"].replace(",[", ", ["), samples),
+    )
+
+
+def _two_samples(name: str, rows: Sequence[Row]) -> str:
+    """Texts, lengths and rewards of a plan against plain."""
+    texts, lengths, rewards = rows
+    return (
+        f"- {name} against plain, {texts['rollouts_per_plan']:,} short rollouts each: p = "
+        f"{texts['p_value']:.2f} (a total variation of "
+        f"{texts['detectable_total_variation_at_power_0.99']:.3f} would be found 99 times in 100); "
+        f"lengths p = {lengths['p_value']:.2f}, rewards p = {rewards['p_value']:.2f} over "
+        f"{rewards['rollouts_per_plan']:,} whole rollouts each."
     )
 
 
@@ -161,26 +408,56 @@ def with_section(readme: str) -> str:
     return f"{before}{BEGIN}\n\n{measured_section()}\n\n{END}{after}"
 
 
-def draw_learning(path: Path = PICTURE) -> None:
+COLOURS = {"plain": "#6b7280", "two_forward": "#0f766e", "lossless": "#0f766e"}
+COLOURS |= {"mixed, corrected": "#3d7fd6", "mixed, uncorrected": "#d9822b"}
+
+
+def draw_learning() -> None:
     """Reward over steps: the mean of the seeds and the band they span, per plan."""
+    with _picture("part1_learning", width=8) as (axes,):
+        for plan, seeds in sorted(rewards_by_run().items()):
+            _band(axes, plan, [values for _, values in sorted(seeds.items())], label=plan.replace("_", "-"))
+        axes.set(xlabel="step", ylabel="reward", title=f"GRPO, mean and band of {len(seeds)} seeds")
+        axes.legend(frameon=False, loc="lower right", title="rollouts")
+
+
+def draw_laws() -> None:
+    """Reward and acceptance over steps, per law: how far they move together."""
+    with _picture("part2_learning", width=10, panels=2) as (left, right):
+        for variant, law in laws_summary().items():
+            _band(left, variant, law.rewards)
+            if all(law.acceptance):
+                _band(right, variant, law.acceptance)
+        left.set(xlabel="step", ylabel="reward of rollouts", title="reward")
+        right.set(xlabel="step", ylabel="share of drafts accepted", title="acceptance")
+        left.legend(frameon=False, loc="lower right", title=f"mean and band of {len(law.rewards)} seeds")
+
+
+@contextmanager
+def _picture(name: str, *, width: float, panels: int = 1) -> Iterator[Sequence[Any]]:
+    """Panels side by side, saved as docs/images/NAME.png."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(8, 3.6), layout="constrained")
-    for (plan, seeds), color in zip(sorted(rewards_by_run().items()), ("#6b7280", "#0f766e"), strict=True):
-        table = np.array([smoothed(values) for _, values in sorted(seeds.items())])
-        steps = np.arange(1, table.shape[1] + 1)
-        axes.fill_between(steps, table.min(axis=0), table.max(axis=0), color=color, alpha=0.18, linewidth=0)
-        axes.plot(steps, table.mean(axis=0), color=color, linewidth=2, label=plan.replace("_", "-"))
-    axes.set(xlabel="step", ylabel="reward", title=f"GRPO, mean and band of {len(table)} seeds")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", alpha=0.25)
-    axes.legend(frameon=False, loc="lower right", title="rollouts")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    figure, axes = pyplot.subplots(1, panels, figsize=(width, 3.6), layout="constrained", squeeze=False)
+    for each in axes[0]:
+        each.spines[["top", "right"]].set_visible(False)
+        each.grid(axis="y", alpha=0.25)
+    yield axes[0]
+    IMAGES.mkdir(parents=True, exist_ok=True)
+    figure.savefig(IMAGES / f"{name}.png", dpi=150)
     pyplot.close(figure)
+
+
+def _band(axes: Any, kind: str, runs: Sequence[Sequence[float]], *, label: str | None = None) -> None:
+    """Mean and range of runs, smoothed."""
+    shortest = min(map(len, runs))
+    table = np.array([smoothed(values[:shortest]) for values in runs])
+    steps, color = np.arange(1, shortest + 1), COLOURS[kind]
+    axes.fill_between(steps, table.min(axis=0), table.max(axis=0), color=color, alpha=0.18, linewidth=0)
+    axes.plot(steps, table.mean(axis=0), color=color, linewidth=2, label=label or kind)
 
 
 def smoothed(values: Sequence[float]) -> list[float]:
@@ -190,5 +467,8 @@ def smoothed(values: Sequence[float]) -> list[float]:
 
 if __name__ == "__main__":
     draw_learning()
+    if has_rows("part2_learning"):
+        draw_laws()
+    PAGE.write_text(measured_page() + "\n")
     readme_path = ROOT / "README.md"
     readme_path.write_text(with_section(readme_path.read_text()))

@@ -26,6 +26,7 @@ def test_the_first_python_block_is_short_and_runs(capsys):
 
 def test_every_measured_figure_comes_from_a_committed_row():
     assert readme.with_section(TEXT) == TEXT
+    assert readme.measured_page() + "\n" == readme.PAGE.read_text()
 
 
 def test_the_rows_show_what_part_one_promises():
@@ -41,6 +42,25 @@ def test_the_rows_show_what_part_one_promises():
     assert readme.band_overlap() > 0.8
     assert all(row["max_difference"] < 1e-4 for row in readme.read("part1_logprobs"))
     assert all(row["p_value"] > 0.001 for row in readme.read("part1_law"))
+
+
+def test_the_rows_show_what_part_two_promises():
+    auto = {row["batch"]: row for row in readme.read("part2_auto") if row["plan"] == "auto"}
+    assert set(auto) == {1, 4, 16, 64}
+    assert all(row["repeats"] >= 5 and row["speedup_over_plain"] >= 0.95 for row in auto.values())
+    assert auto[1]["speedup_over_plain"] >= 2
+    if readme.has_rows("part2_equality"):
+        equality = readme.read("part2_equality")
+        assert sum("differing_rollouts_all_at_ties" in row for row in equality) == 4
+        assert all(row["p_value"] > 0.001 for row in equality if "p_value" in row)
+    if readme.has_rows("part2_learning"):
+        laws = readme.laws_summary()
+        assert len(laws) == 4
+        assert all(len(law.rewards) == len(law.held_out_rewards) == 3 for law in laws.values())
+        assert laws["plain"].effective == laws["lossless"].effective == pytest.approx(1, abs=1e-6)
+    if readme.has_rows("part2_smollm2"):
+        checks = [row for row in readme.read("part2_smollm2") if "check" in row]
+        assert all(row.get("equal", True) and row.get("p_value", 1) > 0.001 for row in checks)
 
 
 def test_the_shipped_policy_is_small_enough_to_ship():
