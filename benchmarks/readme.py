@@ -430,7 +430,10 @@ def draw_laws() -> None:
                 _band(right, variant, law.acceptance)
         left.set(xlabel="step", ylabel="reward of rollouts", title="reward")
         right.set(xlabel="step", ylabel="share of drafts accepted", title="acceptance")
-        left.legend(frameon=False, loc="lower right", title=f"mean and band of {len(law.rewards)} seeds")
+        left.set_ylim(top=0.62)
+        left.legend(
+            frameon=False, loc="upper left", ncols=2, title=f"mean and band of {len(law.rewards)} seeds"
+        )
 
 
 @contextmanager
