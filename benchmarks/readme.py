@@ -197,8 +197,8 @@ def smollm2_table() -> str:
     )
     if any(row["speedup_max"] > 2 * row["speedup_min"] for row in cells.values()):
         caption += (
-            " Where a range spans a factor of two, other work ran beside the measurement: such a ratio is not "
-            "one to rely on."
+            " Where a range spans a factor of two, other work ran beside the measurement: such a ratio is "
+            "not one to rely on."
         )
     return "\n".join((*lines, "", caption))
 

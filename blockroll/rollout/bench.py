@@ -4,9 +4,8 @@ Under each workload (batch, temperature, lengths) and within a repeat every subj
 with the same seeds, one subject after the other (ABAB...), so that a machine that slows down slows all of
 them. A repeat decodes its rollouts in waves of `batch` times `queue` requests that are submitted together and
 drained: what waits is decoded as places get free, or by `generate` batch after batch. Its speed is committed
-tokens over wall time, prefill included. Reported are medians over repeats with all values
-beside them; the first round of every subject is a warm-up and not counted. Ratios against plain are taken
-within a repeat.
+tokens over wall time, prefill included. Reported are medians over repeats with all values beside them; the
+first round of every subject is a warm-up and not counted. Ratios against plain are taken within a repeat.
 
 Acceptance by draft position and pass@k come from passes of their own that are not timed, on engines of their
 own: the engines that are timed have no observer and judge nothing.
