@@ -3,7 +3,7 @@
 
 PYTHON ?= python3
 PART ?= 1
-EXTRAS := dev,ray,trl,wandb,env
+EXTRAS := dev,ray,trl,wandb,env,constraints
 # Steps of the demo that `wheel-test` runs from the installed wheel.
 WHEEL_DEMO_ARGS ?= --steps 2
 

@@ -47,10 +47,23 @@ class RolloutConfig:
     temperature: float = 1.0  # 0 is greedy
     mix_weight: float = 1.0  # of the policy in the law: 1 is lossless, below 1 mixes draft rows in
     max_tokens: int = 64  # completion length at most
+    top_k: int = 0  # best tokens that stay; 0 keeps all
+    top_p: float = 1.0  # mass of the best tokens that stay; 1 keeps all
+    min_p: float = 0.0  # share of the best token's probability that a token needs to stay
+    repetition_penalty: float = 1.0  # divides logits of tokens in the text, multiplies negative ones
+    presence_penalty: float = 0.0  # taken from the logits of tokens that the completion holds,
+    frequency_penalty: float = 0.0  # and this for each time it does
 
     def __post_init__(self) -> None:
         if not 0 <= self.mix_weight <= 1:
             raise ConfigError(f"mix_weight must be between 0 and 1, got {self.mix_weight}; 1 is lossless")
+        if not 0 <= self.min_p <= 1:
+            raise ConfigError(f"min_p must be between 0 and 1, got {self.min_p}; 0 keeps every token")
+        if not 0 < self.top_p <= 1:
+            raise ConfigError(f"top_p must be above 0 and at most 1, got {self.top_p}; 1 keeps every token")
+        if not self.repetition_penalty > 0:
+            raise ConfigError(f"repetition_penalty must be above 0, got {self.repetition_penalty}")
+        _at_least(self, 0, "top_k")
         _at_least(self, 1, "num_replicas", "threads_per_replica", "max_batch_size", "max_tokens")
         _at_least(self, 0, "max_length", "temperature")
 
@@ -71,6 +84,8 @@ class TrainConfig:
     clip_epsilon: float = 0.2  # half-width of the ratio clip
     importance_sampling_correction: bool = True  # weigh tokens by old policy over behaviour law
     behavior_ratio_cap: float = 2.0  # truncation of those weights
+    # Under top_k, top_p or min_p those weights average to the mass that is left, not to 1: ask by name.
+    truncated_rollouts: Literal["refuse", "allow"] = "refuse"
     learner_threads: int = 2  # torch threads of the learner; replicas idle while it works
     eval_every: int = 10  # steps between evaluations; 0: never
     eval_prompts: int = 128  # held-out prompts of one evaluation

@@ -13,7 +13,8 @@
     │   ├── ManifestMismatch                 names, shapes or dtypes are not the replica's own
     │   └── VersionMismatch                  the update does not follow the replica's version
     ├── ReplicaError (RuntimeError)          a replica died, hangs, or none is ready to serve
-    └── NonFiniteLogits (FloatingPointError) a forward gave NaN or infinity for a request
+    ├── NonFiniteLogits (FloatingPointError) a forward gave NaN or infinity for a request
+    └── EmptySupport (RuntimeError)          constraint, masks and processors leave a request no next token
 
 Messages say what was given, what is allowed and what to do instead.
 """
@@ -73,3 +74,7 @@ class ReplicaError(BlockrollError, RuntimeError):
 
 class NonFiniteLogits(BlockrollError, FloatingPointError):
     """A forward gave NaN or infinity for a request."""
+
+
+class EmptySupport(BlockrollError, RuntimeError):
+    """Constraint, masks and logits processors leave a request no next token."""

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
@@ -17,7 +18,7 @@ from blockroll.cli.options import (
     load_policy,
 )
 from blockroll.errors import InvalidInput
-from blockroll.types import Plan, Request, RolloutStats, Sampling
+from blockroll.types import Constraint, Plan, Request, RolloutStats, Sampling
 
 if TYPE_CHECKING:
     from blockroll.policies.hf import HFPolicy
@@ -38,6 +39,18 @@ def generate(
             help="'auto', 'plain', 'two_forward(K)' or 'fused(K,[levels])'; left out: what it drafts by."
         ),
     ] = None,
+    top_k: Annotated[int, typer.Option(min=0, help="Best tokens that stay; 0 keeps all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Mass of the best tokens that stay; 1 keeps all.")] = 1.0,
+    min_p: Annotated[
+        float, typer.Option(help="Share of the best token's probability that a token needs; 0 keeps all.")
+    ] = 0.0,
+    repetition_penalty: Annotated[
+        float, typer.Option(help="Divides logits of tokens already in the text; 1 changes nothing.")
+    ] = 1.0,
+    regex: Annotated[str | None, typer.Option(help="What the whole completion must match.")] = None,
+    json_schema: Annotated[
+        Path | None, typer.Option(help="A file with the JSON schema that the completion must satisfy.")
+    ] = None,
     num_samples: Annotated[int, typer.Option(min=1, help="Samples, one after the other.")] = 1,
     task: Annotated[
         Literal["auto", "arithmetic", "none"],
@@ -53,7 +66,15 @@ def generate(
     threads: ThreadsOption = 1,
 ) -> None:
     """Stream samples token by token; drafted and accepted tokens are marked."""
-    sampling = Sampling(temperature=temperature, max_tokens=max_tokens)
+    sampling = Sampling(
+        temperature=temperature,
+        max_tokens=max_tokens,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        constraint=_constraint(regex, json_schema),
+    )
     if task == "arithmetic" or (task == "auto" and policy == "tiny"):
         prompt = prompt.rstrip("\n") + "\n"
     hf_policy = load_policy(policy, device, threads)
@@ -73,6 +94,16 @@ def generate(
         Console(stderr=not console.is_terminal, highlight=False, soft_wrap=True).print(
             _counts_line(stats, num_tokens, engine.plan), style="dim"
         )
+
+
+def _constraint(regex: str | None, json_schema: Path | None) -> Constraint | None:
+    from blockroll.rollout.constraints import JsonSchema, Regex
+
+    if regex is not None and json_schema is not None:
+        raise InvalidInput("give --regex or --json-schema, not both")
+    if regex is not None:
+        return Regex(regex)
+    return None if json_schema is None else JsonSchema(json_schema.read_text())
 
 
 def engine_for(

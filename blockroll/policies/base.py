@@ -5,7 +5,7 @@ W hidden width, V vocabulary.
 """
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -36,6 +36,7 @@ class Policy(Protocol):
     """A causal LM that also drafts. Logits are float32, whatever the weights are."""
 
     vocab_size: int  # rows of the logits
+    tokenizer: Any | None  # of transformers; constraints on text need it
     max_length: int  # positions the model was built for
     eos_token_ids: tuple[int, ...]
     mask_token_id: int | None  # None: its masks are no token, or it cannot draft

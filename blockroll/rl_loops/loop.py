@@ -23,7 +23,7 @@ from blockroll.rl_loops.display import StepProgress, summary_table
 from blockroll.rl_loops.grpo import ALGORITHMS
 from blockroll.rl_loops.learner import Learner
 from blockroll.rl_loops.report import write_report
-from blockroll.rl_loops.run import Run, interrupts_held
+from blockroll.rl_loops.run import Run, interrupts_held, rollout_sampling
 from blockroll.rl_loops.tasks import Task, load_task
 from blockroll.rl_loops.tracking import JsonLines, Wandb, read_lines, require_wandb, truncate_lines
 from blockroll.rollout.pool import RolloutPool, make_pool
@@ -40,6 +40,12 @@ FIXED_ON_RESUME = (
     ("rollout", "temperature"),
     ("rollout", "mix_weight"),
     ("rollout", "max_tokens"),
+    ("rollout", "top_k"),
+    ("rollout", "top_p"),
+    ("rollout", "min_p"),
+    ("rollout", "repetition_penalty"),
+    ("rollout", "presence_penalty"),
+    ("rollout", "frequency_penalty"),
     ("train", "algorithm"),
     ("train", "prompts_per_step"),
     ("train", "group_size"),
@@ -100,6 +106,7 @@ def _run_to_the_end(
         if pool is not None:
             stack.callback(pool.close)
         state = _state_to_start_from(config, resume=resume)
+        rollout_sampling(config)  # refuses what it must before anything is loaded
         task = task or load_task(config.task)
         if config.wandb:
             require_wandb()

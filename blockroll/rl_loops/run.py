@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from blockroll.config import RunConfig, to_mapping
-from blockroll.errors import WeightSyncError
+from blockroll.errors import ConfigError, WeightSyncError
 from blockroll.rl_loops.advantages import Scores, score_rollouts
 from blockroll.rl_loops.checkpoint import save_checkpoint
 from blockroll.rl_loops.collect import Batch, collect, evaluate, rollout_metrics
@@ -62,6 +62,32 @@ def interrupts_held() -> Iterator[None]:
         raise KeyboardInterrupt
 
 
+def rollout_sampling(config: RunConfig) -> Sampling:
+    """How a run's rollouts are drawn; refuses truncation that its correction could not correct."""
+    rollout, train = config.rollout, config.train
+    is_allowed = train.truncated_rollouts == "allow"
+    sampling = Sampling(
+        temperature=rollout.temperature,
+        max_tokens=rollout.max_tokens,
+        law=Law(rollout.mix_weight),
+        top_k=rollout.top_k,
+        top_p=rollout.top_p,
+        min_p=rollout.min_p,
+        repetition_penalty=rollout.repetition_penalty,
+        presence_penalty=rollout.presence_penalty,
+        frequency_penalty=rollout.frequency_penalty,
+        allow_truncated_mix=is_allowed or not train.importance_sampling_correction,
+    )
+    if sampling.is_truncated and train.importance_sampling_correction and not is_allowed:
+        raise ConfigError(
+            "rollout.top_k, top_p or min_p leaves out tokens that the policy could draw, so the weights "
+            "pi/mu of the correction average to the mass that is left, not to 1; draw without truncation, or "
+            "set train.truncated_rollouts=allow to correct all the same, or "
+            "train.importance_sampling_correction=false"
+        )
+    return sampling
+
+
 class Run:
     """The state of a run. Invariant: when settled, learner, replicas and metrics are all at `step`."""
 
@@ -75,11 +101,7 @@ class Run:
         self._saved_step = -1
         self._counters = dict.fromkeys(COUNTERS, 0.0)
         self._extra: dict[str, Any] = {}
-        self._sampling = Sampling(
-            temperature=config.rollout.temperature,
-            max_tokens=config.rollout.max_tokens,
-            law=Law(config.rollout.mix_weight),
-        )
+        self._sampling = rollout_sampling(config)
         self._eval_rows = tuple(task.eval_rows(config.train.eval_prompts)) if config.train.eval_every else ()
         self._plan_name = read_plan(config.rollout.plan, learner.policy).name
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from blockroll.errors import InvalidInput, NonFiniteLogits
+from blockroll.errors import EmptySupport, InvalidInput, NonFiniteLogits
 from blockroll.policies.base import Policy
 from blockroll.rollout.cache import SlotCache
 from blockroll.rollout.planner import Planner
@@ -29,16 +29,14 @@ from blockroll.rollout.requests import Limits, check_request
 from blockroll.rollout.running import Proposal, RunningRequest, StopRule
 from blockroll.rollout.scheduler import Scheduler
 from blockroll.samplers import (
-    draw_draft,
+    Laws,
     join_verdicts,
-    mixed_logits,
     policy_logprobs,
     settle_first,
     step_uniforms,
-    target_probs,
     verify_block,
 )
-from blockroll.types import Commit, Draft, Plan, Request, Rollout, Verdict
+from blockroll.types import Commit, Draft, Guide, Plan, Request, Rollout, Verdict
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,34 +84,8 @@ class _Verified:
     logits_BLV: Tensor  # float32, causal
     target_probs_BLV: Tensor
     bad_targets_B: Tensor | None
+    is_empty_BL: Tensor | None  # rows that nothing may follow
     states_BPLW: Tensor | None  # proposals of a fused forward
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Laws:
-    """The laws of a batch, float64 (B,): what each request draws, drafts and mixes by."""
-
-    temperature_B: Tensor
-    draft_temperature_B: Tensor
-    weight_B: Tensor
-    is_mixed: bool  # whether any request mixes
-
-    @classmethod
-    def of(cls, batch: list[RunningRequest], device: torch.device) -> "_Laws":
-        laws = torch.tensor([running.law for running in batch], dtype=torch.float64, device=device)
-        temperature_B, draft_temperature_B, weight_B = laws.unbind(dim=1)
-        return cls(
-            temperature_B=temperature_B,
-            draft_temperature_B=draft_temperature_B,
-            weight_B=weight_B,
-            is_mixed=any(running.is_mixed for running in batch),
-        )
-
-    def target_probs(self, logits_BLV: Tensor, draft_logits_BKV: Tensor, num_drafts_B: Tensor) -> Tensor:
-        """Target rows (B, L, V), mixed with the draft rows where a request mixes and has a draft."""
-        if self.is_mixed:
-            logits_BLV = mixed_logits(logits_BLV, draft_logits_BKV, self.weight_B, num_drafts_B)
-        return target_probs(logits_BLV, self.temperature_B)
 
 
 class Engine:
@@ -180,8 +152,10 @@ class Engine:
                     f"request id {request.request_id!r} is already being served; ids must be unique"
                 )
             taken.add(request.request_id)
-        for request in requests:
-            running = RunningRequest(request, self._stop_rule(request))
+        joining = [
+            RunningRequest(request, self._stop_rule(request), self._guide(request)) for request in requests
+        ]
+        for request, running in zip(requests, joining, strict=True):
             self._requests[request.request_id] = running
             self._scheduler.submit(request.request_id, len(running.cached_ids))
 
@@ -247,7 +221,11 @@ class Engine:
             self._start_proposals(batch)
         state = torch.tensor([running.state for running in batch], device=self.policy.device)
         anchors_B, seeds_B, attempts_B = state.unbind(dim=1)
-        laws = _Laws.of(batch, self.policy.device)
+        laws = Laws.of(
+            [running.text for running in batch],
+            vocab_size=self.policy.vocab_size,
+            device=self.policy.device,
+        )
         positions_B = self._cache.lengths_N[:size] + 1
 
         clock = self._clock()
@@ -260,7 +238,7 @@ class Engine:
         clock = self._charge("forward_s", clock)
         draft_logits, bad_drafts_B = _without_non_finite(draft_logits)
         draft_logits_BKV = draft_logits[:, 1:] if settles else draft_logits
-        draft = draw_draft(draft_logits_BKV, laws.draft_temperature_B, draft_uniforms_BK, num_drafts_B)
+        draft = laws.draw(draft_logits_BKV, draft_uniforms_BK, num_drafts_B)
         self._charge("sampler_s", clock)
         if settles:
             verified = self._settle_and_verify(draft_logits, draft, laws, verify_uniforms)
@@ -283,15 +261,15 @@ class Engine:
                     verdict=verdict,
                 )
             )
-        failed = _failures(bad_drafts_B, verified.bad_targets_B)
+        failed = _failures(bad_drafts_B, verified)
         result = self._commit(batch, num_drafts_B.tolist(), verdict, policy_logprobs_BL, failed)
         if verified.states_BPLW is not None:
             self._keep_proposals(batch, verified.states_BPLW, verdict.num_accepted_B)
         return result
 
     def _verify(
-        self, anchors_B: Tensor, draft_logits_BKV: Tensor, draft: Draft, laws: "_Laws", uniforms_BL: Tensor
-    ) -> "_Verified":
+        self, anchors_B: Tensor, draft_logits_BKV: Tensor, draft: Draft, laws: Laws, uniforms_BL: Tensor
+    ) -> _Verified:
         """The anchor and all drafts in one forward, which a fused plan also lets propose."""
         clock = self._clock()
         ids_BL = torch.cat([anchors_B[:, None], draft.token_ids_BK], dim=1)
@@ -304,21 +282,22 @@ class Engine:
             logits_BLV = self.policy.verify_logits(ids_BL, window)
         clock = self._charge("forward_s", clock)
         logits_BLV, bad_targets_B = _without_non_finite(logits_BLV)
-        target_probs_BLV = laws.target_probs(logits_BLV, draft_logits_BKV, draft.num_drafts_B)
-        verdict = verify_block(draft, target_probs_BLV, uniforms_BL)
+        targets = laws.target_rows(logits_BLV, draft.token_ids_BK, draft_logits_BKV, draft.num_drafts_B)
+        verdict = verify_block(draft, targets.probs_BLV, uniforms_BL)
         self._charge("sampler_s", clock)
         self._cache.commit(0, len(ids_BL), verdict.num_committed_B)
         return _Verified(
             verdict=verdict,
             logits_BLV=logits_BLV,
-            target_probs_BLV=target_probs_BLV,
+            target_probs_BLV=targets.probs_BLV,
             bad_targets_B=bad_targets_B,
+            is_empty_BL=targets.is_empty_BL,
             states_BPLW=states_BPLW,
         )
 
     def _settle_and_verify(
-        self, draft_logits: Tensor, draft: Draft, laws: "_Laws", uniforms: Tensor
-    ) -> "_Verified":
+        self, draft_logits: Tensor, draft: Draft, laws: Laws, uniforms: Tensor
+    ) -> _Verified:
         """The first position from the draft forward's own anchor row, the others behind what stands there.
 
         That row saw no mask: its keys stay in the cache, and its logits are the first target row. No draft
@@ -327,8 +306,10 @@ class Engine:
         clock = self._clock()
         size, num_drafts = len(draft_logits), self.plan.num_drafts
         anchor_logits_B1V, draft_logits_BKV = draft_logits[:, :1], draft_logits[:, 1:]
-        first_probs_B1V = laws.target_probs(anchor_logits_B1V, draft_logits_BKV[:, :1], draft.num_drafts_B)
-        settled = settle_first(draft, first_probs_B1V, uniforms[:, [0, -1]])
+        first = laws.target_rows(
+            anchor_logits_B1V, draft.token_ids_BK[:, :0], draft_logits_BKV[:, :1], draft.num_drafts_B
+        )
+        settled = settle_first(draft, first.probs_BLV, uniforms[:, [0, -1]])
         self._cache.commit(0, size, settled.num_committed_B)
         rest = Draft(
             token_ids_BK=draft.token_ids_BK[:, 1:],
@@ -340,15 +321,16 @@ class Engine:
         logits_BKV = self.policy.verify_logits(ids_BK, self._cache.window(0, size, num_drafts))
         clock = self._charge("forward_s", clock)
         logits_BKV, bad_targets_B = _without_non_finite(logits_BKV)
-        rest_probs_BKV = laws.target_probs(logits_BKV, draft_logits_BKV[:, 1:], rest.num_drafts_B)
-        verified = verify_block(rest, rest_probs_BKV, uniforms[:, 1 : num_drafts + 1])
+        others = laws.target_rows(logits_BKV, ids_BK, draft_logits_BKV[:, 1:], rest.num_drafts_B)
+        verified = verify_block(rest, others.probs_BLV, uniforms[:, 1 : num_drafts + 1])
         self._charge("sampler_s", clock)
         self._cache.commit(0, size, verified.num_committed_B)
         return _Verified(
             verdict=join_verdicts(settled, verified),
             logits_BLV=torch.cat([anchor_logits_B1V, logits_BKV], dim=1),
-            target_probs_BLV=torch.cat([first_probs_B1V, rest_probs_BKV], dim=1),
+            target_probs_BLV=torch.cat([first.probs_BLV, others.probs_BLV], dim=1),
             bad_targets_B=bad_targets_B,
+            is_empty_BL=_joined(first.is_empty_BL, others.is_empty_BL, num_drafts),
             states_BPLW=None,
         )
 
@@ -433,9 +415,7 @@ class Engine:
             running = batch[slot]
             running.count_step(self.plan, num_drafts[slot])
             if slot in failed:
-                error = (
-                    f"{NonFiniteLogits.__name__}: {failed[slot]} for request {running.request.request_id!r}"
-                )
+                error = f"{failed[slot]} for request {running.request.request_id!r}"
                 running.finish_reason = "error"
                 finished.append(running.rollout("error", error=error))
                 self._cache.scrub(slot)
@@ -476,6 +456,14 @@ class Engine:
         if move is not None:
             self._cache.move(move.source, move.target)
         self._cache.clear(len(self._scheduler.running))
+
+    def _guide(self, request: Request) -> Guide | None:
+        """A walk through the constraint of its own, from its first token."""
+        constraint = request.sampling.constraint
+        if constraint is None:
+            return None
+        ends = frozenset(self.policy.eos_token_ids)
+        return constraint.start(self.policy.vocab_size, self.policy.tokenizer, ends)
 
     def _stop_rule(self, request: Request) -> StopRule:
         ends = () if request.sampling.ignore_eos else self.policy.eos_token_ids
@@ -524,9 +512,31 @@ def _without_non_finite(logits: Tensor) -> tuple[Tensor, Tensor | None]:
     return torch.where(bad_B[:, None, None], 0.0, logits), bad_B
 
 
-def _failures(bad_drafts_B: Tensor | None, bad_targets_B: Tensor | None) -> dict[int, str]:
+def _joined(first_B1: Tensor | None, others_BK: Tensor | None, num_others: int) -> Tensor | None:
+    """Flags of all rows, from those of the first and of the others; None stands for no flag."""
+    if first_B1 is None and others_BK is None:
+        return None
+    if first_B1 is None:
+        assert others_BK is not None
+        first_B1 = torch.zeros_like(others_BK[:, :1])
+    if others_BK is None:
+        others_BK = torch.zeros_like(first_B1).expand(-1, num_others)
+    return torch.cat([first_B1, others_BK], dim=1)
+
+
+def _failures(bad_drafts_B: Tensor | None, verified: _Verified) -> dict[int, str]:
+    """By slot, what is wrong with the rows a request was decoded from."""
     failed = {}
-    for name, bad_B in (("draft", bad_drafts_B), ("verify", bad_targets_B)):
+    for name, bad_B in (("draft", bad_drafts_B), ("verify", verified.bad_targets_B)):
         for slot in [] if bad_B is None else bad_B.nonzero().flatten().tolist():
-            failed[slot] = f"{name} logits hold NaN or infinity"
+            failed[slot] = f"{NonFiniteLogits.__name__}: {name} logits hold NaN or infinity"
+    if verified.is_empty_BL is not None:
+        # A row behind the last committed token decided nothing.
+        offsets_L = torch.arange(verified.is_empty_BL.shape[1], device=verified.is_empty_BL.device)
+        is_met_BL = verified.is_empty_BL & (offsets_L < verified.verdict.num_committed_B[:, None])
+        for slot in is_met_BL.any(dim=1).nonzero().flatten().tolist():
+            failed.setdefault(
+                slot,
+                f"{EmptySupport.__name__}: constraint, masks and logits processors leave no next token",
+            )
     return failed

@@ -1,10 +1,13 @@
 """Requests before they run: where their seeds come from, and what the door refuses."""
 
 import hashlib
+import pickle
 from dataclasses import dataclass
 
+import torch
+
 from blockroll.errors import InvalidInput
-from blockroll.types import Request
+from blockroll.types import LogitsProcessor, Request
 
 _SEED_LIMIT = 1 << 63
 
@@ -54,5 +57,50 @@ def check_request(request: Request, limits: Limits) -> None:
                 f"{name} holds the mask token {token_id} at position {position}; masks are blockroll's own, "
                 "remove it from the prompt"
             )
+    sampling = request.sampling
+    for option, token_ids in (
+        ("logit_bias", sampling.logit_bias),
+        ("bad_words_ids", [token_id for word in sampling.bad_words_ids for token_id in word]),
+        ("stop_token_ids", sampling.stop_token_ids),
+    ):
+        unknown = [token_id for token_id in token_ids if not 0 <= token_id < limits.vocab_size]
+        if unknown:
+            raise InvalidInput(
+                f"{name} has token {unknown[0]} in {option}, outside the vocabulary of {limits.vocab_size}; "
+                f"allowed are 0 to {limits.vocab_size - 1}"
+            )
+    for processor in sampling.logits_processors:
+        check_processor(processor, limits.vocab_size)
     if not -_SEED_LIMIT <= request.seed < _SEED_LIMIT:
         raise InvalidInput(f"{name} has seed {request.seed}, outside 64 bits")
+
+
+def check_processor(processor: LogitsProcessor, vocab_size: int) -> None:
+    """Raise InvalidInput for a logits processor that is not a function of the ids and scores it is given.
+
+    Verifying a block asks for several positions at once, some of them for drafts that are then rejected: what
+    a processor remembers of its calls would be wrong. It is called three times on made-up rows.
+    """
+    name = f"logits processor {type(processor).__name__}"
+    advice = (
+        "write it as a function of input_ids (1, T) and scores (1, V) alone, or as a constraint, whose guide "
+        "is told which tokens were committed"
+    )
+    short, long = torch.tensor([[0]]), torch.tensor([[0, vocab_size - 1, 0]])
+    scores_1V = torch.linspace(-1, 1, vocab_size, dtype=torch.float64)[None]
+    state = _state(processor)
+    try:
+        results = [processor(ids_1T, scores_1V.clone()) for ids_1T in (short, long, short)]
+    except Exception as error:
+        raise InvalidInput(f"{name} cannot be evaluated for one row at a time: {error}; {advice}") from error
+    if any(not torch.is_tensor(result) or result.shape != scores_1V.shape for result in results):
+        raise InvalidInput(f"{name} does not return scores of the shape it was given, (1, {vocab_size})")
+    if not torch.equal(results[0], results[2]) or _state(processor) != state:
+        raise InvalidInput(f"{name} has state of its own that a call changes; {advice}")
+
+
+def _state(processor: LogitsProcessor) -> bytes | None:
+    try:
+        return pickle.dumps(processor)
+    except (pickle.PicklingError, AttributeError, TypeError):  # a closure: only its results can be compared
+        return None

@@ -5,7 +5,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from blockroll.types import Commit, FinishReason, Plan, Request, Rollout, RolloutStats
+from blockroll.samplers.laws import Text
+from blockroll.types import Commit, FinishReason, Guide, Plan, Request, Rollout, RolloutStats
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,12 +47,22 @@ class StopRule:
 class RunningRequest:
     """Invariant: the columns of committed tokens have equal length; the last token overall is the anchor."""
 
-    def __init__(self, request: Request, stop_rule: StopRule) -> None:
+    def __init__(self, request: Request, stop_rule: StopRule, guide: Guide | None = None) -> None:
+        """`guide` stands before the first token of the completion."""
         prefix = request.prefix
         self.request = request
         self.finish_reason: FinishReason | None = None
         self._stop_rule = stop_rule
         self._token_ids = list(prefix.token_ids) if prefix else []
+        if guide is not None:
+            guide.advance(self._token_ids)
+        self.text = Text(
+            sampling=request.sampling,
+            prompt_ids=request.prompt_ids,
+            token_ids=self._token_ids,
+            end_token_ids=stop_rule.stop_token_ids,
+            guide=guide,
+        )
         self._policy_logprobs = list(prefix.policy_logprobs) if prefix else []
         self._behavior_logprobs = list(prefix.behavior_logprobs) if prefix else []
         self._policy_versions = list(prefix.policy_versions) if prefix else []
@@ -61,23 +72,12 @@ class RunningRequest:
         self._num_drafted = stats.num_drafted
         self._num_accepted = stats.num_accepted
         self._steps_by_plan = Counter(dict(stats.steps_by_plan))
-        sampling = request.sampling
-        draft_temperature = (
-            sampling.temperature if sampling.draft_temperature is None else sampling.draft_temperature
-        )
         self.proposal: Proposal | None = None  # for the position behind the anchor; kept by fused plans only
-        assert sampling.law.weight is not None, "Sampling refuses a law that is none"
-        self.law = (sampling.temperature, draft_temperature, sampling.law.weight)
 
     @property
     def is_running(self) -> bool:
         """Whether another step follows."""
         return self.finish_reason is None
-
-    @property
-    def is_mixed(self) -> bool:
-        """Whether its law mixes policy and draft rows."""
-        return self.law[2] < 1
 
     @property
     def cached_ids(self) -> tuple[int, ...]:
@@ -121,6 +121,8 @@ class RunningRequest:
         kept, self.finish_reason = self._stop_rule.cut(self._token_ids, token_ids)
         self._num_accepted += sum(is_draft[:kept])
         self._token_ids += token_ids[:kept]
+        if self.text.guide is not None and self.is_running:
+            self.text.guide.advance(token_ids[:kept])
         self._policy_logprobs += policy_logprobs[:kept]
         self._behavior_logprobs += behavior_logprobs[:kept]
         self._policy_versions += [version] * kept

@@ -1,5 +1,6 @@
 """Laws: how tokens are drawn and verified, given logits and uniforms."""
 
+from blockroll.samplers.laws import Laws
 from blockroll.samplers.lossless import (
     draw_draft,
     join_verdicts,
@@ -12,6 +13,7 @@ from blockroll.samplers.lossless import (
 from blockroll.samplers.uniforms import step_uniforms
 
 __all__ = [
+    "Laws",
     "draw_draft",
     "join_verdicts",
     "mixed_logits",

@@ -24,6 +24,7 @@ RANKS = {unit: rank for rank, units in enumerate(ROWS) for unit in units}
 # Modules that may import a package; `*` also matches dots.
 HOMES = {
     "gymnasium": ("rl_loops.envs*",),
+    "llguidance": ("rollout.constraints",),
     "matplotlib": ("rl_loops.report", "rl_loops.figures"),
     "ray": ("rollout.ray_pool", "rollout.weight_sync", "rollout.weight_sync.*"),
     "transformers": ("policies", "policies.*"),

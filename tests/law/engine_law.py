@@ -14,8 +14,9 @@ can be summed over every path that reaches a text.
 Shapes: B requests, R rows, K drafted tokens, L = K + 1, P levels, S keys, V vocabulary, C cells.
 """
 
+import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import cycle
 from typing import NamedTuple
@@ -42,6 +43,7 @@ class TablePolicy:
     def __init__(self, toy: Toy, num_drafts: int) -> None:
         self.toy = toy
         self.vocab_size = toy.vocab_size
+        self.tokenizer = None
         self.max_length = LONGEST
         self.eos_token_ids = ()
         self.mask_token_id = None
@@ -118,13 +120,75 @@ class Reached:
     coins: tuple[tuple[float, ...], ...] = field(default=())
 
 
+@dataclass(frozen=True, kw_only=True)
+class Processing:
+    """Options of `Sampling`, and what they make of a row of weights: written for the test, in numpy."""
+
+    options: dict = field(default_factory=dict)
+    excluded: Callable[[Tokens], set[int]] = lambda completion: set()  # what must not follow
+    excluded_at: Callable[[int], set[int]] = lambda num_tokens: set()  # known from the position alone
+
+    def target_V(self, weights_V, completion: Tokens, temperature: float) -> np.ndarray:
+        """The law of the token behind `completion`."""
+        return self._law(weights_V, completion, self.excluded(completion), temperature)
+
+    def draft_V(self, weights_V, completion: Tokens, offset: int, temperature: float) -> np.ndarray:
+        """The law of draft `offset` behind `completion`; what its own prefix decides is not known."""
+        excluded = self.excluded_at(len(completion) + offset)
+        if offset == 0:
+            excluded = excluded | self.excluded(completion)
+        if len(excluded) == len(weights_V):
+            excluded = set()
+        return self._law(weights_V, completion, excluded, temperature)
+
+    def _law(self, weights_V, completion: Tokens, excluded: set[int], temperature: float) -> np.ndarray:
+        get = self.options.get
+        logits = [math.log(weight) for weight in weights_V]
+        for token in range(len(logits)):
+            logits[token] += get("logit_bias", {}).get(token, 0.0)
+            if token in (PROMPT, *completion):
+                penalty = get("repetition_penalty", 1.0)
+                logits[token] *= penalty if logits[token] < 0 else 1 / penalty
+            logits[token] -= get("frequency_penalty", 0.0) * completion.count(token)
+            logits[token] -= get("presence_penalty", 0.0) * (token in completion)
+            if token in excluded:
+                logits[token] = -math.inf
+        law = tempered(np.exp(logits), temperature)
+        order = sorted(range(len(law)), key=lambda token: (-law[token], token))
+        kept = order[: get("top_k", 0) or None]
+        mass, nucleus = 0.0, []
+        for token in kept:
+            if mass < get("top_p", 1.0) * sum(law[kept]):
+                nucleus.append(token)
+            mass += law[token]
+        nucleus = [token for token in nucleus if law[token] >= get("min_p", 0.0) * law[order[0]]]
+        law = np.array([p if token in nucleus else 0.0 for token, p in enumerate(law)])
+        return law / law.sum()
+
+
+def processed_law(toy: Toy, processing: Processing, length: int) -> dict[Tokens, float]:
+    """The law of the first `length` tokens, one token at a time."""
+    law: dict[Tokens, float] = {(): 1.0}
+    for _ in range(length):
+        law = {
+            (*tokens, token): mass * p
+            for tokens, mass in law.items()
+            for token, p in enumerate(
+                processing.target_V(toy.target_weights(tokens), tokens, toy.temperature).tolist()
+            )
+            if p > 0
+        }
+    return law
+
+
 def engine_law(
-    toy: Toy, *plans: Plan, length: int, weight: float = 1.0
+    toy: Toy, *plans: Plan, length: int, weight: float = 1.0, processing: Processing | None = None
 ) -> tuple[dict[Tokens, float], dict[Tokens, float]]:
     """The law of the first `length` tokens, and the same corrected by the product of pi / mu.
 
     Steps take the plans in turn, over and over.
     """
+    processing = processing or Processing()
     turns = cycle(plans)
     plan = next(turns)
     law: dict[Tokens, float] = defaultdict(float)
@@ -138,11 +202,10 @@ def engine_law(
         cells = [
             (state, reached, coins, volume)
             for state, reached in frontier.items()
-            for coins, volume in zip(*_cells(toy, plan, state, weight), strict=True)
+            for coins, volume in zip(*_cells(toy, plan, state, weight, processing), strict=True)
         ]
-        outcomes = _run(
-            toy, steps, [(*reached.coins, tuple(coins)) for _, reached, coins, _ in cells], weight
-        )
+        coins_C = [(*reached.coins, tuple(coins)) for _, reached, coins, _ in cells]
+        outcomes = _run(toy, steps, coins_C, weight, processing)
         for (state, reached, coins, volume), (new, num_accepted, drafted, ratio) in zip(
             cells, outcomes, strict=True
         ):
@@ -178,35 +241,43 @@ def _next_state(
     return State(history, tuple((known, j) for j in range(num_accepted - level + 1, plan.num_drafts + 1)))
 
 
-def _laws(toy: Toy, state: State, drafted: Tokens, weight: float) -> tuple[list, list]:
+def _laws(
+    toy: Toy, state: State, drafted: Tokens, weight: float, processing: Processing
+) -> tuple[list, list]:
     """Draft laws (one per draft), and the laws that are committed by (one more)."""
-    drafts = [tempered(toy.draft_weights(*key), toy.draft_temperature) for key in state.drafts]
+    drafts = [
+        processing.draft_V(toy.draft_weights(*key), state.history, i, toy.draft_temperature)
+        for i, key in enumerate(state.drafts)
+    ]
     targets = []
     for i in range(len(drafts) + 1):
-        row = np.asarray(toy.target_weights(state.history + drafted[:i]), dtype=np.float64)
+        prefix = state.history + drafted[:i]
+        row = np.asarray(toy.target_weights(prefix), dtype=np.float64)
         if i < len(drafts):
             row = row**weight * np.asarray(toy.draft_weights(*state.drafts[i]), dtype=np.float64) ** (
                 1 - weight
             )
-        targets.append(tempered(row, toy.temperature))
+        targets.append(processing.target_V(row, prefix, toy.temperature))
     return drafts, targets
 
 
-def _cells(toy: Toy, plan: Plan, state: State, weight: float) -> tuple[np.ndarray, np.ndarray]:
+def _cells(
+    toy: Toy, plan: Plan, state: State, weight: float, processing: Processing
+) -> tuple[np.ndarray, np.ndarray]:
     """Points (C, 2K + 1), draft uniforms, accept coins, final uniform; and volumes (C,).
 
     A two-forward step settles its first position by one more coin, and verifies the others behind the token
     that then stands there.
     """
     if plan.num_drafts and not plan.levels:
-        return _settled_cells(toy, state, weight)
+        return _settled_cells(toy, state, weight, processing)
     num_drafts, unused = len(state.drafts), plan.num_drafts - len(state.drafts)
-    draft_laws, _ = _laws(toy, state, (), weight)
+    draft_laws, _ = _laws(toy, state, (), weight, processing)
     points, volumes = [], []
     for drafted in np.ndindex(*[toy.vocab_size] * num_drafts):
         if any(law_V[token] == 0 for token, law_V in zip(drafted, draft_laws, strict=True)):
             continue
-        _, targets = _laws(toy, state, drafted, weight)
+        _, targets = _laws(toy, state, drafted, weight, processing)
         pairs = list(zip(targets, draft_laws, strict=False))
         rows = [*targets, *(np.maximum(target - draft, 0) for target, draft in pairs)]
         final_T = np.concatenate([_boundaries(row) for row in rows])
@@ -225,9 +296,11 @@ def _cells(toy: Toy, plan: Plan, state: State, weight: float) -> tuple[np.ndarra
     return np.concatenate(points), np.concatenate(volumes)
 
 
-def _settled_cells(toy: Toy, state: State, weight: float) -> tuple[np.ndarray, np.ndarray]:
+def _settled_cells(
+    toy: Toy, state: State, weight: float, processing: Processing
+) -> tuple[np.ndarray, np.ndarray]:
     """Points (C, 2K + 2): the coin that replaces a rejected first draft comes last."""
-    draft_laws, (first_V, *_) = _laws(toy, state, (), weight)
+    draft_laws, (first_V, *_) = _laws(toy, state, (), weight, processing)
     points, volumes = [], []
     for drafted in np.ndindex(*[toy.vocab_size] * len(draft_laws)):
         if any(law_V[token] == 0 for token, law_V in zip(drafted, draft_laws, strict=True)):
@@ -245,7 +318,7 @@ def _settled_cells(toy: Toy, state: State, weight: float) -> tuple[np.ndarray, n
                 settle = ((below + mass / 2) / residual_V.sum(), mass / residual_V.sum())
                 outcomes.append((int(token), ((1 + share) / 2, 1 - share), settle))
         for stands, coin, settle in outcomes:
-            _, targets = _laws(toy, state, (stands, *drafted[1:]), weight)
+            _, targets = _laws(toy, state, (stands, *drafted[1:]), weight, processing)
             pairs = list(zip(targets[1:], draft_laws[1:], strict=False))
             rows = [*targets[1:], *(np.maximum(target - draft, 0) for target, draft in pairs)]
             coins = [
@@ -261,7 +334,11 @@ def _settled_cells(toy: Toy, state: State, weight: float) -> tuple[np.ndarray, n
 
 
 def _run(
-    toy: Toy, plans: Sequence[Plan], coins_C: Sequence[Sequence[Sequence[float]]], weight: float
+    toy: Toy,
+    plans: Sequence[Plan],
+    coins_C: Sequence[Sequence[Sequence[float]]],
+    weight: float,
+    processing: Processing,
 ) -> list:
     """Of the last of these steps, one plan each, per cell: tokens, number accepted, drafts, and pi / mu."""
     tables = [torch.tensor(step, dtype=torch.float64) for step in zip(*coins_C, strict=True)]
@@ -282,6 +359,8 @@ def _run(
         draft_temperature=toy.draft_temperature,
         max_tokens=LONGEST - 1,
         law=Law(weight),
+        allow_truncated_mix=True,
+        **processing.options,
     )
     with mock.patch.object(engine_module, "step_uniforms", given_uniforms):
         engine = Engine(

@@ -1,0 +1,243 @@
+"""The laws of a batch: what each request draws by, drafts by and mixes by, given the rows of a forward.
+
+    target = truncate(softmax(edit(w z_policy + (1 - w) z_draft) / T))
+
+where `edit` adds biases, takes penalties, runs logits processors and masks what must not follow. It is
+applied at every position that is verified, with the prefix that position really has: committed text, then the
+drafts before it. A draft row is drawn before its prefix is known, so it is edited with the committed text
+alone; what it was drawn from is recorded, and any draft law is verified exactly.
+
+Shapes: B requests, K drafted tokens, L target rows, N tokens behind the committed text, V vocabulary.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from blockroll.samplers.lossless import draw_draft, inverse_cdf, mixed_logits, target_probs
+from blockroll.samplers.processing import completed_by, count_tokens, counts_by_row, penalize, truncate
+from blockroll.types import Draft, Guide, Sampling
+
+
+@dataclass(slots=True, kw_only=True)
+class Text:
+    """What the law of a request depends on besides its rows; grows as tokens are committed."""
+
+    sampling: Sampling
+    prompt_ids: Sequence[int]
+    token_ids: list[int]  # committed
+    end_token_ids: frozenset[int] = frozenset()  # masked before `min_tokens`
+    guide: Guide | None = None
+    scales: tuple[float, float, float] = field(init=False)  # temperature, draft temperature, weight
+    is_processed: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        sampling = self.sampling
+        draft_temperature = (
+            sampling.temperature if sampling.draft_temperature is None else sampling.draft_temperature
+        )
+        assert sampling.law.weight is not None, "Sampling refuses a law that is none"
+        self.scales = (sampling.temperature, draft_temperature, sampling.law.weight)
+        self.is_processed = sampling.is_processed
+
+    @property
+    def is_edited_by_row(self) -> bool:
+        """Whether its rows are edited one at a time, by tokens known to the host."""
+        sampling = self.sampling
+        return bool(
+            self.guide is not None
+            or sampling.logits_processors
+            or sampling.bad_words_ids
+            or len(self.token_ids) < sampling.min_tokens
+        )
+
+
+class TargetRows(NamedTuple):
+    """What positions are committed by."""
+
+    probs_BLV: Tensor  # float64
+    is_empty_BL: Tensor | None  # rows that nothing may follow, held by a uniform law; None if there is none
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Laws:
+    """The laws of a batch: float64 (B,), and the texts they go by where any is processed."""
+
+    temperature_B: Tensor
+    draft_temperature_B: Tensor
+    weight_B: Tensor
+    is_mixed: bool  # whether any request mixes
+    processing: "_Processing | None"
+
+    @classmethod
+    def of(cls, texts: Sequence[Text], *, vocab_size: int, device: torch.device) -> "Laws":
+        """Read once a step, for a batch in the order of its rows."""
+        scales = [text.scales for text in texts]
+        laws = torch.tensor(scales, dtype=torch.float64, device=device)
+        temperature_B, draft_temperature_B, weight_B = laws.unbind(dim=1)
+        is_processed = any(text.is_processed for text in texts)
+        return cls(
+            temperature_B=temperature_B,
+            draft_temperature_B=draft_temperature_B,
+            weight_B=weight_B,
+            is_mixed=any(weight < 1 for _, _, weight in scales),
+            processing=_Processing.of(texts, vocab_size, device) if is_processed else None,
+        )
+
+    def draw(self, logits_BKV: Tensor, uniforms_BK: Tensor, num_drafts_B: Tensor) -> Draft:
+        """Drafts from their rows, processed as far as the committed text decides."""
+        if self.processing is None:
+            return draw_draft(logits_BKV, self.draft_temperature_B, uniforms_BK, num_drafts_B)
+        return self.processing.draw(logits_BKV, self.draft_temperature_B, uniforms_BK, num_drafts_B)
+
+    def target_rows(
+        self, logits_BLV: Tensor, between_BN: Tensor, draft_logits_BKV: Tensor, num_drafts_B: Tensor
+    ) -> TargetRows:
+        """The law of every row, the last one behind all N tokens that follow the text.
+
+        Draft row i is mixed into target row i where a request mixes and has a draft there.
+        """
+        if self.is_mixed:
+            logits_BLV = mixed_logits(logits_BLV, draft_logits_BKV, self.weight_B, num_drafts_B)
+        if self.processing is None:
+            return TargetRows(target_probs(logits_BLV, self.temperature_B), None)
+        return self.processing.target_rows(logits_BLV, between_BN, self.temperature_B, num_drafts_B)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Processing:
+    """Edits and truncation of a batch; per request (B,), float64 but for top_k."""
+
+    texts: Sequence[Text]
+    top_k_B: Tensor
+    top_p_B: Tensor
+    min_p_B: Tensor
+    is_truncating: bool
+    penalties_B3: Tensor | None  # repetition, presence, frequency; None: no request has any,
+    seen_BV: Tensor | None  # and no counts are needed, of prompt and completion,
+    completed_BV: Tensor | None  # and of the completion alone
+    bias_BV: Tensor | None
+
+    @classmethod
+    def of(cls, texts: Sequence[Text], vocab_size: int, device: torch.device) -> "_Processing":
+        samplings = [text.sampling for text in texts]
+        cuts = [(each.top_k, each.top_p, each.min_p) for each in samplings]
+        top_k_B, top_p_B, min_p_B = torch.tensor(cuts, dtype=torch.float64, device=device).unbind(dim=1)
+        penalties = [
+            (each.repetition_penalty, each.presence_penalty, each.frequency_penalty) for each in samplings
+        ]
+        penalties_B3 = seen_BV = completed_BV = bias_BV = None
+        if any(each != (1, 0, 0) for each in penalties):
+            penalties_B3 = torch.tensor(penalties, dtype=torch.float64, device=device)
+            completed_BV = count_tokens([text.token_ids for text in texts], vocab_size, device)
+            seen_BV = completed_BV + count_tokens([text.prompt_ids for text in texts], vocab_size, device)
+        if any(each.logit_bias for each in samplings):
+            bias_BV = torch.zeros((len(texts), vocab_size), dtype=torch.float64)
+            for bias_V, each in zip(bias_BV, samplings, strict=True):
+                for token_id, bias in each.logit_bias.items():
+                    bias_V[token_id] = bias
+            bias_BV = bias_BV.to(device)
+        return cls(
+            texts=texts,
+            top_k_B=top_k_B,
+            top_p_B=top_p_B,
+            min_p_B=min_p_B,
+            is_truncating=any(each != (0, 1, 0) for each in cuts),
+            penalties_B3=penalties_B3,
+            seen_BV=seen_BV,
+            completed_BV=completed_BV,
+            bias_BV=bias_BV,
+        )
+
+    def draw(
+        self, logits_BKV: Tensor, temperature_B: Tensor, uniforms_BK: Tensor, num_drafts_B: Tensor
+    ) -> Draft:
+        """As `Laws.draw`."""
+        rows = self._biased(logits_BKV)
+        if self.penalties_B3 is not None:
+            rows = self._penalized(rows, torch.empty((len(rows), 0), dtype=torch.int64, device=rows.device))
+        for row_KV, text in zip(rows, self.texts, strict=True):
+            if text.is_edited_by_row and len(row_KV):
+                _mask_drafts(row_KV, text)
+        probs_BKV = self._truncated(target_probs(rows, temperature_B))
+        return Draft(
+            token_ids_BK=inverse_cdf(probs_BKV, uniforms_BK), probs_BKV=probs_BKV, num_drafts_B=num_drafts_B
+        )
+
+    def target_rows(
+        self, logits_BLV: Tensor, between_BN: Tensor, temperature_B: Tensor, num_drafts_B: Tensor
+    ) -> TargetRows:
+        """As `Laws.target_rows`, of rows that are mixed already."""
+        rows = self._biased(logits_BLV)
+        if self.penalties_B3 is not None:
+            rows = self._penalized(rows, between_BN)
+        if any(text.is_edited_by_row for text in self.texts):
+            behind = zip(between_BN.tolist(), (num_drafts_B + 1).tolist(), strict=True)
+            for row_LV, text, (between, num_reached) in zip(rows, self.texts, behind, strict=True):
+                if text.is_edited_by_row:
+                    _edit_rows(
+                        row_LV[:num_reached], text, between[: len(between) - len(row_LV) + num_reached]
+                    )
+        is_empty_BL = ~rows.amax(dim=-1).isfinite()
+        if not is_empty_BL.any():
+            return TargetRows(self._truncated(target_probs(rows, temperature_B)), None)
+        rows = torch.where(is_empty_BL[..., None], 0.0, rows)
+        return TargetRows(self._truncated(target_probs(rows, temperature_B)), is_empty_BL)
+
+    def _biased(self, logits_BLV: Tensor) -> Tensor:
+        """A float64 copy, which may be edited in place: the logits themselves give the policy's logprobs."""
+        rows = logits_BLV.to(torch.float64, copy=True)
+        return rows if self.bias_BV is None else rows.add_(self.bias_BV[:, None])
+
+    def _penalized(self, rows: Tensor, between_BN: Tensor) -> Tensor:
+        assert self.penalties_B3 is not None
+        assert self.seen_BV is not None
+        assert self.completed_BV is not None
+        num_rows = rows.shape[1] if between_BN.shape[1] else 1  # drafts all go by the committed text
+        return penalize(
+            rows,
+            counts_by_row(self.seen_BV, between_BN, num_rows) > 0,
+            counts_by_row(self.completed_BV, between_BN, num_rows),
+            *self.penalties_B3.unbind(dim=1),
+        )
+
+    def _truncated(self, probs_BLV: Tensor) -> Tensor:
+        return (
+            truncate(probs_BLV, self.top_k_B, self.top_p_B, self.min_p_B) if self.is_truncating else probs_BLV
+        )
+
+
+def _edit_rows(rows_LV: Tensor, text: Text, between: Sequence[int]) -> None:
+    """Edit, in place, the rows of one request that can be reached, the last one behind all of `between`."""
+    sampling = text.sampling
+    first = len(between) - (len(rows_LV) - 1)
+    if text.guide is not None:
+        allowed_NV = text.guide.allowed(between, first).to(rows_LV.device)
+        # Rows behind a draft that is not allowed are never reached: that draft is rejected.
+        rows_LV = rows_LV[: len(allowed_NV)]
+        rows_LV.masked_fill_(~allowed_NV, -torch.inf)
+    for num_drafts, row_V in enumerate(rows_LV, start=first):
+        completion = [*text.token_ids, *between[:num_drafts]]
+        if len(completion) < sampling.min_tokens:
+            row_V[list(text.end_token_ids)] = -torch.inf
+        whole = [*text.prompt_ids, *completion]
+        row_V[completed_by(whole, sampling.bad_words_ids)] = -torch.inf
+        for processor in sampling.logits_processors:
+            ids_1T = torch.tensor([whole], device=row_V.device)
+            row_V.copy_(processor(ids_1T, row_V[None].clone())[0])
+
+
+def _mask_drafts(rows_KV: Tensor, text: Text) -> None:
+    """Leave out drafts that are certain to be rejected, in place; of a row that would be empty, none."""
+    sampling = text.sampling
+    mask_KV = torch.zeros_like(rows_KV, dtype=torch.bool)
+    if text.guide is not None:
+        mask_KV[0] = ~text.guide.allowed((), 0)[0].to(rows_KV.device)
+    mask_KV[0, completed_by([*text.prompt_ids, *text.token_ids], sampling.bad_words_ids)] = True
+    num_early = max(0, sampling.min_tokens - len(text.token_ids))
+    mask_KV[:num_early, list(text.end_token_ids)] = True
+    mask_KV &= ~mask_KV.all(dim=-1, keepdim=True)
+    rows_KV.masked_fill_(mask_KV, -torch.inf)
