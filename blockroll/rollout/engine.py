@@ -13,6 +13,7 @@ mixed law they follow the mixture of policy and draft rows, which is recorded wi
 Shapes: B running requests, K drafted tokens, L = K + 1 verify rows, V vocabulary.
 """
 
+import math
 import time
 import warnings
 from collections.abc import Callable, Iterable
@@ -31,7 +32,6 @@ from blockroll.rollout.scheduler import Scheduler
 from blockroll.samplers import (
     Laws,
     join_verdicts,
-    policy_logprobs,
     settle_first,
     step_uniforms,
     verify_block,
@@ -81,8 +81,8 @@ class _Verified:
     """A verdict and what it was made from; the cache rows it keeps are committed."""
 
     verdict: Verdict
-    logits_BLV: Tensor  # float32, causal
-    target_probs_BLV: Tensor
+    logits: tuple[Tensor, ...]  # float32, causal; the rows of one forward, or of two
+    target_probs: tuple[Tensor, ...]  # of the same rows
     bad_targets_B: Tensor | None
     is_empty_BL: Tensor | None  # rows that nothing may follow
     states_BPLW: Tensor | None  # proposals of a fused forward
@@ -247,14 +247,14 @@ class Engine:
         verdict = verified.verdict
 
         clock = self._clock()
-        policy_logprobs_BL = policy_logprobs(verified.logits_BLV, verdict.token_ids_BL, laws.temperature_B)
+        policy_logprobs_BL = laws.policy_logprobs(verified.logits, verdict)
         self._charge("sampler_s", clock)
         if self._observer is not None:
             self._observer(
                 StepRecord(
                     request_ids=self._scheduler.running,
                     draft=draft,
-                    target_probs_BLV=verified.target_probs_BLV,
+                    target_probs_BLV=torch.cat(verified.target_probs, dim=1),
                     draft_uniforms_BK=draft_uniforms_BK,
                     verify_uniforms_BL=verify_uniforms[:, : plan.num_drafts + 1],
                     settle_uniforms_B=verify_uniforms[:, -1] if settles else None,
@@ -288,8 +288,8 @@ class Engine:
         self._cache.commit(0, len(ids_BL), verdict.num_committed_B)
         return _Verified(
             verdict=verdict,
-            logits_BLV=logits_BLV,
-            target_probs_BLV=targets.probs_BLV,
+            logits=(logits_BLV,),
+            target_probs=(targets.probs_BLV,),
             bad_targets_B=bad_targets_B,
             is_empty_BL=targets.is_empty_BL,
             states_BPLW=states_BPLW,
@@ -327,8 +327,8 @@ class Engine:
         self._cache.commit(0, size, verified.num_committed_B)
         return _Verified(
             verdict=join_verdicts(settled, verified),
-            logits_BLV=torch.cat([anchor_logits_B1V, logits_BKV], dim=1),
-            target_probs_BLV=torch.cat([first.probs_BLV, others.probs_BLV], dim=1),
+            logits=(anchor_logits_B1V, logits_BKV),
+            target_probs=(first.probs_BLV, others.probs_BLV),
             bad_targets_B=bad_targets_B,
             is_empty_BL=_joined(first.is_empty_BL, others.is_empty_BL, num_drafts),
             states_BPLW=None,
@@ -503,10 +503,10 @@ def check_plan(plan: Plan, policy: Policy) -> None:
 
 def _without_non_finite(logits: Tensor) -> tuple[Tensor, Tensor | None]:
     """Logits fit for the sampler, and which requests held NaN or infinity (None if none did)."""
-    # The largest magnitude is NaN if any entry is, and costs one pass.
-    if logits.shape[1] == 0:
+    # A sum is not finite if any entry is not: one pass clears them all.
+    if math.isfinite(logits.sum().item()):
         return logits, None
-    bad_B = ~torch.isfinite(logits.abs().amax(dim=(1, 2)))
+    bad_B = ~torch.isfinite(logits).all(dim=(1, 2))
     if not bad_B.any():
         return logits, None
     return torch.where(bad_B[:, None, None], 0.0, logits), bad_B

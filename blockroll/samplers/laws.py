@@ -12,14 +12,15 @@ Shapes: B requests, K drafted tokens, L target rows, N tokens behind the committ
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from blockroll.samplers.lossless import draw_draft, inverse_cdf, mixed_logits, target_probs
+from blockroll.samplers.lossless import draw_draft, inverse_cdf, mixed_logits, policy_logprobs, target_probs
 from blockroll.samplers.processing import completed_by, count_tokens, counts_by_row, penalize, truncate
-from blockroll.types import Draft, Guide, Sampling
+from blockroll.types import Draft, Guide, Sampling, Verdict
 
 
 @dataclass(slots=True, kw_only=True)
@@ -33,6 +34,7 @@ class Text:
     guide: Guide | None = None
     scales: tuple[float, float, float] = field(init=False)  # temperature, draft temperature, weight
     is_processed: bool = field(init=False)
+    is_policy: bool = field(init=False)  # tokens are drawn from softmax(logits / temperature), unmixed
 
     def __post_init__(self) -> None:
         sampling = self.sampling
@@ -42,6 +44,7 @@ class Text:
         assert sampling.law.weight is not None, "Sampling refuses a law that is none"
         self.scales = (sampling.temperature, draft_temperature, sampling.law.weight)
         self.is_processed = sampling.is_processed
+        self.is_policy = not self.is_processed and sampling.temperature > 0 and sampling.law.weight == 1
 
     @property
     def is_edited_by_row(self) -> bool:
@@ -69,28 +72,42 @@ class Laws:
     temperature_B: Tensor
     draft_temperature_B: Tensor
     weight_B: Tensor
-    is_mixed: bool  # whether any request mixes
+    is_mixed: bool  # whether any request mixes,
+    has_greedy: bool  # decodes greedily,
+    has_greedy_draft: bool  # or drafts greedily
     processing: "_Processing | None"
+    is_policy_B: Tensor | None  # which requests draw from the policy at its temperature; None: all of them
 
     @classmethod
     def of(cls, texts: Sequence[Text], *, vocab_size: int, device: torch.device) -> "Laws":
         """Read once a step, for a batch in the order of its rows."""
-        scales = [text.scales for text in texts]
-        laws = torch.tensor(scales, dtype=torch.float64, device=device)
-        temperature_B, draft_temperature_B, weight_B = laws.unbind(dim=1)
+        scales = tuple(text.scales for text in texts)
+        temperature_B, draft_temperature_B, weight_B = _columns(scales, device)
+        kinds = set(scales)
         is_processed = any(text.is_processed for text in texts)
         return cls(
             temperature_B=temperature_B,
             draft_temperature_B=draft_temperature_B,
             weight_B=weight_B,
-            is_mixed=any(weight < 1 for _, _, weight in scales),
+            is_mixed=any(weight < 1 for _, _, weight in kinds),
+            has_greedy=any(temperature == 0 for temperature, _, _ in kinds),
+            has_greedy_draft=any(temperature == 0 for _, temperature, _ in kinds),
             processing=_Processing.of(texts, vocab_size, device) if is_processed else None,
+            is_policy_B=None
+            if all(text.is_policy for text in texts)
+            else torch.tensor([text.is_policy for text in texts], device=device),
         )
 
     def draw(self, logits_BKV: Tensor, uniforms_BK: Tensor, num_drafts_B: Tensor) -> Draft:
         """Drafts from their rows, processed as far as the committed text decides."""
         if self.processing is None:
-            return draw_draft(logits_BKV, self.draft_temperature_B, uniforms_BK, num_drafts_B)
+            return draw_draft(
+                logits_BKV,
+                self.draft_temperature_B,
+                uniforms_BK,
+                num_drafts_B,
+                has_greedy=self.has_greedy_draft,
+            )
         return self.processing.draw(logits_BKV, self.draft_temperature_B, uniforms_BK, num_drafts_B)
 
     def target_rows(
@@ -103,8 +120,21 @@ class Laws:
         if self.is_mixed:
             logits_BLV = mixed_logits(logits_BLV, draft_logits_BKV, self.weight_B, num_drafts_B)
         if self.processing is None:
-            return TargetRows(target_probs(logits_BLV, self.temperature_B), None)
+            probs_BLV = target_probs(logits_BLV, self.temperature_B, has_greedy=self.has_greedy)
+            return TargetRows(probs_BLV, None)
         return self.processing.target_rows(logits_BLV, between_BN, self.temperature_B, num_drafts_B)
+
+    def policy_logprobs(self, logits: Sequence[Tensor], verdict: Verdict) -> Tensor:
+        """Of every row's token under the policy, float64 (B, L); `logits` are all rows, in parts.
+
+        Where a request draws from the policy they are those of the law it was drawn from, bit for bit.
+        """
+        if self.is_policy_B is None:
+            return verdict.behavior_logprobs_BL
+        computed_BL = policy_logprobs(
+            torch.cat(tuple(logits), dim=1), verdict.token_ids_BL, self.temperature_B
+        )
+        return torch.where(self.is_policy_B[:, None], verdict.behavior_logprobs_BL, computed_BL)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -208,6 +238,12 @@ class _Processing:
         return (
             truncate(probs_BLV, self.top_k_B, self.top_p_B, self.min_p_B) if self.is_truncating else probs_BLV
         )
+
+
+@lru_cache(maxsize=256)
+def _columns(scales: tuple[tuple[float, float, float], ...], device: torch.device) -> tuple[Tensor, ...]:
+    """Temperature, draft temperature and weight, float64 (B,): mostly those of the step before."""
+    return torch.tensor(scales, dtype=torch.float64, device=device).unbind(dim=1)
 
 
 def _edit_rows(rows_LV: Tensor, text: Text, between: Sequence[int]) -> None:

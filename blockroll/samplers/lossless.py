@@ -12,17 +12,19 @@ from torch import Tensor
 from blockroll.types import Draft, Verdict
 
 
-def target_probs(logits_BLV: Tensor, temperature_B: Tensor) -> Tensor:
+def target_probs(logits_BLV: Tensor, temperature_B: Tensor, *, has_greedy: bool | None = None) -> Tensor:
     """The law to commit by: float64 (B, L, V) softmax of logits over temperature; a point mass where it is 0.
 
-    Ties of a greedy row go to the lowest id.
+    Ties of a greedy row go to the lowest id. Who knows whether any temperature is 0 saves a look.
     """
     logits = logits_BLV.to(torch.float64)
     is_greedy_B = temperature_B == 0
+    if has_greedy is None:
+        has_greedy = bool(is_greedy_B.any())
+    if not has_greedy:
+        return (logits / temperature_B.to(torch.float64)[:, None, None]).softmax(dim=-1)
     scale_B = torch.where(is_greedy_B, 1.0, temperature_B.to(torch.float64))
     probs = (logits / scale_B[:, None, None]).softmax(dim=-1)
-    if not is_greedy_B.any():
-        return probs
     best = torch.zeros_like(probs).scatter_(-1, logits.argmax(dim=-1, keepdim=True), 1.0)
     return torch.where(is_greedy_B[:, None, None], best, probs)
 
@@ -50,16 +52,24 @@ def mixed_logits(
 
 
 def draw_draft(
-    logits_BKV: Tensor, temperature_B: Tensor, uniforms_BK: Tensor, num_drafts_B: Tensor | None = None
+    logits_BKV: Tensor,
+    temperature_B: Tensor,
+    uniforms_BK: Tensor,
+    num_drafts_B: Tensor | None = None,
+    *,
+    has_greedy: bool | None = None,
 ) -> Draft:
     """Draw every draft independently from its own row; temperature 0 takes the argmax, a point mass.
 
     The law returned is the law drawn from, whatever the rows hold. Without `num_drafts_B` every row counts.
     """
-    probs_BKV = target_probs(logits_BKV, temperature_B)
+    batch, num_drafts = uniforms_BK.shape
     if num_drafts_B is None:
-        batch, num_drafts = uniforms_BK.shape
         num_drafts_B = torch.full((batch,), num_drafts, device=logits_BKV.device)
+    if num_drafts == 0:
+        no_tokens = torch.empty((batch, 0), dtype=torch.int64, device=logits_BKV.device)
+        return Draft(token_ids_BK=no_tokens, probs_BKV=logits_BKV.double(), num_drafts_B=num_drafts_B)
+    probs_BKV = target_probs(logits_BKV, temperature_B, has_greedy=has_greedy)
     return Draft(
         token_ids_BK=inverse_cdf(probs_BKV, uniforms_BK), probs_BKV=probs_BKV, num_drafts_B=num_drafts_B
     )
@@ -74,6 +84,8 @@ def verify_block(draft: Draft, target_probs_BLV: Tensor, uniforms_BL: Tensor) ->
     Rows sum to one and are float64; K may be zero, and a request may have fewer drafts than K.
     """
     num_drafts = draft.token_ids_BK.shape[1]
+    if num_drafts == 0:
+        return _draw(target_probs_BLV, uniforms_BL)
     rows_B = torch.arange(len(target_probs_BLV), device=target_probs_BLV.device)
     drafted_BK1 = draft.token_ids_BK[..., None]
     draft_p_BK = draft.probs_BKV.gather(-1, drafted_BK1).squeeze(-1)
@@ -84,16 +96,11 @@ def verify_block(draft: Draft, target_probs_BLV: Tensor, uniforms_BL: Tensor) ->
     accepted_BK &= torch.arange(num_drafts, device=rows_B.device) < draft.num_drafts_B[:, None]
     num_accepted_B = accepted_BK.long().cumprod(dim=1).sum(dim=1)
 
-    final_BV = target_probs_BLV[rows_B, num_accepted_B]
-    if num_drafts:
-        is_rejected_B = num_accepted_B < draft.num_drafts_B
-        rejected_law_BV = draft.probs_BKV[rows_B, num_accepted_B.clamp(max=num_drafts - 1)]
-        residual_BV = (final_BV - rejected_law_BV).clamp(min=0)
-        # Rounding can reject a token and leave no mass: draft and target are then equal.
-        use_residual_B = is_rejected_B & (residual_BV.sum(dim=-1) > 0)
-        final_weights_BV = torch.where(use_residual_B[:, None], residual_BV, final_BV)
-    else:
-        final_weights_BV = final_BV
+    final_weights_BV = _final_weights(
+        target_probs_BLV[rows_B, num_accepted_B],
+        draft.probs_BKV[rows_B, num_accepted_B.clamp(max=num_drafts - 1)],
+        is_rejected_B=num_accepted_B < draft.num_drafts_B,
+    )
     final_B = inverse_cdf(final_weights_BV, uniforms_BL[:, -1])
 
     tokens_BL = torch.cat([draft.token_ids_BK, final_B[:, None]], dim=1)
@@ -114,19 +121,38 @@ def settle_first(draft: Draft, target_probs_B1V: Tensor, uniforms_B2: Tensor) ->
     `uniforms_B2` are its accept coin and the coin of the token that replaces a rejected draft.
     Law: verify_block on one draft without its extra token; the token that stands is a sample of the target.
     """
-    first = Draft(
-        token_ids_BK=draft.token_ids_BK[:, :1],
-        probs_BKV=draft.probs_BKV[:, :1],
-        num_drafts_B=draft.num_drafts_B.clamp(max=1),
-    )
-    # The extra row is never drawn from: an accepted draft is all that is committed.
-    verdict = verify_block(first, target_probs_B1V.expand(-1, 2, -1), uniforms_B2)
+    target_BV, draft_BV = target_probs_B1V[:, 0], draft.probs_BKV[:, 0]
+    drafted_B1 = draft.token_ids_BK[:, :1]
+    is_draft_B1 = uniforms_B2[:, :1] * draft_BV.gather(-1, drafted_B1) < target_BV.gather(-1, drafted_B1)
+    is_draft_B1 &= draft.num_drafts_B[:, None] > 0
+    final_weights_BV = _final_weights(target_BV, draft_BV, is_rejected_B=draft.num_drafts_B > 0)
+    final_B = inverse_cdf(final_weights_BV, uniforms_B2[:, 1])
+    tokens_B1 = torch.where(is_draft_B1, drafted_B1, final_B[:, None])
     return Verdict(
-        token_ids_BL=verdict.token_ids_BL[:, :1],
-        num_committed_B=torch.ones_like(verdict.num_committed_B),
-        is_draft_BL=verdict.is_draft_BL[:, :1],
-        behavior_logprobs_BL=verdict.behavior_logprobs_BL[:, :1],
+        token_ids_BL=tokens_B1,
+        num_committed_B=torch.ones_like(draft.num_drafts_B),
+        is_draft_BL=is_draft_B1,
+        behavior_logprobs_BL=target_BV.gather(-1, tokens_B1).log(),
     )
+
+
+def _draw(target_probs_B1V: Tensor, uniforms_B1: Tensor) -> Verdict:
+    """One token from the target: what verifying no draft comes to."""
+    tokens_B1 = inverse_cdf(target_probs_B1V, uniforms_B1)
+    return Verdict(
+        token_ids_BL=tokens_B1,
+        num_committed_B=torch.ones_like(tokens_B1[:, 0]),
+        is_draft_BL=torch.zeros_like(tokens_B1, dtype=torch.bool),
+        behavior_logprobs_BL=target_probs_B1V.gather(-1, tokens_B1[..., None]).squeeze(-1).log(),
+    )
+
+
+def _final_weights(target_BV: Tensor, draft_BV: Tensor, *, is_rejected_B: Tensor) -> Tensor:
+    """What the token behind the accepted drafts is drawn from: residual of a rejected one, or target."""
+    residual_BV = (target_BV - draft_BV).clamp(min=0)
+    # Rounding can reject a token and leave no mass: draft and target are then equal.
+    use_residual_B = is_rejected_B & (residual_BV.sum(dim=-1) > 0)
+    return torch.where(use_residual_B[:, None], residual_BV, target_BV)
 
 
 def join_verdicts(first: Verdict, rest: Verdict) -> Verdict:

@@ -9,6 +9,7 @@ import torch
 from blockroll.errors import InvalidInput
 from blockroll.rollout import engine as engine_module
 from blockroll.samplers import draw_draft, mixed_logits
+from blockroll.samplers import laws as laws_module
 from blockroll.types import Law, Plan, Sampling
 from tests.law.engine_law import engine_law
 from tests.law.integrate import max_difference, target_law
@@ -86,8 +87,8 @@ def mixes_the_extra_row(policy_logits, draft_logits, weight, num_drafts):
     return torch.cat([mixed[:, :-1], wrong[:, None]], dim=1)
 
 
-def forgets_the_draft_temperature(logits, temperature, uniforms, num_drafts):
-    draft = draw_draft(logits, temperature, uniforms, num_drafts)
+def forgets_the_draft_temperature(logits, temperature, uniforms, num_drafts, **kwargs):
+    draft = draw_draft(logits, temperature, uniforms, num_drafts, **kwargs)
     return dataclasses.replace(draft, probs_BKV=logits.double().softmax(-1))
 
 
@@ -101,8 +102,8 @@ keep_proposals = engine_module.Engine._keep_proposals
 @pytest.mark.parametrize(
     ("where", "name", "bug", "weight"),
     [
-        (engine_module, "mixed_logits", mixes_the_extra_row, 0.5),
-        (engine_module, "draw_draft", forgets_the_draft_temperature, 1.0),
+        (laws_module, "mixed_logits", mixes_the_extra_row, 0.5),
+        (laws_module, "draw_draft", forgets_the_draft_temperature, 1.0),
         (engine_module.Engine, "_keep_proposals", keeps_a_slot_too_early, 1.0),
     ],
 )
