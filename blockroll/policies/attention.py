@@ -39,6 +39,18 @@ def block_attention(
             query_BHRD, key_BGSD, value_BGSD, attention_mask, scaling=scaling, softcap=softcap
         )
         return output_BHRD.transpose(1, 2).contiguous(), None
+    repeats = query_BHRD.shape[1] // key_BGSD.shape[1]
+    if repeats > 1 and attention_mask is not None:
+        # Query heads of one group become rows of one head: its keys and values are read once.
+        folded = scaled_dot_product_attention(
+            query_BHRD.reshape(len(query_BHRD), key_BGSD.shape[1], repeats * rows, -1),
+            key_BGSD,
+            value_BGSD,
+            attn_mask=attention_mask if rows == 1 else attention_mask.repeat(1, 1, repeats, 1),
+            dropout_p=dropout,
+            scale=scaling,
+        )
+        return folded.reshape(query_BHRD.shape).transpose(1, 2).contiguous(), None
     output_BHRD = scaled_dot_product_attention(
         query_BHRD,
         key_BGSD,

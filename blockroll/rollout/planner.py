@@ -41,7 +41,7 @@ _COUNTED_STEPS = 16  # request-steps anywhere, after which its tokens are known
 _PRIOR_STEPS = 4  # request-steps that the optimistic guess at a plan's tokens weighs
 _HALF_LIFE = 1024  # request-steps after which a count of tokens weighs half
 _TRIAL_SHARE = 0.01  # of the time spent decoding that may go to first trials, beyond the time at the start
-_STEPS_PER_TRIAL = (32, 256)  # in use and close plans are tried again: few samples, and as many as are kept
+_STEPS_PER_TRIAL = (64, 256)  # in use and close plans are tried again: few samples, and as many as are kept
 _STEPS_PER_CHOICE = 8  # a choice holds so long: choosing takes time too
 _FORGET_STEPS = 10_000  # steps after which what plans not in use commit is counted anew
 

@@ -11,7 +11,7 @@ drafted again therefore never meets a word that has already influenced an outcom
 
 from collections.abc import Callable
 from enum import IntEnum
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -36,32 +36,40 @@ def philox4x32(
     seed: Tensor, c0: Tensor | int, c1: Tensor | int, c2: Tensor | int, c3: Tensor | int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Four 32-bit words (in int64) per element of the broadcast arguments."""
+    # The products of words 0 and 2 are taken together: x = (c0, c2), y = (c1, c3).
+    if seed.device.type == "cpu":  # the same in NumPy, whose small operations cost a fraction of torch's
+        seeds, *given = (
+            word.numpy() if isinstance(word, Tensor) else np.int64(word) for word in (seed, c0, c1, c2, c3)
+        )
+        shape = np.broadcast_shapes(seeds.shape, *(word.shape for word in given))
+        keys, xs, ys = (np.empty((2, *shape), dtype=np.int64) for _ in range(3))
+        keys[0], keys[1] = seeds, seeds >> 32
+        xs[0], ys[0], xs[1], ys[1] = given
+        words = _rounds(
+            xs & _MASK, ys & _MASK, keys & _MASK, constants=np.array, swap=lambda pair: pair[::-1]
+        )
+        x02, x13 = (torch.from_numpy(pair.copy()) for pair in words)
+        return x02[0], x13[0], x02[1], x13[1]
     counters = [torch.as_tensor(word, dtype=torch.int64, device=seed.device) for word in (c0, c1, c2, c3)]
     seed, *counters = torch.broadcast_tensors(seed, *counters)  # type: ignore[no-untyped-call]
     key = torch.stack([seed & _MASK, (seed >> 32) & _MASK])
-    # The products of words 0 and 2 are taken together: x = (c0, c2), y = (c1, c3).
     x = torch.stack([counters[0], counters[2]]) & _MASK
     y = torch.stack([counters[1], counters[3]]) & _MASK
-    lead = (2,) + (1,) * seed.dim()
-    multiplier = torch.tensor(_MULTIPLIERS, dtype=torch.int64, device=seed.device).view(lead)
-    key_step = torch.tensor(_KEY_STEPS, dtype=torch.int64, device=seed.device).view(lead)
-    if seed.device.type == "cpu":  # the same in NumPy, whose small operations cost a fraction of torch's
-        arrays = (part.numpy() for part in (x, y, key, multiplier, key_step))
-        x, y = (torch.from_numpy(words.copy()) for words in _rounds(*arrays, swap=np.flipud))
-    else:
-        x, y = _rounds(x, y, key, multiplier, key_step, swap=torch.flipud)
+    x, y = _rounds(x, y, key, constants=partial(torch.tensor, device=seed.device), swap=torch.flipud)
     return x[0], y[0], x[1], y[1]
 
 
 def _rounds(
-    x: Any, y: Any, key: Any, multiplier: Any, key_step: Any, *, swap: Callable[[Any], Any]
+    x: Any, y: Any, key: Any, *, constants: Callable[[Any], Any], swap: Callable[[Any], Any]
 ) -> tuple[Any, Any]:
-    """All rounds, in torch or NumPy; `swap` exchanges the two words of an array."""
-    for _ in range(_NUM_ROUNDS):
+    """All rounds, in torch or NumPy: how either makes an array, and exchanges the two words of one."""
+    lead = (2,) + (1,) * (x.ndim - 1)
+    multiplier, key_step = (constants(pair).reshape(lead) for pair in (_MULTIPLIERS, _KEY_STEPS))
+    rounds = constants(range(_NUM_ROUNDS)).reshape(-1, *(1 for _ in x.shape))
+    for round_key in (key + rounds * key_step) & _MASK:
         # The signed product wraps, but its 64 bits are those of the unsigned one.
         product = multiplier * x
-        x, y = swap((product >> 32) & _MASK) ^ y ^ key, swap(product & _MASK)
-        key = (key + key_step) & _MASK
+        x, y = swap((product >> 32) & _MASK) ^ y ^ round_key, swap(product & _MASK)
     return x, y
 
 

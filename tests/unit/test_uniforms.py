@@ -198,10 +198,7 @@ def test_torch_rounds_equal_those_in_numpy():
     """NumPy serves the CPU, torch every other device; here both run on the CPU."""
     generator = torch.Generator().manual_seed(0)
     x, y, key = (torch.randint(_MASK + 1, (2, 40, 9), generator=generator) for _ in range(3))
-    constants = (torch.tensor([0xD2511F53, 0xCD9E8D57]), torch.tensor([0x9E3779B9, 0xBB67AE85]))
-    multiplier, key_step = (constant.view(2, 1, 1) for constant in constants)
-    arguments = (x, y, key, multiplier, key_step)
-    in_torch = _rounds(*arguments, swap=torch.flipud)
-    in_numpy = _rounds(*(argument.numpy() for argument in arguments), swap=np.flipud)
+    in_torch = _rounds(x, y, key, constants=torch.tensor, swap=torch.flipud)
+    in_numpy = _rounds(x.numpy(), y.numpy(), key.numpy(), constants=np.array, swap=np.flipud)
     for words, others in zip(in_torch, in_numpy, strict=True):
         assert (words.numpy() == others).all()
