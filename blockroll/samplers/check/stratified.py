@@ -66,8 +66,8 @@ def check_stratified(
         found = f"{num_outside} of {num_uniforms} ids lie outside the vocabulary of {len(law)}"
     elif not statistic <= threshold:
         found = (
-            f"id {worst} came {counts_V[worst]} times for a share of {num_uniforms * inside_V[worst]:.6g}, ids up "
-            f"to it {counts_V[: worst + 1].sum()} times for {num_uniforms * inside_V[: worst + 1].sum():.6g}"
+            f"id {worst} came {counts_V[worst]} times for a share of {num_uniforms * inside_V[worst]:.6g}, ids "
+            f"up to it {counts_V[: worst + 1].sum()} for {num_uniforms * inside_V[: worst + 1].sum():.6g}"
         )
     return Finding(
         check=name,

@@ -66,7 +66,7 @@ class Watch(TorchFunctionMode):
         if name == "searchsorted":
             self.cumulative.append(args[0])
         if name == "multinomial":
-            self.cumulative.append(args[0].cumsum(dim=-1))
+            self.cumulative.append(args[0].to(torch.float64).cumsum(dim=-1))
         if self._uniforms is None:
             return func(*args, **kwargs)
         if name == "multinomial":
