@@ -65,8 +65,9 @@ def check_stratified(
     if num_outside:
         found = f"{num_outside} of {num_uniforms} ids lie outside the vocabulary of {len(law)}"
     elif not statistic <= threshold:
+        share = num_uniforms * inside_V[worst]
         found = (
-            f"id {worst} came {counts_V[worst]} times for a share of {num_uniforms * inside_V[worst]:.6g}, ids "
+            f"id {worst} came {counts_V[worst]} times for a share of {share:.6g}, ids "
             f"up to it {counts_V[: worst + 1].sum()} for {num_uniforms * inside_V[: worst + 1].sum():.6g}"
         )
     return Finding(
