@@ -268,7 +268,7 @@ def generation(setting: Setting, num_tokens: int) -> Iterator[Finding]:
 
 
 def first_draft(setting: Setting, num_prompts: int = 16) -> Iterator[Finding]:
-    """Where a drafter's tokens are no draws at all: the exact law of the token its first draft leads to, at worst.
+    """Where drafts are no draws at all: the exact law of the token that a first draft leads to, at worst.
 
     The draft is one token for certain, and what is done about it takes the law returned with it for true.
     """
@@ -278,7 +278,7 @@ def first_draft(setting: Setting, num_prompts: int = 16) -> Iterator[Finding]:
         torch.manual_seed(SEED)
         with recorded(setting.model) as drafts, torch.no_grad():
             text_1T = setting.model.generate(
-                prompt, do_sample=True, max_new_tokens=6, pad_token_id=0, **setting.options
+                prompt, do_sample=True, max_new_tokens=6, pad_token_id=0, top_k=0, **setting.options
             )
             target_V = setting.model(text_1T[:, :4]).logits[0, -1]
         target, claimed = target_V.double().softmax(-1), drafts[0].probs_BKV[0, 0]
