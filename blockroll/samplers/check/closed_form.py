@@ -78,7 +78,7 @@ def arithmetic_of(
     in an `Arithmetic` by hand.
     """
     size = len(target_logits_V)
-    temperature_1 = torch.tensor([temperature])
+    temperature_1 = torch.tensor([temperature], dtype=torch.float64)
     half = torch.tensor([[0.5]], dtype=torch.float64)
     with Watch() as drafting:
         drawn = sampler.draw_draft(draft_logits_V[None, None], temperature_1, half)

@@ -151,7 +151,9 @@ def _draft_row(sampler: Sampler, draft_V: Tensor, target_LV: Tensor, t: float) -
 def _plain_row(sampler: Sampler, draft_V: Tensor, target_LV: Tensor, t: float) -> tuple[Draw, np.ndarray]:
     def draw(uniforms: Tensor) -> Tensor:
         none = _draft(draft_V.to(torch.float64), 0, len(uniforms), num_drafts=0)
-        target = target_probs(target_LV[None, :1], torch.tensor([t])).expand(len(uniforms), -1, -1)
+        target = target_probs(target_LV[None, :1], torch.tensor([t], dtype=torch.float64)).expand(
+            len(uniforms), -1, -1
+        )
         return sampler.verify_block(none, target, uniforms[:, None]).token_ids_BL[:, 0]
 
     return draw, softmax(target_LV[0], t)
@@ -181,8 +183,8 @@ def _final(
     sampler: Sampler, draft_V: Tensor, target_LV: Tensor, t: float, token: int, coin: float, *, offset: int
 ) -> Draw:
     """The token at `offset` of a step whose one draft and accept coin are fixed, by the last uniform."""
-    draft_law_V = target_probs(draft_V[None, None], torch.tensor([t]))[0, 0]
-    target_LV64 = target_probs(target_LV[None], torch.tensor([t]))[0]
+    draft_law_V = target_probs(draft_V[None, None], torch.tensor([t], dtype=torch.float64))[0, 0]
+    target_LV64 = target_probs(target_LV[None], torch.tensor([t], dtype=torch.float64))[0]
 
     def draw(uniforms: Tensor) -> Tensor:
         draft = _draft(draft_law_V, token, len(uniforms), num_drafts=1)
