@@ -55,7 +55,7 @@ from blockroll.types import Draft, Verdict
 
 SEED = 3
 SIZE = 16  # vocabulary of the small models
-TEXT = 256  # tokens of one text
+TEXT = 256  # tokens of one text, at most
 PROMPT = (1, 2, 3)
 TABLES = {
     "opposite laws": Tables(
@@ -253,10 +253,11 @@ def generation(setting: Setting, num_tokens: int) -> Iterator[Finding]:
     tokens, laws = [], []
     torch.manual_seed(SEED)
     options = {"top_k": 0, "top_p": 1.0, "temperature": 1.0, **setting.options}
+    length = min(TEXT, num_tokens)
     with recorded(setting.model) as drafts:
-        for _ in range(-(-num_tokens // TEXT)):
+        for _ in range(-(-num_tokens // length)):
             text_1T = setting.model.generate(
-                torch.tensor([PROMPT]), do_sample=True, max_new_tokens=TEXT, pad_token_id=0, **options
+                torch.tensor([PROMPT]), do_sample=True, max_new_tokens=length, pad_token_id=0, **options
             )
             with torch.no_grad():
                 logits_TV = setting.model(text_1T).logits[0, len(PROMPT) - 1 : -1]
@@ -371,11 +372,11 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     args = parser.parse_args(arguments)
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
-    rows = []
+    rows, of_all_rows = [], {**provenance(), "tokens_per_setting": args.tokens}
     print(f"transformers {transformers.__version__}")
     for claim, finding in findings(args.tokens):
         print(finding if claim == "target" else f"{finding} (no target law is promised here)", flush=True)
-        rows.append({**finding.row(), "claim": claim, **provenance()})
+        rows.append({**finding.row(), "claim": claim, **of_all_rows})
     broken = [row["check"] for row in rows if not row["passed"] and row["claim"] == "target"]
     print(f"{len(broken)} of {len(rows)} checks contradict a law that is claimed: {broken or 'none'}")
     if args.out:

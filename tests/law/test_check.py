@@ -123,7 +123,7 @@ def test_a_logprob_that_is_not_of_the_law_drawn_from_fails():
 )
 def test_stratified_uniforms_give_production_its_exact_counts_on_every_kind_of_row(size, num_uniforms):
     findings = check_rows(PRODUCTION, *rows(size), num_uniforms=num_uniforms)
-    assert len(findings) == 5
+    assert len(findings) == 6
     assert all(finding.passed for finding in findings), [str(finding) for finding in findings]
 
 
@@ -135,9 +135,10 @@ def test_stratified_uniforms_give_production_its_exact_counts_on_every_kind_of_r
             set(),
         ),  # its tokens are right: check_draft_law is for it
         (MUTANTS["final_from_target"], {"residual"}),
+        (MUTANTS["accept_if_target_is_larger"], {"accept", "degenerate"}),
         (MUTANTS["coin_reused"], {"residual", "extra", "degenerate"}),
         (Sampler(draw_draft, extra_from_the_row_before), {"extra"}),
-        (Sampler(draw_draft, commits_one_too_many), {"residual", "degenerate"}),
+        (Sampler(draw_draft, commits_one_too_many), {"accept", "residual", "degenerate"}),
         (Sampler(draw_draft, last_id_if_nothing_is_left), {"degenerate"}),
     ],
 )

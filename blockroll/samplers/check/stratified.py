@@ -19,9 +19,10 @@ from blockroll.samplers.check.finding import Finding
 from blockroll.samplers.check.laws import as_law, softmax
 from blockroll.samplers.check.tables import Sampler
 from blockroll.samplers.lossless import target_probs
-from blockroll.types import Draft
+from blockroll.types import Draft, Verdict
 
 Draw = Callable[[Tensor], Tensor]
+Step = Callable[[Tensor, Tensor], Verdict]
 
 _SMALLEST, _LARGEST = 2.0**-53, 1 - 2.0**-53
 _ELEMENTS = 1 << 22  # rows times vocabulary of one call: 32 MiB of float64
@@ -91,13 +92,14 @@ def check_rows(
 ) -> list[Finding]:
     """`check_stratified` on each kind of row that a step with one draft can draw from.
 
-    draft: the drawn draft · plain: a step without drafts · residual: after a rejection · extra: after an
-    acceptance · degenerate: rejected though draft and target are equal, as rounding can do; it must fall
-    back to the target. The laws are worked out here from the logits, in NumPy.
+    draft: the drawn draft · plain: a step without drafts · accept: whether a draft of too much mass is accepted ·
+    residual: after a rejection · extra: after an acceptance · degenerate: rejected though draft and target are
+    equal, as rounding can do; it must fall back to the target. The laws are worked out here from the logits.
     """
     rows = {
         "draft": _draft_row,
         "plain": _plain_row,
+        "accept": _accept_row,
         "residual": _residual_row,
         "extra": _extra_row,
         "degenerate": _degenerate_row,
@@ -159,40 +161,58 @@ def _plain_row(sampler: Sampler, draft_V: Tensor, target_LV: Tensor, t: float) -
     return draw, softmax(target_LV[0], t)
 
 
+def _accept_row(sampler: Sampler, draft_V: Tensor, target_LV: Tensor, t: float) -> tuple[Draw, np.ndarray]:
+    draft, target = softmax(draft_V, t), softmax(target_LV[0], t)
+    token = int((target - draft).argmin())
+    step = _step(sampler, draft_V, target_LV, t, token)
+    share = min(1.0, target[token] / draft[token])
+    # Accepted is 0 and rejected 1, in the order of the coins that say so.
+    return lambda coins: (step(coins, _full(coins, 0.5)).num_committed_B == 1).long(), np.array(
+        [share, 1 - share]
+    )
+
+
 def _residual_row(sampler: Sampler, draft_V: Tensor, target_LV: Tensor, t: float) -> tuple[Draw, np.ndarray]:
     draft, target = softmax(draft_V, t), softmax(target_LV[0], t)
     residual = np.maximum(target - draft, 0)
-    token = int((target - draft).argmin())
-    return _final(sampler, draft_V, target_LV, t, token, _LARGEST, offset=0), residual / residual.sum()
+    step = _step(sampler, draft_V, target_LV, t, int((target - draft).argmin()))
+    return _token(step, _LARGEST, offset=0), residual / residual.sum()
 
 
 def _extra_row(sampler: Sampler, draft_V: Tensor, target_LV: Tensor, t: float) -> tuple[Draw, np.ndarray]:
     token = int((softmax(target_LV[0], t) - softmax(draft_V, t)).argmax())
-    return _final(sampler, draft_V, target_LV, t, token, _SMALLEST, offset=1), softmax(target_LV[1], t)
+    step = _step(sampler, draft_V, target_LV, t, token)
+    return _token(step, _SMALLEST, offset=1), softmax(target_LV[1], t)
 
 
 def _degenerate_row(
     sampler: Sampler, draft_V: Tensor, target_LV: Tensor, t: float
 ) -> tuple[Draw, np.ndarray]:
-    token = int(target_LV[0].argmax())
+    step = _step(sampler, target_LV[0], target_LV, t, int(target_LV[0].argmax()))
     # No coin below 1 rejects where the laws are equal; 1 itself stands for the rounding that would.
-    return _final(sampler, target_LV[0], target_LV, t, token, 1.0, offset=0), softmax(target_LV[0], t)
+    return _token(step, 1.0, offset=0), softmax(target_LV[0], t)
 
 
-def _final(
-    sampler: Sampler, draft_V: Tensor, target_LV: Tensor, t: float, token: int, coin: float, *, offset: int
-) -> Draw:
-    """The token at `offset` of a step whose one draft and accept coin are fixed, by the last uniform."""
-    draft_law_V = target_probs(draft_V[None, None], torch.tensor([t], dtype=torch.float64))[0, 0]
-    target_LV64 = target_probs(target_LV[None], torch.tensor([t], dtype=torch.float64))[0]
+def _step(sampler: Sampler, draft_V: Tensor, target_LV: Tensor, t: float, token: int) -> Step:
+    """A step with this one draft, by its accept coins and last uniforms."""
+    temperature_1 = torch.tensor([t], dtype=torch.float64)
+    draft_law_V = target_probs(draft_V[None, None], temperature_1)[0, 0]
+    target_law_LV = target_probs(target_LV[None], temperature_1)[0]
+
+    def step(coins: Tensor, uniforms: Tensor) -> Verdict:
+        draft = _draft(draft_law_V, token, len(uniforms), num_drafts=1)
+        target_NLV = target_law_LV.expand(len(uniforms), -1, -1)
+        return sampler.verify_block(draft, target_NLV, torch.stack([coins, uniforms], dim=1))
+
+    return step
+
+
+def _token(step: Step, coin: float, *, offset: int) -> Draw:
+    """The token that such a step commits at `offset` behind this coin; -1 if it commits not so many, or more."""
 
     def draw(uniforms: Tensor) -> Tensor:
-        draft = _draft(draft_law_V, token, len(uniforms), num_drafts=1)
-        coins = torch.stack([_full(uniforms, coin), uniforms], dim=1)
-        verdict = sampler.verify_block(draft, target_LV64.expand(len(uniforms), -1, -1), coins)
-        is_right_length = verdict.num_committed_B == offset + 1
-        # A draft that is accepted or rejected against its coin has no token here.
-        return torch.where(is_right_length, verdict.token_ids_BL[:, offset], -1)
+        verdict = step(_full(uniforms, coin), uniforms)
+        return torch.where(verdict.num_committed_B == offset + 1, verdict.token_ids_BL[:, offset], -1)
 
     return draw
 
