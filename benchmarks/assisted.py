@@ -22,24 +22,18 @@ def table(rows: list[Row]) -> str:
     """A line per finding, behind what all of them share."""
     first = rows[0]
     lines = [
-        f"transformers {first['transformers']}, torch {first['torch']}, {first['tokens_per_setting']} tokens of each "
-        f"way to generate, seed {first['seed']}, commit {first['commit']}.",
+        f"transformers {first['transformers']}, torch {first['torch']}, {first['tokens_per_setting']} tokens of "
+        f"each way to generate, seed {first['seed']}, commit {first['commit']}.",
         "",
         "| checked | figure | at most | would be seen | |",
         "|---|---|---|---|---|",
     ]
     for row in rows:
+        figure = f"{row['measure']} {row['statistic']:.3g}"
         seen = "" if row["detectable"] is None else f"{row['detectable']:.2g}"
-        verdict = (
-            "pass"
-            if row["passed"]
-            else "**fail**"
-            if row["claim"] == "target"
-            else "another law, as documented"
-        )
-        lines.append(
-            f"| {row['check']} | {row['measure']} {row['statistic']:.3g} | {row['threshold']:.3g} | {seen} | {verdict} |"
-        )
+        failed = "**fail**" if row["claim"] == "target" else "another law, as documented"
+        verdict = "pass" if row["passed"] else failed
+        lines.append(f"| {row['check']} | {figure} | {row['threshold']:.3g} | {seen} | {verdict} |")
     return "\n".join(lines)
 
 

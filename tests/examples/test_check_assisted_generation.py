@@ -1,6 +1,7 @@
 """The example of the correctness kit runs in a short form, and its page is held against its rows."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -65,6 +66,12 @@ def test_of_the_returned_draft_laws_only_that_of_gemmas_assistant_is_not_the_law
 def test_the_page_on_the_kit_has_the_figures_of_the_committed_rows():
     page = assisted.PAGE.read_text()
     assert assisted.with_table(page) == page
+
+
+def test_the_first_python_block_of_the_page_runs(capsys):
+    block = re.search(r"```python\n(.*?)```", assisted.PAGE.read_text(), re.DOTALL)[1]
+    exec(compile(block, assisted.PAGE.name, "exec"), {})
+    assert capsys.readouterr().out.startswith("pass  exact law on tables, 2 drafts: the law of 3 tokens")
 
 
 def test_the_committed_verdict_is_the_one_the_page_tells():

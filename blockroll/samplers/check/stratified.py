@@ -92,9 +92,9 @@ def check_rows(
 ) -> list[Finding]:
     """`check_stratified` on each kind of row that a step with one draft can draw from.
 
-    draft: the drawn draft · plain: a step without drafts · accept: whether a draft of too much mass is accepted ·
-    residual: after a rejection · extra: after an acceptance · degenerate: rejected though draft and target are
-    equal, as rounding can do; it must fall back to the target. The laws are worked out here from the logits.
+    draft: the drawn draft · plain: a step without drafts · accept: whether a draft of too much mass is
+    accepted · residual: after a rejection · extra: after an acceptance · degenerate: rejected though draft and
+    target are equal, as rounding can do; it must fall back to the target. The laws are worked out here.
     """
     rows = {
         "draft": _draft_row,
@@ -208,7 +208,7 @@ def _step(sampler: Sampler, draft_V: Tensor, target_LV: Tensor, t: float, token:
 
 
 def _token(step: Step, coin: float, *, offset: int) -> Draw:
-    """The token that such a step commits at `offset` behind this coin; -1 if it commits not so many, or more."""
+    """The token that such a step commits at `offset` behind this coin; -1 if it is not the last."""
 
     def draw(uniforms: Tensor) -> Tensor:
         verdict = step(_full(uniforms, coin), uniforms)
