@@ -22,8 +22,8 @@ def table(rows: list[Row]) -> str:
     """A line per finding, behind what all of them share."""
     first = rows[0]
     lines = [
-        f"transformers {first['transformers']}, torch {first['torch']}, {first['tokens_per_setting']} tokens of "
-        f"each way to generate, seed {first['seed']}, commit {first['commit']}.",
+        f"transformers {first['transformers']}, torch {first['torch']}, {first['tokens_per_setting']} tokens "
+        f"of each way to generate, seed {first['seed']}, commit {first['commit']}.",
         "",
         "| checked | figure | at most | would be seen | |",
         "|---|---|---|---|---|",

@@ -93,8 +93,8 @@ def check_rows(
     """`check_stratified` on each kind of row that a step with one draft can draw from.
 
     draft: the drawn draft · plain: a step without drafts · accept: whether a draft of too much mass is
-    accepted · residual: after a rejection · extra: after an acceptance · degenerate: rejected though draft and
-    target are equal, as rounding can do; it must fall back to the target. The laws are worked out here.
+    accepted · residual: after a rejection · extra: after an acceptance · degenerate: rejected though draft
+    and target are equal, as rounding can do; it must fall back to the target. The laws are worked out here.
     """
     rows = {
         "draft": _draft_row,
