@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from blockroll.policies.hf import HFPolicy
     from blockroll.rl_loops.draft_trainer import DraftTrainer
     from blockroll.rl_loops.loop import train
+    from blockroll.rollout.constraints import JsonSchema, Regex
     from blockroll.rollout.engine import Engine
     from blockroll.rollout.policy_check import check_policy
     from blockroll.rollout.pool import RolloutPool
@@ -22,8 +23,10 @@ __all__ = [
     "DraftTrainer",
     "Engine",
     "HFPolicy",
+    "JsonSchema",
     "Law",
     "Plan",
+    "Regex",
     "Request",
     "Rollout",
     "RolloutPool",
@@ -39,8 +42,10 @@ _MODULES = {
     "DraftTrainer": "blockroll.rl_loops.draft_trainer",
     "Engine": "blockroll.rollout.engine",
     "HFPolicy": "blockroll.policies.hf",
+    "JsonSchema": "blockroll.rollout.constraints",
     "Law": "blockroll.types",
     "Plan": "blockroll.types",
+    "Regex": "blockroll.rollout.constraints",
     "Request": "blockroll.types",
     "Rollout": "blockroll.types",
     "RolloutPool": "blockroll.rollout.pool",

@@ -367,6 +367,12 @@ class Draft:
     probs_BKV: "Tensor"  # float64; argmax drafts are a point mass
     num_drafts_B: "Tensor"  # int64, 0..K: how many drafts each request really has
 
+    def __post_init__(self) -> None:
+        if self.probs_BKV is None:
+            raise InvalidInput(
+                "drafts need probs_BKV, the law they were drawn from; argmax drafts are a point mass"
+            )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:

@@ -219,6 +219,7 @@ def test_policy_logprobs_equal_a_fresh_causal_forward(policy, plan, temperature)
             assert set(rollout.behavior_logprobs) == {0.0}
 
 
+@pytest.mark.failure(54)
 @PLANS
 def test_a_batch_gives_the_tokens_each_request_gets_alone(policy, plan):
     requests = make_requests(prompts(24), Sampling(max_tokens=20))
@@ -232,6 +233,7 @@ def test_a_batch_gives_the_tokens_each_request_gets_alone(policy, plan):
     assert count_coin_differences(alone, joining, margins) <= 1
 
 
+@pytest.mark.failure(55)
 @pytest.mark.parametrize("plan", [PLAIN, TWO_FORWARD], ids=lambda plan: plan.name)
 def test_a_request_aborted_at_every_step_and_resumed_equals_the_uninterrupted_one(policy, plan):
     requests = make_requests(prompts(8), Sampling(max_tokens=24))
@@ -256,6 +258,7 @@ def test_a_request_aborted_at_every_step_and_resumed_equals_the_uninterrupted_on
         assert resumed[request_id].stats == rollout.stats
 
 
+@pytest.mark.failure(56)
 def test_seeds_change_tokens_and_equal_seeds_repeat_them(policy):
     texts = [prompts(1)[0]] * 8
     sampling = Sampling(max_tokens=16, ignore_eos=True)
@@ -292,6 +295,7 @@ def test_rollouts_end_at_stop_tokens_at_max_tokens_and_at_the_context(policy, pl
         assert len(rollout.request.prompt_ids) + len(rollout.token_ids) == 32
 
 
+@pytest.mark.failure(24)
 @PLANS
 def test_tokens_at_the_context_limit_keep_exact_logprobs(policy, plan):
     """Stale drafts near the limit have corrupted state elsewhere."""
@@ -346,6 +350,7 @@ def test_non_finite_logits_fail_one_request_by_name_and_no_other(plan):
     }
 
 
+@pytest.mark.failure(29)
 def test_a_weight_update_in_flight_recomputes_the_cache_and_stamps_new_tokens():
     policy = random_policy()
     requests = make_requests(prompts(6), Sampling(max_tokens=24, ignore_eos=True))

@@ -78,6 +78,7 @@ def test_a_replica_whose_bucket_is_lost_on_the_way_is_stale_and_serves_nothing(p
     assert pool.states == ("READY", "READY")
 
 
+@pytest.mark.failure(31)
 def test_killing_a_replica_in_the_middle_loses_and_repeats_no_rollout(pool, checkpoint):
     requests = make_requests(prompts(64), dataclasses.replace(SAMPLING, max_tokens=64, ignore_eos=True))
     want = run(HFPolicy.from_pretrained(checkpoint), requests, Plan(4), max_batch_size=8)

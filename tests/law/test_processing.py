@@ -144,6 +144,7 @@ def test_pi_over_mu_corrects_what_keeps_every_token(plan, name, weight):
     assert max_difference(law, target_law(toy, LENGTH)) > 1e-2
 
 
+@pytest.mark.failure(20)
 @pytest.mark.parametrize("name", ["top_k", "top_p", "min_p", "bad_words", "constraint"])
 def test_under_truncation_the_weights_sum_to_the_mass_that_is_left(name):
     toy = TOYS["stochastic"]
@@ -166,6 +167,7 @@ def counts_no_drafts(counts_BV, between_BN, num_rows):
 _edit_rows = laws_module._edit_rows
 
 
+@pytest.mark.failure(38)
 @pytest.mark.parametrize(
     ("attribute", "bug", "name"),
     [

@@ -43,6 +43,7 @@ def random_drafts(rows, seed=1):
     return torch.randint(4, VOCAB_SIZE, (rows, NUM_DRAFTS), generator=generator)
 
 
+@pytest.mark.failure(89)
 def test_verify_logits_equal_the_plain_causal_forward(policy):
     texts = prompts(6)
     cache, anchors = prefilled(policy, texts)
@@ -133,6 +134,7 @@ def test_drafts_look_both_ways_and_the_anchor_does_not(policy):
     assert (wide[:, 1] - narrow[:, 1]).abs().max() > 1e-3
 
 
+@pytest.mark.failure(92)
 @pytest.mark.parametrize("poison", [1e4, -1e4])
 def test_verify_logits_are_bit_identical_whatever_mask_rows_left_behind(policy, poison):
     texts = prompts(6)
@@ -169,6 +171,7 @@ def test_verify_logits_are_bit_identical_whatever_the_mask_embedding_holds(polic
         assert torch.equal(first, second)
 
 
+@pytest.mark.failure(46)
 def test_cache_after_every_pattern_of_accepts_equals_recompute(policy):
     """Two steps; in each, every row of a batch accepts another number of drafts."""
     patterns = list(itertools.product(range(NUM_DRAFTS + 1), repeat=2))

@@ -51,6 +51,7 @@ def test_any_number_of_drafts_can_be_checked(num_drafts):
     assert report.passed, str(report)
 
 
+@pytest.mark.failure(90)
 def test_a_model_that_magnifies_rounding_is_allowed_what_its_own_forward_shows(monkeypatch):
     """A sensitive head: no two stock kernels agree to 1e-4, yet a fault still stands out."""
     policy = adapted_policy(scale=300.0)

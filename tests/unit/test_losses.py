@@ -70,6 +70,7 @@ def test_tokens_that_are_not_valid_are_counted_and_without_any_the_loss_is_zero(
     assert math.isnan(nothing.clip_ratio)
 
 
+@pytest.mark.failure(21)
 def test_truncation_is_visible_before_and_after():
     # Weights 4, 1 and 1/2, capped at 2.
     correction = behavior_correction(logs(0.8, 0.5, 0.25), logs(0.2, 0.5, 0.5), cap=2.0)

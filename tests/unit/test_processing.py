@@ -101,6 +101,7 @@ def cut(probs: torch.Tensor, top_k: int = 0, top_p: float = 1.0, min_p: float = 
     )
 
 
+@pytest.mark.failure(44)
 @pytest.mark.parametrize(
     ("options", "kept"),
     [
@@ -136,6 +137,7 @@ def test_a_request_without_truncation_beside_one_with_it_keeps_its_law_bit_for_b
     assert (both.probs_BLV[1] == 0).any()
 
 
+@pytest.mark.failure(19)
 def test_logits_are_not_edited_in_place():
     """vLLM once mixed raw and processed logprobs by in-place edits (failure 19)."""
     for dtype in (torch.float32, torch.float64):

@@ -52,6 +52,7 @@ def draw(
     return tokens
 
 
+@pytest.mark.failure(86)
 @pytest.mark.parametrize("head", [0, TAIL // 3, TAIL], ids=["first", "inside", "last"])
 def test_a_tail_beyond_24_bits_is_hit_at_its_rate(head):
     law_V = law_with_tail(head)
@@ -62,6 +63,7 @@ def test_a_tail_beyond_24_bits_is_hit_at_its_rate(head):
     assert check_stratified(draw(law_V), law_V, num_uniforms=100_000).passed
 
 
+@pytest.mark.failure(86)
 def test_each_of_the_tail_tokens_is_hit_as_often_as_the_others():
     law_V = law_with_tail(0)
     tail = (law_V[0].item(), 1.0)
@@ -71,6 +73,8 @@ def test_each_of_the_tail_tokens_is_hit_as_often_as_the_others():
     assert check_stratified(draw(law_V), law_V, num_uniforms=4 * TAIL, window=tail).passed
 
 
+@pytest.mark.failure(88)
+@pytest.mark.failure(87)
 @pytest.mark.parametrize(
     ("fault", "reached"),
     [({"bits": 24}, 6_000), ({"dtype": torch.float32}, 12_000)],
@@ -96,6 +100,7 @@ def test_verify_draws_from_the_tail_too():
     assert tokens_B.tolist() == pytest.approx([TAIL * (i + 0.5) / 8 for i in range(8)], abs=2)
 
 
+@pytest.mark.failure(42)
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("kind", ["all_equal", "last_three", "last", "all_but_the_padding"])
 def test_extreme_uniforms_reach_the_last_ids_with_mass_and_nothing_behind_them(size, kind):

@@ -100,6 +100,7 @@ def test_every_use_of_a_uniform_has_a_purpose_of_its_own():
     assert {purpose.name: purpose.value for purpose in Purpose} == {"DRAFT": 0, "ACCEPT": 1, "FINAL": 2}
 
 
+@pytest.mark.failure(43)
 def test_u52_is_strictly_inside_zero_and_one_for_the_extreme_words():
     words = torch.tensor([0, _MASK])
     smallest, largest = u52(words, words).tolist()
@@ -137,6 +138,7 @@ def test_each_uniform_is_the_word_of_its_position_purpose_and_attempt(seed, num_
     assert draft_1K[0].tolist() + verify_1L[0].tolist() == expected
 
 
+@pytest.mark.failure(51)
 def test_no_coin_comes_twice_in_a_long_run_with_rejections():
     """Positions are drafted, rejected and drafted again, under plans that change from step to step."""
     generator = torch.Generator().manual_seed(11)
@@ -154,6 +156,7 @@ def test_no_coin_comes_twice_in_a_long_run_with_rejections():
     assert all(0 < coin < 1 for coin in coins)
 
 
+@pytest.mark.failure(54)
 def test_coins_do_not_depend_on_the_batch_or_the_row():
     generator = torch.Generator().manual_seed(13)
     seeds_B = torch.randint(-(2**63), 2**63 - 1, (6,), generator=generator)
