@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -85,6 +86,15 @@ def test_marks_only_add_brackets(policy_path):
     assert "[brackets]" in legend
     unmarked = text.replace("[", "").replace("]", "")
     assert unmarked == plain.stdout.replace("[", "").replace("]", "")
+
+
+def test_generate_keeps_to_a_regular_expression_and_a_schema(tmp_path):
+    result = blockroll("generate", "1+1=?", "--regex", "(yes|no), [0-9]{3}", "--seed", 3)
+    assert re.fullmatch("(yes|no), [0-9]{3}", result.stdout.splitlines()[0])
+    schema = tmp_path / "schema.json"
+    schema.write_text('{"type": "array", "items": {"type": "boolean"}, "minItems": 2, "maxItems": 3}')
+    result = blockroll("generate", "1+1=?", "--json-schema", schema, "--top-k", 20, "--min-p", 0.01)
+    assert all(isinstance(item, bool) for item in json.loads(result.stdout.splitlines()[0]))
 
 
 def test_generate_ends_with_its_counts(policy_path):
@@ -274,6 +284,9 @@ def test_doctor_fails_a_policy_that_decodes_another_law(policy_path, monkeypatch
         (["generate", "hi", "--policy", "nowhere"], "give a folder with config.json"),
         (["generate", "hi", "--temperature", "-1"], "0 means greedy"),
         (["generate", "hi", "--max-tokens", "0"], "max_tokens must be at least 1"),
+        (["generate", "hi", "--top-p", "0"], "top_p must be above 0"),
+        (["generate", "hi", "--regex", "a("], "regular expression 'a(' cannot be used"),
+        (["generate", "hi", "--regex", "a", "--json-schema", "pyproject.toml"], "not both"),
         (["generate", "hi", "--policy", "POLICY", "--plan", "wild"], "'two_forward'"),
         (["generate", "hi", "--policy", "POLICY", "--plan", "two_forward(0)"], "at least 1"),
         (["generate", "x" * 200, "--policy", "POLICY"], "the context holds 128"),
