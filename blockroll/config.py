@@ -53,8 +53,13 @@ class RolloutConfig:
     repetition_penalty: float = 1.0  # divides logits of tokens in the text, multiplies negative ones
     presence_penalty: float = 0.0  # taken from the logits of tokens that the completion holds,
     frequency_penalty: float = 0.0  # and this for each time it does
+    audit: Literal["off", "share", "all"] = "off"  # of which requests every token is recorded
+    audit_share: float = 0.05  # of the requests, whole, chosen by a hash of their ids
+    audit_dir: str = ""  # where; a run writes to its own folder unless this says otherwise
 
     def __post_init__(self) -> None:
+        if not 0 < self.audit_share <= 1:
+            raise ConfigError(f"audit_share must be above 0 and at most 1, got {self.audit_share}")
         if not 0 <= self.mix_weight <= 1:
             raise ConfigError(f"mix_weight must be between 0 and 1, got {self.mix_weight}; 1 is lossless")
         if not 0 <= self.min_p <= 1:

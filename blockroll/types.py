@@ -375,6 +375,16 @@ class Draft:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Evidence:
+    """What a verification was decided by; the audit keeps it."""
+
+    draft_probs_BK: "Tensor"  # float64, of each drafted token under its own law,
+    target_probs_BK: "Tensor"  # and under the law to commit by
+    uniforms_BL: "Tensor"  # accept coins, and the uniform of the token that was drawn
+    weights_BV: "Tensor"  # what that token was drawn from: a target row or a residual, not normalised
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
     """What one step commits: the first `num_committed` tokens of each row."""
 
@@ -382,6 +392,7 @@ class Verdict:
     num_committed_B: "Tensor"  # int64, 1..K + 1
     is_draft_BL: "Tensor"  # bool: the token is an accepted draft; the others were drawn from the target
     behavior_logprobs_BL: "Tensor"  # float64, log of the law each token was drawn from
+    evidence: "Evidence | None" = None  # of one verification; None where two were joined
 
     @property
     def num_accepted_B(self) -> "Tensor":

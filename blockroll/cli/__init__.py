@@ -1,4 +1,4 @@
-"""The command line: demo, generate, train, convert, bench, report, doctor.
+"""The command line: demo, generate, train, convert, bench, report, doctor, audit.
 
 A thin edge: it reads options, calls the library and prints. Everything heavy is imported inside the
 commands, so that help is quick. A BlockrollError becomes one line on stderr and exit code 2.
@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.text import Text
 
 import blockroll
+from blockroll.cli.audit import audit
 from blockroll.cli.conversion import convert
 from blockroll.cli.machine import doctor
 from blockroll.cli.runs import demo, report, train
@@ -63,3 +64,4 @@ def root(
 
 for command in (demo, generate, train, convert, bench, report, doctor):
     app.command()(command)
+app.add_typer(audit, name="audit")

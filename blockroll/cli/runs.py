@@ -18,7 +18,7 @@ from blockroll.types import PLAIN
 
 DEMO = RunConfig(
     name="demo",
-    rollout=RolloutConfig(temperature=1.5),
+    rollout=RolloutConfig(temperature=1.5, audit="all"),
     train=TrainConfig(steps=25, eval_every=5),
 )
 DEMO_BATCHES = (1, 16)  # of the speed measured at the end of the demo

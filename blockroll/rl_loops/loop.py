@@ -26,6 +26,7 @@ from blockroll.rl_loops.report import write_report
 from blockroll.rl_loops.run import Run, interrupts_held, rollout_sampling
 from blockroll.rl_loops.tasks import Task, load_task
 from blockroll.rl_loops.tracking import JsonLines, Wandb, read_lines, require_wandb, truncate_lines
+from blockroll.rollout.audit import drop_audit
 from blockroll.rollout.pool import RolloutPool, make_pool
 
 Callback = Callable[[Mapping[str, Any]], None]
@@ -116,7 +117,10 @@ def _run_to_the_end(
         )
         learner = Learner(policy, config.train, ALGORITHMS[config.train.algorithm])
         if pool is None:
-            pool = make_pool(dataclasses.replace(config.policy, path=source), config.rollout)
+            audit_dir = config.rollout.audit_dir or str(run_dir.resolve() / "audit")
+            rollout = dataclasses.replace(config.rollout, audit_dir=audit_dir)
+            drop_audit(Path(audit_dir), 0 if state is None else int(state["step"]))
+            pool = make_pool(dataclasses.replace(config.policy, path=source), rollout)
             stack.callback(pool.close)
 
         # Only now, so that a run that could not start leaves no folder behind.

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from blockroll.errors import EmptySupport, InvalidInput, NonFiniteLogits
 from blockroll.policies.base import Policy
+from blockroll.rollout.audit import AuditedStep, AuditWriter
 from blockroll.rollout.cache import SlotCache
 from blockroll.rollout.planner import Planner
 from blockroll.rollout.requests import Limits, check_request
@@ -86,6 +87,7 @@ class _Verified:
     bad_targets_B: Tensor | None
     is_empty_BL: Tensor | None  # rows that nothing may follow
     states_BPLW: Tensor | None  # proposals of a fused forward
+    parts: tuple[tuple[Draft, Verdict], ...]  # the verifications it came from, in order
 
 
 class Engine:
@@ -101,6 +103,7 @@ class Engine:
         decode: Callable[[list[int]], str] | None = None,
         policy_version: int = 0,
         observer: Callable[[StepRecord], None] | None = None,
+        audit: AuditWriter | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         """`max_length` 0 is what the policy was built for; `decode` is needed for stop strings only."""
@@ -130,6 +133,7 @@ class Engine:
         self._requests: dict[str, RunningRequest] = {}
         self._decode = decode
         self._observer = observer
+        self.audit = audit
         self._clock = clock
 
     @property
@@ -262,7 +266,25 @@ class Engine:
                 )
             )
         failed = _failures(bad_drafts_B, verified)
+        before = self._audited(batch) if self.audit is not None else None
         result = self._commit(batch, num_drafts_B.tolist(), verdict, policy_logprobs_BL, failed)
+        if self.audit is not None and before is not None:
+            num_before, origins = before
+            self.audit.record(
+                AuditedStep(
+                    requests=[running.request for running in batch],
+                    plan=plan,
+                    version=self.policy_version,
+                    attempts_B=attempts_B,
+                    num_before=num_before,
+                    num_kept=[running.num_tokens - n for running, n in zip(batch, num_before, strict=True)],
+                    origins=origins,
+                    parts=verified.parts,
+                    policy_logprobs_BL=policy_logprobs_BL,
+                )
+            )
+            if not self._requests:
+                self.audit.flush()
         if verified.states_BPLW is not None:
             self._keep_proposals(batch, verified.states_BPLW, verdict.num_accepted_B)
         return result
@@ -293,6 +315,7 @@ class Engine:
             bad_targets_B=bad_targets_B,
             is_empty_BL=targets.is_empty_BL,
             states_BPLW=states_BPLW,
+            parts=((draft, verdict),),
         )
 
     def _settle_and_verify(
@@ -332,7 +355,16 @@ class Engine:
             bad_targets_B=bad_targets_B,
             is_empty_BL=_joined(first.is_empty_BL, others.is_empty_BL, num_drafts),
             states_BPLW=None,
+            parts=((draft, settled), (rest, verified)),
         )
+
+    def _audited(self, batch: list[RunningRequest]) -> tuple[list[int], list[tuple[int, int, int]]]:
+        """Tokens of each text before the step commits, and where its draft rows come from."""
+        num_before = [running.num_tokens for running in batch]
+        if not self.plan.levels:
+            return num_before, [(length, 0, self.plan.num_drafts) for length in num_before]
+        proposals = [running.proposal for running in batch]
+        return num_before, [each.origin for each in proposals if each is not None]
 
     def _draft_logits(self, batch: list[RunningRequest], anchors_B: Tensor) -> tuple[Tensor, Tensor]:
         """Draft rows, float32 (B, K, V), and how many of them each request has.
@@ -363,7 +395,8 @@ class Engine:
         logits_BKV = self.policy.draft_logits(anchors_B, num_drafts, window)[:, 1:]
         for logits_KV, running in zip(logits_BKV, late, strict=True):
             if running.proposal is None:
-                running.start_proposal(Proposal(logits_KV=logits_KV, num_drafts=num_drafts))
+                origin = (running.num_tokens, 0, num_drafts)
+                running.start_proposal(Proposal(logits_KV=logits_KV, num_drafts=num_drafts, origin=origin))
         self.times.start_s += self._charge("forward_s", clock) - clock
 
     def _keep_proposals(
@@ -387,8 +420,11 @@ class Engine:
         rows_B1 = torch.tensor(rows, device=device)[:, None]
         states_BKW = states_BPLW[rows_B1, chosen_B[:, None], slots_BK]
         logits_BKV = self.policy.proposal_logits(states_BKW)
-        for row, logits_KV, shift in zip(rows, logits_BKV, shift_B.tolist(), strict=True):
-            batch[row].proposal = Proposal(logits_KV=logits_KV, num_drafts=num_drafts - shift)
+        shifts = shift_B.tolist()
+        for row, logits_KV, shift in zip(rows, logits_BKV, shifts, strict=True):
+            # It knows all but the drafts past its level and the token that the verdict added.
+            origin = (batch[row].num_tokens - shift - 1, shift + 1, num_drafts + 1)
+            batch[row].proposal = Proposal(logits_KV=logits_KV, num_drafts=num_drafts - shift, origin=origin)
         self._charge("forward_s", clock)
 
     def _commit(

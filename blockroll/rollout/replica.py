@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from blockroll.config import PolicyConfig, RolloutConfig
 from blockroll.errors import InvalidInput, VersionMismatch, WeightSyncError
 from blockroll.policies.hf import HFPolicy
+from blockroll.rollout.audit import AuditWriter
 from blockroll.rollout.engine import Engine
 from blockroll.rollout.planner import read_plan
 from blockroll.rollout.requests import Limits
@@ -79,6 +80,7 @@ class LocalReplica:
             max_batch_size=config.max_batch_size,
             max_length=config.max_length,
             decode=policy.decode,
+            audit=_audit(config, replica_id),
         )
         return cls(engine, policy.model, replica_id=replica_id)
 
@@ -131,7 +133,9 @@ class LocalReplica:
         )
 
     def close(self) -> None:
-        """Nothing outlives the object."""
+        """Write what the audit still holds; nothing else outlives the object."""
+        if self.engine.audit is not None:
+            self.engine.audit.flush()
 
     def _check_version(self, update: WeightUpdate) -> None:
         if update.kind != "full":
@@ -140,3 +144,12 @@ class LocalReplica:
             raise VersionMismatch(
                 f"version {update.version} does not follow version {self.engine.policy_version}, served now"
             )
+
+
+def _audit(config: RolloutConfig, replica_id: int) -> AuditWriter | None:
+    if config.audit == "off":
+        return None
+    if not config.audit_dir:
+        raise InvalidInput(f"audit is {config.audit!r}, but audit_dir names no folder to write to")
+    share = config.audit_share if config.audit == "share" else 1.0
+    return AuditWriter(config.audit_dir, share=share, replica_id=replica_id)

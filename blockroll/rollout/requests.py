@@ -2,6 +2,7 @@
 
 import hashlib
 import pickle
+from collections import deque
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,7 @@ from blockroll.errors import InvalidInput
 from blockroll.types import LogitsProcessor, Request
 
 _SEED_LIMIT = 1 << 63
+_probed: deque[tuple[LogitsProcessor, int]] = deque(maxlen=64)  # processors that passed, by vocabulary
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,6 +83,8 @@ def check_processor(processor: LogitsProcessor, vocab_size: int) -> None:
     Verifying a block asks for several positions at once, some of them for drafts that are then rejected: what
     a processor remembers of its calls would be wrong. It is called three times on made-up rows.
     """
+    if any(known is processor and size == vocab_size for known, size in _probed):
+        return
     name = f"logits processor {type(processor).__name__}"
     advice = (
         "write it as a function of input_ids (1, T) and scores (1, V) alone, or as a constraint, whose guide "
@@ -97,6 +101,7 @@ def check_processor(processor: LogitsProcessor, vocab_size: int) -> None:
         raise InvalidInput(f"{name} does not return scores of the shape it was given, (1, {vocab_size})")
     if not torch.equal(results[0], results[2]) or _state(processor) != state:
         raise InvalidInput(f"{name} has state of its own that a call changes; {advice}")
+    _probed.append((processor, vocab_size))
 
 
 def _state(processor: LogitsProcessor) -> bytes | None:

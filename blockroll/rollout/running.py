@@ -18,6 +18,7 @@ class Proposal:
 
     logits_KV: "Tensor"  # float32; rows behind `num_drafts` hold no meaning
     num_drafts: int
+    origin: tuple[int, int, int]  # tokens of the text its rows know, slot of the first, masks in the block
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

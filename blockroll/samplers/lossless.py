@@ -9,7 +9,7 @@ Shapes: B requests, K drafted tokens, L = K + 1 target positions, V vocabulary.
 import torch
 from torch import Tensor
 
-from blockroll.types import Draft, Verdict
+from blockroll.types import Draft, Evidence, Verdict
 
 
 def target_probs(logits_BLV: Tensor, temperature_B: Tensor, *, has_greedy: bool | None = None) -> Tensor:
@@ -112,6 +112,12 @@ def verify_block(draft: Draft, target_probs_BLV: Tensor, uniforms_BL: Tensor) ->
         num_committed_B=num_accepted_B + 1,
         is_draft_BL=offsets_L < num_accepted_B[:, None],
         behavior_logprobs_BL=behavior_BL,
+        evidence=Evidence(
+            draft_probs_BK=draft_p_BK,
+            target_probs_BK=target_p_BK,
+            uniforms_BL=uniforms_BL,
+            weights_BV=final_weights_BV,
+        ),
     )
 
 
@@ -123,7 +129,8 @@ def settle_first(draft: Draft, target_probs_B1V: Tensor, uniforms_B2: Tensor) ->
     """
     target_BV, draft_BV = target_probs_B1V[:, 0], draft.probs_BKV[:, 0]
     drafted_B1 = draft.token_ids_BK[:, :1]
-    is_draft_B1 = uniforms_B2[:, :1] * draft_BV.gather(-1, drafted_B1) < target_BV.gather(-1, drafted_B1)
+    draft_p_B1, target_p_B1 = draft_BV.gather(-1, drafted_B1), target_BV.gather(-1, drafted_B1)
+    is_draft_B1 = uniforms_B2[:, :1] * draft_p_B1 < target_p_B1
     is_draft_B1 &= draft.num_drafts_B[:, None] > 0
     final_weights_BV = _final_weights(target_BV, draft_BV, is_rejected_B=draft.num_drafts_B > 0)
     final_B = inverse_cdf(final_weights_BV, uniforms_B2[:, 1])
@@ -133,6 +140,12 @@ def settle_first(draft: Draft, target_probs_B1V: Tensor, uniforms_B2: Tensor) ->
         num_committed_B=torch.ones_like(draft.num_drafts_B),
         is_draft_BL=is_draft_B1,
         behavior_logprobs_BL=target_BV.gather(-1, tokens_B1).log(),
+        evidence=Evidence(
+            draft_probs_BK=draft_p_B1,
+            target_probs_BK=target_p_B1,
+            uniforms_BL=uniforms_B2,
+            weights_BV=final_weights_BV,
+        ),
     )
 
 
@@ -144,6 +157,12 @@ def _draw(target_probs_B1V: Tensor, uniforms_B1: Tensor) -> Verdict:
         num_committed_B=torch.ones_like(tokens_B1[:, 0]),
         is_draft_BL=torch.zeros_like(tokens_B1, dtype=torch.bool),
         behavior_logprobs_BL=target_probs_B1V.gather(-1, tokens_B1[..., None]).squeeze(-1).log(),
+        evidence=Evidence(
+            draft_probs_BK=uniforms_B1[:, :0],
+            target_probs_BK=uniforms_B1[:, :0],
+            uniforms_BL=uniforms_B1,
+            weights_BV=target_probs_B1V[:, 0],
+        ),
     )
 
 

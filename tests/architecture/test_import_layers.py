@@ -26,6 +26,7 @@ HOMES = {
     "gymnasium": ("rl_loops.envs*",),
     "llguidance": ("rollout.constraints",),
     "matplotlib": ("rl_loops.report", "rl_loops.figures"),
+    "pyarrow": ("rollout.audit",),
     "ray": ("rollout.ray_pool", "rollout.weight_sync", "rollout.weight_sync.*"),
     "transformers": ("policies", "policies.*"),
     "triton": ("kernels.*.fused",),

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-HEAVY = ("torch", "ray", "trl", "transformers", "triton", "wandb")
+HEAVY = ("torch", "ray", "trl", "transformers", "triton", "wandb", "pyarrow")
 
 
 def stdout_of(code: str) -> str:

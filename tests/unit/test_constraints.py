@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pickle
 import re
 
 import pytest
@@ -94,6 +95,15 @@ def test_a_request_resumes_in_the_middle_of_its_text(policy):
     wrong = dataclasses.replace(cut, token_ids=tuple(ids(policy, "2x24")))
     with pytest.raises(InvalidInput, match="a prefix to resume from must satisfy"):
         run(policy, [dataclasses.replace(request, prefix=wrong)], Plan(4))
+
+
+@pytest.mark.parametrize("constraint", [Regex(DATE), JsonSchema(SCHEMA)])
+def test_a_constraint_travels_to_another_process(policy, constraint):
+    (request,) = make_requests([(7,)], Sampling(constraint=constraint, max_tokens=60))
+    arrived = pickle.loads(pickle.dumps(request))
+    assert arrived == request
+    (here,), (there,) = (run(policy, [each], Plan(4)).values() for each in (request, arrived))
+    assert here.token_ids == there.token_ids
 
 
 def test_a_guide_walks_along_drafts_and_back(policy):

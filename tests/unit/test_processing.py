@@ -21,6 +21,7 @@ from blockroll.config import RolloutConfig, RunConfig, TrainConfig
 from blockroll.errors import ConfigError, InvalidInput
 from blockroll.policies.hf import HFPolicy
 from blockroll.rl_loops.run import rollout_sampling
+from blockroll.rollout.requests import Limits, check_request
 from blockroll.samplers.laws import Laws, Text
 from blockroll.samplers.processing import completed_by, truncate
 from blockroll.types import Law, Plan, Request, Sampling
@@ -234,6 +235,20 @@ def test_a_processor_that_cannot_be_evaluated_by_row_is_refused_with_advice(poli
     sampling = Sampling(logits_processors=(processor,))
     with pytest.raises(InvalidInput, match=message):
         run(policy, make_requests([(6, 4)], sampling), Plan(2))
+
+
+def test_a_processor_that_passed_is_not_called_again_at_the_door():
+    calls = []
+
+    def counts_itself(input_ids, scores):
+        calls.append(tuple(input_ids.shape))
+        return scores
+
+    limits = Limits(vocab_size=20, max_length=64, mask_token_id=None)
+    requests = make_requests([(1, 2)] * 5, Sampling(logits_processors=(counts_itself,)))
+    for request in requests:
+        check_request(request, limits)
+    assert calls == [(1, 1), (1, 3), (1, 1)]
 
 
 @pytest.mark.parametrize("plan", [Plan(0), Plan(4), Plan(4, (0, 4))], ids=lambda plan: plan.name)

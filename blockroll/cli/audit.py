@@ -1,0 +1,202 @@
+"""Reading and checking what a run recorded of every token: audit show, check, stats."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from blockroll.errors import CheckpointError, InvalidInput
+
+if TYPE_CHECKING:
+    from blockroll.policies.hf import HFPolicy
+
+audit = typer.Typer(no_args_is_help=True, help="What a run recorded of every token: show, check, stats.")
+
+RunArgument = Annotated[Path, typer.Argument(help="Folder of a run, or an audit folder itself.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+
+@audit.command()
+def show(
+    run: RunArgument,
+    request: Annotated[str | None, typer.Option(help="Request id; left out: the first one.")] = None,
+) -> None:
+    """One rollout, token by token: what was drafted, accepted, recovered, and why."""
+    from blockroll.rollout.audit import KINDS, audit_files, read_audit
+
+    wanted, shown = request, []
+    for path in audit_files(_folder(run)):
+        file = read_audit(path)
+        wanted = wanted or file.requests[0]
+        shown += [row for name, row in zip(file.requests, file.numbers_N, strict=True) if name == wanted]
+    if not shown:
+        raise InvalidInput(f"no request {wanted!r} in {_folder(run)}; `audit stats` counts what there is")
+    decode = _decoder(run)
+    table = Table(title=f"request {wanted}", title_justify="left")
+    for column in (
+        "",
+        "token",
+        "kind",
+        "drafted",
+        "draft",
+        "target",
+        "coin",
+        "drawn by",
+        "behavior",
+        "version",
+    ):
+        table.add_column(column, justify="left" if column in ("token", "kind", "drafted") else "right")
+    for row in sorted(shown, key=lambda each: int(each["position"])):
+        table.add_row(
+            str(row["position"]),
+            decode(int(row["token"])),
+            KINDS[row["kind"]],
+            decode(int(row["draft"])) if row["draft"] >= 0 else "",
+            *(_figure(row[name]) for name in ("draft_prob", "target_prob", "coin", "uniform")),
+            f"{row['behavior_logprob']:.3f}",
+            str(row["version"]),
+        )
+    Console(width=None).print(table)
+
+
+@audit.command()
+def check(
+    run: RunArgument,
+    level: Annotated[
+        int, typer.Option(min=1, max=2, help="1: the files alone; 2: also with the policy of each version.")
+    ] = 2,
+    policy: Annotated[
+        Path | None, typer.Option(help="Checkpoint of version 0, where the run's config does not name it.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Repeat every decision. Exit code 1 if a row is bad, and its name."""
+    from blockroll.rollout.audit import audit_files
+    from blockroll.rollout.audit_check import check_audit
+
+    console = Console(highlight=False, soft_wrap=True)
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("check", total=None)
+        report = check_audit(
+            audit_files(_folder(run)),
+            policy_of=_policies(run, policy) if level == 2 else None,
+            progress=lambda done, total: progress.update(task, completed=done, total=total),
+        )
+    if as_json:
+        fields = {
+            "passed": report.passed,
+            "problem": None if report.problem is None else report.problem._asdict(),
+            "files": report.num_files,
+            "rows": report.num_rows,
+            "requests": report.num_requests,
+            "recomputed_by_version": report.recomputed,
+            "versions_without_policy": report.without_policy,
+            "rows_of_unknown_law": report.num_unknown_laws,
+            "largest_difference": report.largest_difference,
+            "unfinished_files": report.unfinished,
+        }
+        typer.echo(json.dumps(fields))
+    else:
+        console.print(
+            f"{report.num_rows:,} rows of {report.num_requests:,} requests in {report.num_files} files"
+        )
+        if report.problem is None:
+            console.print("Level 1: every decision follows from the file.", style="green")
+            if report.recomputed:
+                versions = ", ".join(map(str, report.recomputed))
+                console.print(
+                    f"Level 2: the laws are those of the policy, versions {versions}; probabilities differ "
+                    f"by at most {report.largest_difference:.1e}.",
+                    style="green",
+                )
+        if report.without_policy:
+            missing = ", ".join(map(str, report.without_policy))
+            console.print(
+                f"No checkpoint is left of versions {missing}: checked at level 1 only.", style="yellow"
+            )
+        if report.num_unknown_laws:
+            console.print(
+                f"{report.num_unknown_laws:,} rows have a constraint or logits processors, whose code is not "
+                "in the file: of these only the policy's log-probability was recomputed.",
+                style="yellow",
+            )
+        if report.unfinished:
+            console.print(
+                f"Left behind by a process that died: {', '.join(report.unfinished)}", style="yellow"
+            )
+        if report.problem is not None:
+            console.print(f"BAD ROW: {report.problem}", style="bold red")
+    if not report.passed:
+        raise typer.Exit(1)
+
+
+@audit.command()
+def stats(run: RunArgument, as_json: JsonOption = False) -> None:
+    """Acceptance by position, whether residual draws are uniform, perplexity by place in a block."""
+    from blockroll.rollout.audit import audit_files
+    from blockroll.rollout.audit_stats import audit_stats
+
+    found = audit_stats(audit_files(_folder(run)))
+    if as_json:
+        typer.echo(json.dumps(found))
+        return
+    console = Console(highlight=False)
+    console.print(
+        f"{found['rows']:,} tokens of {found['requests']:,} requests: "
+        + ", ".join(f"{count:,} {kind}" for kind, count in found["kinds"].items())
+    )
+    table = Table("position in the step", "drafts", "accepted", "perplexity", title_justify="left")
+    for offset, row in enumerate(found["by_offset"]):
+        table.add_row(
+            str(offset + 1), f"{row['drafts']:,}", _figure(row["acceptance"]), f"{row['perplexity']:.3f}"
+        )
+    console.print(table)
+    uniforms = found["residual_uniforms"]
+    if uniforms is not None:
+        console.print(("" if uniforms["passed"] else "[bold red]BAD[/] ") + uniforms["found"])
+
+
+def _folder(run: Path) -> Path:
+    """The audit folder of a run."""
+    if not run.is_dir():
+        raise InvalidInput(f"{run} is no folder: give the folder of a run, as runs/demo")
+    return run / "audit" if (run / "audit").is_dir() else run
+
+
+def _policies(run: Path, given: Path | None) -> "Callable[[int], HFPolicy | None]":
+    """The policy of a version: the run's start for 0, the checkpoint of its step for others."""
+    from blockroll.policies.hf import HFPolicy
+    from blockroll.rl_loops.loop import load_run_config
+
+    config = load_run_config(run).policy if (run / "config.yaml").is_file() else None
+
+    def policy_of(version: int) -> "HFPolicy | None":
+        adapter = None if config is None else config.adapter
+        if version == 0:
+            source = given or (None if config is None else config.path)
+            return None if source is None else HFPolicy.from_pretrained(source, adapter=adapter)
+        folder = run / "checkpoints" / f"step_{version:06d}"
+        return HFPolicy.from_pretrained(folder, adapter=adapter) if folder.is_dir() else None
+
+    return policy_of
+
+
+def _decoder(run: Path) -> Callable[[int], str]:
+    """Text of a token, if the policy of the run is at hand; else its id."""
+    from blockroll.policies.hf import load_tokenizer
+    from blockroll.rl_loops.loop import load_run_config
+
+    try:
+        tokenizer: Any = load_tokenizer(load_run_config(run).policy.path)
+    except (CheckpointError, InvalidInput):
+        return str
+    return lambda token: repr(tokenizer.decode([token]))
+
+
+def _figure(value: float | None) -> str:
+    return "" if value is None or value != value else f"{value:.4g}"

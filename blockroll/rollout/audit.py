@@ -1,0 +1,337 @@
+"""The audit: a row for every committed token, with what decided it.
+
+A row holds the draft that stood at its position and its two probabilities, the accept coin, and for a drawn
+token the uniform, the mass it was drawn from and the token's interval of the cumulative law. With the seed of
+its request, which the request's first row brings along, every decision can be repeated from the file alone
+(`audit_check.py`). Full rows of the vocabulary are not kept.
+
+The engine hands over the tensors of a step as they are. They become columns many steps at a time, and files
+when many rows are there, when the weights change, or when nothing is left to decode. A file is written under
+another name and renamed: a process that dies loses the rows since its last file and leaves no broken one.
+
+Shapes: B requests, K drafted tokens, L target positions, V vocabulary, N rows.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import zlib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from torch import Tensor
+
+from blockroll.errors import InvalidInput
+from blockroll.types import Draft, Plan, Request, Verdict
+
+SCHEMA_VERSION = 1
+KINDS = ("accepted", "recovered", "extra", "plain")  # by their codes
+ACCEPTED, RECOVERED, EXTRA, PLAIN_TOKEN = range(4)
+ROWS_PER_FILE = 200_000
+_ROWS_HELD = 4_096  # rows whose tensors are kept before they become columns
+_BYTES_HELD = 1 << 26  # of vocabulary-wide tensors
+
+# Everything a row holds but its request, in this order: what its checksum is taken of.
+NUMBERS = np.dtype(
+    [
+        ("position", "<i4"),  # of the token in its completion
+        ("token", "<i4"),
+        ("kind", "<i1"),
+        ("num_drafts", "<i2"),  # K of the plan,
+        ("is_fused", "<i1"),  # and whether drafts came from a fused forward
+        ("version", "<i4"),  # of the weights
+        ("attempt", "<i4"),  # forwards the request had run: a word of every coin of the step
+        ("offset", "<i2"),  # of the token in its step
+        ("draft", "<i4"),  # the token drafted for this position, or -1
+        ("draft_prob", "<f8"),  # of that token under the law it was drawn from,
+        ("target_prob", "<f8"),  # and under the law to commit by
+        ("coin", "<f8"),
+        ("context", "<i4"),  # tokens of the text that the draft rows of this step knew
+        ("slot", "<i2"),  # mask row the draft came from, of so many
+        ("num_masks", "<i2"),
+        ("uniform", "<f8"),  # that drew the token, NaN if it was accepted; likewise:
+        ("mass", "<f8"),  # of the residual, or 1
+        ("low", "<f8"),  # the token's interval of the cumulative law
+        ("high", "<f8"),
+        ("behavior_logprob", "<f8"),
+        ("policy_logprob", "<f8"),
+    ]
+)
+
+
+class AuditedStep(NamedTuple):
+    """One step of an engine; lists and tensors in the order of its batch."""
+
+    requests: Sequence[Request]
+    plan: Plan
+    version: int
+    attempts_B: Tensor
+    num_before: Sequence[int]  # tokens of prompt and completion
+    num_kept: Sequence[int]  # tokens it added
+    origins: Sequence[tuple[int, int, int]]  # context, first slot and masks of the draft rows
+    parts: Sequence[tuple[Draft, Verdict]]  # verifications, each behind the tokens of those before
+    policy_logprobs_BL: Tensor
+
+
+class AuditWriter:
+    """Collects steps and writes them to `folder`, one file per version of the weights or more."""
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        share: float = 1.0,
+        replica_id: int = 0,
+        rows_per_file: int = ROWS_PER_FILE,
+    ) -> None:
+        """`share` of the requests is kept, whole, chosen by a hash of their ids."""
+        if not 0 < share <= 1:
+            raise InvalidInput(f"the share of audited requests must be above 0 and at most 1, got {share}")
+        self.folder = Path(folder)
+        self.share = share
+        self._replica_id = replica_id
+        self._rows_per_file = rows_per_file
+        self._steps: list[AuditedStep] = []
+        self._num_held = 0
+        self._bytes_held = 0
+        self._tables: list[tuple[list[Request], np.ndarray]] = []  # request of each row, and its numbers
+        self._num_rows = 0
+        self._version = 0
+        self._known: set[str] = set()  # requests whose first row has been written
+        self._num_files = 0
+
+    def record(self, step: AuditedStep) -> None:
+        """Keep one step."""
+        if step.version != self._version:
+            self.flush()
+            self._version = step.version
+        self._steps.append(step)
+        self._num_held += sum(step.num_kept)
+        for _, verdict in step.parts:
+            assert verdict.evidence is not None
+            self._bytes_held += verdict.evidence.weights_BV.nbytes
+        if self._num_held >= _ROWS_HELD or self._bytes_held >= _BYTES_HELD:
+            self._convert()
+        if self._num_rows >= self._rows_per_file:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write all rows there are; a file appears whole or not at all."""
+        import pyarrow.parquet
+
+        self._convert()
+        if not self._num_rows:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        table = self._table()
+        while (path := self._next_path()).exists():
+            pass
+        partial = path.with_name(f".{path.name}.partial")
+        pyarrow.parquet.write_table(table, partial, compression="zstd")
+        os.replace(partial, path)
+        self._tables, self._num_rows = [], 0
+
+    def _next_path(self) -> Path:
+        self._num_files += 1
+        name = f"version-{self._version:06d}-replica-{self._replica_id}-{self._num_files:05d}.parquet"
+        return self.folder / name
+
+    def _convert(self) -> None:
+        """Tensors become numbers."""
+        for step in self._steps:
+            is_kept_B = [is_audited(request.request_id, self.share) for request in step.requests]
+            if any(is_kept_B):
+                rows_N, numbers_N = _numbers(step, np.array(is_kept_B))
+                self._tables.append(([step.requests[row] for row in rows_N.tolist()], numbers_N))
+                self._num_rows += len(rows_N)
+        self._steps, self._num_held, self._bytes_held = [], 0, 0
+
+    def _table(self) -> Any:
+        import pyarrow as pa
+
+        requests = [request for names, _ in self._tables for request in names]
+        numbers_N = np.concatenate([numbers for _, numbers in self._tables])
+        names = [request.request_id for request in requests]
+        infos: list[str | None] = []
+        for request in requests:
+            infos.append(None if request.request_id in self._known else request_info(request))
+            self._known.add(request.request_id)
+        columns = {"request": pa.array(names).dictionary_encode()}
+        columns |= {name: pa.array(numbers_N[name]) for name in NUMBERS.names or ()}
+        columns["request_info"] = pa.array(infos, type=pa.string())
+        columns["checksum"] = pa.array(row_checksums(names, numbers_N, infos), type=pa.uint32())
+        return pa.table(columns).replace_schema_metadata({"blockroll_audit": str(SCHEMA_VERSION)})
+
+
+def is_audited(request_id: str, share: float) -> bool:
+    """Whether a request is among the share that is kept."""
+    if share >= 1:
+        return True
+    digest = hashlib.blake2b(request_id.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") < share * 2**64
+
+
+def request_info(request: Request) -> str:
+    """What a row of a request is checked against, as JSON: prompt, seed, sampling."""
+    sampling = request.sampling
+    options = {
+        field.name: getattr(sampling, field.name)
+        for field in dataclasses.fields(sampling)
+        if field.name not in ("law", "logits_processors", "constraint")
+    }
+    return json.dumps(
+        {
+            "prompt_ids": request.prompt_ids,
+            "prefix_ids": request.prefix.token_ids if request.prefix else (),
+            "seed": request.seed,
+            "weight": sampling.law.weight,
+            "sampling": {**options, "logit_bias": list(sampling.logit_bias.items())},
+            # What holds code is named, and not kept.
+            "logits_processors": [type(processor).__name__ for processor in sampling.logits_processors],
+            "constraint": None if sampling.constraint is None else repr(sampling.constraint),
+        }
+    )
+
+
+def row_checksums(names: Iterable[str], numbers_N: np.ndarray, infos: Iterable[str | None]) -> np.ndarray:
+    """CRC-32 of each row: request, numbers, and the request's info where it stands; uint32 (N,)."""
+    data, width = numbers_N.tobytes(), NUMBERS.itemsize
+    return np.array(
+        [
+            zlib.crc32(f"{name}{info or ''}".encode(), zlib.crc32(data[row * width : (row + 1) * width]))
+            for row, (name, info) in enumerate(zip(names, infos, strict=True))
+        ],
+        dtype=np.uint32,
+    )
+
+
+def _numbers(step: AuditedStep, is_kept_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of the batch and numbers of every token that a step committed and kept."""
+    kept_B = np.where(is_kept_B, np.array(step.num_kept), 0)
+    before_B, attempts_B = np.array(step.num_before), step.attempts_B.cpu().numpy()
+    prompt_B = np.array([len(request.prompt_ids) for request in step.requests])
+    origins_B3 = np.array(step.origins)
+    logprobs_BL = step.policy_logprobs_BL.cpu().numpy()
+    rows, tables, first = [], [], 0
+    for draft, verdict in step.parts:
+        evidence = verdict.evidence
+        assert evidence is not None
+        tokens_BL, is_draft_BL = verdict.token_ids_BL.cpu().numpy(), verdict.is_draft_BL.cpu().numpy()
+        committed_B = np.minimum(verdict.num_committed_B.cpu().numpy(), np.maximum(kept_B - first, 0))
+        row_N, index_N = np.nonzero(np.arange(tokens_BL.shape[1]) < committed_B[:, None])
+        numbers_N = np.zeros(len(row_N), dtype=NUMBERS)
+        accepted_N = is_draft_BL[row_N, index_N]
+        drafted_N = index_N < draft.num_drafts_B.cpu().numpy()[row_N]
+        numbers_N["position"] = before_B[row_N] - prompt_B[row_N] + first + index_N
+        numbers_N["token"] = tokens_BL[row_N, index_N]
+        kinds = np.where(drafted_N, RECOVERED, EXTRA if step.plan.num_drafts else PLAIN_TOKEN)
+        numbers_N["kind"] = np.where(accepted_N, ACCEPTED, kinds)
+        numbers_N["num_drafts"], numbers_N["is_fused"] = step.plan.num_drafts, bool(step.plan.levels)
+        numbers_N["version"], numbers_N["attempt"] = step.version, attempts_B[row_N]
+        numbers_N["offset"] = first + index_N
+        for name in ("draft", "context", "slot", "num_masks"):
+            numbers_N[name] = -1
+        for name in ("draft_prob", "target_prob", "coin", "uniform", "mass", "low", "high"):
+            numbers_N[name] = np.nan
+        at_draft = (row_N[drafted_N], index_N[drafted_N])
+        for name, values in (
+            ("draft", draft.token_ids_BK),
+            ("draft_prob", evidence.draft_probs_BK),
+            ("target_prob", evidence.target_probs_BK),
+            ("coin", evidence.uniforms_BL),
+        ):
+            numbers_N[name][drafted_N] = values.cpu().numpy()[at_draft]
+        context_N, slot_N, masks_N = origins_B3[at_draft[0]].T
+        numbers_N["context"][drafted_N] = context_N
+        numbers_N["slot"][drafted_N] = slot_N + first + at_draft[1]
+        numbers_N["num_masks"][drafted_N] = masks_N
+        _add_draws(numbers_N, row_N, ~accepted_N, evidence.weights_BV, evidence.uniforms_BL)
+        numbers_N["behavior_logprob"] = verdict.behavior_logprobs_BL.cpu().numpy()[row_N, index_N]
+        numbers_N["policy_logprob"] = logprobs_BL[row_N, first + index_N]
+        rows.append(row_N)
+        tables.append(numbers_N)
+        first += tokens_BL.shape[1]
+    row_N, numbers_N = np.concatenate(rows), np.concatenate(tables)
+    order = np.argsort(row_N, kind="stable")
+    return row_N[order], numbers_N[order]
+
+
+def _add_draws(
+    numbers_N: np.ndarray, row_N: np.ndarray, drawn_N: np.ndarray, weights_BV: Tensor, uniforms_BL: Tensor
+) -> None:
+    """Uniform, mass and interval of the tokens that were drawn; a request has one of them at most."""
+    if not drawn_N.any():
+        return
+    drawn_rows = row_N[drawn_N]
+    weights_NV = weights_BV.cpu().numpy()[drawn_rows]
+    tokens = numbers_N["token"][drawn_N]
+    cumulative_NV = weights_NV.cumsum(axis=1)
+    rows = np.arange(len(tokens))
+    mass, high = cumulative_NV[:, -1], cumulative_NV[rows, tokens]
+    low = np.where(tokens > 0, cumulative_NV[rows, np.maximum(tokens - 1, 0)], 0.0)
+    numbers_N["uniform"][drawn_N] = uniforms_BL[:, -1].cpu().numpy()[drawn_rows]
+    numbers_N["mass"][drawn_N] = mass
+    numbers_N["low"][drawn_N], numbers_N["high"][drawn_N] = low / mass, high / mass
+
+
+class AuditFile(NamedTuple):
+    """Rows of one file."""
+
+    path: Path
+    requests: list[str]
+    infos: list[str | None]
+    numbers_N: np.ndarray
+    checksums_N: np.ndarray
+
+
+def audit_files(folder: Path) -> list[Path]:
+    """Files of an audit in the order they were written; InvalidInput if there are none."""
+    paths = sorted(folder.glob("*.parquet"))
+    if not paths:
+        raise InvalidInput(
+            f"no audit in {folder}: set rollout.audit to 'share' or 'all' for the next run, and give the "
+            "folder of a run or the audit folder itself"
+        )
+    return paths
+
+
+def read_audit(path: Path) -> AuditFile:
+    """One file; InvalidInput if it is no audit or one of another schema."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.parquet.read_table(path)
+    except (pyarrow.ArrowInvalid, OSError) as error:
+        raise InvalidInput(f"{path} cannot be read as an audit file: {error}") from error
+    version = (table.schema.metadata or {}).get(b"blockroll_audit")
+    if version != str(SCHEMA_VERSION).encode():
+        raise InvalidInput(
+            f"{path} has audit schema {version and version.decode()}, this version reads {SCHEMA_VERSION}"
+        )
+    numbers_N = np.zeros(len(table), dtype=NUMBERS)
+    for name in NUMBERS.names or ():
+        numbers_N[name] = table[name].to_numpy()
+    return AuditFile(
+        path,
+        table["request"].to_pylist(),
+        table["request_info"].to_pylist(),
+        numbers_N,
+        table["checksum"].to_numpy(),
+    )
+
+
+def drop_audit(folder: Path, version: int) -> None:
+    """Delete the rows of this version and later ones: a run that resumes draws them again."""
+    for path in folder.glob("version-*.parquet"):
+        if int(path.name.split("-")[1]) >= version:
+            path.unlink()
+
+
+def as_json(info: str) -> dict[str, Any]:
+    """What `request_info` wrote."""
+    loaded: dict[str, Any] = json.loads(info)
+    return loaded
