@@ -1,20 +1,31 @@
 """The long experiments of part 3, each writing its rows to benchmarks/results/.
 
     python -m benchmarks.evidence_part3                    everything that has no rows yet
-    python -m benchmarks.evidence_part3 constraints ...    these experiments, again
+    python -m benchmarks.evidence_part3 audit ...          these experiments, again
 
 `constraints` needs SmolLM2 as examples/smollm2.py leaves it in runs/smollm2, and is left out without it.
 The tests run a short form of each.
 """
 
 import sys
+import tempfile
+import time
 from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
 
 from benchmarks.constrained import constrained
-from benchmarks.evidence_part1 import Row, write_rows
+from benchmarks.evidence_part1 import Row, prompts, requests, write_rows
 from benchmarks.evidence_part2 import SMOLLM2
 from blockroll.policies.hf import HFPolicy
-from blockroll.types import PLAIN, Plan
+from blockroll.rollout.audit import AuditWriter, audit_files
+from blockroll.rollout.audit_check import check_audit
+from blockroll.rollout.engine import Engine
+from blockroll.types import PLAIN, Plan, Sampling
+
+K = 8
 
 
 def constraints() -> list[Row]:
@@ -25,9 +36,63 @@ def constraints() -> list[Row]:
     return [{"policy": "SmolLM2-135M-Instruct", **row} for row in constrained(policy, plans, count=500)]
 
 
+def audit(*, batches: tuple[int, ...] = (1, 16, 64), repeats: int = 15, rollouts: int = 64) -> list[Row]:
+    """Time of the shipped policy's rollouts with every token audited over the time without, one thread.
+
+    Pairs of runs in turn, the first of a pair alternating; what was written is checked at both levels.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return [_audit_cost(plan, batch, repeats, rollouts) for plan in (PLAIN, Plan(K)) for batch in batches]
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _audit_cost(plan: Plan, batch: int, repeats: int, rollouts: int) -> Row:
+    policy = HFPolicy.from_pretrained("tiny")
+    texts = prompts(policy, max(rollouts, 2 * batch), seed=7)
+    with tempfile.TemporaryDirectory() as folder:
+        writer = AuditWriter(folder)
+
+        def seconds(seed: int, audit: AuditWriter | None) -> float:
+            engine = Engine(policy, plan=plan, max_batch_size=batch, max_length=128, audit=audit)
+            engine.submit(requests(texts, Sampling(max_tokens=64), seed=seed))
+            start = time.perf_counter()
+            while engine.num_requests:
+                engine.step()
+            return time.perf_counter() - start
+
+        seconds(0, None), seconds(0, writer)
+        ratios = []
+        for repeat in range(1, repeats + 1):
+            # Ids of requests do not hold the seed: each run has a folder of its own.
+            fresh = AuditWriter(Path(folder) / str(repeat))
+            order = (None, fresh) if repeat % 2 else (fresh, None)
+            taken = {audit is not None: seconds(repeat, audit) for audit in order}
+            ratios.append(taken[True] / taken[False])
+        paths = audit_files(Path(folder) / "1")
+        report = check_audit(paths, policy_of=lambda version: policy)
+        assert report.passed, report.problem
+        size = sum(path.stat().st_size for path in paths)
+    return {
+        "plan": plan.name,
+        "batch": batch,
+        "repeats": repeats,
+        "rollouts": len(texts),
+        "threads": 1,
+        "time_ratio": float(np.median(ratios)),
+        "time_ratio_low": float(np.quantile(ratios, 0.25)),
+        "time_ratio_high": float(np.quantile(ratios, 0.75)),
+        "time_ratio_all": ratios,
+        "bytes_per_token": size / report.num_rows,
+        "largest_difference": report.largest_difference,
+    }
+
+
 def experiments() -> dict[str, Callable[[], list[Row]]]:
     """Every experiment by the name of its result file."""
-    found = {}
+    found = {"audit": audit}
     if (SMOLLM2 / "adapter").is_dir():
         found["constraints"] = constraints
     else:

@@ -1,7 +1,7 @@
 """Reading and checking what a run recorded of every token: audit show, check, stats."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -28,16 +28,20 @@ def show(
 ) -> None:
     """One rollout, token by token: what was drafted, accepted, recovered, and why."""
     from blockroll.rollout.audit import KINDS, audit_files, read_audit
+    from blockroll.rollout.audit_check import rows_by_request
 
-    wanted, shown = request, []
+    shown, wanted = [], None
     for path in audit_files(_folder(run)):
         file = read_audit(path)
-        wanted = wanted or file.requests[0]
-        shown += [row for name, row in zip(file.requests, file.numbers_N, strict=True) if name == wanted]
-    if not shown:
-        raise InvalidInput(f"no request {wanted!r} in {_folder(run)}; `audit stats` counts what there is")
+        for key, indices in rows_by_request(file).items():
+            if wanted is None and request in (None, key[0]):
+                wanted = key
+            if key == wanted:
+                shown += [file.numbers_N[index] for index in indices]
+    if wanted is None:
+        raise InvalidInput(f"no request {request!r} in {_folder(run)}; `audit stats` counts what there is")
     decode = _decoder(run)
-    table = Table(title=f"request {wanted}", title_justify="left")
+    table = Table(title=f"request {wanted[0]}", title_justify="left")
     for column in (
         "",
         "token",
@@ -61,7 +65,9 @@ def show(
             f"{row['behavior_logprob']:.3f}",
             str(row["version"]),
         )
-    Console(width=None).print(table)
+    console = Console()
+    # A pipe has no width of its own; in a narrow terminal only figures may be cut.
+    (console if console.is_terminal else Console(width=160)).print(table)
 
 
 @audit.command()
@@ -108,14 +114,14 @@ def check(
         if report.problem is None:
             console.print("Level 1: every decision follows from the file.", style="green")
             if report.recomputed:
-                versions = ", ".join(map(str, report.recomputed))
+                versions = _ranges(sorted(report.recomputed))
                 console.print(
                     f"Level 2: the laws are those of the policy, versions {versions}; probabilities differ "
                     f"by at most {report.largest_difference:.1e}.",
                     style="green",
                 )
         if report.without_policy:
-            missing = ", ".join(map(str, report.without_policy))
+            missing = _ranges(report.without_policy)
             console.print(
                 f"No checkpoint is left of versions {missing}: checked at level 1 only.", style="yellow"
             )
@@ -179,9 +185,13 @@ def _policies(run: Path, given: Path | None) -> "Callable[[int], HFPolicy | None
         adapter = None if config is None else config.adapter
         if version == 0:
             source = given or (None if config is None else config.path)
-            return None if source is None else HFPolicy.from_pretrained(source, adapter=adapter)
-        folder = run / "checkpoints" / f"step_{version:06d}"
-        return HFPolicy.from_pretrained(folder, adapter=adapter) if folder.is_dir() else None
+        else:
+            folder = run / "checkpoints" / f"step_{version:06d}"
+            source = folder if folder.is_dir() else None
+        if source is None:
+            return None
+        dtype = "float32" if config is None else config.dtype
+        return HFPolicy.from_pretrained(source, adapter=adapter, dtype=dtype)
 
     return policy_of
 
@@ -200,3 +210,14 @@ def _decoder(run: Path) -> Callable[[int], str]:
 
 def _figure(value: float | None) -> str:
     return "" if value is None or value != value else f"{value:.4g}"
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """Rising numbers as people write them: 0, 3 to 5."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ", ".join(str(low) if low == high else f"{low} to {high}" for low, high in runs)

@@ -119,7 +119,8 @@ def _run_to_the_end(
         if pool is None:
             audit_dir = config.rollout.audit_dir or str(run_dir.resolve() / "audit")
             rollout = dataclasses.replace(config.rollout, audit_dir=audit_dir)
-            drop_audit(Path(audit_dir), 0 if state is None else int(state["step"]))
+            if state is not None:
+                drop_audit(Path(audit_dir), int(state["step"]))
             pool = make_pool(dataclasses.replace(config.policy, path=source), rollout)
             stack.callback(pool.close)
 

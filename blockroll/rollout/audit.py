@@ -16,6 +16,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import uuid
 import zlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -37,6 +38,7 @@ _BYTES_HELD = 1 << 26  # of vocabulary-wide tensors
 # Everything a row holds but its request, in this order: what its checksum is taken of.
 NUMBERS = np.dtype(
     [
+        ("serial", "<i8"),  # of the request at its writer: ids may be served again
         ("position", "<i4"),  # of the token in its completion
         ("token", "<i4"),
         ("kind", "<i1"),
@@ -94,13 +96,16 @@ class AuditWriter:
         self.share = share
         self._replica_id = replica_id
         self._rows_per_file = rows_per_file
-        self._steps: list[AuditedStep] = []
+        self._steps: list[tuple[AuditedStep, list[int]]] = []
         self._num_held = 0
         self._bytes_held = 0
         self._tables: list[tuple[list[Request], np.ndarray]] = []  # request of each row, and its numbers
         self._num_rows = 0
         self._version = 0
-        self._known: set[str] = set()  # requests whose first row has been written
+        self._session = uuid.uuid4().hex[:12]
+        self._serials: dict[str, int] = {}  # of requests being served
+        self._num_requests = 0
+        self._described: set[int] = set()  # serials whose info is in a file
         self._num_files = 0
 
     def record(self, step: AuditedStep) -> None:
@@ -108,7 +113,8 @@ class AuditWriter:
         if step.version != self._version:
             self.flush()
             self._version = step.version
-        self._steps.append(step)
+        serials = [self._serial(*each) for each in zip(step.requests, step.num_before, strict=True)]
+        self._steps.append((step, serials))
         self._num_held += sum(step.num_kept)
         for _, verdict in step.parts:
             assert verdict.evidence is not None
@@ -118,11 +124,21 @@ class AuditWriter:
         if self._num_rows >= self._rows_per_file:
             self.flush()
 
-    def flush(self) -> None:
-        """Write all rows there are; a file appears whole or not at all."""
+    def _serial(self, request: Request, num_tokens: int) -> int:
+        """A new number when nothing of the request has been committed yet."""
+        prefix = request.prefix.token_ids if request.prefix else ()
+        if num_tokens == len(request.prompt_ids) + len(prefix) or request.request_id not in self._serials:
+            self._num_requests += 1
+            self._serials[request.request_id] = self._num_requests
+        return self._serials[request.request_id]
+
+    def flush(self, *, is_idle: bool = False) -> None:
+        """Write all rows there are; a file appears whole or not at all. Idle: no request goes on."""
         import pyarrow.parquet
 
         self._convert()
+        if is_idle:
+            self._serials.clear()
         if not self._num_rows:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -141,10 +157,10 @@ class AuditWriter:
 
     def _convert(self) -> None:
         """Tensors become numbers."""
-        for step in self._steps:
+        for step, serials in self._steps:
             is_kept_B = [is_audited(request.request_id, self.share) for request in step.requests]
             if any(is_kept_B):
-                rows_N, numbers_N = _numbers(step, np.array(is_kept_B))
+                rows_N, numbers_N = _numbers(step, np.array(is_kept_B), np.array(serials))
                 self._tables.append(([step.requests[row] for row in rows_N.tolist()], numbers_N))
                 self._num_rows += len(rows_N)
         self._steps, self._num_held, self._bytes_held = [], 0, 0
@@ -156,14 +172,17 @@ class AuditWriter:
         numbers_N = np.concatenate([numbers for _, numbers in self._tables])
         names = [request.request_id for request in requests]
         infos: list[str | None] = []
-        for request in requests:
-            infos.append(None if request.request_id in self._known else request_info(request))
-            self._known.add(request.request_id)
+        fresh = {int(serial) for serial in np.unique(numbers_N["serial"]) if serial not in self._described}
+        self._described |= fresh
+        for request, serial in zip(requests, numbers_N["serial"].tolist(), strict=True):
+            infos.append(request_info(request) if serial in fresh else None)
+            fresh.discard(serial)
         columns = {"request": pa.array(names).dictionary_encode()}
         columns |= {name: pa.array(numbers_N[name]) for name in NUMBERS.names or ()}
         columns["request_info"] = pa.array(infos, type=pa.string())
         columns["checksum"] = pa.array(row_checksums(names, numbers_N, infos), type=pa.uint32())
-        return pa.table(columns).replace_schema_metadata({"blockroll_audit": str(SCHEMA_VERSION)})
+        metadata = {"blockroll_audit": str(SCHEMA_VERSION), "session": self._session}
+        return pa.table(columns).replace_schema_metadata(metadata)
 
 
 def is_audited(request_id: str, share: float) -> bool:
@@ -208,7 +227,9 @@ def row_checksums(names: Iterable[str], numbers_N: np.ndarray, infos: Iterable[s
     )
 
 
-def _numbers(step: AuditedStep, is_kept_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _numbers(
+    step: AuditedStep, is_kept_B: np.ndarray, serials_B: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """Rows of the batch and numbers of every token that a step committed and kept."""
     kept_B = np.where(is_kept_B, np.array(step.num_kept), 0)
     before_B, attempts_B = np.array(step.num_before), step.attempts_B.cpu().numpy()
@@ -225,6 +246,7 @@ def _numbers(step: AuditedStep, is_kept_B: np.ndarray) -> tuple[np.ndarray, np.n
         numbers_N = np.zeros(len(row_N), dtype=NUMBERS)
         accepted_N = is_draft_BL[row_N, index_N]
         drafted_N = index_N < draft.num_drafts_B.cpu().numpy()[row_N]
+        numbers_N["serial"] = serials_B[row_N]
         numbers_N["position"] = before_B[row_N] - prompt_B[row_N] + first + index_N
         numbers_N["token"] = tokens_BL[row_N, index_N]
         kinds = np.where(drafted_N, RECOVERED, EXTRA if step.plan.num_drafts else PLAIN_TOKEN)
@@ -281,6 +303,7 @@ class AuditFile(NamedTuple):
     """Rows of one file."""
 
     path: Path
+    session: str  # of the writer: with it a serial is unique
     requests: list[str]
     infos: list[str | None]
     numbers_N: np.ndarray
@@ -307,7 +330,8 @@ def read_audit(path: Path) -> AuditFile:
         table = pyarrow.parquet.read_table(path)
     except (pyarrow.ArrowInvalid, OSError) as error:
         raise InvalidInput(f"{path} cannot be read as an audit file: {error}") from error
-    version = (table.schema.metadata or {}).get(b"blockroll_audit")
+    metadata = table.schema.metadata or {}
+    version = metadata.get(b"blockroll_audit")
     if version != str(SCHEMA_VERSION).encode():
         raise InvalidInput(
             f"{path} has audit schema {version and version.decode()}, this version reads {SCHEMA_VERSION}"
@@ -317,6 +341,7 @@ def read_audit(path: Path) -> AuditFile:
         numbers_N[name] = table[name].to_numpy()
     return AuditFile(
         path,
+        metadata.get(b"session", b"").decode(),
         table["request"].to_pylist(),
         table["request_info"].to_pylist(),
         numbers_N,
@@ -325,9 +350,9 @@ def read_audit(path: Path) -> AuditFile:
 
 
 def drop_audit(folder: Path, version: int) -> None:
-    """Delete the rows of this version and later ones: a run that resumes draws them again."""
+    """Delete rows of later versions than this one: a run that resumes from it makes those versions again."""
     for path in folder.glob("version-*.parquet"):
-        if int(path.name.split("-")[1]) >= version:
+        if int(path.name.split("-")[1]) > version:
             path.unlink()
 
 

@@ -111,6 +111,7 @@ class _Request:
         return Sampling(**options, law=Law(self.info["weight"]))
 
 
+_Key = tuple[str, str, int]  # request id, session of the writer, serial
 PolicyOf = Callable[[int], HFPolicy | None]
 
 
@@ -127,8 +128,8 @@ def check_audit(
     """
     report = AuditReport(num_files=len(paths))
     report.unfinished = sorted(path.name for path in paths[0].parent.glob(".*.partial"))
-    requests: dict[str, list[tuple[np.ndarray, list[_Row]]]] = defaultdict(list)
-    infos: dict[str, dict[str, Any]] = {}
+    requests: dict[_Key, list[tuple[np.ndarray, list[_Row]]]] = defaultdict(list)
+    infos: dict[_Key, dict[str, Any]] = {}
     for path in paths:
         file = read_audit(path)
         report.num_rows += len(file.numbers_N)
@@ -136,14 +137,15 @@ def check_audit(
         report.problem = _check_checksums(file)
         if report.problem is not None:
             return report
-        for name, info in zip(file.requests, file.infos, strict=True):
-            if info is not None:
-                infos[name] = as_json(info)
-        for name, indices in _by_request(file.requests).items():
+        for key, indices in rows_by_request(file).items():
             rows = [_Row(path.name, index) for index in indices]
-            requests[name].append((file.numbers_N[indices], rows))
+            requests[key].append((file.numbers_N[indices], rows))
+            for index in indices:
+                info = file.infos[index]
+                if info is not None:
+                    infos[key] = as_json(info)
     report.num_requests = len(requests)
-    whole = [_joined(name, parts, infos.get(name)) for name, parts in requests.items()]
+    whole = [_joined(key[0], parts, infos.get(key)) for key, parts in requests.items()]
     report.problem = next((found for found in map(_check_request, whole) if found is not None), None)
     if report.problem is None:
         report.problem = _check_coins_serve_once(whole)
@@ -152,10 +154,12 @@ def check_audit(
     return report
 
 
-def _by_request(names: Sequence[str]) -> dict[str, list[int]]:
-    indices: dict[str, list[int]] = defaultdict(list)
-    for index, name in enumerate(names):
-        indices[name].append(index)
+def rows_by_request(file: AuditFile) -> dict[_Key, list[int]]:
+    """Indices of the rows of each request; one that was served twice is two."""
+    indices: dict[_Key, list[int]] = defaultdict(list)
+    serials = file.numbers_N["serial"].tolist()
+    for index, (name, serial) in enumerate(zip(file.requests, serials, strict=True)):
+        indices[name, file.session, serial].append(index)
     return indices
 
 
@@ -292,16 +296,18 @@ def _coins(request: _Request) -> tuple[int, str] | None:
 
 
 def _check_coins_serve_once(requests: Iterable[_Request]) -> Problem | None:
-    used: dict[float, str] = {}
+    """A coin of one seed serves no other, and no two tokens of a request; what is drawn again has its own."""
+    seeds: dict[float, int] = {}
     for request in requests:
+        seed, used = int(request.info["seed"]), set[float]()
         for index, row in enumerate(request.numbers):
             for name in ("coin", "uniform"):
                 value = float(row[name])
                 if math.isnan(value):
                     continue
-                if value in used:
-                    return _problem(request, index, f"its {name} has served before, for {used[value]}")
-                used[value] = f"request {request.name!r}, position {int(row['position'])}"
+                if value in used or seeds.setdefault(value, seed) != seed:
+                    return _problem(request, index, f"its {name} has served before")
+                used.add(value)
     return None
 
 
@@ -511,6 +517,7 @@ def _laws_again(
         ("target_prob", rows["target_prob"], np.where(drafted, target_BV[place, drafts], nothing)),
         ("draft_prob", rows["draft_prob"], np.where(drafted, draft_probs_BV[place, drafts], nothing)),
         ("mass", rows["mass"], np.where(drawn, mass, nothing)),
+        ("low", rows["low"] * rows["mass"], np.where(drawn, high - weights_BV[place, tokens], nothing)),
         ("high", rows["high"] * rows["mass"], np.where(drawn, high, nothing)),
     ]
 

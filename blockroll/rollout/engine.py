@@ -284,7 +284,7 @@ class Engine:
                 )
             )
             if not self._requests:
-                self.audit.flush()
+                self.audit.flush(is_idle=True)
         if verified.states_BPLW is not None:
             self._keep_proposals(batch, verified.states_BPLW, verdict.num_accepted_B)
         return result

@@ -93,8 +93,9 @@ def test_plans_may_change_at_every_step(policy, tmp_path):
 def test_what_holds_code_is_recomputed_as_far_as_the_file_tells(tmp_path):
     policy = HFPolicy.from_pretrained("tiny")
     sampling = Sampling(constraint=Regex("[0-9]{3,6}"), max_tokens=20)
-    _, paths = audited(policy, tmp_path, Plan(4), sampling, count=3)
-    report = check_audit(paths, policy_of=lambda version: policy)
+    writer = AuditWriter(tmp_path)
+    run(policy, make_requests([(7, 8)] * 3, sampling), Plan(4), audit=writer)
+    report = check_audit(audit_files(tmp_path), policy_of=lambda version: policy)
     assert report.problem is None, report.problem
     assert report.num_unknown_laws == report.num_rows
 
@@ -110,12 +111,14 @@ def change(path, column, index, value, *, with_checksum):
     columns |= {name: pa.array(file.numbers_N[name]) for name in NUMBERS.names}
     columns["request_info"] = pa.array(file.infos, type=pa.string())
     columns["checksum"] = pa.array(checksums, type=pa.uint32())
-    pq.write_table(pa.table(columns).replace_schema_metadata({"blockroll_audit": "1"}), path)
+    pq.write_table(
+        pa.table(columns).replace_schema_metadata({"blockroll_audit": "1", "session": file.session}), path
+    )
 
 
 CHANGES = {
     "target_prob": lambda value: value * 0.9,
-    "draft_prob": lambda value: value * 0.9,
+    "draft_prob": lambda value: value * 0.6,
     "behavior_logprob": lambda value: value - 0.05,
     "policy_logprob": lambda value: value - 0.05,
     "coin": lambda value: value / 2,
@@ -125,7 +128,7 @@ CHANGES = {
     "version": lambda value: value + 1,
     "attempt": lambda value: value + 1,
     "position": lambda value: value + 1,
-    "low": lambda value: value - 0.01,
+    "low": lambda value: value - 0.1,
     "mass": lambda value: value * 0.9,
 }
 
@@ -196,6 +199,17 @@ def test_files_rotate_and_are_checked_together(policy, tmp_path):
     assert report.num_rows == sum(len(rollout.token_ids) for rollout in rollouts.values())
 
 
+def test_a_request_that_is_served_again_is_another(policy, tmp_path):
+    """Evaluations ask for the same requests again and again, with the same coins."""
+    writer = AuditWriter(tmp_path)
+    for version in (0, 1):
+        requests = make_requests(prompts(4), SAMPLINGS["target"])
+        run(policy, requests, Plan(4), audit=writer, policy_version=version)
+    report = check_audit(audit_files(tmp_path), policy_of=lambda version: policy)
+    assert report.problem is None, report.problem
+    assert report.num_requests == 8
+
+
 def test_rows_of_two_versions_never_share_a_file(policy, tmp_path, monkeypatch):
     monkeypatch.setattr(audit_module, "_ROWS_HELD", 10)
     from blockroll.rollout.engine import Engine
@@ -213,7 +227,7 @@ def test_rows_of_two_versions_never_share_a_file(policy, tmp_path, monkeypatch):
     assert all(len(set(file.numbers_N["version"])) == 1 for file in files)
     assert {int(file.numbers_N["version"][0]) for file in files} == {0, 3}
     assert check_audit(audit_files(tmp_path), policy_of=lambda version: policy).passed
-    audit_module.drop_audit(tmp_path, 3)
+    audit_module.drop_audit(tmp_path, 2)
     assert {int(read_audit(path).numbers_N["version"][0]) for path in audit_files(tmp_path)} == {0}
 
 
@@ -272,7 +286,7 @@ def test_check_passes_on_a_run_at_both_levels_and_says_what_it_did(finished_run)
     result = blockroll("audit", "check", finished_run.run_dir)
     assert result.exit_code == 0, result.output
     assert "Level 1: every decision follows from the file." in result.stdout
-    assert "Level 2: the laws are those of the policy, versions 0, 1, 2" in result.stdout
+    assert "Level 2: the laws are those of the policy, versions 0 to 2" in result.stdout
     found = json.loads(blockroll("audit", "check", finished_run.run_dir, "--json").stdout)
     assert found["passed"]
     assert set(found["recomputed_by_version"]) == {"0", "1", "2"}

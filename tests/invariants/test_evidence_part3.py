@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from benchmarks import evidence_part3 as evidence
 from benchmarks.constrained import constrained, is_valid
 from blockroll.policies.hf import HFPolicy
 from blockroll.types import Plan
@@ -40,3 +41,10 @@ def test_an_output_that_its_length_cuts_off_counts_as_invalid():
 )
 def test_validity_is_decided_without_the_library_that_enforces_it(kind, text, verdict):
     assert is_valid(kind, text) == verdict
+
+
+def test_the_audit_has_a_row_of_its_cost_per_plan_and_batch():
+    rows = evidence.audit(batches=(2,), repeats=1, rollouts=3)
+    assert [(row["plan"], row["batch"]) for row in rows] == [("plain", 2), ("two_forward(8)", 2)]
+    assert all(row["time_ratio"] > 0 and row["bytes_per_token"] > 10 for row in rows)
+    json.dumps(rows)
