@@ -14,19 +14,21 @@ Shapes: B requests, K drafted tokens, L target positions, V vocabulary, N rows.
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 import uuid
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from blockroll.errors import InvalidInput
-from blockroll.types import Draft, Plan, Request, Verdict
+from blockroll.types import Draft, Plan, Request, Sampling, Verdict
 
 SCHEMA_VERSION = 1
 KINDS = ("accepted", "recovered", "extra", "plain")  # by their codes
@@ -61,6 +63,13 @@ NUMBERS = np.dtype(
         ("behavior_logprob", "<f8"),
         ("policy_logprob", "<f8"),
     ]
+)
+
+
+_OPTIONS = tuple(
+    field.name
+    for field in dataclasses.fields(Sampling)
+    if field.name not in ("law", "logits_processors", "constraint")
 )
 
 
@@ -156,8 +165,8 @@ class AuditWriter:
         return self.folder / name
 
     def _convert(self) -> None:
-        """Tensors become numbers."""
-        for step, serials in self._steps:
+        """Tensors become numbers, all steps of one plan at once."""
+        for step, serials in _merged(self._steps):
             is_kept_B = [is_audited(request.request_id, self.share) for request in step.requests]
             if any(is_kept_B):
                 rows_N, numbers_N = _numbers(step, np.array(is_kept_B), np.array(serials))
@@ -196,11 +205,7 @@ def is_audited(request_id: str, share: float) -> bool:
 def request_info(request: Request) -> str:
     """What a row of a request is checked against, as JSON: prompt, seed, sampling."""
     sampling = request.sampling
-    options = {
-        field.name: getattr(sampling, field.name)
-        for field in dataclasses.fields(sampling)
-        if field.name not in ("law", "logits_processors", "constraint")
-    }
+    options = {name: getattr(sampling, name) for name in _OPTIONS}
     return json.dumps(
         {
             "prompt_ids": request.prompt_ids,
@@ -215,16 +220,47 @@ def request_info(request: Request) -> str:
     )
 
 
-def row_checksums(names: Iterable[str], numbers_N: np.ndarray, infos: Iterable[str | None]) -> np.ndarray:
-    """CRC-32 of each row: request, numbers, and the request's info where it stands; uint32 (N,)."""
-    data, width = numbers_N.tobytes(), NUMBERS.itemsize
+def row_checksums(names: Sequence[str], numbers_N: np.ndarray, infos: Sequence[str | None]) -> np.ndarray:
+    """CRC-32 of each row: request, its info where it stands, and the numbers; uint32 (N,)."""
+    data, width, crc32 = memoryview(numbers_N.tobytes()), NUMBERS.itemsize, zlib.crc32
+    starts = {name: crc32(name.encode()) for name in set(names)}
     return np.array(
         [
-            zlib.crc32(f"{name}{info or ''}".encode(), zlib.crc32(data[row * width : (row + 1) * width]))
-            for row, (name, info) in enumerate(zip(names, infos, strict=True))
+            crc32(data[first : first + width], crc32(info.encode(), starts[name]) if info else starts[name])
+            for name, info, first in zip(names, infos, range(0, len(data), width), strict=True)
         ],
         dtype=np.uint32,
     )
+
+
+def _merged(steps: Sequence[tuple[AuditedStep, list[int]]]) -> Iterator[tuple[AuditedStep, list[int]]]:
+    """Runs of steps under one plan, each as one step of a larger batch."""
+    for _, group in itertools.groupby(steps, key=lambda pair: pair[0].plan):
+        run = list(group)
+        members = [step for step, _ in run]
+        parts = [
+            (_cat([draft for draft, _ in part]), _cat([verdict for _, verdict in part]))
+            for part in zip(*(step.parts for step in members), strict=True)
+        ]
+        merged = members[0]._replace(
+            requests=[request for step in members for request in step.requests],
+            attempts_B=torch.cat([step.attempts_B for step in members]),
+            num_before=[number for step in members for number in step.num_before],
+            num_kept=[number for step in members for number in step.num_kept],
+            origins=[origin for step in members for origin in step.origins],
+            parts=parts,
+            policy_logprobs_BL=torch.cat([step.policy_logprobs_BL for step in members]),
+        )
+        yield merged, [serial for _, serials in run for serial in serials]
+
+
+def _cat(records: Sequence[Any]) -> Any:
+    """Dataclasses of tensors, batch behind batch."""
+    fields = {}
+    for field in dataclasses.fields(records[0]):
+        values = [getattr(record, field.name) for record in records]
+        fields[field.name] = torch.cat(values) if isinstance(values[0], Tensor) else _cat(values)
+    return type(records[0])(**fields)
 
 
 def _numbers(
@@ -288,9 +324,8 @@ def _add_draws(
     if not drawn_N.any():
         return
     drawn_rows = row_N[drawn_N]
-    weights_NV = weights_BV.cpu().numpy()[drawn_rows]
     tokens = numbers_N["token"][drawn_N]
-    cumulative_NV = weights_NV.cumsum(axis=1)
+    cumulative_NV = weights_BV[torch.from_numpy(drawn_rows).to(weights_BV.device)].cumsum(dim=1).cpu().numpy()
     rows = np.arange(len(tokens))
     mass, high = cumulative_NV[:, -1], cumulative_NV[rows, tokens]
     low = np.where(tokens > 0, cumulative_NV[rows, np.maximum(tokens - 1, 0)], 0.0)
