@@ -7,6 +7,7 @@
 The tests run a short form of each.
 """
 
+import copy
 import sys
 import tempfile
 import time
@@ -19,7 +20,9 @@ import torch
 from benchmarks.constrained import constrained
 from benchmarks.evidence_part1 import Row, prompts, requests, write_rows
 from benchmarks.evidence_part2 import SMOLLM2
+from blockroll.config import DraftConfig
 from blockroll.policies.hf import HFPolicy
+from blockroll.rl_loops.draft_trainer import DraftTrainer
 from blockroll.rollout.audit import AuditWriter, audit_files
 from blockroll.rollout.audit_check import check_audit
 from blockroll.rollout.engine import Engine
@@ -28,12 +31,32 @@ from blockroll.types import PLAIN, Plan, Sampling
 K = 8
 
 
-def constraints() -> list[Row]:
-    """Valid outputs of SmolLM2, of 500 for each plan and each kind of constraint."""
-    policy = HFPolicy.from_pretrained(SMOLLM2 / "policy", adapter=SMOLLM2 / "adapter")
-    num_drafts = policy.trained_drafts
-    plans = [PLAIN, Plan(num_drafts), Plan(num_drafts, (0,)), Plan(num_drafts, (0, num_drafts))]
-    return [{"policy": "SmolLM2-135M-Instruct", **row} for row in constrained(policy, plans, count=500)]
+def constraints(*, count: int = 500, real: int = 32) -> list[Row]:
+    """Valid outputs with SmolLM2's tokenizer, for each plan and each kind of constraint.
+
+    Many of a small model with random weights, to which every constraint is a surprise, and a few of SmolLM2,
+    whose drafts are often accepted.
+    """
+    smollm2 = HFPolicy.from_pretrained(SMOLLM2 / "policy", adapter=SMOLLM2 / "adapter")
+    plans = [PLAIN, Plan(4), Plan(4, (0,)), Plan(4, (0, 4))]
+    subjects = (("random weights", random_speaker(smollm2), count), ("SmolLM2-135M-Instruct", smollm2, real))
+    return [
+        {"policy": name, **row}
+        for name, policy, number in subjects
+        for row in constrained(policy, plans, count=number)
+    ]
+
+
+def random_speaker(policy: HFPolicy) -> HFPolicy:
+    """A two-layer model of the same vocabulary and tokenizer, with an adapter that has learned nothing."""
+    torch.manual_seed(0)
+    config = copy.deepcopy(policy.model.config)
+    config.update({"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2})
+    config.update({"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16})
+    speaker = HFPolicy(type(policy.model)(config).eval(), policy.tokenizer)
+    DraftTrainer(speaker, DraftConfig(block_sizes=(4,)))
+    speaker.describe_drafts((4,), ("two_forward", "fused"))
+    return speaker
 
 
 def audit(*, batches: tuple[int, ...] = (1, 16, 64), repeats: int = 15, rollouts: int = 64) -> list[Row]:

@@ -219,26 +219,27 @@ def constraints_finding() -> str:
     plans = {row["plan"] for row in rows}
     return (
         f"- **Constraints hold in every plan.** {sum(row['valid'] for row in rows):,} of "
-        f"{sum(row['outputs'] for row in rows):,} outputs of SmolLM2 match their regular expression or JSON "
-        f"schema, over {len(plans)} plans."
+        f"{sum(row['outputs'] for row in rows):,} outputs match their regular expression or JSON "
+        f"schema, with SmolLM2's tokenizer, over {len(plans)} plans."
     )
 
 
 def constraints_table() -> str:
     """Valid outputs by plan and kind."""
     lines = [
-        "| constraint | plan | valid | distinct | tokens | drafts accepted |",
-        "| --- | --- | ---: | ---: | ---: | ---: |",
+        "| model | constraint | plan | valid | distinct | tokens | drafts accepted |",
+        "| --- | --- | --- | ---: | ---: | ---: | ---: |",
     ]
     for row in read("part3_constraints"):
         accepted = "" if row["acceptance_rate"] is None else f"{row['acceptance_rate']:.2f}"
         lines.append(
-            f"| {row['constraint']} | {row['plan'].replace(',[', ', [')} "
+            f"| {row['policy']} | {row['constraint']} | {row['plan'].replace(',[', ', [')} "
             f"| {row['valid']} of {row['outputs']} | {row['distinct']} | {row['tokens']:,} | {accepted} |"
         )
     caption = (
-        "SmolLM2-135M-Instruct with its own tokenizer, temperature 1. An output counts if it is valid as a "
-        "whole, judged without the library that enforced it; one that its length cut off does not."
+        "SmolLM2's tokenizer, temperature 1; two layers of random weights, and SmolLM2-135M-Instruct itself. "
+        "An output counts if it is valid as a whole, judged without the library that enforced it; one that "
+        "its length cut off does not."
     )
     return "\n".join((*lines, "", caption))
 
