@@ -49,10 +49,9 @@ def test_the_rows_show_what_part_two_promises():
     assert set(auto) == {1, 4, 16, 64}
     assert all(row["repeats"] >= 5 and row["speedup_over_plain"] >= 0.95 for row in auto.values())
     assert auto[1]["speedup_over_plain"] >= 2
-    if readme.has_rows("part2_equality"):
-        equality = readme.read("part2_equality")
-        assert sum("differing_rollouts_all_at_ties" in row for row in equality) == 4
-        assert all(row["p_value"] > 0.001 for row in equality if "p_value" in row)
+    equality = readme.read("part2_equality")
+    assert sum("differing_rollouts_all_at_ties" in row for row in equality) == 4
+    assert all(row["p_value"] > 0.001 for row in equality if "p_value" in row)
     laws = readme.laws_summary()
     assert len(laws) == 4
     assert all(len(law.rewards) == len(law.held_out_rewards) == 3 for law in laws.values())
