@@ -108,7 +108,7 @@ PROCESSINGS = {
 
 
 @pytest.mark.parametrize("plan", PLANS, ids=lambda plan: plan.name)
-@pytest.mark.parametrize("toy", ["stochastic", "argmax_draft", "hot", "greedy"])
+@pytest.mark.parametrize("toy", ["hot", "greedy"])
 @pytest.mark.parametrize("name", PROCESSINGS)
 def test_every_processor_sees_the_prefix_a_position_really_has(plan, toy, name):
     law, _ = engine_law(TOYS[toy], plan, length=LENGTH, processing=PROCESSINGS[name])
@@ -231,7 +231,7 @@ def _cases(draw):
     return toy, plan, dataclasses.replace(masked, options={**masked.options, **options}), weight
 
 
-@settings(max_examples=100, deadline=None, derandomize=True, database=None)
+@settings(max_examples=50, deadline=None, derandomize=True, database=None)
 @given(case=_cases())
 def test_whatever_the_tables_and_the_options(case):
     toy, plan, processing, weight = case
