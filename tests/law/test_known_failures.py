@@ -197,7 +197,8 @@ def logprobs_of_a_busy_batch_are_those_of_the_text():
 # --- the law of a sampler -----------------------------------------------------------------------
 
 
-def scores_drafts_without_their_temperature(monkeypatch):
+def scores_drafts_by_their_softmax(monkeypatch):
+    """At temperature 1, whatever temperature they were drawn at; at 0 a soft law is invented."""
     draw_draft = lossless.draw_draft
 
     def wrong(logits, temperature, uniforms_BK, num_drafts=None, **kwargs):
@@ -207,7 +208,7 @@ def scores_drafts_without_their_temperature(monkeypatch):
     monkeypatch.setattr(laws_module, "draw_draft", wrong)
 
 
-@failure(33, scores_drafts_without_their_temperature)
+@failure(33, scores_drafts_by_their_softmax)
 def the_draft_law_returned_is_the_law_drawn_from():
     for plan in (Plan(2), Plan(2, (0, 2))):
         law, _ = engine_law(TOYS["hot"], plan, length=3)
@@ -284,17 +285,7 @@ def drafts_without_their_law_are_refused():
         Draft(token_ids_BK=torch.zeros((1, 1), dtype=torch.int64), probs_BKV=None, num_drafts_B=torch.ones(1))
 
 
-def invents_a_soft_law_for_greedy_drafts(monkeypatch):
-    draw_draft = lossless.draw_draft
-
-    def wrong(logits, temperature, uniforms_BK, num_drafts=None, **kwargs):
-        draft = draw_draft(logits, temperature, uniforms_BK, num_drafts, **kwargs)
-        return dataclasses.replace(draft, probs_BKV=logits.double().softmax(-1))
-
-    monkeypatch.setattr(laws_module, "draw_draft", wrong)
-
-
-@failure(37, invents_a_soft_law_for_greedy_drafts)
+@failure(37, scores_drafts_by_their_softmax)
 def greedy_drafts_are_point_masses_and_the_weight_counts():
     toy = TOYS["argmax_draft"]
     lossless_law, _ = engine_law(toy, Plan(2), length=2)
