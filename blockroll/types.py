@@ -254,6 +254,11 @@ class Sampling:
         )
 
     @property
+    def is_policy(self) -> bool:
+        """Whether tokens are drawn from the policy itself: softmax(logits / temperature), unmixed."""
+        return not self.is_processed and self.temperature > 0 and self.law.weight == 1
+
+    @property
     def logprob_temperature(self) -> float:
         """The temperature policy log-probabilities are reported at: 1 when greedy."""
         return self.temperature or 1.0

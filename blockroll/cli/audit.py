@@ -28,7 +28,7 @@ def show(
 ) -> None:
     """One rollout, token by token: what was drafted, accepted, recovered, and why."""
     from blockroll.rollout.audit import KINDS, audit_files, read_audit
-    from blockroll.rollout.audit_check import rows_by_request
+    from blockroll.rollout.audit_rows import rows_by_request
 
     shown, wanted = [], None
     for path in audit_files(_folder(run)):
@@ -42,19 +42,10 @@ def show(
         raise InvalidInput(f"no request {request!r} in {_folder(run)}; `audit stats` counts what there is")
     decode = _decoder(run)
     table = Table(title=f"request {wanted[0]}", title_justify="left")
-    for column in (
-        "",
-        "token",
-        "kind",
-        "drafted",
-        "draft",
-        "target",
-        "coin",
-        "drawn by",
-        "behavior",
-        "version",
-    ):
-        table.add_column(column, justify="left" if column in ("token", "kind", "drafted") else "right")
+    for column in ("", "token", "kind", "drafted"):
+        table.add_column(column, no_wrap=True)
+    for column in ("draft", "target", "coin", "drawn by", "behavior", "version"):
+        table.add_column(column, justify="right")
     for row in sorted(shown, key=lambda each: int(each["position"])):
         table.add_row(
             str(row["position"]),

@@ -16,7 +16,7 @@ import yaml
 from rich.console import Console
 
 from blockroll.config import RunConfig, load_config, to_mapping
-from blockroll.errors import BlockrollError, CheckpointError, RunExists
+from blockroll.errors import BlockrollError, CheckpointError, ConfigError, RunExists
 from blockroll.policies.hf import HFPolicy
 from blockroll.rl_loops.checkpoint import checkpoints, latest_checkpoint, load_trainer_state
 from blockroll.rl_loops.display import StepProgress, summary_table
@@ -106,6 +106,11 @@ def _run_to_the_end(
     with contextlib.ExitStack() as stack:
         if pool is not None:
             stack.callback(pool.close)
+            if config.rollout.audit != "off":
+                raise ConfigError(
+                    f"rollout.audit is {config.rollout.audit!r}, but the pool was given and records what it "
+                    "was made to: make it with audit and audit_dir, and leave rollout.audit off"
+                )
         state = _state_to_start_from(config, resume=resume)
         rollout_sampling(config)  # refuses what it must before anything is loaded
         task = task or load_task(config.task)

@@ -34,7 +34,7 @@ class Text:
     guide: Guide | None = None
     scales: tuple[float, float, float] = field(init=False)  # temperature, draft temperature, weight
     is_processed: bool = field(init=False)
-    is_policy: bool = field(init=False)  # tokens are drawn from softmax(logits / temperature), unmixed
+    is_policy: bool = field(init=False)
 
     def __post_init__(self) -> None:
         sampling = self.sampling
@@ -44,7 +44,7 @@ class Text:
         assert sampling.law.weight is not None, "Sampling refuses a law that is none"
         self.scales = (sampling.temperature, draft_temperature, sampling.law.weight)
         self.is_processed = sampling.is_processed
-        self.is_policy = not self.is_processed and sampling.temperature > 0 and sampling.law.weight == 1
+        self.is_policy = sampling.is_policy
 
     @property
     def is_edited_by_row(self) -> bool:
@@ -139,7 +139,7 @@ class Laws:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Processing:
-    """Edits and truncation of a batch; per request (B,), float64 but for top_k."""
+    """Edits and truncation of a batch; per request, float64 (B,)."""
 
     texts: Sequence[Text]
     top_k_B: Tensor
@@ -189,9 +189,9 @@ class _Processing:
         rows = self._biased(logits_BKV)
         if self.penalties_B3 is not None:
             rows = self._penalized(rows, torch.empty((len(rows), 0), dtype=torch.int64, device=rows.device))
-        for row_KV, text in zip(rows, self.texts, strict=True):
-            if text.is_edited_by_row and len(row_KV):
-                _mask_drafts(row_KV, text)
+        for rows_KV, text in zip(rows, self.texts, strict=True):
+            if text.is_edited_by_row and len(rows_KV):
+                _mask_drafts(rows_KV, text)
         probs_BKV = self._truncated(target_probs(rows, temperature_B))
         return Draft(
             token_ids_BK=inverse_cdf(probs_BKV, uniforms_BK), probs_BKV=probs_BKV, num_drafts_B=num_drafts_B
@@ -206,11 +206,10 @@ class _Processing:
             rows = self._penalized(rows, between_BN)
         if any(text.is_edited_by_row for text in self.texts):
             behind = zip(between_BN.tolist(), (num_drafts_B + 1).tolist(), strict=True)
-            for row_LV, text, (between, num_reached) in zip(rows, self.texts, behind, strict=True):
+            for rows_LV, text, (between, num_reached) in zip(rows, self.texts, behind, strict=True):
                 if text.is_edited_by_row:
-                    _edit_rows(
-                        row_LV[:num_reached], text, between[: len(between) - len(row_LV) + num_reached]
-                    )
+                    reached_LV = rows_LV[:num_reached]
+                    _edit_rows(reached_LV, text, between[: len(between) - (len(rows_LV) - len(reached_LV))])
         is_empty_BL = ~rows.amax(dim=-1).isfinite()
         if not is_empty_BL.any():
             return TargetRows(self._truncated(target_probs(rows, temperature_B)), None)

@@ -34,6 +34,7 @@ from blockroll.rollout.audit import (
 from blockroll.rollout.audit_check import TOLERANCE, check_audit
 from blockroll.rollout.audit_stats import audit_stats
 from blockroll.rollout.constraints import Regex
+from blockroll.rollout.engine import Engine
 from blockroll.rollout.pool import RolloutPool
 from blockroll.types import Law, Plan, Sampling
 from tests.engines import PlansInTurn, make_requests, run
@@ -190,10 +191,10 @@ def test_a_share_keeps_whole_requests_always_the_same(policy, tmp_path):
     assert all(is_audited(name, 0.7) for name in kept)
 
 
-def test_files_rotate_and_are_checked_together(policy, tmp_path):
+def test_files_rotate_and_are_checked_together(policy, tmp_path, monkeypatch):
+    monkeypatch.setattr(audit_module, "_ROWS_HELD", 10)
     rollouts, paths = audited(policy, tmp_path, Plan(4), SAMPLINGS["target"], rows_per_file=40)
-    # Rows are counted when they become columns, so files are a little larger.
-    assert len(paths) >= 1
+    assert len(paths) > 2
     report = check_audit(paths)
     assert report.passed
     assert report.num_rows == sum(len(rollout.token_ids) for rollout in rollouts.values())
@@ -212,8 +213,6 @@ def test_a_request_that_is_served_again_is_another(policy, tmp_path):
 
 def test_rows_of_two_versions_never_share_a_file(policy, tmp_path, monkeypatch):
     monkeypatch.setattr(audit_module, "_ROWS_HELD", 10)
-    from blockroll.rollout.engine import Engine
-
     engine = Engine(policy, plan=Plan(4), audit=AuditWriter(tmp_path, rows_per_file=30), max_batch_size=4)
     engine.submit(make_requests(prompts(12), SAMPLINGS["target"]))
     for step in range(1000):
@@ -336,6 +335,12 @@ def test_a_pool_audits_where_it_is_told(tmp_path):
     with RolloutPool.from_pretrained("tiny", audit="all", audit_dir=str(tmp_path)) as pool:
         list(pool.generate(pool.requests(["1+1=?\n"], Sampling(max_tokens=8), num_samples=3)))
     assert check_audit(audit_files(tmp_path)).num_requests == 3
+
+
+def test_an_audit_that_a_given_pool_would_not_write_is_refused(finished_run, tmp_path):
+    config = dataclasses.replace(finished_run, runs_dir=str(tmp_path))
+    with pytest.raises(ConfigError, match="make it with audit and audit_dir"):
+        train(config, pool=RolloutPool.from_pretrained("tiny"))
 
 
 def test_what_is_no_audit_is_refused(tmp_path):
