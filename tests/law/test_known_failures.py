@@ -501,11 +501,12 @@ def the_redraw_is_uniform_given_the_rejection():
 
 
 DRAWS = ("rand", "randn", "randint", "multinomial", "bernoulli", "exponential_", "uniform_", "random_")
+PACKAGE = Path(blockroll.__file__).parent
 SOURCES = {
     path: path.read_text()
     for part in ("samplers", "rollout", "policies")
-    for path in (Path(blockroll.__file__).parent / part).rglob("*.py")
-    if "check" not in path.parts
+    for path in (PACKAGE / part).rglob("*.py")
+    if "check" not in path.relative_to(PACKAGE).parts
 }
 
 
