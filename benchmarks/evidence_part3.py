@@ -59,7 +59,7 @@ def random_speaker(policy: HFPolicy) -> HFPolicy:
     return speaker
 
 
-def audit(*, batches: tuple[int, ...] = (1, 16, 64), repeats: int = 11, rollouts: int = 24) -> list[Row]:
+def audit(*, batches: tuple[int, ...] = (1, 16, 64), repeats: int = 15, rollouts: int = 24) -> list[Row]:
     """Time of the shipped policy's rollouts with every token audited over the time without, one thread.
 
     Pairs of runs in turn, the first of a pair alternating; what was written is checked at both levels.
@@ -74,7 +74,7 @@ def audit(*, batches: tuple[int, ...] = (1, 16, 64), repeats: int = 11, rollouts
 
 def _audit_cost(plan: Plan, batch: int, repeats: int, rollouts: int) -> Row:
     policy = HFPolicy.from_pretrained("tiny")
-    texts = prompts(policy, max(rollouts, 2 * batch), seed=7)
+    texts = prompts(policy, max(rollouts, 6 * batch), seed=7)
     with tempfile.TemporaryDirectory() as folder:
         writer = AuditWriter(folder)
 

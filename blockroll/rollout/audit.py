@@ -34,7 +34,7 @@ SCHEMA_VERSION = 1
 KINDS = ("accepted", "recovered", "extra", "plain")  # by their codes
 ACCEPTED, RECOVERED, EXTRA, PLAIN_TOKEN = range(4)
 ROWS_PER_FILE = 200_000
-_ROWS_HELD = 4_096  # rows whose tensors are kept before they become columns
+_ROWS_HELD = 1_024  # rows whose tensors are kept before they become columns
 _BYTES_HELD = 1 << 26  # of vocabulary-wide tensors
 
 # Everything a row holds but its request, in this order: what its checksum is taken of.
@@ -323,13 +323,11 @@ def _add_draws(
     """Uniform, mass and interval of the tokens that were drawn; a request has one of them at most."""
     if not drawn_N.any():
         return
-    drawn_rows = row_N[drawn_N]
-    tokens = numbers_N["token"][drawn_N]
-    cumulative_NV = weights_BV[torch.from_numpy(drawn_rows).to(weights_BV.device)].cumsum(dim=1).cpu().numpy()
-    rows = np.arange(len(tokens))
-    mass, high = cumulative_NV[:, -1], cumulative_NV[rows, tokens]
-    low = np.where(tokens > 0, cumulative_NV[rows, np.maximum(tokens - 1, 0)], 0.0)
-    numbers_N["uniform"][drawn_N] = uniforms_BL[:, -1].cpu().numpy()[drawn_rows]
+    rows, tokens = row_N[drawn_N], numbers_N["token"][drawn_N]
+    cumulative_BV = weights_BV.cumsum(dim=1).cpu().numpy()
+    mass, high = cumulative_BV[rows, -1], cumulative_BV[rows, tokens]
+    low = np.where(tokens > 0, cumulative_BV[rows, np.maximum(tokens - 1, 0)], 0.0)
+    numbers_N["uniform"][drawn_N] = uniforms_BL[:, -1].cpu().numpy()[rows]
     numbers_N["mass"][drawn_N] = mass
     numbers_N["low"][drawn_N], numbers_N["high"][drawn_N] = low / mass, high / mass
 
