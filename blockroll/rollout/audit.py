@@ -20,6 +20,7 @@ import os
 import uuid
 import zlib
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -123,7 +124,11 @@ class AuditWriter:
             self.flush()
             self._version = step.version
         serials = [self._serial(*each) for each in zip(step.requests, step.num_before, strict=True)]
-        self._steps.append((step, serials))
+        # A draft's whole law is not kept: what it gave the draft is in the evidence.
+        parts = [
+            (replace(draft, probs_BKV=draft.probs_BKV[..., :0]), verdict) for draft, verdict in step.parts
+        ]
+        self._steps.append((step._replace(parts=parts), serials))
         self._num_held += sum(step.num_kept)
         for _, verdict in step.parts:
             assert verdict.evidence is not None
@@ -323,11 +328,14 @@ def _add_draws(
     """Uniform, mass and interval of the tokens that were drawn; a request has one of them at most."""
     if not drawn_N.any():
         return
-    rows, tokens = row_N[drawn_N], numbers_N["token"][drawn_N]
-    cumulative_BV = weights_BV.cumsum(dim=1).cpu().numpy()
-    mass, high = cumulative_BV[rows, -1], cumulative_BV[rows, tokens]
-    low = np.where(tokens > 0, cumulative_BV[rows, np.maximum(tokens - 1, 0)], 0.0)
-    numbers_N["uniform"][drawn_N] = uniforms_BL[:, -1].cpu().numpy()[rows]
+    drawn_rows, tokens = row_N[drawn_N], numbers_N["token"][drawn_N]
+    if len(drawn_rows) < len(weights_BV):
+        weights_BV = weights_BV[torch.from_numpy(drawn_rows).to(weights_BV.device)]
+    cumulative_NV = weights_BV.cumsum(dim=1).cpu().numpy()
+    rows = np.arange(len(tokens))
+    mass, high = cumulative_NV[:, -1], cumulative_NV[rows, tokens]
+    low = np.where(tokens > 0, cumulative_NV[rows, np.maximum(tokens - 1, 0)], 0.0)
+    numbers_N["uniform"][drawn_N] = uniforms_BL[:, -1].cpu().numpy()[drawn_rows]
     numbers_N["mass"][drawn_N] = mass
     numbers_N["low"][drawn_N], numbers_N["high"][drawn_N] = low / mass, high / mass
 
