@@ -59,7 +59,7 @@ def random_speaker(policy: HFPolicy) -> HFPolicy:
     return speaker
 
 
-def audit(*, batches: tuple[int, ...] = (1, 16, 64), repeats: int = 15, rollouts: int = 24) -> list[Row]:
+def audit(*, batches: tuple[int, ...] = (1, 16, 64), repeats: int = 31, rollouts: int = 24) -> list[Row]:
     """Time of the shipped policy's rollouts with every token audited over the time without, one thread.
 
     Pairs of runs in turn, the first of a pair alternating; what was written is checked at both levels.
