@@ -44,6 +44,7 @@ class RolloutConfig:
     )
     max_batch_size: int = 64  # requests that one replica decodes together
     max_length: int = 0  # tokens of prompt and completion; 0: what the policy was built for
+    memory_fraction: float = 0.3  # of the device's memory that keys and values may take, per replica
     temperature: float = 1.0  # 0 is greedy
     mix_weight: float = 1.0  # of the policy in the law: 1 is lossless, below 1 mixes draft rows in
     max_tokens: int = 64  # completion length at most
@@ -60,6 +61,8 @@ class RolloutConfig:
     def __post_init__(self) -> None:
         if not 0 < self.audit_share <= 1:
             raise ConfigError(f"audit_share must be above 0 and at most 1, got {self.audit_share}")
+        if not 0 < self.memory_fraction <= 1:
+            raise ConfigError(f"memory_fraction must be above 0 and at most 1, got {self.memory_fraction}")
         if not 0 <= self.mix_weight <= 1:
             raise ConfigError(f"mix_weight must be between 0 and 1, got {self.mix_weight}; 1 is lossless")
         if not 0 <= self.min_p <= 1:

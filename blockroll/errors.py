@@ -13,6 +13,7 @@
     │   ├── ManifestMismatch                 names, shapes or dtypes are not the replica's own
     │   └── VersionMismatch                  the update does not follow the replica's version
     ├── ReplicaError (RuntimeError)          a replica died, hangs, or none is ready to serve
+    ├── RankError (RuntimeError)             another process of a distributed trainer failed
     ├── NonFiniteLogits (FloatingPointError) a forward gave NaN or infinity for a request
     └── EmptySupport (RuntimeError)          constraint, masks and processors leave a request no next token
 
@@ -70,6 +71,10 @@ class VersionMismatch(WeightSyncError):
 
 class ReplicaError(BlockrollError, RuntimeError):
     """A replica died, hangs, or none is ready to serve."""
+
+
+class RankError(BlockrollError, RuntimeError):
+    """Another process of a distributed trainer failed."""
 
 
 class NonFiniteLogits(BlockrollError, FloatingPointError):

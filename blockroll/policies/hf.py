@@ -57,7 +57,7 @@ class HFPolicy:
         model.set_attn_implementation(attention.ATTENTION_NAME)
         self.model = model
         self.model.train(False)
-        self.output_head: nn.Module = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+        self.output_head: nn.Linear = model.get_output_embeddings()  # type: ignore[no-untyped-call]
         self.tokenizer = tokenizer
         self.device = model.device
         self.vocab_size = int(model.config.vocab_size)
@@ -82,6 +82,14 @@ class HFPolicy:
     def can_draft(self) -> bool:
         """Whether it has masks: an adapter's, or a mask token it was trained with."""
         return self.adapter is not None or self.mask_token_id is not None
+
+    @property
+    def cache_bytes_per_row(self) -> int:
+        """Keys and values of one token, over all layers."""
+        config = self.model.config
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return int(2 * config.num_hidden_layers * heads * width * self.model.dtype.itemsize)
 
     @property
     def stock_attention(self) -> str:
@@ -231,7 +239,8 @@ class HFPolicy:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Float32 logits (..., V) of hidden states (..., W), as the model's own forward computes them."""
-        logits: Tensor = self.output_head(hidden)
+        # A head that is kept in higher precision than the layers takes its input in that precision.
+        logits: Tensor = self.output_head(hidden.to(self.output_head.weight.dtype))
         if self._final_softcap is not None:
             logits = torch.tanh(logits / self._final_softcap) * self._final_softcap
         return logits.float()

@@ -14,7 +14,7 @@ from blockroll.rl_loops.advantages import FAILED_REASONS, score_rollouts
 from blockroll.rl_loops.tasks import RewardFunction, Row
 from blockroll.rollout.pool import RolloutPool
 from blockroll.rollout.requests import derive_seed
-from blockroll.types import Plan, Request, Rollout, Sampling
+from blockroll.types import Request, Rollout, Sampling
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,36 +89,54 @@ def acceptance_rate(rollouts: Sequence[Rollout]) -> float:
 def rollout_metrics(batch: Batch) -> dict[str, float]:
     """How a batch was generated; names as in verl and TRL where they have one."""
     rollouts = batch.rollouts
-    lengths = [len(rollout.token_ids) for rollout in rollouts]
+    rates = rollout_rates(rollouts, batch.duration_s)
+    return {
+        **{name: _ratio(*rate) for name, rate in rates.items()},
+        "rollout/duration_s": batch.duration_s,
+        "rollout/failed": float(sum(rollout.finish_reason in FAILED_REASONS for rollout in rollouts)),
+        "completions/max_length": float(max((len(rollout.token_ids) for rollout in rollouts), default=0)),
+        **plan_shares(plan_counts(rollouts)),
+    }
+
+
+def rollout_rates(rollouts: Sequence[Rollout], duration_s: float) -> dict[str, tuple[float, float]]:
+    """Metrics as numerator and denominator, which may be summed over processes before they are divided."""
+    num_tokens = sum(len(rollout.token_ids) for rollout in rollouts)
     accept_lengths = [
         1 + rollout.stats.num_accepted / rollout.stats.num_verify_steps
         for rollout in rollouts
         if rollout.stats.num_verify_steps
     ]
+    effective = [rollout.effective_sample_size for rollout in rollouts if rollout.token_ids]
     return {
-        "rollout/acceptance_rate": acceptance_rate(rollouts),
-        "rollout/tokens_per_forward": _ratio(sum(lengths), sum(r.stats.num_forwards for r in rollouts)),
-        "rollout/spec_accept_length": _mean(accept_lengths),
-        "rollout/generated_tok_s": _ratio(sum(lengths), batch.duration_s),
-        "rollout/log_ratio_mean": _mean([rollout.log_ratio for rollout in rollouts]),
-        "rollout/effective_sample_size": _mean(
-            [rollout.effective_sample_size for rollout in rollouts if rollout.token_ids]
+        "rollout/acceptance_rate": (
+            sum(rollout.stats.num_accepted for rollout in rollouts),
+            sum(rollout.stats.num_drafted for rollout in rollouts),
         ),
-        "rollout/duration_s": batch.duration_s,
-        "rollout/failed": float(sum(rollout.finish_reason in FAILED_REASONS for rollout in rollouts)),
-        "completions/mean_length": _mean(lengths),
-        "completions/max_length": float(max(lengths, default=0)),
-        "completions/clipped_ratio": _mean([rollout.finish_reason == "length" for rollout in rollouts]),
-        **plan_shares(rollouts),
+        "rollout/tokens_per_forward": (num_tokens, sum(rollout.stats.num_forwards for rollout in rollouts)),
+        "rollout/spec_accept_length": (sum(accept_lengths), len(accept_lengths)),
+        "rollout/generated_tok_s": (num_tokens, duration_s),
+        "rollout/log_ratio_mean": (sum(rollout.log_ratio for rollout in rollouts), len(rollouts)),
+        "rollout/effective_sample_size": (sum(effective), len(effective)),
+        "completions/mean_length": (num_tokens, len(rollouts)),
+        "completions/clipped_ratio": (
+            sum(rollout.finish_reason == "length" for rollout in rollouts),
+            len(rollouts),
+        ),
     }
 
 
-def plan_shares(rollouts: Sequence[Rollout]) -> dict[str, float]:
-    """`rollout/plan/<name>`: the share of request-steps that each plan ran; they sum to 1."""
-    counts: Counter[Plan] = Counter()
+def plan_counts(rollouts: Sequence[Rollout]) -> Counter[str]:
+    """Request-steps by the name of the plan that ran."""
+    counts: Counter[str] = Counter()
     for rollout in rollouts:
-        counts.update(dict(rollout.stats.steps_by_plan))
-    return {f"rollout/plan/{plan.name}": count / counts.total() for plan, count in counts.items()}
+        counts.update({plan.name: count for plan, count in rollout.stats.steps_by_plan})
+    return counts
+
+
+def plan_shares(counts: Counter[str]) -> dict[str, float]:
+    """`rollout/plan/<name>`: the share of request-steps that each plan ran; they sum to 1."""
+    return {f"rollout/plan/{name}": count / counts.total() for name, count in counts.items()}
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -99,15 +99,23 @@ def _correction_metrics(log_weights: Tensor, raw: Tensor, applied: Tensor) -> di
         log_weights, raw, applied = none, none, none
     difference = log_weights.abs()
     return {
-        **_weight_metrics("rollout_corr/rollout_is", raw),
+        **raw_weight_metrics(log_weights),
         **_weight_metrics("rollout_corr/applied/rollout_is", applied),
         "rollout_corr/applied/truncated_ratio": float((raw > applied).double().mean()),
-        "rollout_corr/kl": float(-log_weights.mean()),
-        "rollout_corr/k3_kl": float((log_weights.expm1() - log_weights).mean()),
-        "rollout_corr/chi2_token": float(raw.square().mean() - 1),
         "sampling/sampling_logp_difference/mean": float(difference.mean()),
         "sampling/sampling_logp_difference/max": float(difference.max()),
-        "token_mult_prob_error": float(difference.exp().mean()),
+    }
+
+
+def raw_weight_metrics(log_weights_N: Tensor) -> dict[str, float]:
+    """How far learner and behaviour law are apart, from log pi/mu of tokens, before any truncation."""
+    raw = log_weights_N.exp()
+    return {
+        **_weight_metrics("rollout_corr/rollout_is", raw),
+        "rollout_corr/kl": float(-log_weights_N.mean()),
+        "rollout_corr/k3_kl": float((log_weights_N.expm1() - log_weights_N).mean()),
+        "rollout_corr/chi2_token": float(raw.square().mean() - 1),
+        "token_mult_prob_error": float(log_weights_N.abs().exp().mean()),
     }
 
 

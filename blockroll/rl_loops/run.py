@@ -9,23 +9,23 @@ import random
 import signal
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from blockroll.config import RunConfig, to_mapping
-from blockroll.errors import ConfigError, WeightSyncError
+from blockroll.errors import ConfigError
 from blockroll.rl_loops.advantages import Scores, score_rollouts
 from blockroll.rl_loops.checkpoint import save_checkpoint
 from blockroll.rl_loops.collect import Batch, collect, evaluate, rollout_metrics
 from blockroll.rl_loops.learner import Learner
+from blockroll.rl_loops.publish import publish
 from blockroll.rl_loops.tasks import Task
 from blockroll.rollout.planner import read_plan
 from blockroll.rollout.pool import RolloutPool
-from blockroll.rollout.weight_sync import make_update
-from blockroll.types import Law, Sampling, UpdateReceipt, WeightUpdate
+from blockroll.types import Law, Sampling
 
 SAMPLES_PER_STEP = 2
 COUNTERS = ("rollout/failed_total", "reward/failed_total", "sync/checksum_fail_total")
@@ -114,7 +114,7 @@ class Run:
             self._publish(self.step)
             _load_rng_state(state["rng"])
         else:
-            self._require_equal_weights()
+            self._publish(self.pool.version)
             if self._eval_rows:
                 self._extra = {"eval/initial_reward": self._evaluate()["eval/reward"]}
         self._is_settled = True
@@ -205,19 +205,11 @@ class Run:
             + self.pool.num_refused_updates,
         }
 
-    def _update(self, version: int) -> WeightUpdate:
-        dtype = getattr(torch, self.config.policy.dtype)
-        tensors = self.learner.named_tensors()
-        return make_update(tensors, version=version, base_version=self.pool.version, dtype=dtype)
-
     def _publish(self, version: int) -> dict[str, float]:
         """Hand the learner's weights to every replica; WeightSyncError unless all serve just these."""
         start = time.perf_counter()
-        update = self._update(version)
-        if version > self.pool.version:
-            require_accepted(self.pool.update(update), update)
-        else:
-            self._require_equal_weights()
+        dtype = getattr(torch, self.config.policy.dtype)
+        publish(self.pool, self.learner.named_tensors(), version=version, dtype=dtype)
         return {
             "sync/version": float(self.pool.version),
             "sync/engines_stale": float(sum(state != "READY" for state in self.pool.states)),
@@ -225,32 +217,6 @@ class Run:
             "engine/redispatch_total": float(self.pool.num_redispatched),
             "perf/weight_sync_s": time.perf_counter() - start,
         }
-
-    def _require_equal_weights(self) -> None:
-        """Before the first rollout: every replica must hold the learner's weights, byte for byte."""
-        expected = self._update(self.pool.version).manifest.checksum
-        for index, health in enumerate(self.pool.health()):
-            if health.checksum != expected:
-                raise WeightSyncError(
-                    f"replica {index} (process {health.pid}) started from weights {health.checksum}, the "
-                    f"learner from {expected}: give the pool the checkpoint that the run starts from"
-                )
-
-
-def require_accepted(receipts: Iterable[UpdateReceipt], update: WeightUpdate) -> None:
-    """WeightSyncError, naming replica and cause, unless every replica holds just this update."""
-    expected = (update.version, update.manifest.checksum)
-    wrong = [
-        f"replica {receipt.replica_id} holds version {receipt.version}, checksum {receipt.checksum}"
-        + (f" ({receipt.error})" if receipt.error else "")
-        for receipt in receipts
-        if not receipt.accepted or (receipt.version, receipt.checksum) != expected
-    ]
-    if wrong:
-        raise WeightSyncError(
-            f"version {update.version} with checksum {update.manifest.checksum} is not served everywhere: "
-            + "; ".join(wrong)
-        )
 
 
 def _rng_state() -> dict[str, Any]:

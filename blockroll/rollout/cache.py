@@ -9,8 +9,9 @@ Shapes: N slots, B slots of one window, H key-value heads, R new rows, S keys, D
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-_EXTENT_STEP = 16  # keys handed to attention come in multiples of this, so that few shapes occur
+ROW_STEP = 16  # keys handed to attention come in multiples of this, so that few shapes occur
 
 
 class SlotCache:
@@ -26,6 +27,24 @@ class SlotCache:
     def window(self, start: int, stop: int, num_rows: int) -> "SlotWindow":
         """The slots start..stop-1, opened for `num_rows` new rows each."""
         return SlotWindow(self, start, stop, num_rows)
+
+    def reserve(self, *, num_slots: int, capacity: int) -> None:
+        """Have so many slots, with room for so many rows at least; what is committed in them stays."""
+        capacity = max(capacity, self.capacity)
+        if (num_slots, capacity) == (self.num_slots, self.capacity):
+            return
+        more = (0, 0, 0, capacity - self.capacity, 0, 0, 0, num_slots - self.num_slots)  # negative cuts off
+        with torch.inference_mode(False):
+            for storage in (self._keys, self._values):
+                storage[:] = [F.pad(tensor, more) for tensor in storage]
+            self.lengths_N = F.pad(self.lengths_N, more[-2:])
+        self.num_slots, self.capacity = num_slots, capacity
+
+    def release(self) -> None:
+        """Give the memory back and forget everything; a forward after the next `reserve` allocates anew."""
+        self._keys, self._values = [], []
+        self.lengths_N.zero_()
+        self.capacity = 0
 
     def commit(self, start: int, stop: int, num_rows_B: Tensor) -> None:
         """Make the first `num_rows_B` of the rows just written final, per slot."""
@@ -77,7 +96,7 @@ class SlotWindow:
         self._index_BR = self.lengths_B[:, None] + torch.arange(num_rows, device=self.lengths_B.device)
         needed = int(self.lengths_B.max()) + num_rows
         assert needed <= cache.capacity, f"{needed} rows do not fit a slot of {cache.capacity}"
-        self.extent = min(-(-needed // _EXTENT_STEP) * _EXTENT_STEP, cache.capacity)
+        self.extent = min(-(-needed // ROW_STEP) * ROW_STEP, cache.capacity)
         self._cache = cache
         self._slots = slice(start, stop)
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from blockroll.errors import EmptySupport, InvalidInput, NonFiniteLogits
 from blockroll.policies.base import Policy
 from blockroll.rollout.audit import AuditedStep, AuditWriter
-from blockroll.rollout.cache import SlotCache
+from blockroll.rollout.cache import ROW_STEP, SlotCache
 from blockroll.rollout.planner import Planner
 from blockroll.rollout.requests import Limits, check_request
 from blockroll.rollout.running import Proposal, RunningRequest, StopRule
@@ -100,13 +100,18 @@ class Engine:
         plan: Plan | Planner,
         max_batch_size: int = 64,
         max_length: int = 0,
+        max_cache_rows: int = 0,
         decode: Callable[[list[int]], str] | None = None,
         policy_version: int = 0,
         observer: Callable[[StepRecord], None] | None = None,
         audit: AuditWriter | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        """`max_length` 0 is what the policy was built for; `decode` is needed for stop strings only."""
+        """`max_length` 0 is what the policy was built for; `decode` is needed for stop strings only.
+
+        The cache has room for the longest text that the requests at hand can become. `max_cache_rows` bounds
+        its rows over all slots: then fewer than `max_batch_size` requests run together. 0: no bound.
+        """
         self._planner = None if isinstance(plan, Plan) else plan
         plans = (plan,) if isinstance(plan, Plan) else plan.candidates
         for each in plans:
@@ -125,11 +130,9 @@ class Engine:
             mask_token_id=policy.mask_token_id,
         )
         self._scheduler = Scheduler(max_batch_size=max_batch_size)
-        self._cache = SlotCache(
-            num_slots=max_batch_size,
-            capacity=self.limits.max_length + max(each.rows_per_forward for each in plans),
-            device=policy.device,
-        )
+        self._max_batch_size, self._max_cache_rows = max_batch_size, max_cache_rows
+        self._block_rows = max(each.rows_per_forward for each in plans)
+        self._cache = SlotCache(num_slots=max_batch_size, capacity=0, device=policy.device)
         self._requests: dict[str, RunningRequest] = {}
         self._decode = decode
         self._observer = observer
@@ -159,6 +162,7 @@ class Engine:
         joining = [
             RunningRequest(request, self._stop_rule(request), self._guide(request)) for request in requests
         ]
+        self._make_room(requests)
         for request, running in zip(requests, joining, strict=True):
             self._requests[request.request_id] = running
             self._scheduler.submit(request.request_id, len(running.cached_ids))
@@ -175,12 +179,36 @@ class Engine:
             aborted.append(running.rollout("abort"))
         return tuple(aborted)
 
+    def release_memory(self) -> None:
+        """Give the cache's memory back while nothing runs; the next request takes it again."""
+        if self._requests:
+            raise InvalidInput(f"{self.num_requests} requests are being served: their cache is in use")
+        self._cache.release()
+
     def recompute_cache(self) -> None:
         """Rebuild the keys and values of running requests, after the policy's weights have changed."""
         running = self._scheduler.running
         for slot in range(len(running)):
             self._cache.clear(slot)
         self._prefill(0, [self._requests[request_id] for request_id in running])
+
+    def _make_room(self, requests: Iterable[Request]) -> None:
+        """Fit the cache to requests that join, or refuse them. What runs is never driven out."""
+        lengths = [len(request.prompt_ids) + request.sampling.max_tokens for request in requests]
+        longest = min(max(lengths, default=0), self.limits.max_length)
+        rows = max(-(-(longest + self._block_rows) // ROW_STEP) * ROW_STEP, self._cache.capacity)
+        num_slots = self._max_batch_size
+        if self._max_cache_rows:
+            num_slots = min(num_slots, self._max_cache_rows // rows)
+            if num_slots == 0:
+                raise InvalidInput(
+                    f"a text of {longest} tokens needs {rows} rows of keys and values, but the cache may "
+                    f"have {self._max_cache_rows} over all slots; give it more memory (memory_fraction), or "
+                    "shorten prompts or max_tokens"
+                )
+        num_slots = max(num_slots, len(self._scheduler.running))
+        self._scheduler.max_batch_size = num_slots
+        self._cache.reserve(num_slots=num_slots, capacity=rows)
 
     def step(self) -> StepResult:
         """Decode one step for every running request; joins waiting requests first."""

@@ -167,6 +167,12 @@ class RolloutPool:
                 )
         return tuple(receipts)
 
+    def release_memory(self) -> None:
+        """Give back what living replicas hold between two `generate` calls: keys and values."""
+        for member in self._members:
+            if member.state != "DEAD":
+                member.replica.release_memory()
+
     def health(self) -> tuple[ReplicaHealth, ...]:
         """What every living replica says of itself."""
         return tuple(member.replica.health() for member in self._members if member.state != "DEAD")

@@ -53,6 +53,9 @@ class ReplicaActor:
     def abort(self, request_ids: Sequence[str]) -> tuple[Rollout, ...]:
         return self._replica.abort(request_ids)
 
+    def release_memory(self) -> None:
+        self._replica.release_memory()
+
     def health(self) -> ReplicaHealth:
         return self._replica.health()
 
@@ -106,6 +109,10 @@ class RayReplica:
             self._pending = None
         aborted: tuple[Rollout, ...] = self._get(self.actor.abort.remote(request_ids))
         return aborted
+
+    def release_memory(self) -> None:
+        """Give the memory of keys and values back while nothing is served."""
+        self._get(self.actor.release_memory.remote())
 
     def health(self) -> ReplicaHealth:
         """Version, checksum of the weights really held, load, threads, process."""

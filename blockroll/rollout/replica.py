@@ -45,6 +45,10 @@ class Replica(Protocol):
         """End requests now and return what each had committed."""
         ...
 
+    def release_memory(self) -> None:
+        """Give the memory of keys and values back while nothing is served."""
+        ...
+
     def health(self) -> ReplicaHealth:
         """Version, checksum of the weights really held, load, threads, process."""
         ...
@@ -74,11 +78,17 @@ class LocalReplica:
             dtype=policy_config.dtype,
             adapter=policy_config.adapter,
         )
+        return cls.around(policy, config, replica_id=replica_id)
+
+    @classmethod
+    def around(cls, policy: HFPolicy, config: RolloutConfig, *, replica_id: int = 0) -> "LocalReplica":
+        """Put an engine around a policy that is there already."""
         engine = Engine(
             policy,
             plan=read_plan(config.plan, policy),
             max_batch_size=config.max_batch_size,
             max_length=config.max_length,
+            max_cache_rows=cache_rows(policy, config.memory_fraction),
             decode=policy.decode,
             audit=_audit(config, replica_id),
         )
@@ -108,8 +118,7 @@ class LocalReplica:
             error = f"{type(refusal).__name__}: {refusal}"
         else:
             load_update(update, self._weights)
-            self.engine.policy_version = update.version
-            self.engine.recompute_cache()
+            self.weights_changed(update.version)
         return UpdateReceipt(
             replica_id=self.replica_id,
             accepted=error is None,
@@ -118,9 +127,18 @@ class LocalReplica:
             error=error,
         )
 
+    def weights_changed(self, version: int) -> None:
+        """Weights that somebody else also holds have been changed in place, to this version."""
+        self.engine.policy_version = version
+        self.engine.recompute_cache()
+
     def abort(self, request_ids: Sequence[str]) -> tuple[Rollout, ...]:
         """End requests now and return what each had committed."""
         return self.engine.abort(request_ids)
+
+    def release_memory(self) -> None:
+        """Give the memory of keys and values back while nothing is served."""
+        self.engine.release_memory()
 
     def health(self) -> ReplicaHealth:
         """Version, checksum of the weights really held, load, threads, process."""
@@ -144,6 +162,15 @@ class LocalReplica:
             raise VersionMismatch(
                 f"version {update.version} does not follow version {self.engine.policy_version}, served now"
             )
+
+
+def cache_rows(policy: HFPolicy, memory_fraction: float) -> int:
+    """Rows of keys and values that this share of the device's memory holds; of the machine's on a CPU."""
+    if policy.device.type == "cuda":
+        memory = torch.cuda.get_device_properties(policy.device).total_memory
+    else:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return int(memory * memory_fraction / policy.cache_bytes_per_row)
 
 
 def _audit(config: RolloutConfig, replica_id: int) -> AuditWriter | None:

@@ -23,14 +23,16 @@ RANKS = {unit: rank for rank, units in enumerate(ROWS) for unit in units}
 
 # Modules that may import a package; `*` also matches dots.
 HOMES = {
+    "accelerate": ("rl_loops.trl.*",),
     "gymnasium": ("rl_loops.envs*",),
     "llguidance": ("rollout.constraints",),
     "matplotlib": ("rl_loops.report", "rl_loops.figures"),
     "pyarrow": ("rollout.audit",),
     "ray": ("rollout.ray_pool", "rollout.weight_sync", "rollout.weight_sync.*"),
-    "transformers": ("policies", "policies.*"),
+    "transformers": ("policies", "policies.*", "rl_loops.trl.*"),
     "triton": ("kernels.*.fused",),
-    "trl": ("rl_loops.trl",),
+    "peft": ("rl_loops.trl.weights",),
+    "trl": ("rl_loops.trl.*",),
     "typer": ("cli", "cli.*"),
     "wandb": ("rl_loops.tracking",),
 }

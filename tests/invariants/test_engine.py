@@ -471,3 +471,57 @@ def test_every_scheduled_request_runs_once_and_slots_have_no_holes():
                         assert (move.source, move.target) == (len(slots), slot)
                         slots[slot] = last
         assert sorted(finished) == sorted(f"r{index}" for index in range(40))
+
+
+def test_requests_that_join_later_find_room_and_draw_what_they_would_alone(policy):
+    early = make_requests(prompts(6), Sampling(max_tokens=8))
+    late = make_requests(prompts(6, seed=5), Sampling(max_tokens=40, ignore_eos=True), seed=9)
+    late = [dataclasses.replace(request, request_id=f"late {i}") for i, request in enumerate(late)]
+    alone = {**run(policy, early, TWO_FORWARD), **run(policy, late, TWO_FORWARD)}
+    engine = Engine(policy, plan=TWO_FORWARD, max_batch_size=8)
+    engine.submit(early)
+    finished = [*engine.step().finished]
+    engine.submit(late)  # longer than what the cache was made for, while others run
+    while engine.num_requests:
+        finished += engine.step().finished
+    assert {each.request.request_id: each.token_ids for each in finished} == {
+        name: rollout.token_ids for name, rollout in alone.items()
+    }
+
+
+@pytest.mark.parametrize("plan", [PLAIN, FUSED], ids=lambda plan: plan.name)
+def test_a_bound_on_the_cache_lets_fewer_run_together_and_changes_no_token(policy, plan):
+    requests = make_requests(prompts(9), Sampling(max_tokens=12))
+    free = run(policy, requests, plan)
+    longest = max(len(request.prompt_ids) for request in requests) + 12 + plan.rows_per_forward
+    engine = Engine(policy, plan=plan, max_cache_rows=3 * (longest + 16))
+    engine.submit(requests)
+    widest, finished = 0, []
+    while engine.num_requests:
+        finished += engine.step().finished
+        widest = max(widest, len(engine._scheduler.running))
+    assert 1 < widest <= 3
+    assert sum(tensor.shape[0] * tensor.shape[2] for tensor in engine._cache._keys) <= 2 * 3 * (longest + 16)
+    assert {each.request.request_id: each.token_ids for each in finished} == {
+        name: rollout.token_ids for name, rollout in free.items()
+    }
+    with pytest.raises(InvalidInput, match="memory_fraction"):
+        Engine(policy, plan=plan, max_cache_rows=longest // 2).submit(requests)
+
+
+def test_memory_is_given_back_between_requests_and_never_under_them(policy):
+    requests = make_requests(prompts(3), Sampling(max_tokens=8))
+    engine = Engine(policy, plan=TWO_FORWARD)
+    drawn = []
+    for _ in range(2):
+        engine.submit(requests)
+        with pytest.raises(InvalidInput, match="3 requests are being served"):
+            engine.release_memory()
+        finished = []
+        while engine.num_requests:
+            finished += engine.step().finished
+        assert engine._cache._keys
+        engine.release_memory()
+        assert not engine._cache._keys
+        drawn.append({each.request.request_id: each.token_ids for each in finished})
+    assert drawn[0] == drawn[1]

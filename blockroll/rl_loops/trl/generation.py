@@ -1,0 +1,155 @@
+"""What a TRL trainer generates with: the two methods that it calls, over a pool of replicas.
+
+TRL asks for completions of prompts that are token ids already, and tells when its weights have changed. A
+policy version is the trainer's global step. Seeds derive from the trainer's seed, the step, the rank, which
+call of the step it is and the place in the batch, so a resumed run draws what the interrupted one would have.
+"""
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
+
+from blockroll.config import RolloutConfig
+from blockroll.errors import BlockrollError, InvalidInput, ReplicaError
+from blockroll.rl_loops.advantages import FAILED_REASONS
+from blockroll.rl_loops.trl.placement import Placement
+from blockroll.rl_loops.trl.together import raise_together
+from blockroll.rollout.requests import derive_seed
+from blockroll.types import Law, Request, Rollout, Sampling
+
+
+class Completions(NamedTuple):
+    """What TRL takes from its engine, in its order; a log-probability stands in a list of its own."""
+
+    prompt_ids: list[list[int]]
+    completion_ids: list[list[int]]
+    logprobs: list[list[list[float]]]
+    logprob_token_ids: None
+
+
+class TrainerRollouts:
+    """Stands where TRL's trainers keep their vLLM engine. One per rank."""
+
+    def __init__(self, trainer: Any, placement: Placement, sampling: Sampling) -> None:
+        self.placement = placement
+        self.sampling = sampling
+        self.rollouts: list[Rollout] = []  # of the round under way, in the order of their requests
+        self.duration_s = 0.0  # that the round has generated for
+        self.weight_sync_s = 0.0
+        self._trainer = trainer
+        self._calls: Counter[tuple[str, int]] = Counter()  # by mode and step
+        self._is_first_call = True
+
+    def begin_round(self) -> None:
+        """All ranks start to generate for the same batch."""
+        self.rollouts, self.duration_s, self._is_first_call = [], 0.0, True
+
+    def sync_weights(self) -> None:
+        """Every replica decodes with the trainer's weights from now on. All ranks call it."""
+        start = time.perf_counter()
+        step = self._trainer.state.global_step
+        self.placement.sync(step)
+        self.weight_sync_s = time.perf_counter() - start
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        images: Sequence[Any] | None,
+        num_generations: int,
+        profiler: AbstractContextManager[Any],
+    ) -> Completions:
+        """One completion for each prompt, which TRL has repeated already.
+
+        An error on one rank is raised on all of them in the first call of a round, which all ranks make; the
+        calls of a tool loop are each rank's own.
+        """
+        if images is not None:
+            raise InvalidInput("prompts with images are not served: blockroll decodes text models")
+        error: BlockrollError | None = None
+        finished: list[Rollout] = []
+        with profiler:
+            start = time.perf_counter()
+            try:
+                finished = self._draw(prompts, num_generations)
+            except BlockrollError as failure:
+                error = failure
+            self.duration_s += time.perf_counter() - start
+        if self._is_first_call:
+            self._is_first_call = False
+            raise_together(self._trainer.accelerator, error, "generating rollouts")
+        elif error is not None:
+            raise error
+        self.rollouts += finished
+        return Completions(
+            prompt_ids=[list(prompt) for prompt in prompts],
+            completion_ids=[list(rollout.token_ids) for rollout in finished],
+            logprobs=[[[logprob] for logprob in rollout.behavior_logprobs] for rollout in finished],
+            logprob_token_ids=None,
+        )
+
+    def _draw(self, prompts: Sequence[Sequence[int]], num_generations: int) -> list[Rollout]:
+        trainer = self._trainer
+        mode, step = "train" if trainer.model.training else "eval", trainer.state.global_step
+        words = (mode, step, trainer.accelerator.process_index, self._calls[mode, step])
+        self._calls[mode, step] += 1
+        label = "-".join(map(str, words))
+        requests = [
+            Request(
+                request_id=f"{label}-{index}",
+                group_id=f"{label}-{index // num_generations}",
+                prompt_ids=tuple(prompt),
+                seed=derive_seed(trainer.args.seed, *words, index),
+                sampling=self.sampling,
+            )
+            for index, prompt in enumerate(prompts)
+        ]
+        with trainer.accelerator.autocast():
+            finished = {rollout.request.request_id: rollout for rollout in self.placement.generate(requests)}
+        rollouts = [finished[request.request_id] for request in requests]
+        failed = next((rollout for rollout in rollouts if rollout.finish_reason in FAILED_REASONS), None)
+        if failed is not None:
+            raise ReplicaError(
+                f"request {failed.request.request_id} of step {step} ended as {failed.finish_reason!r}: "
+                f"{failed.error}; TRL needs every completion, so the step cannot go on"
+            )
+        return rollouts
+
+
+def trainer_sampling(trainer: Any, config: RolloutConfig) -> Sampling:
+    """How a trainer's completions are drawn: its own arguments decide, and the config's mixed law.
+
+    InvalidInput where the config says otherwise than they do, or where they ask for what nobody corrects.
+    """
+    args = trainer.args
+    mine = {
+        "temperature": trainer.temperature,
+        "max_tokens": trainer.max_completion_length,
+        "top_k": trainer.top_k or 0,
+        "top_p": trainer.top_p,
+        "min_p": trainer.min_p or 0.0,
+        "repetition_penalty": trainer.repetition_penalty,
+    }
+    names = {"max_tokens": "max_completion_length"}
+    defaults = RolloutConfig()
+    for name, value in mine.items():
+        given = getattr(config, name)
+        if given not in (value, getattr(defaults, name)):
+            raise InvalidInput(
+                f"RolloutConfig has {name}={given}, the trainer's arguments have "
+                f"{names.get(name, name)}={value}; set it there, and leave it out of RolloutConfig"
+            )
+    if args.generation_kwargs:
+        raise InvalidInput(
+            f"generation_kwargs {sorted(args.generation_kwargs)} are transformers' own; blockroll takes from "
+            "the arguments temperature, top_k, top_p, min_p, repetition_penalty and max_completion_length"
+        )
+    return Sampling(
+        **mine,
+        presence_penalty=config.presence_penalty,
+        frequency_penalty=config.frequency_penalty,
+        stop_token_ids=tuple(trainer.eos_token_ids),
+        law=Law(config.mix_weight),
+        allow_truncated_mix=not getattr(trainer, "vllm_importance_sampling_correction", False),
+    )

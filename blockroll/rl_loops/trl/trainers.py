@@ -1,0 +1,164 @@
+"""TRL's GRPO and RLOO trainers with rollouts by blockroll; everything else of them is TRL's."""
+
+import inspect
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import trl
+from torch import Tensor
+
+from blockroll.config import RolloutConfig
+from blockroll.errors import ConfigError, InvalidInput
+from blockroll.rl_loops.trl.contract import GRPO_PARTS, TRAINER_PARTS, require_parts
+from blockroll.rl_loops.trl.generation import TrainerRollouts, trainer_sampling
+from blockroll.rl_loops.trl.metrics import Surprisal, correction_metrics, round_metrics, token_mask
+from blockroll.rl_loops.trl.placement import Given, Placement, place
+from blockroll.rollout.pool import RolloutPool
+from blockroll.types import Sampling
+
+if TYPE_CHECKING:  # a mixin sees the trainer it is mixed into; at run time it stands alone
+    from trl import GRPOTrainer as _Trainer
+else:
+    _Trainer = object
+
+
+class _DraftedRollouts(_Trainer):
+    """Takes the place of the trainer's generation, and logs how it went."""
+
+    def __init__(
+        self,
+        *args: Any,
+        rollout: RolloutConfig | RolloutPool,
+        adapter: str | Path | None = None,
+        **kwargs: Any,
+    ) -> None:
+        given = inspect.signature(super().__init__).bind(*args, **kwargs).arguments.get("args")
+        if given is not None and given.use_vllm:
+            raise InvalidInput("use_vllm=True and rollout=... both want to generate: leave use_vllm out")
+        super().__init__(*args, **kwargs)
+        require_parts(self, TRAINER_PARTS)
+        self._surprisal = Surprisal()
+        self._drawn_tokens_BT: Tensor | None = None  # of the loss under way, if it is taken on policy
+        config = RolloutConfig() if isinstance(rollout, RolloutPool) else rollout
+        sampling = trainer_sampling(self, config)
+        self._check_law(sampling)
+        placement: Placement
+        if isinstance(rollout, RolloutPool):
+            if adapter is not None:
+                raise InvalidInput("a pool that is given has its adapter already; leave adapter out")
+            placement = Given(self, rollout)
+        else:
+            placement = place(self, rollout, adapter)
+        self.rollouts = TrainerRollouts(self, placement, sampling)
+        # From here on TRL generates with what it takes for a server of its own.
+        self.vllm_generation = self.rollouts
+        self.use_vllm, self.vllm_mode, self._last_loaded_step = True, "server", -1
+
+    def _check_law(self, sampling: Sampling) -> None:
+        raise NotImplementedError
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As TRL's; what blockroll started for it is stopped at the end."""
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self.rollouts.placement.close()
+
+    def _generate(self, prompts: list[Any]) -> Any:
+        mode = "train" if self.model.training else "eval"
+        self.rollouts.begin_round()
+        generated = super()._generate(prompts)
+        metrics = round_metrics(self.accelerator, self.rollouts.rollouts, self.rollouts.duration_s)
+        metrics["rollout/weight_version"] = float(self.state.global_step)
+        metrics["perf/weight_sync_s"] = self.rollouts.weight_sync_s
+        self._append(mode, metrics)
+        return generated
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        self._drawn_tokens_BT = token_mask(inputs) if self._is_on_policy else None
+        loss: Tensor = super()._compute_loss(model, inputs)
+        self._drawn_tokens_BT = None
+        return loss
+
+    def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
+        logprobs_BT, entropies_BT, aux_loss = super()._get_per_token_logps_and_entropies(*args, **kwargs)
+        if self._drawn_tokens_BT is not None and entropies_BT is not None:
+            self._surprisal.add(logprobs_BT, entropies_BT, self._drawn_tokens_BT)
+        return logprobs_BT, entropies_BT, aux_loss
+
+    @property
+    def _is_on_policy(self) -> bool:
+        """Whether the weights are still those that drew the tokens of the batch."""
+        return bool(self._last_loaded_step == self.state.global_step)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As TRL's, with what was gathered since the last time."""
+        self._append("train" if self.model.training else "eval", self._surprisal.flush(self.accelerator))
+        super().log(logs, start_time)
+
+    def _append(self, mode: str, metrics: dict[str, float]) -> None:
+        for name, value in metrics.items():
+            self._metrics[mode][name].append(value)
+
+
+class GRPOTrainer(_DraftedRollouts, trl.GRPOTrainer):
+    """`trl.GRPOTrainer` whose completions blockroll generates: `rollout=RolloutConfig(...)`, or a pool.
+
+    `adapter` is the folder of a draft adapter; one beside the model's checkpoint is used unasked. TRL's
+    importance-sampling correction works on the log-probabilities of the law each token was drawn from.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        rollout: RolloutConfig | RolloutPool,
+        adapter: str | Path | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, rollout=rollout, adapter=adapter, **kwargs)
+        require_parts(self, GRPO_PARTS)
+        mode = self.vllm_importance_sampling_mode
+        if self.loss_type == "vespo" and self._corrects and not mode.startswith("token"):
+            raise ConfigError(
+                "loss_type='vespo' needs vllm_importance_sampling_mode 'token_truncate' or 'token_mask', got "
+                f"{mode!r}"
+            )
+
+    @property
+    def _corrects(self) -> bool:
+        return bool(self.vllm_importance_sampling_correction)
+
+    def _check_law(self, sampling: Sampling) -> None:
+        if sampling.is_truncated and self._corrects:
+            raise ConfigError(
+                "top_k, top_p or min_p leaves out tokens that the policy could draw, while TRL's correction "
+                "takes the policy over all of them: its ratios would be biased. Draw without truncation, or "
+                "set vllm_importance_sampling_correction=False"
+            )
+        mode = self.vllm_importance_sampling_mode
+        if not sampling.is_policy and self._corrects and mode.startswith("sequence"):
+            warnings.warn(
+                f"vllm_importance_sampling_mode={mode!r} multiplies the ratios of a completion, and the "
+                f"law {sampling.law.name} differs from the policy at every token: most completions would be "
+                "dropped or clipped. Set vllm_importance_sampling_mode='token_truncate'",
+                stacklevel=4,
+            )
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        batch: dict[str, Any] = super()._generate_and_score_completions(inputs)
+        if self._corrects:
+            mode = "train" if self.model.training else "eval"
+            self._append(mode, correction_metrics(self.accelerator, batch))
+        return batch
+
+
+class RLOOTrainer(_DraftedRollouts, trl.RLOOTrainer):
+    """`trl.RLOOTrainer` whose completions blockroll generates. It corrects nothing: lossless laws only."""
+
+    def _check_law(self, sampling: Sampling) -> None:
+        if sampling.law.weight != 1:
+            raise ConfigError(
+                f"RLOO has no importance-sampling correction, and the law {sampling.law.name} is not the "
+                "policy; use mix_weight=1, or GRPOTrainer"
+            )
