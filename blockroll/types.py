@@ -386,7 +386,7 @@ class Evidence:
     draft_probs_BK: "Tensor"  # float64, of each drafted token under its own law,
     target_probs_BK: "Tensor"  # and under the law to commit by
     uniforms_BL: "Tensor"  # accept coins, and the uniform of the token that was drawn
-    weights_BV: "Tensor"  # what that token was drawn from: a target row or a residual, not normalised
+    cumulative_BV: "Tensor"  # sums up to each id of what it was drawn from: a target row or a residual
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -20,7 +20,6 @@ import os
 import uuid
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,7 +28,7 @@ import torch
 from torch import Tensor
 
 from blockroll.errors import InvalidInput
-from blockroll.types import Draft, Plan, Request, Sampling, Verdict
+from blockroll.types import Draft, Evidence, Plan, Request, Sampling, Verdict
 
 SCHEMA_VERSION = 1
 KINDS = ("accepted", "recovered", "extra", "plain")  # by their codes
@@ -124,15 +123,11 @@ class AuditWriter:
             self.flush()
             self._version = step.version
         serials = [self._serial(*each) for each in zip(step.requests, step.num_before, strict=True)]
-        # A draft's whole law is not kept: what it gave the draft is in the evidence.
-        parts = [
-            (replace(draft, probs_BKV=draft.probs_BKV[..., :0]), verdict) for draft, verdict in step.parts
-        ]
-        self._steps.append((step._replace(parts=parts), serials))
+        self._steps.append((step, serials))
         self._num_held += sum(step.num_kept)
-        for _, verdict in step.parts:
+        for draft, verdict in step.parts:
             assert verdict.evidence is not None
-            self._bytes_held += verdict.evidence.weights_BV.nbytes
+            self._bytes_held += draft.probs_BKV.nbytes + verdict.evidence.cumulative_BV.nbytes
         if self._num_held >= _ROWS_HELD or self._bytes_held >= _BYTES_HELD:
             self._convert()
         if self._num_rows >= self._rows_per_file:
@@ -244,7 +239,8 @@ def _merged(steps: Sequence[tuple[AuditedStep, list[int]]]) -> Iterator[tuple[Au
         run = list(group)
         members = [step for step, _ in run]
         parts = [
-            (_cat([draft for draft, _ in part]), _cat([verdict for _, verdict in part]))
+            # The drafts' whole laws stay behind: what they gave the drafts is in the evidence.
+            (_cat([draft for draft, _ in part], without="probs_BKV"), _cat([verdict for _, verdict in part]))
             for part in zip(*(step.parts for step in members), strict=True)
         ]
         merged = members[0]._replace(
@@ -259,12 +255,15 @@ def _merged(steps: Sequence[tuple[AuditedStep, list[int]]]) -> Iterator[tuple[Au
         yield merged, [serial for _, serials in run for serial in serials]
 
 
-def _cat(records: Sequence[Any]) -> Any:
-    """Dataclasses of tensors, batch behind batch."""
+def _cat(records: Sequence[Any], *, without: str = "") -> Any:
+    """Dataclasses of tensors, batch behind batch; one field keeps only what the first record has."""
     fields = {}
     for field in dataclasses.fields(records[0]):
         values = [getattr(record, field.name) for record in records]
-        fields[field.name] = torch.cat(values) if isinstance(values[0], Tensor) else _cat(values)
+        if field.name == without:
+            fields[field.name] = values[0]
+        else:
+            fields[field.name] = torch.cat(values) if isinstance(values[0], Tensor) else _cat(values)
     return type(records[0])(**fields)
 
 
@@ -311,7 +310,7 @@ def _numbers(
         numbers_N["context"][drafted_N] = context_N
         numbers_N["slot"][drafted_N] = slot_N + first + at_draft[1]
         numbers_N["num_masks"][drafted_N] = masks_N
-        _add_draws(numbers_N, row_N, ~accepted_N, evidence.weights_BV, evidence.uniforms_BL)
+        _add_draws(numbers_N, ~accepted_N, row_N[~accepted_N], evidence)
         numbers_N["behavior_logprob"] = verdict.behavior_logprobs_BL.cpu().numpy()[row_N, index_N]
         numbers_N["policy_logprob"] = logprobs_BL[row_N, first + index_N]
         rows.append(row_N)
@@ -322,20 +321,13 @@ def _numbers(
     return row_N[order], numbers_N[order]
 
 
-def _add_draws(
-    numbers_N: np.ndarray, row_N: np.ndarray, drawn_N: np.ndarray, weights_BV: Tensor, uniforms_BL: Tensor
-) -> None:
+def _add_draws(numbers_N: np.ndarray, drawn_N: np.ndarray, rows: np.ndarray, evidence: Evidence) -> None:
     """Uniform, mass and interval of the tokens that were drawn; a request has one of them at most."""
-    if not drawn_N.any():
-        return
-    drawn_rows, tokens = row_N[drawn_N], numbers_N["token"][drawn_N]
-    if len(drawn_rows) < len(weights_BV):
-        weights_BV = weights_BV[torch.from_numpy(drawn_rows).to(weights_BV.device)]
-    cumulative_NV = weights_BV.cumsum(dim=1).cpu().numpy()
-    rows = np.arange(len(tokens))
-    mass, high = cumulative_NV[:, -1], cumulative_NV[rows, tokens]
-    low = np.where(tokens > 0, cumulative_NV[rows, np.maximum(tokens - 1, 0)], 0.0)
-    numbers_N["uniform"][drawn_N] = uniforms_BL[:, -1].cpu().numpy()[drawn_rows]
+    cumulative_BV = evidence.cumulative_BV.cpu().numpy()
+    tokens = numbers_N["token"][drawn_N]
+    mass, high = cumulative_BV[rows, -1], cumulative_BV[rows, tokens]
+    low = np.where(tokens > 0, cumulative_BV[rows, np.maximum(tokens - 1, 0)], 0.0)
+    numbers_N["uniform"][drawn_N] = evidence.uniforms_BL[:, -1].cpu().numpy()[rows]
     numbers_N["mass"][drawn_N] = mass
     numbers_N["low"][drawn_N], numbers_N["high"][drawn_N] = low / mass, high / mass
 

@@ -389,6 +389,8 @@ class Engine:
     def _audited(self, batch: list[RunningRequest]) -> tuple[list[int], list[tuple[int, int, int]]]:
         """Tokens of each text before the step commits, and where its draft rows come from."""
         num_before = [running.num_tokens for running in batch]
+        if not self.plan.num_drafts:
+            return num_before, [(0, 0, 0)] * len(batch)
         if not self.plan.levels:
             return num_before, [(length, 0, self.plan.num_drafts) for length in num_before]
         proposals = [running.proposal for running in batch]

@@ -101,7 +101,8 @@ def verify_block(draft: Draft, target_probs_BLV: Tensor, uniforms_BL: Tensor) ->
         draft.probs_BKV[rows_B, num_accepted_B.clamp(max=num_drafts - 1)],
         is_rejected_B=num_accepted_B < draft.num_drafts_B,
     )
-    final_B = inverse_cdf(final_weights_BV, uniforms_BL[:, -1])
+    cumulative_BV = final_weights_BV.cumsum(dim=-1)
+    final_B = _search(cumulative_BV, uniforms_BL[:, -1])
 
     tokens_BL = torch.cat([draft.token_ids_BK, final_B[:, None]], dim=1)
     tokens_BL = tokens_BL.scatter(1, num_accepted_B[:, None], final_B[:, None])
@@ -116,7 +117,7 @@ def verify_block(draft: Draft, target_probs_BLV: Tensor, uniforms_BL: Tensor) ->
             draft_probs_BK=draft_p_BK,
             target_probs_BK=target_p_BK,
             uniforms_BL=uniforms_BL,
-            weights_BV=final_weights_BV,
+            cumulative_BV=cumulative_BV,
         ),
     )
 
@@ -133,7 +134,8 @@ def settle_first(draft: Draft, target_probs_B1V: Tensor, uniforms_B2: Tensor) ->
     is_draft_B1 = uniforms_B2[:, :1] * draft_p_B1 < target_p_B1
     is_draft_B1 &= draft.num_drafts_B[:, None] > 0
     final_weights_BV = _final_weights(target_BV, draft_BV, is_rejected_B=draft.num_drafts_B > 0)
-    final_B = inverse_cdf(final_weights_BV, uniforms_B2[:, 1])
+    cumulative_BV = final_weights_BV.cumsum(dim=-1)
+    final_B = _search(cumulative_BV, uniforms_B2[:, 1])
     tokens_B1 = torch.where(is_draft_B1, drafted_B1, final_B[:, None])
     return Verdict(
         token_ids_BL=tokens_B1,
@@ -144,14 +146,15 @@ def settle_first(draft: Draft, target_probs_B1V: Tensor, uniforms_B2: Tensor) ->
             draft_probs_BK=draft_p_B1,
             target_probs_BK=target_p_B1,
             uniforms_BL=uniforms_B2,
-            weights_BV=final_weights_BV,
+            cumulative_BV=cumulative_BV,
         ),
     )
 
 
 def _draw(target_probs_B1V: Tensor, uniforms_B1: Tensor) -> Verdict:
     """One token from the target: what verifying no draft comes to."""
-    tokens_B1 = inverse_cdf(target_probs_B1V, uniforms_B1)
+    cumulative_BV = target_probs_B1V[:, 0].cumsum(dim=-1)
+    tokens_B1 = _search(cumulative_BV, uniforms_B1[:, 0])[:, None]
     return Verdict(
         token_ids_BL=tokens_B1,
         num_committed_B=torch.ones_like(tokens_B1[:, 0]),
@@ -161,7 +164,7 @@ def _draw(target_probs_B1V: Tensor, uniforms_B1: Tensor) -> Verdict:
             draft_probs_BK=uniforms_B1[:, :0],
             target_probs_BK=uniforms_B1[:, :0],
             uniforms_BL=uniforms_B1,
-            weights_BV=target_probs_B1V[:, 0],
+            cumulative_BV=cumulative_BV,
         ),
     )
 
@@ -196,7 +199,10 @@ def inverse_cdf(weights_V: Tensor, uniforms: Tensor) -> Tensor:
 
     `weights_V` (..., V) need not be normalised; `uniforms` (...) lie in (0, 1). One token per row, int64.
     """
-    cumulative_V = weights_V.cumsum(dim=-1)
+    return _search(weights_V.cumsum(dim=-1), uniforms)
+
+
+def _search(cumulative_V: Tensor, uniforms: Tensor) -> Tensor:
     total = cumulative_V[..., -1:].contiguous()
     token = torch.searchsorted(cumulative_V, uniforms[..., None] * total, right=True)
     # Rounding can carry the goal onto the total: the last id with weight is where the total is first reached.
