@@ -255,7 +255,7 @@ def audit_finding() -> str:
         for is_plain in (False, True)
     )
     return (
-        f"- **Every token can be audited.** Recording all of them takes at most {drafted:.1%} more time in "
+        f"- **Every token can be audited.** Recording all of them takes at most {drafted:.1%} more CPU time in "
         f"two-forward steps, {plain:.1%} in plain ones, and "
         f"{max(row['bytes_per_token'] for row in rows):.0f} bytes a token."
     )

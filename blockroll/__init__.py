@@ -7,7 +7,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from blockroll.config import RunConfig, load_config
+    from blockroll.config import AlignmentConfig, RolloutConfig, RunConfig, load_config
     from blockroll.policies.hf import HFPolicy
     from blockroll.rl_loops.draft_trainer import DraftTrainer
     from blockroll.rl_loops.loop import train
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "AlignmentConfig",
     "DraftTrainer",
     "Engine",
     "HFPolicy",
@@ -29,6 +30,7 @@ __all__ = [
     "Regex",
     "Request",
     "Rollout",
+    "RolloutConfig",
     "RolloutPool",
     "RunConfig",
     "Sampling",
@@ -39,6 +41,7 @@ __all__ = [
 ]
 
 _MODULES = {
+    "AlignmentConfig": "blockroll.config",
     "DraftTrainer": "blockroll.rl_loops.draft_trainer",
     "Engine": "blockroll.rollout.engine",
     "HFPolicy": "blockroll.policies.hf",
@@ -48,6 +51,7 @@ _MODULES = {
     "Regex": "blockroll.rollout.constraints",
     "Request": "blockroll.types",
     "Rollout": "blockroll.types",
+    "RolloutConfig": "blockroll.config",
     "RolloutPool": "blockroll.rollout.pool",
     "RunConfig": "blockroll.config",
     "Sampling": "blockroll.types",

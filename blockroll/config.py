@@ -36,6 +36,8 @@ class RolloutConfig:
     """How rollouts are generated and by whom."""
 
     backend: Literal["ray", "local"] = "ray"  # replicas as Ray actors, or in this process
+    # Of a TRL trainer, instead of `backend`: in each rank's process, or Ray actors on devices of their own.
+    placement: Literal["colocated", "separate"] = "colocated"
     num_replicas: int = 2  # engines that share the requests
     threads_per_replica: int = 1  # torch threads of each Ray replica; cores are shared, so this is explicit
     gpus_per_replica: float = 1.0  # of each Ray replica on an accelerator; may be a fraction
@@ -140,6 +142,21 @@ class DraftConfig:
                 f"causal_weight must be above 0 in a full conversion, got {self.causal_weight}: without the "
                 "causal loss the policy is lost"
             )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AlignmentConfig:
+    """When drafts are taught, during RL, to follow the policy: draft steps on the rollouts of an update."""
+
+    every: int = 1  # policy updates from one draft step to the next
+    below: float = 0.0  # above 0, instead: only while acceptance is below this share of what it was at first
+    steps: int = 1  # draft steps in a row
+    draft: DraftConfig = field(default_factory=DraftConfig)
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "every", "steps")
+        if not 0 <= self.below <= 1:
+            raise ConfigError(f"below must be between 0 and 1, got {self.below}; 0 leaves it to `every`")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

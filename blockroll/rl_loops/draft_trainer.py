@@ -8,7 +8,7 @@ Shapes: K drafted tokens of a block.
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,6 +23,7 @@ from blockroll.rl_loops.learner import length_chunks
 from blockroll.types import Rollout
 
 MAX_LOGITS = 1 << 24  # of one forward's scored rows: rows times vocabulary
+OnGradients = Callable[[Sequence[torch.nn.Parameter], int], int]
 SAVED = ("optimizer", "num_steps", "num_tokens", "weights")
 
 
@@ -89,8 +90,11 @@ class DraftTrainer:
         """Pairs of block size and layout, trained turn about."""
         return len(self.config.block_sizes) * len(self.config.layouts)
 
-    def step(self, rollouts: Sequence[Rollout]) -> DraftMetrics:
+    def step(self, rollouts: Sequence[Rollout], *, on_gradients: OnGradients | None = None) -> DraftMetrics:
         """One optimizer step on rollouts that the policy itself has drawn.
+
+        `on_gradients` sees the parameters, their gradients summed over the scored slots, and the number of
+        slots, before anything moves; it may sum both over processes, and returns that number.
 
         The block size and layout are those of the step's turn, the offsets random from seed and step alone.
         Rollouts without tokens stay out. A gradient that is not finite moves nothing, and is named.
@@ -128,7 +132,10 @@ class DraftTrainer:
                 num_scored += result.num_scored
                 num_blocks += result.num_whole_blocks
                 tokens_sum += result.tokens_sum
-        norm = self._move(num_scored)
+        if on_gradients is not None:
+            norm = self._move(on_gradients(self.parameters, num_scored))
+        else:
+            norm = self._move(num_scored)
         self.num_steps += 1
         self.num_tokens += sum(len(rollout.token_ids) for rollout in used)
         return DraftMetrics(

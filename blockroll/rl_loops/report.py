@@ -1,7 +1,7 @@
 """`report.html`: one run on one page that needs nothing but itself, not even a network.
 
 Reads what the run left in its folder: config.yaml, metrics.jsonl, rollouts.jsonl and, if a benchmark
-was run beside it, speed.json.
+was run beside it, speed.json. A trainer of another library says in words what config.yaml would.
 """
 
 import html
@@ -63,8 +63,29 @@ def write_report(run_dir: str | Path) -> Path:
     config = yaml.safe_load((folder / "config.yaml").read_text())
     samples = read_lines(folder / "rollouts.jsonl")
     speed = json.loads((folder / "speed.json").read_text()) if (folder / "speed.json").is_file() else []
+    algorithm, task = config["train"]["algorithm"].upper(), config["task"]
+    about = f"{algorithm} on {task}, {rows[-1]['step']} steps, rollouts by plan {rows[-1]['plan']}"
+    name = folder.resolve().name
+    return _write(folder, _page(name, about, rows, samples, speed, _setting(config, rows)))
+
+
+def write_trainer_report(folder: Path, *, name: str, about: str, setting: Mapping[str, str]) -> Path:
+    """The same page from metrics.jsonl alone; `setting` is its last table."""
+    logged = read_lines(folder / "metrics.jsonl")
+    rewards = {row["step"]: row["eval_reward"] for row in logged if "eval_reward" in row}
+    rows = [
+        {**row, **({"eval/reward": rewards[row["step"]]} if row["step"] in rewards else {})}
+        for row in logged
+        if "reward" in row
+    ]
+    if not rows:
+        raise InvalidInput(f"{folder} holds no finished step in metrics.jsonl: train first")
+    return _write(folder, _page(name, about, rows, (), (), {**setting, **_machine()}))
+
+
+def _write(folder: Path, page: str) -> Path:
     path = folder / "report.html"
-    path.write_text(_page(folder.resolve().name, config, rows, samples, speed), encoding="utf-8")
+    path.write_text(page, encoding="utf-8")
     return path
 
 
@@ -75,23 +96,20 @@ def evaluations(rows: Rows) -> list[tuple[float, float]]:
     return before + _series(rows, "eval/reward")
 
 
-def _page(name: str, config: Mapping[str, Any], rows: Rows, samples: Rows, speed: Rows) -> str:
+def _page(name: str, about: str, rows: Rows, samples: Rows, speed: Rows, setting: Mapping[str, str]) -> str:
     cards = "".join(_cards(rows, speed))
     title = f"Run {html.escape(name)}"
-    last, task = rows[-1], html.escape(config["task"])
-    algorithm = html.escape(config["train"]["algorithm"].upper())
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8">'
         f'<meta name="viewport" content="width=device-width,initial-scale=1"><meta name="color-scheme" '
         f'content="light dark"><title>{title} · blockroll</title><style>{CSS}</style></head>'
         f"<body><main>"
-        f"<header><h1>{title}</h1><p>{algorithm} on "
-        f"{task}, {last['step']} steps, rollouts by plan {html.escape(last['plan'])}</p>"
+        f"<header><h1>{title}</h1><p>{html.escape(about)}</p>"
         f'</header><section class="tiles">{_tiles(rows, speed)}</section>'
         f'<section class="grid">{cards}</section>'
         f'<section class="card wide"><h2>Samples</h2><p class="note">The first rollouts of the earliest and '
         f'the latest steps, as they were drawn.</p><div class="samples">{_samples(samples)}</div></section>'
-        f'<section class="card wide"><h2>Setting</h2>{_table(_setting(config, rows))}</section>'
+        f'<section class="card wide"><h2>Setting</h2>{_table(setting)}</section>'
         f"</main></body></html>\n"
     )
 
@@ -199,8 +217,6 @@ def _samples(samples: Rows) -> str:
 
 def _setting(config: Mapping[str, Any], rows: Rows) -> dict[str, str]:
     policy, rollout, train, last = config["policy"], config["rollout"], config["train"], rows[-1]
-    packages = ("blockroll", "torch", "transformers", "ray")
-    versions = ", ".join(f"{name} {version}" for name in packages if (version := _version(name)))
     replicas = "Ray actors" if rollout["backend"] == "ray" else "in the learner's process"
     return {
         "policy": f"{policy['path']}, {policy['dtype']}, device {policy['device']}",
@@ -212,6 +228,14 @@ def _setting(config: Mapping[str, Any], rows: Rows) -> dict[str, str]:
         "policy version": f"{last['sync/version']:.0f} served by every replica at the end",
         "failed": f"{last['rollout/failed_total']:.0f} rollouts, {last['reward/failed_total']:.0f} rewards, "
         f"{last['sync/checksum_fail_total']:.0f} refused weight updates",
+        **_machine(),
+    }
+
+
+def _machine() -> dict[str, str]:
+    packages = ("blockroll", "torch", "transformers", "ray", "trl")
+    versions = ", ".join(f"{name} {version}" for name in packages if (version := _version(name)))
+    return {
         "versions": f"Python {platform.python_version()}, {versions}",
         "machine": f"{platform.system()} {platform.machine()}",
     }

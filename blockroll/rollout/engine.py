@@ -112,7 +112,7 @@ class Engine:
         The cache has room for the longest text that the requests at hand can become. `max_cache_rows` bounds
         its rows over all slots: then fewer than `max_batch_size` requests run together. 0: no bound.
         """
-        self._planner = None if isinstance(plan, Plan) else plan
+        self.planner = None if isinstance(plan, Plan) else plan
         plans = (plan,) if isinstance(plan, Plan) else plan.candidates
         for each in plans:
             check_plan(each, policy)
@@ -221,16 +221,16 @@ class Engine:
             return StepResult(commits=(), finished=())
         started, start_s = self._clock(), self.times.start_s
         context = 0
-        if self._planner is not None:
+        if self.planner is not None:
             context = max(running.num_tokens for running in batch)
-            self._change_plan(self._planner.choose(len(batch), context), batch)
+            self._change_plan(self.planner.choose(len(batch), context), batch)
         result = self._decode_step(batch)
         seconds = self._clock() - started
         self.times.step_s += seconds
         self.times.num_steps += 1
-        if self._planner is not None:
+        if self.planner is not None:
             num_tokens = sum(len(commit.token_ids) for commit in result.commits)
-            self._planner.observe(
+            self.planner.observe(
                 self.plan,
                 len(batch),
                 context,

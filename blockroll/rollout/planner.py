@@ -12,10 +12,11 @@ chosen. A mixed law mixes draft rows only where a plan drafts; each token record
 Which tokens a request gets depends on the clock: a fixed plan is what repeats them.
 """
 
+import dataclasses
 import hashlib
 import json
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -173,6 +174,16 @@ class Planner:
         self._warm.add((plan, bucket))
         if self._num_steps % _FORGET_STEPS == 0:
             self._forget()
+
+    def state_dict(self) -> dict[str, list[float]]:
+        """What was counted of each plan; what steps cost lies in the cost table, of the device."""
+        return {plan.name: list(dataclasses.astuple(counts)) for plan, counts in self._counts.items()}
+
+    def load_state_dict(self, state: Mapping[str, Sequence[float]]) -> None:
+        """Go on from `state_dict()`; plans that are no candidates here are left out."""
+        for plan in self.candidates:
+            if plan.name in state:
+                self._counts[plan] = _Counts(*state[plan.name])
 
     def expected_tokens(self, plan: Plan) -> float:
         """Committed tokens per request and step; as many as there can be at most while few were counted."""

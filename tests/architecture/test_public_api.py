@@ -8,6 +8,7 @@ import pytest
 import blockroll
 
 PUBLIC = [
+    "AlignmentConfig",
     "DraftTrainer",
     "Engine",
     "HFPolicy",
@@ -17,6 +18,7 @@ PUBLIC = [
     "Regex",
     "Request",
     "Rollout",
+    "RolloutConfig",
     "RolloutPool",
     "RunConfig",
     "Sampling",
@@ -51,5 +53,5 @@ def test_type_checkers_see_every_name_that_is_imported_on_first_use():
 
 
 def test_a_name_that_is_not_public_is_refused_with_the_list_of_those_that_are():
-    with pytest.raises(AttributeError, match=r"'Enigne'; public are DraftTrainer, Engine"):
+    with pytest.raises(AttributeError, match=r"'Enigne'; public are AlignmentConfig, DraftTrainer"):
         _ = blockroll.Enigne

@@ -1,5 +1,6 @@
 """TRL's trainers with our rollouts: what stays TRL's, what the metrics can see, and what is refused."""
 
+import copy
 import dataclasses
 import itertools
 import math
@@ -11,13 +12,24 @@ from datasets import Dataset
 from peft import LoraConfig
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from blockroll.config import RolloutConfig
-from blockroll.errors import ConfigError, InvalidInput, MissingDependency, ReplicaError
+from blockroll.config import AlignmentConfig, DraftConfig, RolloutConfig
+from blockroll.errors import (
+    AdapterMismatch,
+    CheckpointError,
+    ConfigError,
+    InvalidInput,
+    MissingDependency,
+    ReplicaError,
+)
 from blockroll.policies.hf import TINY_POLICY_DIR, load_tokenizer
 from blockroll.rl_loops import arithmetic
 from blockroll.rl_loops.trl import GRPOTrainer, RLOOTrainer, make_rollout_func, require_tested
+from blockroll.rl_loops.tracking import read_lines
 from blockroll.rl_loops.trl.contract import require_parts
+from blockroll.rl_loops.trl.weights import sharing_policy
+from blockroll.rollout.cache import SlotCache
 from blockroll.rollout.pool import RolloutPool
+from tests.models import FAMILIES, adapted_policy, random_model
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:`.*gradient_checkpointing.*` is deprecated:FutureWarning",  # what TRL itself calls
@@ -275,3 +287,127 @@ def test_a_trainer_that_lacks_a_part_is_refused_by_its_name(tmp_path):
 def test_truncated_rows_are_refused_as_config_errors(tmp_path):
     with pytest.raises(ConfigError):
         trainer(tmp_path, options={"min_p": 0.1})
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_shell_on_shared_weights_decodes_what_the_model_computes(family, tied):
+    model = random_model(family)
+    config = copy.deepcopy(model.config)
+    config.tie_word_embeddings = tied
+    model = type(model)(config).eval()
+    policy = sharing_policy(model, None)
+    assert sum(1 for _ in policy.model.parameters()) == sum(1 for _ in model.parameters())
+    assert {id(each) for each in policy.model.parameters()} == {id(each) for each in model.parameters()}
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.1)  # as an optimizer would
+    ids = torch.tensor([[5, 9, 4, 11, 7]])
+    cache = SlotCache(num_slots=1, capacity=16, device=torch.device("cpu"))
+    want = model(ids, use_cache=False).logits
+    got = policy.verify_logits(ids, cache.window(0, 1, 5))
+    assert torch.allclose(got, want, atol=2e-5)
+
+
+def aligned(folder, *, alignment=None, **options):
+    """A trainer of the tiny policy that learns to draft by an adapter of its own, from nothing."""
+    draft = DraftConfig(rank=4, block_sizes=(4,), layouts=("two_forward",), learning_rate=3e-3)
+    return trainer(
+        folder,
+        rollout=RolloutConfig(plan="two_forward(4)"),
+        alignment=alignment or AlignmentConfig(draft=draft),
+        options={"max_steps": 4, "save_strategy": "steps", "save_steps": 2, **options},
+    )
+
+
+def test_alignment_trains_the_adapter_after_each_update_and_never_the_policy(tmp_path):
+    made = aligned(tmp_path, learning_rate=0.0)
+    before = {name: parameter.detach().clone() for name, parameter in made.model.named_parameters()}
+    adapter = made.rollouts.placement.policy.adapter
+    drafts = [parameter.detach().clone() for parameter in adapter.parameters()]
+    rows = logs(made)
+    assert all(torch.equal(dict(made.model.named_parameters())[name], old) for name, old in before.items())
+    assert not any(
+        torch.equal(old, new)
+        for old, new in zip(drafts, adapter.parameters(), strict=True)
+        if new.abs().sum() > 0
+    )
+    assert [row["draft/num_steps"] for row in rows] == [1, 2, 3, 4]
+    assert rows[-1]["draft/loss"] < rows[0]["draft/loss"]
+
+
+def test_alignment_by_acceptance_waits_until_acceptance_falls(tmp_path):
+    made = aligned(
+        tmp_path, alignment=AlignmentConfig(below=0.9, draft=DraftConfig(rank=4, block_sizes=(4,)))
+    )
+    alignment = made.rollouts.placement.alignment
+    alignment.first_acceptance, alignment._acceptance = 0.5, 0.46
+    assert not alignment.is_due(1)
+    alignment._acceptance = 0.44
+    assert alignment.is_due(1)
+
+
+def test_a_full_conversion_reports_how_its_gradient_lies_to_the_policys(tmp_path):
+    draft = DraftConfig(conversion="full", block_sizes=(8,), layouts=("two_forward",), learning_rate=1e-5)
+    made = aligned(tmp_path, alignment=AlignmentConfig(every=2, draft=draft))
+    rows = logs(made)
+    assert ["draft/policy_grad_cosine" in row for row in rows] == [False, True, False, True]
+    assert all(-1 <= row.get("draft/policy_grad_cosine", 0) <= 1 for row in rows)
+    # The draft gradient does not leak into the next update of the policy.
+    assert all(row["rollout_corr/rollout_is_max"] == pytest.approx(1, abs=1e-3) for row in rows)
+
+
+def test_a_resumed_run_draws_what_the_uninterrupted_one_draws(tmp_path):
+    def drawing(made):
+        drawn = {}
+        generate = made.rollouts.generate
+
+        def recording(**arguments):
+            done = generate(**arguments)
+            drawn[made.state.global_step] = done.completion_ids
+            return done
+
+        made.rollouts.generate = recording
+        return drawn
+
+    whole = aligned(tmp_path / "whole")
+    want = drawing(whole)
+    whole.train()
+    folder = tmp_path / "whole" / "checkpoint-2"
+    assert {path.name for path in (folder / "blockroll").iterdir()} == {
+        "draft_adapter.json",
+        "draft_adapter.safetensors",
+        "rollout_state.pt",
+    }
+    resumed = aligned(tmp_path / "resumed")
+    got = drawing(resumed)
+    resumed.train(resume_from_checkpoint=str(folder))
+    assert sorted(got) == [2, 3]
+    assert got == {step: want[step] for step in (2, 3)}
+    mine, theirs = (made.rollouts.placement.policy.adapter for made in (resumed, whole))
+    assert all(torch.equal(a, b) for a, b in zip(mine.parameters(), theirs.parameters(), strict=True))
+
+
+def test_alignment_cannot_go_on_from_a_stock_trainers_checkpoint(tmp_path):
+    stock = trainer(
+        tmp_path, trl.GRPOTrainer, options={"max_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    )
+    stock.train()
+    with pytest.raises(CheckpointError, match="written without blockroll"):
+        aligned(tmp_path / "other").train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+
+
+def test_an_adapter_of_another_architecture_is_refused_and_one_beside_the_model_is_used(tmp_path):
+    other = adapted_policy()
+    other.adapter.save_pretrained(tmp_path / "other")
+    with pytest.raises(AdapterMismatch):
+        trainer(tmp_path, adapter=tmp_path / "other")
+
+
+def test_the_output_folder_holds_every_logged_step_and_a_page(tmp_path):
+    trainer(tmp_path).train()
+    lines = read_lines(tmp_path / "blockroll" / "metrics.jsonl")
+    assert [row["step"] for row in lines if "reward" in row] == [1, 2]
+    page = (tmp_path / "blockroll" / "report.html").read_text()
+    assert "GRPOTrainer on" in page
+    assert "Reward against acceptance" in page

@@ -40,7 +40,14 @@ class TrainerRollouts:
         self.weight_sync_s = 0.0
         self._trainer = trainer
         self._calls: Counter[tuple[str, int]] = Counter()  # by mode and step
+        self.trained: list[Rollout] = []  # of the latest batch that the trainer learns from
         self._is_first_call = True
+
+    def note_trained(self) -> None:
+        """The round that ends here is one to learn from. All ranks call it."""
+        self.trained = self.rollouts
+        if self.placement.alignment is not None:
+            self.placement.alignment.watch(self.trained)
 
     def begin_round(self) -> None:
         """All ranks start to generate for the same batch."""

@@ -1,15 +1,23 @@
 """Where a trainer's replicas run: in each rank's own process, or as Ray actors on devices of their own."""
 
+import os
+import shutil
+import socket
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from accelerate.utils import broadcast_object_list, gather_object
 
-from blockroll.config import RolloutConfig
-from blockroll.policies.adapter import DraftAdapter, has_adapter
+from blockroll.config import AlignmentConfig, PolicyConfig, RolloutConfig
+from blockroll.errors import BlockrollError, InvalidInput
+from blockroll.policies.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, DraftAdapter, has_adapter
 from blockroll.policies.hf import HFPolicy
 from blockroll.rl_loops.publish import publish
+from blockroll.rl_loops.trl.alignment import Alignment
+from blockroll.rl_loops.trl.together import raise_together
 from blockroll.rl_loops.trl.weights import (
     are_whole,
     base_model,
@@ -19,6 +27,7 @@ from blockroll.rl_loops.trl.weights import (
     full_weights,
     sharing_policy,
 )
+from blockroll.rollout.planner import Planner
 from blockroll.rollout.pool import RolloutPool
 from blockroll.rollout.replica import LocalReplica
 from blockroll.types import Request, Rollout
@@ -26,6 +35,9 @@ from blockroll.types import Request, Rollout
 
 class Placement(Protocol):
     """What a trainer's rollouts need of it. One per rank."""
+
+    pool: RolloutPool
+    alignment: Alignment | None
 
     def sync(self, version: int) -> None:
         """Bring every replica to the trainer's weights, as this version. All ranks call it."""
@@ -43,7 +55,13 @@ class Placement(Protocol):
 class Colocated:
     """A replica in this process, without Ray. Between two batches it holds no keys and values."""
 
-    def __init__(self, trainer: Any, config: RolloutConfig, adapter: str | Path | None) -> None:
+    def __init__(
+        self,
+        trainer: Any,
+        config: RolloutConfig,
+        adapter: str | Path | None,
+        alignment: AlignmentConfig | None,
+    ) -> None:
         check_supported(trainer)
         self._trainer = trainer
         self._shares = are_whole(trainer)
@@ -51,12 +69,19 @@ class Colocated:
         if self._shares:
             self.policy = sharing_policy(model, tokenizer)
         else:
-            self.policy = copying_policy(model, tokenizer, _forward_dtype(trainer))
+            self.policy = copying_policy(model, tokenizer, forward_dtype(trainer))
         use_adapter(self.policy, adapter, model.config._name_or_path)
-        self._replica = LocalReplica.around(self.policy, config, replica_id=trainer.accelerator.process_index)
+        self.alignment = alignment and Alignment(trainer, self.policy, alignment, shares=self._shares)
+        rank = trainer.accelerator.process_index
+        self._replica = LocalReplica.around(self.policy, config, replica_id=rank)
         self.pool = RolloutPool(
             [self._replica], requests_per_replica=2 * config.max_batch_size, tokenizer=tokenizer
         )
+
+    @property
+    def planner(self) -> Planner | None:
+        """What chooses its plans; None if one plan is fixed."""
+        return self._replica.engine.planner
 
     def sync(self, version: int) -> None:
         """Shared weights have moved with the trainer's; others are gathered and copied."""
@@ -75,8 +100,67 @@ class Colocated:
         self.pool.close()
 
 
+class Separate:
+    """Ray actors that rank 0 starts and the others join. They begin with a checkpoint that rank 0 writes."""
+
+    alignment = None
+
+    def __init__(self, trainer: Any, config: RolloutConfig, adapter: str | Path | None) -> None:
+        check_supported(trainer)
+        self._trainer = trainer
+        accelerator = trainer.accelerator
+        self._dtype = forward_dtype(trainer)
+        folder = Path(trainer.args.output_dir) / "blockroll" / "policy"
+        _write_policy(trainer, folder, adapter)
+        policy = PolicyConfig(path=str(folder), dtype=_name(self._dtype))
+        own = device_names(accelerator.device)
+        owned = sorted({name for names in gather_object([own]) for name in names})
+        from blockroll.rollout import ray_pool  # needs Ray, which colocated does not
+
+        error: BlockrollError | None = None
+        found: list[Any] = [None, None]
+        if accelerator.is_main_process:
+            name = f"blockroll-{os.getpid()}"
+            try:
+                with _hidden(owned):
+                    self.pool = ray_pool.make_ray_pool(policy, config, name=name, taken_devices=owned)
+                found = [name, ray_pool.ray_address()]
+            except BlockrollError as failure:
+                error = failure
+        raise_together(accelerator, error, "starting replicas")
+        if accelerator.num_processes > 1:
+            broadcast_object_list(found)
+        if not accelerator.is_main_process:
+            self.pool = ray_pool.join_ray_pool(found[0], policy, config, address=found[1])
+
+    def sync(self, version: int) -> None:
+        """Rank 0 publishes what all ranks gather; nobody goes on before every replica has it."""
+        error: BlockrollError | None = None
+        weights = full_weights(self._trainer)
+        if self._trainer.accelerator.is_main_process:
+            try:
+                publish(self.pool, weights, version=version, dtype=self._dtype)
+            except BlockrollError as failure:
+                error = failure
+        else:
+            for _ in weights:
+                pass
+        raise_together(self._trainer.accelerator, error, "sending weights to the replicas")
+        self.pool.version = version
+
+    def generate(self, requests: Sequence[Request]) -> Iterator[Rollout]:
+        """Rollouts in any order."""
+        return self.pool.generate(requests)
+
+    def close(self) -> None:
+        """Stop the actors; they also end with the process of rank 0."""
+        self.pool.close()
+
+
 class Given:
     """A pool of the script's own, which gets every version as a checked update. It stays the script's."""
+
+    alignment = None
 
     def __init__(self, trainer: Any, pool: RolloutPool) -> None:
         check_supported(trainer)
@@ -95,9 +179,24 @@ class Given:
         """Nothing: whoever made the pool closes it."""
 
 
-def place(trainer: Any, config: RolloutConfig, adapter: str | Path | None) -> Placement:
-    """The placement that a config asks for."""
-    return Colocated(trainer, config, adapter)
+def place(
+    trainer: Any,
+    rollout: RolloutConfig | RolloutPool,
+    adapter: str | Path | None,
+    alignment: AlignmentConfig | None,
+) -> Placement:
+    """The placement that a trainer's arguments ask for. All ranks call it."""
+    if isinstance(rollout, RolloutConfig) and rollout.placement == "colocated":
+        return Colocated(trainer, rollout, adapter, alignment)
+    if alignment is not None:
+        raise InvalidInput(
+            "alignment trains the adapter that this process decodes with; use placement='colocated'"
+        )
+    if isinstance(rollout, RolloutConfig):
+        return Separate(trainer, rollout, adapter)
+    if adapter is not None:
+        raise InvalidInput("a pool that is given has its adapter already; leave adapter out")
+    return Given(trainer, rollout)
 
 
 def use_adapter(policy: HFPolicy, adapter: str | Path | None, checkpoint: str) -> None:
@@ -109,8 +208,53 @@ def use_adapter(policy: HFPolicy, adapter: str | Path | None, checkpoint: str) -
         policy.warn_of_another_chat_template()
 
 
-def _forward_dtype(trainer: Any) -> torch.dtype:
+def forward_dtype(trainer: Any) -> torch.dtype:
     """The precision that the trainer's forward multiplies in."""
     if trainer.args.bf16:
         return torch.bfloat16
     return torch.float16 if trainer.args.fp16 else base_model(trainer.model).dtype
+
+
+def device_names(device: torch.device) -> list[str]:
+    """The accelerator that a rank trains on, as host:index; none on a CPU."""
+    if device.type != "cuda":
+        return []
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    index = device.index or 0
+    return [f"{socket.gethostname()}:{visible.split(',')[index] if visible else index}"]
+
+
+@contextmanager
+def _hidden(owned: Sequence[str]) -> Iterator[None]:
+    """Ray that starts here sees only accelerators of this host that no rank owns."""
+    host, before = socket.gethostname(), os.environ.get("CUDA_VISIBLE_DEVICES")
+    mine = {name.removeprefix(f"{host}:") for name in owned if name.startswith(f"{host}:")}
+    if mine:
+        every = before.split(",") if before else map(str, range(torch.cuda.device_count()))
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(each for each in every if each not in mine)
+    try:
+        yield
+    finally:
+        if before is not None:
+            os.environ["CUDA_VISIBLE_DEVICES"] = before
+        elif mine:
+            del os.environ["CUDA_VISIBLE_DEVICES"]
+
+
+def _write_policy(trainer: Any, folder: Path, adapter: str | Path | None) -> None:
+    """The trainer's weights as a checkpoint for replicas to start from. All ranks call it."""
+    model = base_model(trainer.model)
+    is_main = trainer.accelerator.is_main_process
+    weights = {name: tensor.cpu().clone() for name, tensor in full_weights(trainer) if is_main}
+    if is_main:
+        model.save_pretrained(folder, state_dict=weights)
+        trainer.processing_class.save_pretrained(folder)
+        source = Path(adapter or model.config._name_or_path)
+        if adapter is not None or has_adapter(source):
+            for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
+                shutil.copyfile(source / name, folder / name)
+    trainer.accelerator.wait_for_everyone()
+
+
+def _name(dtype: torch.dtype) -> Any:
+    return str(dtype).removeprefix("torch.")

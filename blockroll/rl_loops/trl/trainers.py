@@ -7,13 +7,17 @@ from typing import TYPE_CHECKING, Any
 
 import trl
 from torch import Tensor
+from transformers.trainer_utils import get_last_checkpoint
 
-from blockroll.config import RolloutConfig
+from blockroll.config import AlignmentConfig, RolloutConfig
 from blockroll.errors import ConfigError, InvalidInput
+from blockroll.rl_loops.trl.alignment import AfterUpdate
+from blockroll.rl_loops.trl.checkpoint import load_rollout_state, save_rollout_state
 from blockroll.rl_loops.trl.contract import GRPO_PARTS, TRAINER_PARTS, require_parts
 from blockroll.rl_loops.trl.generation import TrainerRollouts, trainer_sampling
 from blockroll.rl_loops.trl.metrics import Surprisal, correction_metrics, round_metrics, token_mask
-from blockroll.rl_loops.trl.placement import Given, Placement, place
+from blockroll.rl_loops.trl.placement import place
+from blockroll.rl_loops.trl.record import Record
 from blockroll.rollout.pool import RolloutPool
 from blockroll.types import Sampling
 
@@ -31,6 +35,7 @@ class _DraftedRollouts(_Trainer):
         *args: Any,
         rollout: RolloutConfig | RolloutPool,
         adapter: str | Path | None = None,
+        alignment: AlignmentConfig | None = None,
         **kwargs: Any,
     ) -> None:
         given = inspect.signature(super().__init__).bind(*args, **kwargs).arguments.get("args")
@@ -43,14 +48,11 @@ class _DraftedRollouts(_Trainer):
         config = RolloutConfig() if isinstance(rollout, RolloutPool) else rollout
         sampling = trainer_sampling(self, config)
         self._check_law(sampling)
-        placement: Placement
-        if isinstance(rollout, RolloutPool):
-            if adapter is not None:
-                raise InvalidInput("a pool that is given has its adapter already; leave adapter out")
-            placement = Given(self, rollout)
-        else:
-            placement = place(self, rollout, adapter)
+        placement = place(self, rollout, adapter, alignment)
         self.rollouts = TrainerRollouts(self, placement, sampling)
+        if placement.alignment is not None:
+            self.add_callback(AfterUpdate(self))
+        self._record = Record(self)
         # From here on TRL generates with what it takes for a server of its own.
         self.vllm_generation = self.rollouts
         self.use_vllm, self.vllm_mode, self._last_loaded_step = True, "server", -1
@@ -58,12 +60,24 @@ class _DraftedRollouts(_Trainer):
     def _check_law(self, sampling: Sampling) -> None:
         raise NotImplementedError
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As TRL's; what blockroll started for it is stopped at the end."""
-        try:
-            return super().train(*args, **kwargs)
-        finally:
-            self.rollouts.placement.close()
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """As TRL's; a checkpoint brings back drafts and planner too."""
+        if resume_from_checkpoint:
+            folder = resume_from_checkpoint
+            if folder is True:
+                folder = get_last_checkpoint(self.args.output_dir)
+            if folder is not None:
+                load_rollout_state(Path(folder), self.rollouts.placement)
+        done = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        if self.accelerator.is_main_process:
+            self._record.write_report()
+        return done
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        if self.args.should_save:
+            folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+            save_rollout_state(folder, self.rollouts.placement, version=self.state.global_step)
 
     def _generate(self, prompts: list[Any]) -> Any:
         mode = "train" if self.model.training else "eval"
@@ -73,6 +87,8 @@ class _DraftedRollouts(_Trainer):
         metrics["rollout/weight_version"] = float(self.state.global_step)
         metrics["perf/weight_sync_s"] = self.rollouts.weight_sync_s
         self._append(mode, metrics)
+        if mode == "train":
+            self.rollouts.note_trained()
         return generated
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
@@ -96,6 +112,8 @@ class _DraftedRollouts(_Trainer):
         """As TRL's, with what was gathered since the last time."""
         self._append("train" if self.model.training else "eval", self._surprisal.flush(self.accelerator))
         super().log(logs, start_time)
+        if self.accelerator.is_main_process:
+            self._record.log(self.state.log_history[-1])
 
     def _append(self, mode: str, metrics: dict[str, float]) -> None:
         for name, value in metrics.items():
@@ -105,8 +123,9 @@ class _DraftedRollouts(_Trainer):
 class GRPOTrainer(_DraftedRollouts, trl.GRPOTrainer):
     """`trl.GRPOTrainer` whose completions blockroll generates: `rollout=RolloutConfig(...)`, or a pool.
 
-    `adapter` is the folder of a draft adapter; one beside the model's checkpoint is used unasked. TRL's
-    importance-sampling correction works on the log-probabilities of the law each token was drawn from.
+    `adapter` is the folder of a draft adapter; one beside the model's checkpoint is used unasked.
+    `alignment` lets drafts follow the policy. TRL's importance-sampling correction works on the
+    log-probabilities of the law each token was drawn from.
     """
 
     def __init__(
@@ -114,9 +133,10 @@ class GRPOTrainer(_DraftedRollouts, trl.GRPOTrainer):
         *args: Any,
         rollout: RolloutConfig | RolloutPool,
         adapter: str | Path | None = None,
+        alignment: AlignmentConfig | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(*args, rollout=rollout, adapter=adapter, **kwargs)
+        super().__init__(*args, rollout=rollout, adapter=adapter, alignment=alignment, **kwargs)
         require_parts(self, GRPO_PARTS)
         mode = self.vllm_importance_sampling_mode
         if self.loss_type == "vespo" and self._corrects and not mode.startswith("token"):

@@ -1,0 +1,51 @@
+"""`checkpoint-N/blockroll/`: what a trainer's own checkpoint does not hold of its rollouts.
+
+The draft adapter as an ordinary folder, the optimizer of its alignment, what the planner has counted, and the
+policy version.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from blockroll.errors import CheckpointError
+from blockroll.rl_loops.trl.placement import Colocated, Placement
+
+FOLDER, STATE_FILE = "blockroll", "rollout_state.pt"
+
+
+def save_rollout_state(checkpoint: Path, placement: Placement, *, version: int) -> None:
+    """Write the folder into a trainer's checkpoint. Rank 0 calls it."""
+    folder = checkpoint / FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    state: dict[str, Any] = {"policy_version": version}
+    if isinstance(placement, Colocated):
+        if placement.policy.adapter is not None:
+            placement.policy.adapter.save_pretrained(folder)
+        if placement.planner is not None:
+            state["planner"] = placement.planner.state_dict()
+    if placement.alignment is not None:
+        state["alignment"] = placement.alignment.state_dict()
+    partial = folder / f"{STATE_FILE}.partial"
+    torch.save(state, partial)
+    partial.replace(folder / STATE_FILE)
+
+
+def load_rollout_state(checkpoint: Path, placement: Placement) -> None:
+    """Go on from a trainer's checkpoint; CheckpointError if alignment has nothing to go on from."""
+    path = checkpoint / FOLDER / STATE_FILE
+    if not path.is_file():
+        if placement.alignment is None:
+            return  # a stock trainer's checkpoint: its policy is all there is to go on from
+        raise CheckpointError(
+            f"{checkpoint} has no {FOLDER}/{STATE_FILE}: it was written without blockroll, and alignment "
+            "cannot go on from it; resume with alignment=None"
+        )
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    if placement.alignment is not None:
+        if "alignment" not in state:
+            raise CheckpointError(f"{path} was written without alignment; start with alignment=None")
+        placement.alignment.load_state_dict(state["alignment"])
+    if isinstance(placement, Colocated) and placement.planner is not None and "planner" in state:
+        placement.planner.load_state_dict(state["planner"])

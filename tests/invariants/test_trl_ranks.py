@@ -1,0 +1,75 @@
+"""Trainers of several processes: DDP and FSDP2 over Gloo, replicas in the ranks or apart, one rank failing."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from blockroll.errors import InvalidInput
+from blockroll.rollout.ray_pool import check_disjoint
+
+STEPS = 3
+
+
+def launch(folder, *options, timeout=240):
+    """Two ranks under torchrun; its exit status and output."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [*command, "-m", "tests.invariants.trl_ranks", str(folder), *options],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        check=False,
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+def reports(folder, *options):
+    status, output = launch(folder, *options)
+    assert status == 0, output[-4000:]
+    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
+
+
+@pytest.mark.parametrize("options", [(), ("--fsdp",)], ids=["ddp", "fsdp2"])
+def test_colocated_replicas_of_two_ranks_draw_the_learners_law(tmp_path, options):
+    first, second = reports(tmp_path, *options)
+    assert first["shares"] == second["shares"] == (not options)
+    assert len(first["drawn"]) == len(second["drawn"]) == STEPS * 6
+    assert first["drawn"] != second["drawn"]
+    for step, row in enumerate(first["logs"]):
+        assert row["rollout/weight_version"] == step
+        assert row["rollout_corr/rollout_is_max"] == pytest.approx(1, abs=1e-3)
+        assert row["rollout_corr/rollout_is_min"] == pytest.approx(1, abs=1e-3)
+        assert row["rollout/acceptance_rate"] > 0.2
+        gap = row["sampling/surprisal_minus_entropy/mean"]
+        assert abs(gap) < 5 * row["sampling/surprisal_minus_entropy/se"]
+    assert [row["grad_norm"] > 0 for row in first["logs"]] == [True] * STEPS
+
+
+def test_two_ranks_share_two_ray_replicas_and_get_their_own_rollouts(tmp_path):
+    first, second = reports(tmp_path, "--placement", "separate")
+    assert len(first["drawn"]) == len(second["drawn"]) == STEPS * 6
+    for row in first["logs"]:
+        assert row["rollout_corr/rollout_is_max"] == pytest.approx(1, abs=1e-3)
+
+
+@pytest.mark.parametrize("options", [(), ("--fsdp",)], ids=["ddp", "fsdp2"])
+def test_an_error_on_one_rank_ends_both_by_name_within_half_a_minute(tmp_path, options):
+    start = time.monotonic()
+    status, output = launch(tmp_path, "--fail-on", "1", *options)
+    assert status != 0
+    assert "ReplicaError: replica 0 died: planted" in output
+    assert "RankError: rank 1 failed while generating rollouts, so every rank stops" in output
+    assert time.monotonic() - start < 60  # both starts of Python included
+
+
+def test_an_accelerator_that_is_claimed_twice_is_an_error_that_lists_both_sets():
+    check_disjoint(["a:0", "a:1"], ["a:2", "b:0"])
+    with pytest.raises(
+        InvalidInput, match=r"\['a:1'\] are claimed twice: .*\['a:0', 'a:1'\].*\['a:1', 'a:2'\]"
+    ):
+        check_disjoint(["a:0", "a:1"], ["a:2", "a:1"])

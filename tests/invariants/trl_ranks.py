@@ -1,0 +1,79 @@
+"""What one rank of a distributed trainer does in test_trl_ranks.py; started by torchrun or accelerate."""
+
+import argparse
+import itertools
+import json
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed
+import trl
+from datasets import Dataset
+
+from blockroll.config import RolloutConfig
+from blockroll.errors import ReplicaError
+from blockroll.policies.hf import TINY_POLICY_DIR
+from blockroll.rl_loops import arithmetic
+from blockroll.rl_loops.trl import GRPOTrainer
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--placement", default="colocated")
+    parser.add_argument("--fail-on", type=int, default=-1, help="the rank whose replica dies in step 1")
+    parser.add_argument("--fsdp", action="store_true")
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    problems = list(itertools.islice(arithmetic.problems(0, held_out=False), 32))
+    args = trl.GRPOConfig(
+        output_dir=str(given.folder / "out"),
+        per_device_train_batch_size=6,  # 3 groups of 4 over 2 ranks: one group lies on both
+        num_generations=4,
+        max_steps=3,
+        max_completion_length=48,
+        learning_rate=1e-3,
+        logging_steps=1,
+        report_to=[],
+        use_cpu=True,
+        bf16=False,
+        save_strategy="no",
+        disable_tqdm=True,
+        gradient_checkpointing=False,
+        **({"fsdp": True, "fsdp_config": {"version": 2}} if given.fsdp else {}),
+    )
+    trainer = GRPOTrainer(
+        str(TINY_POLICY_DIR),
+        reward_funcs=lambda completions, answer, **_: list(map(arithmetic.reward, completions, answer)),
+        args=args,
+        train_dataset=Dataset.from_list([{"prompt": p.prompt, "answer": p.answer} for p in problems]),
+        rollout=RolloutConfig(
+            plan="two_forward", placement=given.placement, num_replicas=2, threads_per_replica=1
+        ),
+    )
+    rank = trainer.accelerator.process_index
+    drawn: list[list[int]] = []
+    generate = trainer.rollouts.placement.generate
+
+    def recording(requests):
+        if rank == given.fail_on and trainer.state.global_step == 1:
+            raise ReplicaError("replica 0 died: planted")
+        for rollout in generate(requests):
+            drawn.append(list(rollout.token_ids))
+            yield rollout
+
+    trainer.rollouts.placement.generate = recording
+    trainer.train()
+    report = {
+        "logs": [row for row in trainer.state.log_history if "loss" in row],
+        "drawn": drawn,
+        "shares": getattr(trainer.rollouts.placement, "_shares", None),
+    }
+    (given.folder / f"rank{rank}.json").write_text(json.dumps(report))
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
