@@ -62,7 +62,8 @@ def random_speaker(policy: HFPolicy) -> HFPolicy:
 def audit(*, batches: tuple[int, ...] = (1, 16, 64), repeats: int = 15, rollouts: int = 24) -> list[Row]:
     """CPU time of the shipped policy's rollouts with every token audited over the time without, one thread.
 
-    Not wall time: other work on the machine stretches that by more than the audit does. Pairs of runs in turn, the first of a pair alternating; what was written is checked at both levels.
+    Not wall time, which other work on the machine stretches by more than the audit does. Pairs of runs in
+    turn, the first of a pair alternating; what was written is checked at both levels.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

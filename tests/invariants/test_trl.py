@@ -23,8 +23,8 @@ from blockroll.errors import (
 )
 from blockroll.policies.hf import TINY_POLICY_DIR, load_tokenizer
 from blockroll.rl_loops import arithmetic
-from blockroll.rl_loops.trl import GRPOTrainer, RLOOTrainer, make_rollout_func, require_tested
 from blockroll.rl_loops.tracking import read_lines
+from blockroll.rl_loops.trl import GRPOTrainer, RLOOTrainer, make_rollout_func, require_tested
 from blockroll.rl_loops.trl.contract import require_parts
 from blockroll.rl_loops.trl.weights import sharing_policy
 from blockroll.rollout.cache import SlotCache

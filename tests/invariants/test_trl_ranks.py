@@ -1,4 +1,4 @@
-"""Trainers of several processes: DDP and FSDP2 over Gloo, replicas in the ranks or apart, one rank failing."""
+"""Trainers of several processes: DDP and FSDP2 over Gloo, replicas in them or apart, one rank failing."""
 
 import json
 import os

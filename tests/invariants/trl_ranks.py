@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 import torch.distributed
 import trl
+from accelerate import DistributedType, PartialState
 from datasets import Dataset
 
 from blockroll.config import RolloutConfig
@@ -16,6 +17,10 @@ from blockroll.errors import ReplicaError
 from blockroll.policies.hf import TINY_POLICY_DIR
 from blockroll.rl_loops import arithmetic
 from blockroll.rl_loops.trl import GRPOTrainer
+
+
+def even_share(completion_ids, **_):
+    return [sum(token % 2 == 0 for token in ids) / len(ids) for ids in completion_ids]
 
 
 def main() -> None:
@@ -43,9 +48,12 @@ def main() -> None:
         gradient_checkpointing=False,
         **({"fsdp": True, "fsdp_config": {"version": 2}} if given.fsdp else {}),
     )
+    if given.fsdp:
+        # accelerate takes FSDP for accelerators only; torch's own FSDP2, which it then calls, works on CPUs.
+        PartialState().distributed_type = DistributedType.MULTI_GPU
     trainer = GRPOTrainer(
         str(TINY_POLICY_DIR),
-        reward_funcs=lambda completions, answer, **_: list(map(arithmetic.reward, completions, answer)),
+        reward_funcs=even_share,
         args=args,
         train_dataset=Dataset.from_list([{"prompt": p.prompt, "answer": p.answer} for p in problems]),
         rollout=RolloutConfig(

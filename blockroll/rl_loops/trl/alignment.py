@@ -31,8 +31,8 @@ class Alignment:
         """Makes the adapter if the policy has none, so it comes before whoever decodes with the policy."""
         if config.draft.conversion == "full" and not (shares and trainer.accelerator.num_processes == 1):
             raise InvalidInput(
-                "alignment with draft.conversion='full' moves the trainer's own weights, which must lie whole "
-                "in one process, without PEFT; use conversion='adapter'"
+                "alignment with draft.conversion='full' moves the trainer's own weights, which must lie "
+                "whole in one process, without PEFT; use conversion='adapter'"
             )
         self.config = config
         self.drafts = DraftTrainer(policy, config.draft, seed=trainer.args.seed)

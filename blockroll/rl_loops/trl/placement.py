@@ -71,7 +71,9 @@ class Colocated:
         else:
             self.policy = copying_policy(model, tokenizer, forward_dtype(trainer))
         use_adapter(self.policy, adapter, model.config._name_or_path)
-        self.alignment = alignment and Alignment(trainer, self.policy, alignment, shares=self._shares)
+        self.alignment: Alignment | None = None
+        if alignment is not None:
+            self.alignment = Alignment(trainer, self.policy, alignment, shares=self._shares)
         rank = trainer.accelerator.process_index
         self._replica = LocalReplica.around(self.policy, config, replica_id=rank)
         self.pool = RolloutPool(
@@ -103,7 +105,7 @@ class Colocated:
 class Separate:
     """Ray actors that rank 0 starts and the others join. They begin with a checkpoint that rank 0 writes."""
 
-    alignment = None
+    alignment: Alignment | None = None
 
     def __init__(self, trainer: Any, config: RolloutConfig, adapter: str | Path | None) -> None:
         check_supported(trainer)
@@ -160,7 +162,7 @@ class Separate:
 class Given:
     """A pool of the script's own, which gets every version as a checked update. It stays the script's."""
 
-    alignment = None
+    alignment: Alignment | None = None
 
     def __init__(self, trainer: Any, pool: RolloutPool) -> None:
         check_supported(trainer)

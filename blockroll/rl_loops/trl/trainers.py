@@ -65,7 +65,7 @@ class _DraftedRollouts(_Trainer):
         if resume_from_checkpoint:
             folder = resume_from_checkpoint
             if folder is True:
-                folder = get_last_checkpoint(self.args.output_dir)
+                folder = get_last_checkpoint(self.args.output_dir)  # type: ignore[no-untyped-call]
             if folder is not None:
                 load_rollout_state(Path(folder), self.rollouts.placement)
         done = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
