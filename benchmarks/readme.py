@@ -255,7 +255,7 @@ def audit_finding() -> str:
         for is_plain in (False, True)
     )
     return (
-        f"- **Every token can be audited.** Recording all of them takes at most {drafted:.1%} more CPU time "
+        f"- **Every token can be audited.** Recording all of them takes at most {drafted:.1%} more time "
         f"in two-forward steps, {plain:.1%} in plain ones, and "
         f"{max(row['bytes_per_token'] for row in rows):.0f} bytes a token."
     )
@@ -264,8 +264,7 @@ def audit_finding() -> str:
 def audit_table() -> str:
     """Time with the audit over time without."""
     lines = [
-        "| plan | batch | CPU time, with the audit over without | bytes a token "
-        "| largest difference at level 2 |",
+        "| plan | batch | time with the audit over without | bytes a token | largest difference at level 2 |",
         "| --- | ---: | ---: | ---: | ---: |",
     ]
     rows = read("part3_audit")

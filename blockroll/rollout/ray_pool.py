@@ -230,7 +230,7 @@ def check_disjoint(trainer_devices: Sequence[str], replica_devices: Sequence[str
 
 
 def ray_address() -> str:
-    """Where other processes find the Ray of this one."""
+    """Where other processes find the Ray of this one, as host:port."""
     address: str = ray.get_runtime_context().gcs_address
     return address
 

@@ -117,23 +117,27 @@ class Separate:
         policy = PolicyConfig(path=str(folder), dtype=_name(self._dtype))
         own = device_names(accelerator.device)
         owned = sorted({name for names in gather_object([own]) for name in names})
-        from blockroll.rollout import ray_pool  # needs Ray, which colocated does not
-
         error: BlockrollError | None = None
-        found: list[Any] = [None, None]
+        where: list[str | None] = [None, None, None]  # name, address, and how Ray lets processes in
         if accelerator.is_main_process:
-            name = f"blockroll-{os.getpid()}"
             try:
+                from blockroll.rollout.ray_pool import make_ray_pool, ray_address
+
+                name = f"blockroll-{os.getpid()}"
                 with _hidden(owned):
-                    self.pool = ray_pool.make_ray_pool(policy, config, name=name, taken_devices=owned)
-                found = [name, ray_pool.ray_address()]
+                    self.pool = make_ray_pool(policy, config, name=name, taken_devices=owned)
+                where = [name, ray_address(), os.environ.get("RAY_AUTH_MODE")]
             except BlockrollError as failure:
                 error = failure
         raise_together(accelerator, error, "starting replicas")
         if accelerator.num_processes > 1:
-            broadcast_object_list(found)
+            broadcast_object_list(where)
         if not accelerator.is_main_process:
-            self.pool = ray_pool.join_ray_pool(found[0], policy, config, address=found[1])
+            if where[2] is not None:  # read when ray is imported
+                os.environ["RAY_AUTH_MODE"] = where[2]
+            from blockroll.rollout.ray_pool import join_ray_pool
+
+            self.pool = join_ray_pool(str(where[0]), policy, config, address=str(where[1]))
 
     def sync(self, version: int) -> None:
         """Rank 0 publishes what all ranks gather; nobody goes on before every replica has it."""
