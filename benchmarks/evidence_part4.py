@@ -1,0 +1,168 @@
+"""The long experiments of part 4, each writing its rows to benchmarks/results/.
+
+    python -m benchmarks.evidence_part4                    everything that has no rows yet
+    python -m benchmarks.evidence_part4 stock ...          these experiments, again
+
+`smollm2` needs SmolLM2 as examples/smollm2.py leaves it in runs/smollm2, and is left out without it.
+The tests run a short form of each.
+"""
+
+import itertools
+import random
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+
+from benchmarks.evidence_part1 import Row, write_rows
+from benchmarks.evidence_part2 import SMOLLM2, causal_part, trained_adapter
+from benchmarks.trl_timing import GENERATE_S, OURS, STOCK, medians, train
+from blockroll.config import AlignmentConfig, DraftConfig, RolloutConfig
+from blockroll.rl_loops.trl.metrics import SURPRISAL
+
+SEEDS = (0, 1, 2)
+RUNS = Path("runs") / "evidence_part4"
+CURVES = ("reward", "rollout/acceptance_rate", "kl", "draft/acceptance")
+
+
+def stock(
+    *, batches: Sequence[int] = (8, 16, 32, 64), seeds: Sequence[int] = SEEDS, steps: int = 40
+) -> list[Row]:
+    """TRL's own trainer and ours with equal seeds and prompts, in turn; one torch thread, tiny policy.
+
+    Learning is compared at the smallest batch, TRL's default; times at all of them.
+    """
+    rows: list[Row] = []
+    torch.set_num_threads(1)
+    for batch, seed in itertools.product(batches, seeds):
+        length = steps if batch == batches[0] else max(2, steps // 4)
+        runs: dict[str, list[dict[str, Any]]] = {}
+        for name in ("trl", "blockroll") if seed % 2 else ("blockroll", "trl"):
+            options = {} if name == "trl" else {"rollout": RolloutConfig(plan="two_forward")}
+            cls = STOCK if name == "trl" else OURS
+            runs[name] = train(cls, seed=seed, steps=length, batch=batch, **options)
+        times = {name: medians(run, GENERATE_S, "step_time") for name, run in runs.items()}
+        rows.append(
+            {
+                "batch": batch,
+                "seed": seed,
+                "steps": length,
+                "generate_ratio": times["blockroll"][GENERATE_S] / times["trl"][GENERATE_S],
+                "step_ratio": times["blockroll"]["step_time"] / times["trl"]["step_time"],
+                "reward": {name: [row["reward"] for row in run] for name, run in runs.items()},
+                "importance_ratio": [
+                    row["sampling/importance_sampling_ratio/mean"] for row in runs["blockroll"]
+                ],
+                "surprisal": [
+                    (row[f"{SURPRISAL}/mean"], row[f"{SURPRISAL}/se"]) for row in runs["blockroll"]
+                ],
+                "acceptance": [row["rollout/acceptance_rate"] for row in runs["blockroll"]],
+            }
+        )
+    return rows
+
+
+def alignment(*, seeds: Sequence[int] = SEEDS, steps: int = 60, batch: int = 64) -> list[Row]:
+    """GRPO of the tiny policy's causal part with an adapter, left alone or aligned after every update."""
+    policy, adapter = RUNS / "policy", trained_adapter()
+    causal_part().save_pretrained(policy)
+    rows: list[Row] = []
+    torch.set_num_threads(2)
+    for seed, is_aligned in itertools.product(seeds, (False, True)):
+        draft = DraftConfig(block_sizes=(8,), layouts=("two_forward",), learning_rate=1e-3)
+        run = train(
+            OURS,
+            seed=seed,
+            steps=steps,
+            batch=batch,
+            model=str(policy),
+            adapter=adapter,
+            rollout=RolloutConfig(plan="two_forward(8)"),
+            alignment=AlignmentConfig(draft=draft) if is_aligned else None,
+            # A KL weight too small to matter, for TRL to report the distance from the first policy.
+            arguments={"beta": 1e-9, "temperature": 1.5, "learning_rate": 5e-4},
+        )
+        rows.append(
+            {
+                "seed": seed,
+                "is_aligned": is_aligned,
+                "steps": steps,
+                **{name: [row.get(name) for row in run] for name in CURVES},
+            }
+        )
+    return rows
+
+
+def smollm2(*, steps: int = 20, batch: int = 16, seeds: Sequence[int] = (0,)) -> list[Row]:
+    """GRPO of SmolLM2-135M-Instruct on one-digit sums through TRL: rollouts by `auto`, drafted, and plain."""
+    rows: list[Row] = []
+    torch.set_num_threads(2)
+    for seed, plan in itertools.product(seeds, ("plain", "auto", "two_forward(4)")):
+        run = train(
+            OURS,
+            seed=seed,
+            steps=steps,
+            batch=batch,
+            model=str(SMOLLM2 / "policy"),
+            adapter=SMOLLM2 / "adapter",
+            dataset=one_digit_sums(seed, steps * batch),
+            reward=is_right_sum,
+            rollout=RolloutConfig(plan=plan),
+            arguments={"max_completion_length": 24, "learning_rate": 1e-5},
+        )
+        rows.append(
+            {
+                "seed": seed,
+                "plan": plan,
+                "batch": batch,
+                "steps": steps,
+                "reward": [row["reward"] for row in run],
+                "acceptance": [row.get("rollout/acceptance_rate") for row in run],
+                "tokens_per_forward": [row["rollout/tokens_per_forward"] for row in run],
+                "generate_s": [row[GENERATE_S] for row in run],
+                "step_s": [row["step_time"] for row in run],
+            }
+        )
+    return rows
+
+
+def one_digit_sums(seed: int, count: int) -> Dataset:
+    """Questions as a chat, with their answers."""
+    rng = random.Random(f"sums-{seed}")
+    pairs = [(rng.randint(0, 9), rng.randint(0, 9)) for _ in range(count)]
+    return Dataset.from_list(
+        [
+            {
+                "prompt": [{"role": "user", "content": f"What is {a} + {b}? Answer with the number only."}],
+                "answer": a + b,
+            }
+            for a, b in pairs
+        ]
+    )
+
+
+def is_right_sum(completions: list[Any], answer: list[int], **_: object) -> list[float]:
+    """1 if the last number of the reply is the sum."""
+    replies = [completion[0]["content"] for completion in completions]
+    numbers = [re.findall(r"\d+", reply) for reply in replies]
+    return [
+        float(bool(found) and int(found[-1]) == right) for found, right in zip(numbers, answer, strict=True)
+    ]
+
+
+def experiments() -> dict[str, Callable[[], list[Row]]]:
+    """Every experiment by the name of its result file."""
+    found: dict[str, Callable[[], list[Row]]] = {"stock": stock, "alignment": alignment}
+    if (SMOLLM2 / "adapter").is_dir():
+        found["smollm2"] = smollm2
+    else:
+        print(f"part 4: smollm2 is left out: no {SMOLLM2 / 'adapter'}; run examples/smollm2.py first")
+    return found
+
+
+if __name__ == "__main__":
+    write_rows(4, experiments(), sys.argv[1:])
