@@ -14,6 +14,7 @@
     │   └── VersionMismatch                  the update does not follow the replica's version
     ├── ReplicaError (RuntimeError)          a replica died, hangs, or none is ready to serve
     ├── RankError (RuntimeError)             another process of a distributed trainer failed
+    ├── EnvironmentFailed (RuntimeError)     an environment was too slow, or raised
     ├── NonFiniteLogits (FloatingPointError) a forward gave NaN or infinity for a request
     └── EmptySupport (RuntimeError)          constraint, masks and processors leave a request no next token
 
@@ -75,6 +76,10 @@ class ReplicaError(BlockrollError, RuntimeError):
 
 class RankError(BlockrollError, RuntimeError):
     """Another process of a distributed trainer failed."""
+
+
+class EnvironmentFailed(BlockrollError, RuntimeError):
+    """An environment was too slow, or raised."""
 
 
 class NonFiniteLogits(BlockrollError, FloatingPointError):

@@ -29,6 +29,7 @@ HOMES = {
     "matplotlib": ("rl_loops.report", "rl_loops.figures"),
     "pyarrow": ("rollout.audit",),
     "ray": ("rollout.ray_pool", "rollout.weight_sync", "rollout.weight_sync.*"),
+    "reasoning_gym": ("rl_loops.envs*",),
     "transformers": ("policies", "policies.*", "rl_loops.trl.*"),
     "triton": ("kernels.*.fused",),
     "peft": ("rl_loops.trl.weights",),
