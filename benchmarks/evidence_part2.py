@@ -140,7 +140,11 @@ def equality(
 
 
 def auto(
-    adapter: Path | None = None, *, batches: tuple[int, ...] = (1, 4, 16, 64), repeats: int = 7
+    adapter: Path | None = None,
+    *,
+    batches: tuple[int, ...] = (1, 4, 16, 64),
+    repeats: int = 7,
+    rollouts: int = 32,
 ) -> list[Row]:
     """The plan that chooses itself, against plain and transformers, in one run; one thread.
 
@@ -153,8 +157,10 @@ def auto(
     try:
         policy = causal_part(adapter or trained_adapter())
         texts = prompts(policy, 128, seed=7)
-        for rounds in (2, repeats):
-            options = BenchOptions(batches=batches, repeats=rounds, rollouts=32, queue=4, max_tokens=(64,))
+        for rounds in (min(2, repeats), repeats):
+            options = BenchOptions(
+                batches=batches, repeats=rounds, rollouts=rollouts, queue=4, max_tokens=(64,)
+            )
             rows = run_bench(
                 policy,
                 texts,

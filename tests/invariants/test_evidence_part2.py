@@ -32,7 +32,7 @@ def test_drafts_of_both_conversions_have_a_row_per_plan_and_law(adapter):
 
 
 def test_fused_plans_have_the_equalities_of_part_one(adapter):
-    rows = evidence.equality(adapter, count=3, short=1500, whole=150)
+    rows = evidence.equality(adapter, count=2, short=800, whole=60)
     greedy, law = rows[:4], rows[4:]
     assert all(row["differing_rollouts_all_at_ties"] == 0 for row in greedy)
     assert all(row["p_value"] > 1e-4 for row in law)
@@ -41,7 +41,7 @@ def test_fused_plans_have_the_equalities_of_part_one(adapter):
 def test_auto_has_rows_beside_plain_and_transformers(adapter, tmp_path, monkeypatch):
     monkeypatch.setattr(evidence, "RUNS", tmp_path)
     monkeypatch.setenv("BLOCKROLL_CACHE", str(tmp_path))  # put back afterwards
-    rows = evidence.auto(adapter, batches=(2,), repeats=1)
+    rows = evidence.auto(adapter, batches=(2,), repeats=1, rollouts=4)
     assert [row["plan"] for row in rows] == [
         "plain",
         "two_forward(8)",
