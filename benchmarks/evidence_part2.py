@@ -191,6 +191,7 @@ def learning(
     steps: int = 45,
     prompts_per_step: int = 64,
     held_out: int = 2_000,
+    eval_prompts: int = 256,
 ) -> list[Row]:
     """GRPO under plain, lossless and mixed rollouts, the last with and without correction.
 
@@ -217,7 +218,7 @@ def learning(
                 importance_sampling_correction=variant != "mixed, uncorrected",
                 learner_threads=1,
                 eval_every=15,
-                eval_prompts=256,
+                eval_prompts=eval_prompts,
             ),
         )
         result = train(resumable(config), resume=has_checkpoint(config.run_dir))

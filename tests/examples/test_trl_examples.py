@@ -10,6 +10,7 @@ from examples import trl_grpo, trl_reasoning_gym, trl_tools
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.filterwarnings(
     "ignore:`.*gradient_checkpointing.*` is deprecated:FutureWarning",  # what TRL itself calls
+    "ignore:'pin_memory' argument is set as true:UserWarning",  # a default of transformers, without a GPU
 )
 
 

@@ -54,7 +54,7 @@ def test_auto_has_rows_beside_plain_and_transformers(adapter, tmp_path, monkeypa
 
 def test_every_variant_learns_from_the_law_it_was_drawn_from(adapter, tmp_path, monkeypatch):
     monkeypatch.setattr(evidence, "RUNS", tmp_path)
-    rows = evidence.learning(adapter, seeds=(0,), steps=1, prompts_per_step=2, held_out=4)
+    rows = evidence.learning(adapter, seeds=(0,), steps=1, prompts_per_step=2, held_out=4, eval_prompts=4)
     assert [row["variant"] for row in rows if "held_out_reward" in row] == list(evidence.VARIANTS)
     by_variant = {row["variant"]: row for row in rows if "step" in row}
     assert list(by_variant) == list(evidence.VARIANTS)
