@@ -72,16 +72,19 @@ def stock(
                 "step_ratio_uncorrected": times[UNCORRECTED]["step_time"] / times[STOCK_NAME]["step_time"],
                 "reward": {name: [row["reward"] for row in run] for name, run in runs.items()},
                 "importance_ratio": [row["sampling/importance_sampling_ratio/mean"] for row in ours],
-                "surprisal": [(row[f"{SURPRISAL}/mean"], row[f"{SURPRISAL}/se"]) for row in ours],
+                "surprisal_mean": ours[-1][f"{SURPRISAL}/run_mean"],
+                "surprisal_se": ours[-1][f"{SURPRISAL}/run_se"],
                 "acceptance": [row["rollout/acceptance_rate"] for row in ours],
             }
         )
     return rows
 
 
-def alignment(*, seeds: Sequence[int] = SEEDS, steps: int = 60, batch: int = 64) -> list[Row]:
+def alignment(
+    adapter: Path | None = None, *, seeds: Sequence[int] = SEEDS, steps: int = 60, batch: int = 64
+) -> list[Row]:
     """GRPO of the tiny policy's causal part with an adapter, left alone or aligned after every update."""
-    policy, adapter = RUNS / "policy", trained_adapter()
+    policy, adapter = RUNS / "policy", adapter or trained_adapter()
     causal_part().save_pretrained(policy)
     rows: list[Row] = []
     torch.set_num_threads(2)
@@ -110,26 +113,27 @@ def alignment(*, seeds: Sequence[int] = SEEDS, steps: int = 60, batch: int = 64)
     return rows
 
 
-def smollm2(*, steps: int = 20, batch: int = 16, seeds: Sequence[int] = (0,)) -> list[Row]:
+def smollm2(
+    *, steps: int = 20, batch: int = 16, plans: Sequence[str] = ("plain", "auto", "two_forward(4)")
+) -> list[Row]:
     """GRPO of SmolLM2-135M-Instruct on one-digit sums through TRL: rollouts by `auto`, drafted, and plain."""
     rows: list[Row] = []
     torch.set_num_threads(2)
-    for seed, plan in itertools.product(seeds, ("plain", "auto", "two_forward(4)")):
+    for plan in plans:
         run = train(
             OURS,
-            seed=seed,
+            seed=0,
             steps=steps,
             batch=batch,
             model=str(SMOLLM2 / "policy"),
             adapter=SMOLLM2 / "adapter",
-            dataset=one_digit_sums(seed, steps * batch),
+            dataset=one_digit_sums(0, steps * batch),
             reward=is_right_sum,
             rollout=RolloutConfig(plan=plan),
             arguments={"max_completion_length": 24, "learning_rate": 1e-5},
         )
         rows.append(
             {
-                "seed": seed,
                 "plan": plan,
                 "batch": batch,
                 "steps": steps,

@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks import readme_trl
+
 Row = dict[str, Any]
 
 ROOT = Path(__file__).parents[1]
@@ -22,6 +24,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "measured.md"
 IMAGES = ROOT / "docs" / "images"
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
+STOCK, ALIGNMENT, SMOLLM2 = "part4_stock", "part4_alignment", "part4_smollm2"
 WINDOW = 5  # steps whose rewards are averaged at either end of a run
 
 
@@ -52,6 +55,13 @@ def measured_page() -> str:
         ("part2_learning", "GRPO: the target law and a mixed law", laws_table),
         ("part3_constraints", "Constrained outputs", constraints_table),
         ("part3_audit", "What the audit costs", audit_table),
+        (STOCK, "TRL: the stock trainer and ours", lambda: readme_trl.stock_table(read(STOCK))),
+        (
+            ALIGNMENT,
+            "TRL: drafts that follow the policy",
+            lambda: readme_trl.alignment_table(read(ALIGNMENT)),
+        ),
+        (SMOLLM2, "TRL: SmolLM2-135M-Instruct", lambda: readme_trl.smollm2_trl_table(read(SMOLLM2))),
     )
     return "\n\n".join(
         (
@@ -115,6 +125,8 @@ def findings_list() -> str:
             ("part2_learning", laws_finding),
             ("part3_constraints", constraints_finding),
             ("part3_audit", audit_finding),
+            (STOCK, lambda: readme_trl.stock_finding(read(STOCK))),
+            (ALIGNMENT, lambda: readme_trl.alignment_finding(read(ALIGNMENT))),
         )
         if has_rows(name)
     )

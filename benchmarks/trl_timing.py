@@ -8,6 +8,7 @@ from typing import Any
 
 import trl
 from datasets import Dataset
+from transformers import PrinterCallback
 
 from blockroll.policies.hf import TINY_POLICY_DIR
 from blockroll.rl_loops import arithmetic
@@ -78,9 +79,11 @@ def train(
             use_cpu=True,
             bf16=False,
             disable_tqdm=True,
+            gradient_checkpointing=False,
         )
         dataset = dataset if dataset is not None else problems(seed, steps * batch)
         trainer = cls(model, reward_funcs=reward, args=args, train_dataset=dataset, **options)
+        trainer.remove_callback(PrinterCallback)
         trainer.train()
         return [row for row in trainer.state.log_history if "reward" in row]
 

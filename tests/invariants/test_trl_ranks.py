@@ -45,8 +45,9 @@ def test_colocated_replicas_of_two_ranks_draw_the_learners_law(tmp_path, options
         assert row["rollout_corr/rollout_is_max"] == pytest.approx(1, abs=1e-3)
         assert row["rollout_corr/rollout_is_min"] == pytest.approx(1, abs=1e-3)
         assert row["rollout/acceptance_rate"] > 0.2
-        gap = row["sampling/surprisal_minus_entropy/mean"]
-        assert abs(gap) < 5 * row["sampling/surprisal_minus_entropy/se"]
+    last = first["logs"][-1]
+    gap, error = (last[f"sampling/surprisal_minus_entropy/run_{name}"] for name in ("mean", "se"))
+    assert abs(gap) < 4 * error
     assert [row["grad_norm"] > 0 for row in first["logs"]] == [True] * STEPS
 
 

@@ -3,7 +3,8 @@
 `sampling/surprisal_minus_entropy` is the mean of -log pi(token) - H(pi) over the tokens that the policy drew,
 both from the learner's logits. It is 0 if tokens follow the policy, within `.../se`, whatever log-probability
 was reported with them; the ratios in `rollout_corr/*` compare only what was reported. Both are taken at the
-weights that drew the tokens, before an update has moved them.
+weights that drew the tokens, before an update has moved them. Rare tokens carry most of the variance: in a
+small batch none may occur, and `se` is then too small, so `run_mean` and `run_se` go on over the whole run.
 """
 
 import math
@@ -58,10 +59,11 @@ def token_mask(batch: dict[str, Tensor]) -> Tensor:
 
 
 class Surprisal:
-    """Sums of -log pi(token) - H(pi) until they are logged."""
+    """Sums of -log pi(token) - H(pi), until they are logged and over the run."""
 
     def __init__(self) -> None:
         self._sums = torch.zeros(3, dtype=torch.float64)  # tokens, values, squares
+        self._run_sums = torch.zeros(3, dtype=torch.float64)
 
     def add(self, logprobs_BT: Tensor, entropies_BT: Tensor, mask_BT: Tensor) -> None:
         """Tokens of one micro-batch."""
@@ -74,9 +76,12 @@ class Surprisal:
 
         Values of one text are uncorrelated, as each has mean 0 given the text before it.
         """
-        sums = accelerator.reduce(self._sums.float().to(accelerator.device), reduction="sum")
-        count, total, squares = sums.tolist()
+        sums = accelerator.reduce(self._sums.float().to(accelerator.device), reduction="sum").double().cpu()
         self._sums.zero_()
-        if not count:
-            return {}
-        return {f"{SURPRISAL}/mean": total / count, f"{SURPRISAL}/se": math.sqrt(squares) / count}
+        self._run_sums += sums
+        metrics = {}
+        for prefix, (count, total, squares) in (("", sums.tolist()), ("run_", self._run_sums.tolist())):
+            if sums[0]:
+                metrics[f"{SURPRISAL}/{prefix}mean"] = total / count
+                metrics[f"{SURPRISAL}/{prefix}se"] = math.sqrt(squares) / count
+        return metrics

@@ -1,0 +1,142 @@
+"""What part 4 measured, for the README and docs/measured.md: written from the rows it is given."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+Row = dict[str, Any]
+ENDS = 10  # steps averaged at either end of a run
+
+
+def stock_table(rows: Sequence[Row]) -> str:
+    """Our trainer over TRL's own, side by side."""
+    lines = [
+        "| batch | time to generate, over TRL's | time of a step, over TRL's | the same, correction off |",
+        "| ---: | ---: | ---: | ---: |",
+    ]
+    for batch in sorted({row["batch"] for row in rows}):
+        of_batch = [row for row in rows if row["batch"] == batch]
+        cells = (
+            median_and_range([row[name] for row in of_batch])
+            for name in ("generate_ratio", "step_ratio", "step_ratio_uncorrected")
+        )
+        lines.append(f"| {batch} | {' | '.join(cells)} |")
+    learning = [row for row in rows if row["batch"] == min(row["batch"] for row in rows)]
+    gaps = ", ".join(f"{row['surprisal_mean']:+.4f} (error {row['surprisal_se']:.4f})" for row in learning)
+    rewards = "; ".join(
+        f"{name} {median_and_range([float(np.mean(row['reward'][name])) for row in learning], digits=3)}"
+        for name in learning[0]["reward"]
+    )
+    worst = max(abs(ratio - 1) for row in rows for ratio in row["importance_ratio"])
+    caption = (
+        f"`trl.GRPOTrainer` and ours on the tiny policy, {rows[0]['threads']} CPU threads, fixed two-forward "
+        f"drafts: medians of the steps of a run, then median (and range) of {len(learning)} seeds. TRL computes "
+        f"another forward for its correction, which lossless rollouts can do without. Mean reward of "
+        f"{learning[0]['steps']} steps at batch {learning[0]['batch']}: {rewards}. Importance ratio: off from 1 "
+        f"by {worst:.0e} at most. Surprisal minus entropy over each run of ours: {gaps}."
+    )
+    return "\n".join((*lines, "", caption))
+
+
+def stock_finding(rows: Sequence[Row]) -> str:
+    """A line for the README."""
+    batches = sorted({row["batch"] for row in rows})
+    ratios = {
+        batch: float(np.median([row["generate_ratio"] for row in rows if row["batch"] == batch]))
+        for batch in (batches[0], batches[-1])
+    }
+    return (
+        f"- **In a TRL script.** Generating takes {ratios[batches[0]]:.2f}x of the stock trainer's time at batch "
+        f"{batches[0]} and {ratios[batches[-1]]:.2f}x at {batches[-1]} (tiny policy, CPU); rewards lie within the "
+        f"same bands."
+    )
+
+
+def alignment_table(rows: Sequence[Row]) -> str:
+    """Acceptance and reward with and without alignment."""
+    lines = [
+        "| drafts | acceptance, first steps | last steps | kept | reward, first steps | last steps | KL at the end |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for is_aligned in (False, True):
+        runs = [row for row in rows if row["is_aligned"] == is_aligned]
+        acceptance = [ends(row["rollout/acceptance_rate"]) for row in runs]
+        rewards = [ends(row["reward"]) for row in runs]
+        cells = (
+            [first for first, _ in acceptance],
+            [last for _, last in acceptance],
+            [last / first for first, last in acceptance],
+            [first for first, _ in rewards],
+            [last for _, last in rewards],
+            [ends(row["kl"])[1] for row in runs],
+        )
+        name = "aligned after every update" if is_aligned else "left alone"
+        lines.append(f"| {name} | {' | '.join(median_and_range(cell, digits=3) for cell in cells)} |")
+    caption = (
+        f"GRPO through TRL on arithmetic, {rows[0]['steps']} steps at temperature 1.5, the tiny policy's causal "
+        f"part with an adapter: median (and range) of {len(rows) // 2} seeds, means of {ENDS} steps at either "
+        "end. KL is TRL's estimate from the first policy, per token."
+    )
+    return "\n".join((*lines, "", caption))
+
+
+def alignment_finding(rows: Sequence[Row]) -> str:
+    """A line for the README."""
+    kept = {
+        is_aligned: [
+            last / first
+            for first, last in (
+                ends(row["rollout/acceptance_rate"]) for row in rows if row["is_aligned"] == is_aligned
+            )
+        ]
+        for is_aligned in (False, True)
+    }
+    return (
+        f"- **Drafts can follow the policy.** Over {rows[0]['steps']} updates acceptance goes to "
+        f"{median_and_range(kept[True])} of its start with alignment, {median_and_range(kept[False])} without."
+    )
+
+
+def smollm2_trl_table(rows: Sequence[Row]) -> str:
+    """SmolLM2 under GRPO, per plan."""
+    lines = [
+        "| rollouts | reward, first steps | last steps | drafts accepted | tokens per forward "
+        "| time to generate, over plain | time of a step, over plain |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    plain = next(row for row in rows if row["plan"] == "plain")
+    for row in rows:
+        first, last = ends(row["reward"])
+        accepted = [each for each in row["acceptance"] if each is not None]
+        lines.append(
+            f"| {row['plan']} | {first:.2f} | {last:.2f} | {f'{np.mean(accepted):.2f}' if accepted else ''} "
+            f"| {np.mean(row['tokens_per_forward']):.2f} "
+            f"| {over(row['generate_s'], plain['generate_s']):.2f} | {over(row['step_s'], plain['step_s']):.2f} |"
+        )
+    caption = (
+        f"SmolLM2-135M-Instruct, GRPO through TRL on one-digit sums, {rows[0]['steps']} steps of "
+        f"{rows[0]['batch']} completions, 2 CPU threads, one seed: a short run, which shows that it works and "
+        "what it costs, not what it would learn. Medians over steps, the first left out."
+    )
+    return "\n".join((*lines, "", caption))
+
+
+def ends(values: Sequence[float]) -> tuple[float, float]:
+    """Means of the first and of the last steps."""
+    known = [value for value in values if value is not None]
+    return float(np.mean(known[:ENDS])), float(np.mean(known[-ENDS:]))
+
+
+def over(values: Sequence[float], base: Sequence[float]) -> float:
+    """Ratio of medians; a first step alone is all there is of a run of one."""
+    tails = [each[1:] or each for each in (values, base)]
+    return float(np.median(tails[0]) / np.median(tails[1]))
+
+
+def median_and_range(values: Sequence[float], *, digits: int = 2) -> str:
+    """Median, and range where there is more than one."""
+    median = f"{np.median(values):.{digits}f}"
+    if len(values) < 2:
+        return median
+    return f"{median} ({min(values):.{digits}f} to {max(values):.{digits}f})"

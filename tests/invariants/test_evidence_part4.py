@@ -1,0 +1,58 @@
+"""The long experiments of part 4, in a short form."""
+
+import json
+
+import pytest
+
+from benchmarks import evidence_part4 as evidence
+from benchmarks import readme_trl
+from blockroll.policies.hf import load_tokenizer
+from tests.models import adapted_policy
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:`.*gradient_checkpointing.*` is deprecated:FutureWarning",  # what TRL itself calls
+)
+
+
+def test_stock_and_drafted_trainers_have_a_row_per_batch_and_seed():
+    rows = evidence.stock(batches=(8,), seeds=(0,), steps=2)
+    (row,) = rows
+    assert row["generate_ratio"] > 0
+    assert row["step_ratio"] > 0
+    assert {name: len(rewards) for name, rewards in row["reward"].items()} == dict.fromkeys(
+        evidence.SUBJECTS, 2
+    )
+    assert row["importance_ratio"] == pytest.approx([1, 1], abs=1e-3)
+    json.dumps(rows)
+    assert "| 8 |" in readme_trl.stock_table(rows)
+
+
+def test_alignment_has_a_row_per_seed_with_and_without_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(evidence, "RUNS", tmp_path)
+    adapter = evidence.trained_adapter(tmp_path / "adapter", max_tokens=300)
+    rows = evidence.alignment(adapter, seeds=(0,), steps=2, batch=8)
+    assert [row["is_aligned"] for row in rows] == [False, True]
+    for row in rows:
+        assert len(row["reward"]) == len(row["kl"]) == len(row["rollout/acceptance_rate"]) == 2
+        assert (row["draft/acceptance"][-1] is not None) == row["is_aligned"]
+    json.dumps(rows)
+    assert "aligned" in readme_trl.alignment_table(rows)
+
+
+def test_smollm2s_experiment_runs_on_any_chat_model_with_an_adapter(tmp_path, monkeypatch):
+    policy = adapted_policy()
+    policy.tokenizer = load_tokenizer("tiny")
+    policy.tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}\n"
+    monkeypatch.setattr(evidence, "SMOLLM2", tmp_path)
+    policy.save_pretrained(tmp_path / "policy")
+    policy.adapter.save_pretrained(tmp_path / "adapter")
+    rows = evidence.smollm2(steps=1, batch=8, plans=("plain", "two_forward(4)"))
+    assert [row["plan"] for row in rows] == ["plain", "two_forward(4)"]
+    json.dumps(rows)
+
+
+@pytest.mark.parametrize(
+    ("reply", "reward"), [("7", 1.0), ("3 + 4 = 7.", 1.0), ("It is 7, not 8", 0.0), ("seven", 0.0), ("", 0.0)]
+)
+def test_a_sum_is_right_if_its_last_number_is(reply, reward):
+    assert evidence.is_right_sum([[{"role": "assistant", "content": reply}]], [7]) == [reward]
