@@ -31,10 +31,10 @@ def stock_table(rows: Sequence[Row]) -> str:
     worst = max(abs(ratio - 1) for row in rows for ratio in row["importance_ratio"])
     caption = (
         f"`trl.GRPOTrainer` and ours on the tiny policy, {rows[0]['threads']} CPU threads, fixed two-forward "
-        f"drafts: medians of the steps of a run, then median (and range) of {len(learning)} seeds. TRL computes "
+        f"drafts: medians of the steps of a run, then median (and range) of {len(learning)} seeds. TRL runs "
         f"another forward for its correction, which lossless rollouts can do without. Mean reward of "
-        f"{learning[0]['steps']} steps at batch {learning[0]['batch']}: {rewards}. Importance ratio: off from 1 "
-        f"by {worst:.0e} at most. Surprisal minus entropy over each run of ours: {gaps}."
+        f"{learning[0]['steps']} steps at batch {learning[0]['batch']}: {rewards}. Importance ratio: off "
+        f"from 1 by {worst:.0e} at most. Surprisal minus entropy over each run of ours: {gaps}."
     )
     return "\n".join((*lines, "", caption))
 
@@ -47,16 +47,16 @@ def stock_finding(rows: Sequence[Row]) -> str:
         for batch in (batches[0], batches[-1])
     }
     return (
-        f"- **In a TRL script.** Generating takes {ratios[batches[0]]:.2f}x of the stock trainer's time at batch "
-        f"{batches[0]} and {ratios[batches[-1]]:.2f}x at {batches[-1]} (tiny policy, CPU); rewards lie within the "
-        f"same bands."
+        f"- **In a TRL script.** Generating takes {ratios[batches[0]]:.2f}x of the stock trainer's time at "
+        f"batch {batches[0]} and {ratios[batches[-1]]:.2f}x at {batches[-1]} (tiny policy, CPU)."
     )
 
 
 def alignment_table(rows: Sequence[Row]) -> str:
     """Acceptance and reward with and without alignment."""
     lines = [
-        "| drafts | acceptance, first steps | last steps | kept | reward, first steps | last steps | KL at the end |",
+        "| drafts | acceptance, first steps | last steps | kept "
+        "| reward, first steps | last steps | KL at the end |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for is_aligned in (False, True):
@@ -74,9 +74,9 @@ def alignment_table(rows: Sequence[Row]) -> str:
         name = "aligned after every update" if is_aligned else "left alone"
         lines.append(f"| {name} | {' | '.join(median_and_range(cell, digits=3) for cell in cells)} |")
     caption = (
-        f"GRPO through TRL on arithmetic, {rows[0]['steps']} steps at temperature 1.5, the tiny policy's causal "
-        f"part with an adapter: median (and range) of {len(rows) // 2} seeds, means of {ENDS} steps at either "
-        "end. KL is TRL's estimate from the first policy, per token."
+        f"GRPO through TRL on arithmetic, {rows[0]['steps']} steps at temperature 1.5, the tiny policy's "
+        f"causal part with an adapter: median (and range) of {len(rows) // 2} seeds, means of {ENDS} steps "
+        "at either end. KL is TRL's estimate from the first policy, per token."
     )
     return "\n".join((*lines, "", caption))
 
@@ -94,7 +94,8 @@ def alignment_finding(rows: Sequence[Row]) -> str:
     }
     return (
         f"- **Drafts can follow the policy.** Over {rows[0]['steps']} updates acceptance goes to "
-        f"{median_and_range(kept[True])} of its start with alignment, {median_and_range(kept[False])} without."
+        f"{median_and_range(kept[True])} of its start with alignment, {median_and_range(kept[False])} "
+        "without."
     )
 
 
@@ -110,14 +111,15 @@ def smollm2_trl_table(rows: Sequence[Row]) -> str:
         first, last = ends(row["reward"])
         accepted = [each for each in row["acceptance"] if each is not None]
         lines.append(
-            f"| {row['plan']} | {first:.2f} | {last:.2f} | {f'{np.mean(accepted):.2f}' if accepted else ''} "
-            f"| {np.mean(row['tokens_per_forward']):.2f} "
-            f"| {over(row['generate_s'], plain['generate_s']):.2f} | {over(row['step_s'], plain['step_s']):.2f} |"
+            f"| {row['plan']} | {first:.2f} | {last:.2f} "
+            f"| {f'{np.mean(accepted):.2f}' if accepted else ''} | {np.mean(row['tokens_per_forward']):.2f} "
+            f"| {over(row['generate_s'], plain['generate_s']):.2f} "
+            f"| {over(row['step_s'], plain['step_s']):.2f} |"
         )
     caption = (
         f"SmolLM2-135M-Instruct, GRPO through TRL on one-digit sums, {rows[0]['steps']} steps of "
-        f"{rows[0]['batch']} completions, 2 CPU threads, one seed: a short run, which shows that it works and "
-        "what it costs, not what it would learn. Medians over steps, the first left out."
+        f"{rows[0]['batch']} completions, 2 CPU threads, one seed: a short run, which shows that it works "
+        "and what it costs, not what it would learn. Medians over steps, the first left out."
     )
     return "\n".join((*lines, "", caption))
 

@@ -6,8 +6,6 @@ import pytest
 
 from benchmarks import evidence_part4 as evidence
 from benchmarks import readme_trl
-from blockroll.policies.hf import load_tokenizer
-from tests.models import adapted_policy
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:`.*gradient_checkpointing.*` is deprecated:FutureWarning",  # what TRL itself calls
@@ -40,12 +38,11 @@ def test_alignment_has_a_row_per_seed_with_and_without_it(tmp_path, monkeypatch)
 
 
 def test_smollm2s_experiment_runs_on_any_chat_model_with_an_adapter(tmp_path, monkeypatch):
-    policy = adapted_policy()
-    policy.tokenizer = load_tokenizer("tiny")
+    policy = evidence.causal_part(evidence.trained_adapter(tmp_path / "adapter", max_tokens=300))
+    assert policy.tokenizer is not None
     policy.tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}\n"
     monkeypatch.setattr(evidence, "SMOLLM2", tmp_path)
     policy.save_pretrained(tmp_path / "policy")
-    policy.adapter.save_pretrained(tmp_path / "adapter")
     rows = evidence.smollm2(steps=1, batch=8, plans=("plain", "two_forward(4)"))
     assert [row["plan"] for row in rows] == ["plain", "two_forward(4)"]
     json.dumps(rows)
