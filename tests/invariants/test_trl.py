@@ -27,6 +27,8 @@ from blockroll.rl_loops.tracking import read_lines
 from blockroll.rl_loops.trl import GRPOTrainer, RLOOTrainer, make_rollout_func, require_tested
 from blockroll.rl_loops.trl.contract import require_parts
 from blockroll.rl_loops.trl.weights import sharing_policy
+from blockroll.rollout.audit import audit_files
+from blockroll.rollout.audit_check import check_audit
 from blockroll.rollout.cache import SlotCache
 from blockroll.rollout.pool import RolloutPool
 from tests.models import FAMILIES, adapted_policy, random_model
@@ -412,3 +414,23 @@ def test_the_output_folder_holds_every_logged_step_and_a_page(tmp_path):
     page = (tmp_path / "blockroll" / "report.html").read_text()
     assert "GRPOTrainer on" in page
     assert "Reward against acceptance" in page
+
+
+def test_the_audit_of_a_trainers_rollouts_lies_beside_its_report_and_passes(tmp_path):
+    config = RolloutConfig(plan="two_forward", audit="all")
+    made = trainer(tmp_path, rollout=config, options={"save_strategy": "steps", "save_steps": 1})
+    made.train()
+    audit = tmp_path / "blockroll" / "audit"
+    report = check_audit(audit_files(audit))
+    assert report.passed, report.problem
+    assert report.num_rows > 500
+    assert {path.name[:14] for path in audit.iterdir()} == {"version-000000", "version-000001"}
+    assert not [path for path in audit.iterdir() if "version-000002" in path.name]
+    (audit / "version-000002-replica-0-00001.parquet").touch()  # of a version that is made again
+    resumed = trainer(tmp_path, rollout=config)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    again = check_audit(audit_files(audit))
+    assert again.passed, again.problem
+    # Version 1 drew the last step twice, before the interruption and after it.
+    assert again.rows_by_version[0] == report.rows_by_version[0]
+    assert again.rows_by_version[1] == 2 * report.rows_by_version[1]

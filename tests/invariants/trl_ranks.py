@@ -12,7 +12,7 @@ import trl
 from accelerate import DistributedType, PartialState
 from datasets import Dataset
 
-from blockroll.config import RolloutConfig
+from blockroll.config import AlignmentConfig, DraftConfig, RolloutConfig
 from blockroll.errors import ReplicaError
 from blockroll.policies.hf import TINY_POLICY_DIR
 from blockroll.rl_loops import arithmetic
@@ -29,6 +29,7 @@ def main() -> None:
     parser.add_argument("--placement", default="colocated")
     parser.add_argument("--fail-on", type=int, default=-1, help="the rank whose replica dies in step 1")
     parser.add_argument("--fsdp", action="store_true")
+    parser.add_argument("--align", action="store_true", help="with an adapter that starts from nothing")
     given = parser.parse_args()
     torch.set_num_threads(1)
     problems = list(itertools.islice(arithmetic.problems(0, held_out=False), 32))
@@ -59,6 +60,9 @@ def main() -> None:
         rollout=RolloutConfig(
             plan="two_forward", placement=given.placement, num_replicas=2, threads_per_replica=1
         ),
+        alignment=AlignmentConfig(draft=DraftConfig(rank=4, layouts=("two_forward",)))
+        if given.align
+        else None,
     )
     rank = trainer.accelerator.process_index
     drawn: list[list[int]] = []
@@ -73,9 +77,11 @@ def main() -> None:
 
     trainer.rollouts.placement.generate = recording
     trainer.train()
+    adapter = trainer.rollouts.placement.policy.adapter if given.align else None
     report = {
         "logs": [row for row in trainer.state.log_history if "loss" in row],
         "drawn": drawn,
+        "adapter": [float(each.double().abs().sum()) for each in adapter.parameters()] if adapter else [],
         "shares": getattr(trainer.rollouts.placement, "_shares", None),
     }
     (given.folder / f"rank{rank}.json").write_text(json.dumps(report))

@@ -11,6 +11,7 @@ import torch
 
 from blockroll.errors import CheckpointError
 from blockroll.rl_loops.trl.placement import Colocated, Placement
+from blockroll.rollout.audit import drop_audit
 
 FOLDER, STATE_FILE = "blockroll", "rollout_state.pt"
 
@@ -32,8 +33,11 @@ def save_rollout_state(checkpoint: Path, placement: Placement, *, version: int) 
     partial.replace(folder / STATE_FILE)
 
 
-def load_rollout_state(checkpoint: Path, placement: Placement) -> None:
-    """Go on from a trainer's checkpoint; CheckpointError if alignment has nothing to go on from."""
+def load_rollout_state(checkpoint: Path, placement: Placement, *, audit: Path | None = None) -> None:
+    """Go on from a trainer's checkpoint; CheckpointError if alignment has nothing to go on from.
+
+    Of `audit`, the folder that the run writes to, rows of later versions go: those versions are made again.
+    """
     path = checkpoint / FOLDER / STATE_FILE
     if not path.is_file():
         if placement.alignment is None:
@@ -47,5 +51,7 @@ def load_rollout_state(checkpoint: Path, placement: Placement) -> None:
         if "alignment" not in state:
             raise CheckpointError(f"{path} was written without alignment; start with alignment=None")
         placement.alignment.load_state_dict(state["alignment"])
+    if audit is not None and audit.is_dir():
+        drop_audit(audit, state["policy_version"])
     if isinstance(placement, Colocated) and placement.planner is not None and "planner" in state:
         placement.planner.load_state_dict(state["planner"])

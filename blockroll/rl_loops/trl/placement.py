@@ -5,6 +5,7 @@ import shutil
 import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -192,6 +193,8 @@ def place(
     alignment: AlignmentConfig | None,
 ) -> Placement:
     """The placement that a trainer's arguments ask for. All ranks call it."""
+    if isinstance(rollout, RolloutConfig) and rollout.audit != "off" and not rollout.audit_dir:
+        rollout = replace(rollout, audit_dir=str(Path(trainer.args.output_dir) / "blockroll" / "audit"))
     if isinstance(rollout, RolloutConfig) and rollout.placement == "colocated":
         return Colocated(trainer, rollout, adapter, alignment)
     if alignment is not None:
@@ -207,11 +210,17 @@ def place(
 
 def use_adapter(policy: HFPolicy, adapter: str | Path | None, checkpoint: str) -> None:
     """Draft with this adapter, or with the one that lies beside the checkpoint, if there is one."""
-    if adapter is None and has_adapter(Path(checkpoint)):
-        adapter = checkpoint
-    if adapter is not None:
-        policy.use_adapter(DraftAdapter.from_pretrained(adapter, policy.model))
+    folder = adapter_folder(adapter, checkpoint)
+    if folder is not None:
+        policy.use_adapter(DraftAdapter.from_pretrained(folder, policy.model))
         policy.warn_of_another_chat_template()
+
+
+def adapter_folder(adapter: str | Path | None, checkpoint: str) -> Path | None:
+    """Where the draft adapter lies: the folder that was asked for, or the checkpoint if it has one."""
+    if adapter is not None:
+        return Path(adapter)
+    return Path(checkpoint) if checkpoint and has_adapter(Path(checkpoint)) else None
 
 
 def forward_dtype(trainer: Any) -> torch.dtype:
@@ -255,8 +264,8 @@ def _write_policy(trainer: Any, folder: Path, adapter: str | Path | None) -> Non
     if is_main:
         model.save_pretrained(folder, state_dict=weights)
         trainer.processing_class.save_pretrained(folder)
-        source = Path(adapter or model.config._name_or_path)
-        if adapter is not None or has_adapter(source):
+        source = adapter_folder(adapter, model.config._name_or_path)
+        if source is not None:
             for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
                 shutil.copyfile(source / name, folder / name)
     trainer.accelerator.wait_for_everyone()

@@ -67,7 +67,9 @@ class _DraftedRollouts(_Trainer):
             if folder is True:
                 folder = get_last_checkpoint(self.args.output_dir)  # type: ignore[no-untyped-call]
             if folder is not None:
-                load_rollout_state(Path(folder), self.rollouts.placement)
+                audit = Path(self.args.output_dir) / "blockroll" / "audit"
+                is_main = self.accelerator.is_main_process
+                load_rollout_state(Path(folder), self.rollouts.placement, audit=audit if is_main else None)
         done = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         if self.accelerator.is_main_process:
             self._record.write_report()
