@@ -22,7 +22,7 @@ def stock_table(rows: Sequence[Row]) -> str:
             for name in ("generate_ratio", "step_ratio", "step_ratio_uncorrected")
         )
         lines.append(f"| {batch} | {' | '.join(cells)} |")
-    learning = [row for row in rows if row["batch"] == min(row["batch"] for row in rows)]
+    learning = [row for row in rows if row["batch"] == max(row["batch"] for row in rows)]
     gaps = ", ".join(f"{row['surprisal_mean']:+.4f} (error {row['surprisal_se']:.4f})" for row in learning)
     rewards = "; ".join(
         f"{name} {median_and_range([float(np.mean(row['reward'][name])) for row in learning], digits=3)}"

@@ -52,6 +52,7 @@ def train(
     seed: int,
     steps: int,
     batch: int,
+    group: int = 8,
     model: str = str(TINY_POLICY_DIR),
     reward: Any = is_right,
     dataset: Dataset | None = None,
@@ -66,7 +67,7 @@ def train(
             max_steps=steps,
             per_device_train_batch_size=batch,
             **{
-                "num_generations": 8,
+                "num_generations": group,
                 "max_completion_length": 64,
                 "learning_rate": 2e-4,
                 "lr_scheduler_type": "constant_with_warmup",
