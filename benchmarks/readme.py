@@ -509,6 +509,7 @@ def with_section(readme: str) -> str:
 
 COLOURS = {"plain": "#6b7280", "two_forward": "#0f766e", "lossless": "#0f766e"}
 COLOURS |= {"mixed, corrected": "#3d7fd6", "mixed, uncorrected": "#d9822b"}
+COLOURS |= {"left alone": "#6b7280", "aligned": "#0f766e"}
 
 
 def draw_learning() -> None:
@@ -533,6 +534,19 @@ def draw_laws() -> None:
         left.legend(
             frameon=False, loc="upper left", ncols=2, title=f"mean and band of {len(law.rewards)} seeds"
         )
+
+
+def draw_alignment() -> None:
+    """Acceptance and reward over updates, with drafts that follow the policy and drafts left alone."""
+    rows = read(ALIGNMENT)
+    with _picture(ALIGNMENT, width=10, panels=2) as (left, right):
+        for is_aligned, kind in ((False, "left alone"), (True, "aligned")):
+            runs = [row for row in rows if row["is_aligned"] == is_aligned]
+            _band(left, kind, [row["rollout/acceptance_rate"] for row in runs])
+            _band(right, kind, [row["reward"] for row in runs])
+        left.set(xlabel="update", ylabel="share of drafts accepted", title="acceptance")
+        right.set(xlabel="update", ylabel="reward of rollouts", title="reward")
+        left.legend(frameon=False, loc="lower left", title=f"mean and band of {len(runs)} seeds")
 
 
 @contextmanager
@@ -571,6 +585,8 @@ if __name__ == "__main__":
     draw_learning()
     if has_rows("part2_learning"):
         draw_laws()
+    if has_rows(ALIGNMENT):
+        draw_alignment()
     PAGE.write_text(measured_page() + "\n")
     readme_path = ROOT / "README.md"
     readme_path.write_text(with_section(readme_path.read_text()))

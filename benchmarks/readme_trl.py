@@ -78,7 +78,8 @@ def alignment_table(rows: Sequence[Row]) -> str:
         f"causal part with an adapter: median (and range) of {len(rows) // 2} seeds, means of {ENDS} steps "
         "at either end. KL is TRL's estimate from the first policy, per token."
     )
-    return "\n".join((*lines, "", caption))
+    picture = "![Acceptance and reward, with drafts aligned and left alone](images/part4_alignment.png)"
+    return "\n".join((picture, "", *lines, "", caption))
 
 
 def alignment_finding(rows: Sequence[Row]) -> str:
