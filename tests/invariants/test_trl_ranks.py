@@ -34,6 +34,7 @@ def reports(folder, *options):
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
 
 
+@pytest.mark.failure(23)
 @pytest.mark.parametrize("options", [("--align",), ("--fsdp",)], ids=["ddp", "fsdp2"])
 def test_colocated_replicas_of_two_ranks_draw_the_learners_law(tmp_path, options):
     first, second = reports(tmp_path, *options)
