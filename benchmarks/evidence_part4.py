@@ -79,7 +79,7 @@ def stock(*, batches: Sequence[int] = (2, 8, 32), seeds: Sequence[int] = SEEDS, 
 
 
 def alignment(
-    adapter: Path | None = None, *, seeds: Sequence[int] = SEEDS, steps: int = 60, batch: int = 64
+    adapter: Path | None = None, *, seeds: Sequence[int] = SEEDS, steps: int = 80, batch: int = 64
 ) -> list[Row]:
     """GRPO of the tiny policy's causal part with an adapter, left alone or aligned after every update."""
     policy, adapter = RUNS / "policy", adapter or trained_adapter()
@@ -98,7 +98,7 @@ def alignment(
             rollout=RolloutConfig(plan="two_forward(8)"),
             alignment=AlignmentConfig(draft=draft) if is_aligned else None,
             # A KL weight too small to matter, for TRL to report the distance from the first policy.
-            arguments={"beta": 1e-9, "temperature": 1.5, "learning_rate": 5e-4},
+            arguments={"beta": 1e-9, "temperature": 1.5, "learning_rate": 1e-4},
         )
         rows.append(
             {
