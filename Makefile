@@ -3,6 +3,8 @@
 
 PYTHON ?= python3
 PART ?= 1
+# Processes that run the tests, each with one torch thread.
+WORKERS ?= 2
 EXTRAS := dev,ray,trl,wandb,env,constraints
 # Steps of the demo that `wheel-test` runs from the installed wheel.
 WHEEL_DEMO_ARGS ?= --steps 2
@@ -26,7 +28,7 @@ demo: $(INSTALLED)
 	.venv/bin/blockroll demo
 
 test: $(INSTALLED)
-	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest -n $(WORKERS) --dist loadfile
 
 check: $(INSTALLED)
 	.venv/bin/ruff check .
@@ -39,7 +41,7 @@ evidence: $(INSTALLED)
 
 # Old Ray leaves files and its own processes to the garbage collector; `make test` forgives no such warning.
 test-lowest: $(INSTALLED_LOWEST)
-	.venv-lowest/bin/python -m pytest -W ignore::ResourceWarning
+	.venv-lowest/bin/python -m pytest -n $(WORKERS) --dist loadfile -W ignore::ResourceWarning
 
 wheel-test: $(INSTALLED)
 	rm -rf build dist
