@@ -1,5 +1,6 @@
 """Threads, the cache folder of each test, and the one Ray cluster of a test session."""
 
+import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,6 +9,8 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+# Ray's workers are nice by default, and starve where another process runs tests on every core.
+os.environ.setdefault("RAY_worker_niceness", "0")
 # A shell starts what runs in its background with SIGINT ignored, and children inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
