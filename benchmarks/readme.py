@@ -546,7 +546,7 @@ def draw_alignment() -> None:
             _band(right, kind, [row["reward"] for row in runs])
         left.set(xlabel="update", ylabel="share of drafts accepted", title="acceptance")
         right.set(xlabel="update", ylabel="reward of rollouts", title="reward")
-        left.legend(frameon=False, loc="lower left", title=f"mean and band of {len(runs)} seeds")
+        right.legend(frameon=False, loc="lower right", title=f"mean and band of {len(runs)} seeds")
 
 
 @contextmanager
