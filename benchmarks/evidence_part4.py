@@ -85,7 +85,6 @@ def alignment(
     policy, adapter = RUNS / "policy", adapter or trained_adapter()
     causal_part().save_pretrained(policy)
     rows: list[Row] = []
-    torch.set_num_threads(2)
     for seed, is_aligned in itertools.product(seeds, (False, True)):
         draft = DraftConfig(block_sizes=(8,), layouts=("two_forward",), learning_rate=1e-3)
         run = train(
@@ -116,7 +115,6 @@ def smollm2(
 ) -> list[Row]:
     """GRPO of SmolLM2-135M-Instruct on one-digit sums through TRL: rollouts by `auto`, drafted, and plain."""
     rows: list[Row] = []
-    torch.set_num_threads(2)
     for plan in plans:
         run = train(
             OURS,
