@@ -266,8 +266,10 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RolloutStats:
-    """Counts of one rollout; prefill is excluded."""
+    """Counts of one rollout; its prefill is no forward here."""
 
+    num_prefilled: int = 0  # rows of its prefill that were computed,
+    num_reused: int = 0  # and that were taken over from a text with the same beginning
     num_forwards: int = 0  # request-forwards: both forwards of two-forward count
     num_verify_steps: int = 0  # steps that checked drafts
     num_drafted: int = 0  # drafts submitted to verify

@@ -116,6 +116,10 @@ def rollout_rates(rollouts: Sequence[Rollout], duration_s: float) -> dict[str, t
         "rollout/tokens_per_forward": (num_tokens, sum(rollout.stats.num_forwards for rollout in rollouts)),
         "rollout/spec_accept_length": (sum(accept_lengths), len(accept_lengths)),
         "rollout/generated_tok_s": (num_tokens, duration_s),
+        "rollout/prefix_hit_rate": (
+            sum(rollout.stats.num_reused for rollout in rollouts),
+            sum(rollout.stats.num_prefilled + rollout.stats.num_reused for rollout in rollouts),
+        ),
         "rollout/log_ratio_mean": (sum(rollout.log_ratio for rollout in rollouts), len(rollouts)),
         "rollout/effective_sample_size": (sum(effective), len(effective)),
         "completions/mean_length": (num_tokens, len(rollouts)),

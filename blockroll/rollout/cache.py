@@ -4,14 +4,20 @@ A forward writes its rows behind a slot's committed length and reads everything 
 `commit` makes rows final. Rejected and mask rows are overwritten by the next forward, and no row ever sees
 a row that is neither committed nor new, so stale contents can't matter.
 
+A slot also remembers which tokens its first rows were made from, after its request has ended too: a text that
+begins with the same tokens takes them over. Only causal rows of committed tokens are ever remembered.
+
 Shapes: N slots, B slots of one window, H key-value heads, R new rows, S keys, D head width.
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 ROW_STEP = 16  # keys handed to attention come in multiples of this, so that few shapes occur
+_NOTHING = -1  # no token: stands behind the last one a slot remembers
 
 
 class SlotCache:
@@ -21,6 +27,7 @@ class SlotCache:
         self.num_slots = num_slots
         self.capacity = capacity  # rows of one slot: committed tokens and the widest block behind them
         self.lengths_N = torch.zeros(num_slots, dtype=torch.int64, device=device)
+        self._held_NS = torch.full((num_slots, capacity), _NOTHING)  # int64, on the host: token of each row
         self._keys: list[Tensor] = []  # per layer (N, H, capacity, D), allocated at the first forward
         self._values: list[Tensor] = []
 
@@ -38,6 +45,8 @@ class SlotCache:
             for storage in (self._keys, self._values):
                 storage[:] = [F.pad(tensor, more) for tensor in storage]
             self.lengths_N = F.pad(self.lengths_N, more[-2:])
+        added = (0, capacity - self.capacity, 0, num_slots - self.num_slots)
+        self._held_NS = F.pad(self._held_NS, added, value=_NOTHING)
         self.num_slots, self.capacity = num_slots, capacity
 
     def release(self) -> None:
@@ -45,24 +54,58 @@ class SlotCache:
         self._keys, self._values = [], []
         self.lengths_N.zero_()
         self.capacity = 0
+        self._held_NS = self._held_NS[:, :0]
 
     def commit(self, start: int, stop: int, num_rows_B: Tensor) -> None:
         """Make the first `num_rows_B` of the rows just written final, per slot."""
         self.lengths_N[start:stop] += num_rows_B
 
-    def move(self, source: int, target: int) -> None:
-        """Copy a slot's committed rows over another slot."""
-        length = int(self.lengths_N[source])
+    def hold(self, slot: int, token_ids: Sequence[int]) -> None:
+        """The first rows of a slot are the causal rows of these tokens, until a forward overwrites them."""
+        self._held_NS[slot] = _NOTHING
+        self._held_NS[slot, : len(token_ids)] = torch.tensor(token_ids, dtype=torch.int64)
+
+    def forget(self) -> None:
+        """No row may be taken over any more: the weights that made them have changed."""
+        self._held_NS.fill_(_NOTHING)
+
+    def longest_prefix(self, token_ids: Sequence[int]) -> tuple[int, int]:
+        """The slot that holds most of a text's first rows, and how many."""
+        text_S = torch.tensor(token_ids, dtype=torch.int64)
+        differs_NS = self._held_NS[:, : len(token_ids)] != text_S
+        ends_NS = F.pad(differs_NS, (0, 1), value=True)
+        num_rows, slot = ends_NS.int().argmax(dim=1).max(dim=0)
+        return int(slot), int(num_rows)
+
+    def take_over(self, start: int, sources: Sequence[int], num_rows: Sequence[int]) -> None:
+        """Commit to slots start.. the first rows of `sources`, so many each. They hold nothing until told."""
+        targets = range(start, start + len(sources))
+        most = max(num_rows, default=0)
+        if most and list(sources) != list(targets):
+            sources_B = torch.tensor(sources, device=self.lengths_N.device)
+            for tensor in (*self._keys, *self._values):
+                # The right side is a copy, made before any row is overwritten.
+                tensor[start : targets.stop, :, :most] = tensor[:, :, :most][sources_B]
+        self.lengths_N[start : targets.stop] = torch.tensor(num_rows, device=self.lengths_N.device)
+        self._held_NS[start : targets.stop] = _NOTHING
+
+    def swap(self, first: int, second: int) -> None:
+        """Exchange two slots."""
+        pair = torch.tensor([first, second], device=self.lengths_N.device)
+        held = (self._held_NS[pair.cpu()] != _NOTHING).sum(dim=1)
+        rows = int(max(self.lengths_N[pair].max(), held.max()))
         for tensor in (*self._keys, *self._values):
-            tensor[target, :, :length] = tensor[source, :, :length]
-        self.lengths_N[target] = self.lengths_N[source]
+            tensor[pair, :, :rows] = tensor[:, :, :rows][pair.flip(0)]
+        self.lengths_N[pair] = self.lengths_N[pair.flip(0)]
+        self._held_NS[pair.cpu()] = self._held_NS[pair.flip(0).cpu()]
 
     def clear(self, slot: int) -> None:
-        """Forget a slot's committed rows."""
+        """Nothing is committed in a slot any more; what it holds may still be taken over."""
         self.lengths_N[slot] = 0
 
     def scrub(self, slot: int) -> None:
         """Zero a slot whose forward went wrong: hidden NaN would still reach its next request, as 0 * NaN."""
+        self.hold(slot, ())
         for tensor in (*self._keys, *self._values):
             tensor[slot] = 0
 
@@ -85,6 +128,7 @@ class SlotCache:
         for tensor in (*self._keys, *self._values):
             for slot, length in enumerate(self.lengths_N.tolist()):
                 tensor[slot, :, length:] = value
+                self._held_NS[slot, length:] = _NOTHING
 
 
 class SlotWindow:

@@ -27,6 +27,7 @@ from blockroll.policies.base import Policy
 from blockroll.rollout.audit import AuditedStep, AuditWriter
 from blockroll.rollout.cache import ROW_STEP, SlotCache
 from blockroll.rollout.planner import Planner
+from blockroll.rollout.prefill import prefill
 from blockroll.rollout.requests import Limits, check_request
 from blockroll.rollout.running import Proposal, RunningRequest, StopRule
 from blockroll.rollout.scheduler import Scheduler
@@ -175,7 +176,7 @@ class Engine:
             if running is None:
                 continue
             if not self._scheduler.drop_waiting(request_id):
-                self._release(self._scheduler.running.index(request_id))
+                self._release(self._scheduler.running.index(request_id), running.cached_ids)
             aborted.append(running.rollout("abort"))
         return tuple(aborted)
 
@@ -186,11 +187,11 @@ class Engine:
         self._cache.release()
 
     def recompute_cache(self) -> None:
-        """Rebuild the keys and values of running requests, after the policy's weights have changed."""
-        running = self._scheduler.running
-        for slot in range(len(running)):
-            self._cache.clear(slot)
-        self._prefill(0, [self._requests[request_id] for request_id in running])
+        """The policy's weights have changed: rebuild the keys and values of what runs, forget all others."""
+        self._cache.forget()
+        running = [self._requests[request_id] for request_id in self._scheduler.running]
+        if running:
+            self._prefill(0, running)
 
     def _make_room(self, requests: Iterable[Request]) -> None:
         """Fit the cache to requests that join, or refuse them. What runs is never driven out."""
@@ -485,6 +486,7 @@ class Engine:
                 running.finish_reason = "error"
                 finished.append(running.rollout("error", error=error))
                 self._cache.scrub(slot)
+                held: tuple[int, ...] = ()
             else:
                 kept = committed[slot]
                 commit = running.commit(
@@ -498,29 +500,23 @@ class Engine:
                 if running.finish_reason is None:
                     continue
                 finished.append(running.rollout(running.finish_reason))
+                held = running.cached_ids
             del self._requests[running.request.request_id]
-            self._release(slot)
+            self._release(slot, held)
         return StepResult(commits=tuple(reversed(commits)), finished=tuple(reversed(finished)))
 
     def _prefill(self, start: int, joining: list[RunningRequest]) -> None:
         """Write the cache rows of everything before each request's anchor."""
-        stop = start + len(joining)
-        lengths = [len(running.cached_ids) for running in joining]
-        for slot in range(start, stop):
-            self._cache.clear(slot)
-        if max(lengths, default=0) == 0:
-            return
-        ids_BR = torch.zeros((len(joining), max(lengths)), dtype=torch.int64)
-        for row, running in enumerate(joining):
-            ids_BR[row, : lengths[row]] = torch.tensor(running.cached_ids, dtype=torch.int64)
-        ids_BR = ids_BR.to(self.policy.device)
-        self.policy.prefill(ids_BR, self._cache.window(start, stop, max(lengths)))
-        self._cache.commit(start, stop, torch.tensor(lengths, device=self.policy.device))
+        num_reused = prefill(self.policy, self._cache, start, [running.cached_ids for running in joining])
+        for running, taken in zip(joining, num_reused, strict=True):
+            running.count_prefill(len(running.cached_ids) - taken, taken)
 
-    def _release(self, slot: int) -> None:
+    def _release(self, slot: int, token_ids: tuple[int, ...]) -> None:
+        """Free a slot, which goes on holding the rows of these tokens."""
+        self._cache.hold(slot, token_ids)
         move = self._scheduler.release(slot)
         if move is not None:
-            self._cache.move(move.source, move.target)
+            self._cache.swap(move.source, move.target)
         self._cache.clear(len(self._scheduler.running))
 
     def _guide(self, request: Request) -> Guide | None:

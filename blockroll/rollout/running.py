@@ -68,6 +68,7 @@ class RunningRequest:
         self._behavior_logprobs = list(prefix.behavior_logprobs) if prefix else []
         self._policy_versions = list(prefix.policy_versions) if prefix else []
         stats = prefix.stats if prefix else RolloutStats()
+        self._num_prefilled, self._num_reused = stats.num_prefilled, stats.num_reused
         self._num_forwards = stats.num_forwards
         self._num_verify_steps = stats.num_verify_steps
         self._num_drafted = stats.num_drafted
@@ -95,6 +96,11 @@ class RunningRequest:
         """Anchor, seed, attempt: what the next step needs besides the cache."""
         anchor = self._token_ids[-1] if self._token_ids else self.request.prompt_ids[-1]
         return anchor, self.request.seed, self._num_forwards
+
+    def count_prefill(self, num_prefilled: int, num_reused: int) -> None:
+        """So many rows before its anchor were computed, and so many taken over from other texts."""
+        self._num_prefilled += num_prefilled
+        self._num_reused += num_reused
 
     def count_step(self, plan: Plan, num_drafts: int) -> None:
         """One decoding step has run for this request, with this many drafts to verify."""
@@ -144,6 +150,8 @@ class RunningRequest:
             law=self.request.sampling.law,
             finish_reason=finish_reason,
             stats=RolloutStats(
+                num_prefilled=self._num_prefilled,
+                num_reused=self._num_reused,
                 num_forwards=self._num_forwards,
                 num_verify_steps=self._num_verify_steps,
                 num_drafted=self._num_drafted,

@@ -38,6 +38,8 @@ def test_a_policy_plays_through_its_tool_and_learns_from_its_own_tokens_only(tmp
     trainer = trl_tools.main(["--steps", "2", "--imitation-steps", "100", "--output-dir", str(tmp_path)])
     for row in rows(trainer):
         assert row["tools/call_frequency"] > 0.3
+        # Half of the completions have a second turn, and each but the first of a prompt shares all of it.
+        assert row["rollout/prefix_hit_rate"] > 0.8
         # Were an environment's tokens taken for the policy's, their ratios would be far from 1.
         assert row["rollout_corr/rollout_is_max"] == pytest.approx(1, abs=1e-3)
         assert row["rollout_corr/rollout_is_min"] == pytest.approx(1, abs=1e-3)

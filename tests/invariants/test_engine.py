@@ -255,7 +255,8 @@ def test_a_request_aborted_at_every_step_and_resumed_equals_the_uninterrupted_on
                 request = dataclasses.replace(request, prefix=aborted.as_prefix())
     assert count_coin_differences(whole, resumed, margins) <= 1
     for request_id, rollout in whole.items():
-        assert resumed[request_id].stats == rollout.stats
+        prefilled_again = {"num_prefilled": resumed[request_id].stats.num_prefilled}
+        assert resumed[request_id].stats == dataclasses.replace(rollout.stats, **prefilled_again)
 
 
 @pytest.mark.failure(56)

@@ -53,6 +53,10 @@ class TrainerRollouts:
         """All ranks start to generate for the same batch."""
         self.rollouts, self.duration_s, self._is_first_call = [], 0.0, True
 
+    def end_round(self) -> None:
+        """The batch is complete; a later turn of one of its texts would start from its prompt again."""
+        self.placement.end_round()
+
     def sync_weights(self) -> None:
         """Every replica decodes with the trainer's weights from now on. All ranks call it."""
         start = time.perf_counter()

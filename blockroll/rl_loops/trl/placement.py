@@ -48,6 +48,10 @@ class Placement(Protocol):
         """Rollouts of this rank's requests, in any order."""
         ...
 
+    def end_round(self) -> None:
+        """The batch is complete, all turns of it."""
+        ...
+
     def close(self) -> None:
         """Stop what was started for the trainer."""
         ...
@@ -94,8 +98,11 @@ class Colocated:
         self.pool.version = version
 
     def generate(self, requests: Sequence[Request]) -> Iterator[Rollout]:
-        """Rollouts in any order; the cache's memory is given back behind the last."""
-        yield from self.pool.generate(requests)
+        """Rollouts in any order."""
+        return self.pool.generate(requests)
+
+    def end_round(self) -> None:
+        """The memory of keys and values goes back to the trainer."""
         self.pool.release_memory()
 
     def close(self) -> None:
@@ -159,6 +166,9 @@ class Separate:
         """Rollouts in any order."""
         return self.pool.generate(requests)
 
+    def end_round(self) -> None:
+        """Nothing: replicas keep their memory."""
+
     def close(self) -> None:
         """Stop the actors; they also end with the process of rank 0."""
         self.pool.close()
@@ -181,6 +191,9 @@ class Given:
     def generate(self, requests: Sequence[Request]) -> Iterator[Rollout]:
         """Rollouts in any order."""
         return self.pool.generate(requests)
+
+    def end_round(self) -> None:
+        """Nothing: replicas keep their memory."""
 
     def close(self) -> None:
         """Nothing: whoever made the pool closes it."""

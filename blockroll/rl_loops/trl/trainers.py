@@ -85,6 +85,7 @@ class _DraftedRollouts(_Trainer):
         mode = "train" if self.model.training else "eval"
         self.rollouts.begin_round()
         generated = super()._generate(prompts)
+        self.rollouts.end_round()
         metrics = round_metrics(self.accelerator, self.rollouts.rollouts, self.rollouts.duration_s)
         metrics["rollout/weight_version"] = float(self.state.global_step)
         metrics["perf/weight_sync_s"] = self.rollouts.weight_sync_s

@@ -1,0 +1,182 @@
+"""Keys and values that one text takes over from another: the same law, fewer rows."""
+
+import random
+
+import pytest
+import torch
+
+from blockroll.rollout.cache import ROW_STEP, SlotCache
+from blockroll.rollout.engine import Engine
+from blockroll.types import Plan, Request, Sampling
+from tests.engines import make_requests
+from tests.models import EOS_ID, FAMILIES, adapted_policy
+
+PLANS = pytest.mark.parametrize(
+    "plan", [Plan(0), Plan(4), Plan(4, (0, 2, 4))], ids=["plain", "two_forward", "fused"]
+)
+SAMPLING = Sampling(max_tokens=12, ignore_eos=True)
+
+
+@pytest.fixture
+def policy():
+    return adapted_policy()
+
+
+@pytest.fixture
+def prefill_rows(policy, monkeypatch):
+    """Rows of each prefill of the policy, padding included."""
+    rows, prefill = [], policy.prefill
+
+    def counting(ids_BR, window):
+        rows.append(ids_BR.numel())
+        prefill(ids_BR, window)
+
+    monkeypatch.setattr(policy, "prefill", counting)
+    return rows
+
+
+def text(length, *, seed=0):
+    rng = random.Random(seed)
+    return tuple(rng.choice(range(4, 24)) for _ in range(length))
+
+
+def finish(engine, requests):
+    engine.submit(requests)
+    finished = {}
+    while engine.num_requests:
+        finished.update((rollout.request.request_id, rollout) for rollout in engine.step().finished)
+    return finished
+
+
+def assert_cache_is_cold(policy, engine):
+    """What every slot holds equals a fresh prefill of the same tokens."""
+    cache = engine._cache
+    for slot, held_S in enumerate(cache._held_NS):
+        ids = held_S[held_S >= 0]
+        if not len(ids):
+            continue
+        fresh = SlotCache(num_slots=1, capacity=len(ids), device=policy.device)
+        policy.prefill(ids[None], fresh.window(0, 1, len(ids)))
+        for mine, cold in zip((*cache._keys, *cache._values), (*fresh._keys, *fresh._values), strict=True):
+            torch.testing.assert_close(mine[slot, :, : len(ids)], cold[0], atol=1e-4, rtol=1e-4)
+
+
+def test_a_group_computes_its_prompt_once(policy, prefill_rows):
+    prompts = [text(30, seed=1)] * 4 + [text(21, seed=2)] * 4
+    finished = finish(Engine(policy, plan=Plan(4)), make_requests(prompts, SAMPLING))
+    assert prefill_rows == [2 * 29]
+    stats = [finished[f"r{index}"].stats for index in range(8)]
+    assert [each.num_prefilled for each in stats] == [29, 0, 0, 0, 20, 0, 0, 0]
+    assert [each.num_reused for each in stats] == [0, 29, 29, 29, 0, 20, 20, 20]
+
+
+@PLANS
+def test_the_next_turn_of_a_text_computes_only_what_is_new(policy, prefill_rows, plan):
+    engine = Engine(policy, plan=plan)
+    first = finish(engine, make_requests([text(20 + 5 * index, seed=index) for index in range(4)], SAMPLING))
+    prefill_rows.clear()
+    answer = text(6, seed=9)
+    prompts = [(*each.request.prompt_ids, *each.token_ids, *answer) for each in first.values()]
+    later = finish(engine, make_requests(prompts[::-1], SAMPLING, seed=1))
+    # The last token of a turn and the answer have no rows yet; the last of the answer is the anchor.
+    assert prefill_rows == [4 * len(answer)]
+    assert {each.stats.num_prefilled for each in later.values()} == {len(answer)}
+    cold = finish(Engine(policy, plan=plan), make_requests(prompts[::-1], SAMPLING, seed=1))
+    for name, rollout in later.items():
+        assert rollout.token_ids == cold[name].token_ids
+        torch.testing.assert_close(
+            torch.tensor(rollout.policy_logprobs), torch.tensor(cold[name].policy_logprobs), atol=1e-4, rtol=0
+        )
+
+
+@PLANS
+@pytest.mark.parametrize("family", FAMILIES)
+def test_whatever_comes_and_goes_held_rows_equal_a_cold_prefill(family, plan):
+    policy, rng = adapted_policy(family), random.Random(0)
+    engine = Engine(policy, plan=plan, max_batch_size=5)
+    roots, known = [text(20, seed=seed) for seed in range(3)], []
+    num_reused = 0
+    for turn in range(40):
+        parent = rng.choice([*roots, *known[-6:]])
+        kept = rng.choice([len(parent), rng.randrange(len(parent))])
+        prompt = (*parent[:kept], *text(1 + rng.randrange(8), seed=100 + turn))[:70]
+        request = Request(
+            request_id=f"{turn}",
+            prompt_ids=prompt,
+            seed=turn,
+            sampling=Sampling(max_tokens=rng.randrange(1, 16), ignore_eos=True),
+        )
+        engine.submit([request])
+        if turn % 7 == 6:
+            engine.abort([rng.choice(engine._scheduler.running or ("none",))])
+        for rollout in engine.step().finished:
+            known.append((*rollout.request.prompt_ids, *rollout.token_ids))
+            num_reused += rollout.stats.num_reused
+        assert_cache_is_cold(policy, engine)
+    assert num_reused > 5 * ROW_STEP
+
+
+def test_nothing_is_taken_over_from_weights_that_have_changed():
+    policy = adapted_policy()
+    engine = Engine(policy, plan=Plan(4))
+    requests = make_requests([text(30)] * 3, SAMPLING)
+    finish(engine, requests)
+    with torch.no_grad():
+        for parameter in policy.model.parameters():
+            parameter.mul_(1.1)
+    engine.recompute_cache()
+    warm = finish(engine, requests)
+    cold = finish(Engine(policy, plan=Plan(4)), requests)
+    assert {name: rollout.policy_logprobs for name, rollout in warm.items()} == {
+        name: rollout.policy_logprobs for name, rollout in cold.items()
+    }
+    assert [warm[f"r{index}"].stats.num_reused for index in range(3)] == [0, 29, 29]
+
+
+def test_rows_of_old_weights_would_be_noticed(monkeypatch):
+    """The check above can fail: a cache that forgets nothing gives other log-probabilities."""
+    monkeypatch.setattr(SlotCache, "forget", lambda self: None)
+    with pytest.raises(AssertionError):
+        test_nothing_is_taken_over_from_weights_that_have_changed()
+
+
+def test_rows_of_a_failed_request_are_never_taken_over(policy):
+    engine = Engine(policy, plan=Plan(0))
+    weight = policy.model.get_input_embeddings().weight
+    kept = weight[7].clone()
+    prompt = (*[each for each in text(30) if each != 7], 7, 9)
+    with torch.no_grad():
+        weight[7] = float("nan")
+        (failed,) = finish(engine, make_requests([prompt], SAMPLING)).values()
+        assert failed.finish_reason == "error"
+        weight[7] = kept
+    (whole,) = finish(engine, make_requests([prompt], SAMPLING)).values()
+    assert whole.finish_reason == "length"
+    assert whole.stats.num_reused == 0
+
+
+def test_a_long_text_beside_a_reused_one_finds_room(policy):
+    """Every text gets as many new rows as the one that lacks most: a long prefix must leave room for them."""
+    engine = Engine(policy, plan=Plan(0))
+    sampling = Sampling(max_tokens=4, ignore_eos=True)
+    finish(engine, make_requests([text(88)], sampling))
+    prompts = [(*text(88)[:60], *text(8, seed=3)), text(88, seed=5)]
+    warm = finish(engine, make_requests(prompts, sampling))
+    cold = finish(Engine(policy, plan=Plan(0)), make_requests(prompts, sampling))
+    assert [each.token_ids for each in warm.values()] == [each.token_ids for each in cold.values()]
+    assert_cache_is_cold(policy, engine)
+
+
+def test_an_end_token_inside_a_block_ends_what_is_held(policy):
+    engine = Engine(policy, plan=Plan(4, (0, 2, 4)), max_batch_size=8)
+    finished = finish(engine, make_requests([text(20, seed=seed) for seed in range(24)], Sampling()))
+    assert sum(rollout.token_ids[-1] == EOS_ID for rollout in finished.values()) > 5
+    assert_cache_is_cold(policy, engine)
+
+
+def test_memory_that_is_given_back_holds_nothing(policy, prefill_rows):
+    engine = Engine(policy, plan=Plan(0))
+    for _ in range(2):
+        finish(engine, make_requests([text(30)], SAMPLING))
+        engine.release_memory()
+    assert prefill_rows == [29, 29]
