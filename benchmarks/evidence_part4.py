@@ -12,15 +12,17 @@ import random
 import re
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
+from transformers import TrainerCallback
 
 from benchmarks.evidence_part1 import Row, write_rows
 from benchmarks.evidence_part2 import SMOLLM2, causal_part, trained_adapter
-from benchmarks.trl_timing import GENERATE_S, OURS, STOCK, medians, train
+from benchmarks.trl_timing import GENERATE_S, OURS, STOCK, medians, train, train_in_turn
 from blockroll.config import AlignmentConfig, DraftConfig, RolloutConfig
 from blockroll.rl_loops.trl.metrics import SURPRISAL
 
@@ -30,21 +32,19 @@ CURVES = ("reward", "rollout/acceptance_rate", "kl", "draft/acceptance")
 
 
 STOCK_NAME, OURS_NAME, UNCORRECTED = "trl", "blockroll", "blockroll, correction off"
-SUBJECTS: dict[str, tuple[type, dict[str, Any]]] = {
-    STOCK_NAME: (STOCK, {}),
-    OURS_NAME: (OURS, {"rollout": RolloutConfig(plan="two_forward")}),
-    UNCORRECTED: (
-        OURS,
-        {
-            "rollout": RolloutConfig(plan="two_forward"),
-            "arguments": {"vllm_importance_sampling_correction": False},
-        },
-    ),
+SUBJECTS: dict[str, dict[str, Any]] = {
+    STOCK_NAME: {"cls": STOCK},
+    OURS_NAME: {"cls": OURS, "rollout": RolloutConfig(plan="two_forward")},
+    UNCORRECTED: {
+        "cls": OURS,
+        "rollout": RolloutConfig(plan="two_forward"),
+        "arguments": {"vllm_importance_sampling_correction": False},
+    },
 }
 
 
 def stock(*, batches: Sequence[int] = (2, 8, 32), seeds: Sequence[int] = SEEDS, steps: int = 40) -> list[Row]:
-    """TRL's own trainer and ours with equal seeds and prompts, one after the other; tiny policy.
+    """TRL's own trainer and ours with equal seeds and prompts, a step of each in turn; tiny policy.
 
     Learning is compared at the largest batch, times at all of them. Lossless rollouts need no
     correction: with it off, TRL leaves out the forward that computes its ratios.
@@ -53,10 +53,8 @@ def stock(*, batches: Sequence[int] = (2, 8, 32), seeds: Sequence[int] = SEEDS, 
     for batch, seed in itertools.product(batches, seeds):
         length = steps if batch == batches[-1] else max(2, steps // 2)
         names = list(SUBJECTS)[seed % 3 :] + list(SUBJECTS)[: seed % 3]  # each comes first once
-        runs = {
-            name: train(cls, seed=seed, steps=length, batch=batch, group=min(8, batch), **options)
-            for name, (cls, options) in ((name, SUBJECTS[name]) for name in names)
-        }
+        common = {"seed": seed, "steps": length, "batch": batch, "group": min(8, batch)}
+        runs = train_in_turn({name: partial(train_subject, name, **common) for name in names})
         times = {name: medians(run, GENERATE_S, "step_time") for name, run in runs.items()}
         ours = runs[OURS_NAME]
         rows.append(
@@ -76,6 +74,11 @@ def stock(*, batches: Sequence[int] = (2, 8, 32), seeds: Sequence[int] = SEEDS, 
             }
         )
     return rows
+
+
+def train_subject(name: str, callback: TrainerCallback, **arguments: Any) -> list[Row]:
+    """A run of one of them, in a process of its own."""
+    return train(**SUBJECTS[name], **arguments, callbacks=[callback])
 
 
 def alignment(

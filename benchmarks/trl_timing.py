@@ -1,20 +1,28 @@
 """TRL's trainer and ours on the same prompts: what each generates, learns and takes."""
 
 import itertools
+import multiprocessing
 import statistics
 import tempfile
 import time
+import traceback
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import trl
 from datasets import Dataset
-from transformers import PrinterCallback
+from transformers import PrinterCallback, TrainerCallback
 
 from blockroll.policies.hf import TINY_POLICY_DIR
 from blockroll.rl_loops import arithmetic
 from blockroll.rl_loops.trl import GRPOTrainer
 
 GENERATE_S = "bench/generate_s"
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload([__name__])
+
+Row = dict[str, Any]
+Run = Callable[[TrainerCallback], list[Row]]
 
 
 def timed(cls: type) -> type:
@@ -46,6 +54,72 @@ def problems(seed: int, count: int) -> Dataset:
     return Dataset.from_list([{"prompt": each.prompt, "answer": each.answer} for each in drawn])
 
 
+class Turns:
+    """Lets one of several processes work at a time, each in its turn."""
+
+    def __init__(self, count: int) -> None:
+        self._may_work = [PROCESSES.Semaphore(int(index == 0)) for index in range(count)]
+        self._has_left = PROCESSES.Array("b", count)
+
+    def wait(self, index: int) -> None:
+        """Block until it is this one's turn."""
+        self._may_work[index].acquire()
+
+    def pass_on(self, index: int) -> None:
+        """The next one that is there may work; it is this one itself if there is no other."""
+        others = [*range(index + 1, len(self._may_work)), *range(index + 1)]
+        following = next((other for other in others if not self._has_left[other]), None)
+        if following is not None:
+            self._may_work[following].release()
+
+    def leave(self, index: int) -> None:
+        """Whose turn it is takes no more."""
+        self._has_left[index] = True
+        self.pass_on(index)
+
+
+class StepsInTurn(TrainerCallback):
+    """After each of its steps a trainer waits until all others have taken one."""
+
+    def __init__(self, turns: Turns, index: int) -> None:
+        self._turns, self._index = turns, index
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The step is complete."""
+        self._turns.pass_on(self._index)
+        self._turns.wait(self._index)
+
+
+def train_in_turn(runs: Mapping[str, Run]) -> dict[str, list[Row]]:
+    """The rows of each run, by name: a step of each in turn, so what else slows the machine slows all alike.
+
+    Each run has a process of its own, is given the callback that makes it wait, and returns its rows.
+    """
+    turns, done = Turns(len(runs)), PROCESSES.SimpleQueue()
+    processes = [
+        PROCESSES.Process(target=_take_turns, args=(turns, index, name, run, done), daemon=True)
+        for index, (name, run) in enumerate(runs.items())
+    ]
+    for process in processes:
+        process.start()
+    results = dict(done.get() for _ in processes)
+    for process in processes:
+        process.join()
+    if errors := [f"{name}: {result}" for name, result in results.items() if isinstance(result, str)]:
+        raise RuntimeError("\n".join(errors))
+    return {name: results[name] for name in runs}
+
+
+def _take_turns(turns: Turns, index: int, name: str, run: Run, done: Any) -> None:
+    turns.wait(index)
+    try:
+        done.put((name, run(StepsInTurn(turns, index))))
+    except Exception:  # noqa: BLE001 raised again where the results are gathered
+        done.put((name, traceback.format_exc()))
+    finally:
+        turns.leave(index)
+
+
 def train(
     cls: type,
     *,
@@ -58,7 +132,7 @@ def train(
     dataset: Dataset | None = None,
     arguments: dict[str, Any] | None = None,
     **options: Any,
-) -> list[dict[str, Any]]:
+) -> list[Row]:
     """Logged steps of one run."""
     with tempfile.TemporaryDirectory() as folder:
         args = trl.GRPOConfig(
@@ -89,6 +163,6 @@ def train(
         return [row for row in trainer.state.log_history if "reward" in row]
 
 
-def medians(rows: list[dict[str, Any]], *names: str) -> dict[str, float]:
+def medians(rows: list[Row], *names: str) -> dict[str, float]:
     """Over the steps of a run, the first left out: it warms up."""
     return {name: statistics.median(row[name] for row in rows[1:]) for name in names}

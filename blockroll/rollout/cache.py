@@ -52,9 +52,8 @@ class SlotCache:
     def release(self) -> None:
         """Give the memory back and forget everything; a forward after the next `reserve` allocates anew."""
         self._keys, self._values = [], []
-        self.lengths_N.zero_()
-        self.capacity = 0
-        self._held_NS = self._held_NS[:, :0]
+        self.num_slots = self.capacity = 0
+        self.lengths_N, self._held_NS = self.lengths_N[:0], self._held_NS[:0, :0]
 
     def commit(self, start: int, stop: int, num_rows_B: Tensor) -> None:
         """Make the first `num_rows_B` of the rows just written final, per slot."""

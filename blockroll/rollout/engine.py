@@ -133,7 +133,8 @@ class Engine:
         self._scheduler = Scheduler(max_batch_size=max_batch_size)
         self._max_batch_size, self._max_cache_rows = max_batch_size, max_cache_rows
         self._block_rows = max(each.rows_per_forward for each in plans)
-        self._cache = SlotCache(num_slots=max_batch_size, capacity=0, device=policy.device)
+        self._cache = SlotCache(num_slots=0, capacity=0, device=policy.device)
+        self._rows_per_slot = 0  # that the cache has once the requests at hand have joined
         self._requests: dict[str, RunningRequest] = {}
         self._decode = decode
         self._observer = observer
@@ -185,6 +186,7 @@ class Engine:
         if self._requests:
             raise InvalidInput(f"{self.num_requests} requests are being served: their cache is in use")
         self._cache.release()
+        self._rows_per_slot = 0
 
     def recompute_cache(self) -> None:
         """The policy's weights have changed: rebuild the keys and values of what runs, forget all others."""
@@ -194,10 +196,10 @@ class Engine:
             self._prefill(0, running)
 
     def _make_room(self, requests: Iterable[Request]) -> None:
-        """Fit the cache to requests that join, or refuse them. What runs is never driven out."""
+        """Plan the cache for requests that join, or refuse them. What runs is never driven out."""
         lengths = [len(request.prompt_ids) + request.sampling.max_tokens for request in requests]
         longest = min(max(lengths, default=0), self.limits.max_length)
-        rows = max(-(-(longest + self._block_rows) // ROW_STEP) * ROW_STEP, self._cache.capacity)
+        rows = max(-(-(longest + self._block_rows) // ROW_STEP) * ROW_STEP, self._rows_per_slot)
         num_slots = self._max_batch_size
         if self._max_cache_rows:
             num_slots = min(num_slots, self._max_cache_rows // rows)
@@ -207,15 +209,20 @@ class Engine:
                     f"have {self._max_cache_rows} over all slots; give it more memory (memory_fraction), or "
                     "shorten prompts or max_tokens"
                 )
-        num_slots = max(num_slots, len(self._scheduler.running))
-        self._scheduler.max_batch_size = num_slots
-        self._cache.reserve(num_slots=num_slots, capacity=rows)
+        self._scheduler.max_batch_size = max(num_slots, len(self._scheduler.running))
+        self._rows_per_slot = rows
 
     def step(self) -> StepResult:
         """Decode one step for every running request; joins waiting requests first."""
         admitted = self._scheduler.admit()
         if admitted:
-            start = len(self._scheduler.running) - len(admitted)
+            num_running = len(self._scheduler.running)
+            # Growing copies the cache, so it grows by powers of two.
+            num_slots = max(1 << (num_running - 1).bit_length(), self._cache.num_slots)
+            self._cache.reserve(
+                num_slots=min(num_slots, self._scheduler.max_batch_size), capacity=self._rows_per_slot
+            )
+            start = num_running - len(admitted)
             self._prefill(start, [self._requests[request_id] for request_id in admitted])
         batch = [self._requests[request_id] for request_id in self._scheduler.running]
         if not batch:
