@@ -17,7 +17,14 @@ from blockroll.rollout.audit import AuditWriter
 from blockroll.rollout.engine import Engine
 from blockroll.rollout.planner import read_plan
 from blockroll.rollout.requests import Limits
-from blockroll.rollout.weight_sync.buckets import check_update, load_update, named_weights, weights_checksum
+from blockroll.rollout.weight_sync.buckets import (
+    ADAPTER_PREFIX,
+    check_update,
+    load_update,
+    named_adapter_weights,
+    named_weights,
+    weights_checksum,
+)
 from blockroll.types import ReplicaHealth, Request, Rollout, UpdateReceipt, WeightUpdate
 
 _STEPS_PER_POLL = 16  # a poll returns after this many steps at the latest, so that updates need not wait long
@@ -61,11 +68,15 @@ class Replica(Protocol):
 class LocalReplica:
     """An engine in this process. After an update, running requests go on with a recomputed cache."""
 
-    def __init__(self, engine: Engine, model: nn.Module, *, replica_id: int = 0) -> None:
+    def __init__(
+        self, engine: Engine, model: nn.Module, *, adapter: nn.Module | None = None, replica_id: int = 0
+    ) -> None:
+        """`adapter` drafts for the model; an update may bring its weights too."""
         self.replica_id = replica_id
         self.engine = engine
         self.limits = engine.limits
         self._weights: list[tuple[str, Tensor]] = list(named_weights(model))
+        self._adapter_weights = [] if adapter is None else list(named_adapter_weights(adapter))
 
     @classmethod
     def build(
@@ -92,7 +103,7 @@ class LocalReplica:
             decode=policy.decode,
             audit=_audit(config, replica_id),
         )
-        return cls(engine, policy.model, replica_id=replica_id)
+        return cls(engine, policy.model, adapter=policy.adapter, replica_id=replica_id)
 
     def submit(self, requests: Sequence[Request]) -> None:
         """Queue requests."""
@@ -111,19 +122,21 @@ class LocalReplica:
     def update(self, update: WeightUpdate) -> UpdateReceipt:
         """Check everything, then swap; on a refusal the old version goes on serving."""
         error = None
+        brings_drafts = any(spec.name.startswith(f"{ADAPTER_PREFIX}.") for spec in update.manifest.tensors)
+        own = [*self._weights, *self._adapter_weights] if brings_drafts else self._weights
         try:
             self._check_version(update)
-            check_update(update, self._weights)
+            check_update(update, own)
         except WeightSyncError as refusal:
             error = f"{type(refusal).__name__}: {refusal}"
         else:
-            load_update(update, self._weights)
+            load_update(update, own)
             self.weights_changed(update.version)
         return UpdateReceipt(
             replica_id=self.replica_id,
             accepted=error is None,
             version=self.engine.policy_version,
-            checksum=weights_checksum(self._weights),
+            checksum=weights_checksum(own),
             error=error,
         )
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -56,11 +57,20 @@ def test_colocated_replicas_of_two_ranks_draw_the_learners_law(tmp_path, options
     assert [row["grad_norm"] > 0 for row in first["logs"]] == [True] * STEPS
 
 
-def test_two_ranks_share_two_ray_replicas_and_get_their_own_rollouts(tmp_path):
-    first, second = reports(tmp_path, "--placement", "separate")
-    assert len(first["drawn"]) == len(second["drawn"]) == STEPS * 6
-    for row in first["logs"]:
+def test_two_ranks_share_two_ray_replicas_that_follow_policy_and_drafts(tmp_path):
+    apart, within = tmp_path / "apart", tmp_path / "within"
+    apart.mkdir()
+    within.mkdir()
+    ranks = reports(apart, "--placement", "separate", "--align")
+    assert ranks[0]["adapter"] == ranks[1]["adapter"] != []
+    for row in ranks[0]["logs"]:
         assert row["rollout_corr/rollout_is_max"] == pytest.approx(1, abs=1e-3)
+        assert row["draft/num_steps"] == row["step"]
+    # Every token depends on weights, drafts and seeds: replicas apart drew with what colocated ones had.
+    for mine, other in zip(ranks, reports(within, "--align"), strict=True):
+        assert len(mine["drawn"]) == STEPS * 6
+        assert sorted(mine["drawn"]) == sorted(other["drawn"])
+        assert [row["loss"] for row in mine["logs"]] == [row["loss"] for row in other["logs"]]
 
 
 def test_an_error_on_one_rank_ends_both_by_name_within_half_a_minute(tmp_path):
@@ -70,6 +80,39 @@ def test_an_error_on_one_rank_ends_both_by_name_within_half_a_minute(tmp_path):
     assert "ReplicaError: replica 0 died: planted" in output
     assert "RankError: rank 1 failed while generating rollouts, so every rank stops" in output
     assert time.monotonic() - start < 60  # both starts of Python included
+
+
+def test_a_rank_that_is_killed_ends_the_other_by_name_within_half_a_minute(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "tests.invariants.trl_ranks", str(tmp_path), "--hang-on", "1"]
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    ranks = [  # no launcher, which would end the other rank itself
+        subprocess.Popen(
+            command,
+            stderr=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            text=True,
+            env={**os.environ, **common, "RANK": rank, "LOCAL_RANK": rank, "OMP_NUM_THREADS": "1"},
+        )
+        for rank in ("0", "1")
+    ]
+    try:
+        deadline = time.monotonic() + 180
+        while not (tmp_path / "hanging").exists():
+            assert time.monotonic() < deadline, "the ranks never reached step 1"
+            time.sleep(0.1)
+        ranks[1].kill()
+        _, output = ranks[0].communicate(timeout=30)
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.communicate()
+    assert ranks[0].returncode == 1
+    assert (
+        "RankError: rank 0 could not hear from all 2 ranks after generating rollouts: one has died" in output
+    )
 
 
 def test_an_accelerator_that_is_claimed_twice_is_an_error_that_lists_both_sets():

@@ -4,6 +4,7 @@ import argparse
 import itertools
 import json
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -28,6 +29,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--placement", default="colocated")
     parser.add_argument("--fail-on", type=int, default=-1, help="the rank whose replica dies in step 1")
+    parser.add_argument("--hang-on", type=int, default=-1, help="the rank that waits in step 1 to be killed")
     parser.add_argument("--fsdp", action="store_true")
     parser.add_argument("--align", action="store_true", help="with an adapter that starts from nothing")
     given = parser.parse_args()
@@ -71,6 +73,9 @@ def main() -> None:
     def recording(requests):
         if rank == given.fail_on and trainer.state.global_step == 1:
             raise ReplicaError("replica 0 died: planted")
+        if rank == given.hang_on and trainer.state.global_step == 1:
+            (given.folder / "hanging").touch()
+            time.sleep(300)
         for rollout in generate(requests):
             drawn.append(list(rollout.token_ids))
             yield rollout

@@ -1,5 +1,8 @@
 """Environments of other libraries in the shape that TRL asks for: real ones, and ones that misbehave."""
 
+import asyncio
+import inspect
+import re
 import string
 import threading
 import time
@@ -9,7 +12,7 @@ import pytest
 from transformers.utils import get_json_schema
 
 from blockroll.errors import EnvironmentFailed, InvalidInput
-from blockroll.rl_loops.envs import from_gymnasium, from_reasoning_gym
+from blockroll.rl_loops.envs import from_gymnasium, from_reasoning_gym, with_time_limit
 
 TEXT = gymnasium.spaces.Text(64, min_length=0, charset=string.printable)
 
@@ -50,7 +53,7 @@ class Misbehaving(Guess):
 def test_an_episode_keeps_terminated_and_truncated_apart_and_sums_rewards():
     env = from_gymnasium(Guess)()
     assert env.reset(seed=3) == "Guess a digit."
-    wanted = env._env.wanted
+    wanted = env._keeper.env.wanted
     wrong = next(digit for digit in string.digits if digit != wanted)
     assert env.act(wrong) == "wrong"
     assert not env.is_terminated
@@ -69,7 +72,7 @@ def test_equal_rows_start_equal_episodes_and_other_rows_others():
     for row in ({"prompt": "a"}, {"prompt": "a"}, *({"prompt": str(n)} for n in range(8))):
         env = factory()
         env.reset(**row)
-        wanted.append(env._env.wanted)
+        wanted.append(env._keeper.env.wanted)
     assert wanted[0] == wanted[1]
     assert len(set(wanted)) > 2
 
@@ -140,3 +143,106 @@ def test_a_reply_that_the_scorer_cannot_read_is_left_out_and_counted():
     )
     assert scores == [None, 1.0]
     assert logged == {"reward/failed": 1.0}
+
+
+class Vault:
+    """An environment of TRL's kind, with a tool that waits and one that waits without blocking."""
+
+    made = 0
+
+    def __init__(self):
+        type(self).made += 1
+        self.opened, self.owner = 0, threading.get_ident()
+        self.hangs = threading.Event()
+
+    def reset(self, code="7", **row):
+        if code == "lost":
+            raise LookupError("no such vault")
+        self.opened, self.code = 0, code
+        return "A vault."
+
+    def enter(self, digit: str) -> str:
+        """Try a digit.
+
+        Args:
+            digit: One digit.
+        """
+        assert threading.get_ident() == self.owner
+        if digit == "x":
+            self.hangs.wait(5)
+        self.opened += digit == self.code
+        return "open" if digit == self.code else "shut"
+
+    async def listen(self, seconds: float) -> str:
+        """Listen at the door.
+
+        Args:
+            seconds: How long.
+        """
+        await asyncio.sleep(seconds)
+        return "tick"
+
+    def get_reward(self) -> float:
+        return self.opened / len(self.code)
+
+
+def test_trls_own_environments_keep_their_tools_and_answers_behind_the_limit():
+    factory = with_time_limit(Vault, timeout_s=5)
+    env, other = factory(), factory()
+    assert type(env) is type(other)
+    public = inspect.getmembers(type(env), inspect.isfunction)
+    assert {name for name, _ in public if not name.startswith("_")} == {
+        "reset",
+        "enter",
+        "listen",
+        "get_reward",
+    }
+    plain, limited = (get_json_schema(each.enter)["function"] for each in (Vault(), env))
+    assert plain == limited
+    assert inspect.iscoroutinefunction(env.listen)
+    assert env.reset(code="3", prompt="row") == "A vault."
+    assert (env.enter("1"), env.enter(digit="3"), env.get_reward()) == ("shut", "open", 1.0)
+    assert (env.opened, other.opened) == (1, 0)
+    assert asyncio.run(env.listen(0.01)) == "tick"
+    with pytest.raises(AttributeError):
+        env.nothing  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    ("misuse", "cause"),
+    [
+        (lambda env: env.enter("x"), r"Vault\.enter took more than 0\.2 s"),
+        (lambda env: asyncio.run(env.listen(5)), r"Vault\.listen took more than 0\.2 s"),
+        (lambda env: env.enter(), r"Vault\.enter raised TypeError: .*digit"),
+    ],
+    ids=["hangs", "waits", "raises"],
+)
+def test_an_environment_of_trls_own_that_fails_ends_its_episode_by_name_only(misuse, cause):
+    env = with_time_limit(Vault, timeout_s=0.2)()
+    env.reset()
+    start, before = time.monotonic(), Vault.made
+    with pytest.raises(EnvironmentFailed, match=cause):
+        misuse(env)
+    assert time.monotonic() - start < 4
+    assert re.match(cause, env.failure)
+    assert (env.enter("7"), env.get_reward()) == ("The episode is over.", None)
+    assert asyncio.run(env.listen(5)) == "The episode is over."
+    assert env.reset() == "A vault."
+    assert (Vault.made, env.failure, env.enter("7"), env.get_reward()) == (before + 1, None, "open", 1.0)
+
+
+def test_an_episode_that_cannot_start_or_be_scored_has_no_reward(caplog):
+    env = with_time_limit(Vault)()
+    assert "Vault.reset raised LookupError: no such vault" in env.reset(code="lost")
+    assert env.get_reward() is None
+    env.reset(code="")
+    assert env.get_reward() is None
+    assert "Vault.get_reward raised ZeroDivisionError" in caplog.text
+
+
+def test_an_environment_that_cannot_be_made_is_an_error_before_training():
+    def closed():
+        raise ConnectionError("server is gone")
+
+    with pytest.raises(EnvironmentFailed, match=r"environment\.construction raised ConnectionError: server"):
+        with_time_limit(closed)()

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from blockroll.errors import CheckpointError
-from blockroll.rl_loops.trl.placement import Colocated, Placement
+from blockroll.rl_loops.trl.placement import Placement
 from blockroll.rollout.audit import drop_audit
 
 FOLDER, STATE_FILE = "blockroll", "rollout_state.pt"
@@ -21,11 +21,10 @@ def save_rollout_state(checkpoint: Path, placement: Placement, *, version: int) 
     folder = checkpoint / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     state: dict[str, Any] = {"policy_version": version}
-    if isinstance(placement, Colocated):
-        if placement.policy.adapter is not None:
-            placement.policy.adapter.save_pretrained(folder)
-        if placement.planner is not None:
-            state["planner"] = placement.planner.state_dict()
+    if placement.policy is not None and placement.policy.adapter is not None:
+        placement.policy.adapter.save_pretrained(folder)
+    if placement.planner is not None:
+        state["planner"] = placement.planner.state_dict()
     if placement.alignment is not None:
         state["alignment"] = placement.alignment.state_dict()
     partial = folder / f"{STATE_FILE}.partial"
@@ -53,5 +52,5 @@ def load_rollout_state(checkpoint: Path, placement: Placement, *, audit: Path | 
         placement.alignment.load_state_dict(state["alignment"])
     if audit is not None and audit.is_dir():
         drop_audit(audit, state["policy_version"])
-    if isinstance(placement, Colocated) and placement.planner is not None and "planner" in state:
+    if placement.planner is not None and "planner" in state:
         placement.planner.load_state_dict(state["planner"])

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
+from torch import Tensor
 
 from blockroll.config import AlignmentConfig, PolicyConfig, RolloutConfig
 from blockroll.errors import BlockrollError, InvalidInput
@@ -31,6 +32,7 @@ from blockroll.rl_loops.trl.weights import (
 from blockroll.rollout.planner import Planner
 from blockroll.rollout.pool import RolloutPool
 from blockroll.rollout.replica import LocalReplica
+from blockroll.rollout.weight_sync import named_adapter_weights
 from blockroll.types import Request, Rollout
 
 
@@ -38,7 +40,13 @@ class Placement(Protocol):
     """What a trainer's rollouts need of it. One per rank."""
 
     pool: RolloutPool
+    planner: Planner | None  # what chooses plans in this process
     alignment: Alignment | None
+
+    @property
+    def policy(self) -> HFPolicy | None:
+        """One with the trainer's weights, if this process has it."""
+        ...
 
     def sync(self, version: int) -> None:
         """Bring every replica to the trainer's weights, as this version. All ranks call it."""
@@ -81,14 +89,10 @@ class Colocated:
             self.alignment = Alignment(trainer, self.policy, alignment, shares=self._shares)
         rank = trainer.accelerator.process_index
         self._replica = LocalReplica.around(self.policy, config, replica_id=rank)
+        self.planner = self._replica.engine.planner
         self.pool = RolloutPool(
             [self._replica], requests_per_replica=2 * config.max_batch_size, tokenizer=tokenizer
         )
-
-    @property
-    def planner(self) -> Planner | None:
-        """What chooses its plans; None if one plan is fixed."""
-        return self._replica.engine.planner
 
     def sync(self, version: int) -> None:
         """Shared weights have moved with the trainer's; others are gathered and copied."""
@@ -111,17 +115,41 @@ class Colocated:
 
 
 class Separate:
-    """Ray actors that rank 0 starts and the others join. They begin with a checkpoint that rank 0 writes."""
+    """Ray actors that rank 0 starts and the others join. They begin with a checkpoint that rank 0 writes.
 
-    alignment: Alignment | None = None
+    Alignment trains drafts here, on the trainer's own weights, and every sync brings them along.
+    """
 
-    def __init__(self, trainer: Any, config: RolloutConfig, adapter: str | Path | None) -> None:
+    planner: Planner | None = None  # each actor has its own
+
+    def __init__(
+        self,
+        trainer: Any,
+        config: RolloutConfig,
+        adapter: str | Path | None,
+        alignment: AlignmentConfig | None,
+    ) -> None:
         check_supported(trainer)
         self._trainer = trainer
+        self.policy: HFPolicy | None = None
+        self.alignment: Alignment | None = None
+        if alignment is not None:
+            if alignment.draft.conversion == "full" or not are_whole(trainer):
+                raise InvalidInput(
+                    "with placement='separate', alignment trains an adapter on the trainer's own weights, "
+                    "which must lie whole in each process: use draft.conversion='adapter', and one process "
+                    "or DDP without PEFT; or placement='colocated'"
+                )
+            model = base_model(trainer.model)
+            self.policy = sharing_policy(model, trainer.processing_class)
+            use_adapter(self.policy, adapter, model.config._name_or_path)
+            self.alignment = Alignment(trainer, self.policy, alignment, shares=True)
         accelerator = trainer.accelerator
         self._dtype = forward_dtype(trainer)
         folder = Path(trainer.args.output_dir) / "blockroll" / "policy"
         _write_policy(trainer, folder, adapter)
+        if accelerator.is_main_process and self.policy is not None and self.policy.adapter is not None:
+            self.policy.adapter.save_pretrained(folder)
         policy = PolicyConfig(path=str(folder), dtype=_name(self._dtype))
         own = device_names(accelerator.device)
         owned = sorted({name for names in gather_object([own]) for name in names})
@@ -150,10 +178,10 @@ class Separate:
     def sync(self, version: int) -> None:
         """Rank 0 publishes what all ranks gather; nobody goes on before every replica has it."""
         error: BlockrollError | None = None
-        weights = full_weights(self._trainer)
+        weights = self._weights(with_drafts=version > self.pool.version)
         if self._trainer.accelerator.is_main_process:
             try:
-                publish(self.pool, weights, version=version, dtype=self._dtype)
+                publish(self.pool, weights, version=version)
             except BlockrollError as failure:
                 error = failure
         else:
@@ -161,6 +189,14 @@ class Separate:
                 pass
         raise_together(self._trainer.accelerator, error, "sending weights to the replicas")
         self.pool.version = version
+
+    def _weights(self, *, with_drafts: bool) -> Iterator[tuple[str, Tensor]]:
+        """In the replicas' precision; drafts keep their own. Replicas start with the drafts as they are."""
+        for name, tensor in full_weights(self._trainer):
+            yield name, tensor.to(self._dtype) if tensor.is_floating_point() else tensor
+        if with_drafts and self.alignment is not None and self.policy is not None:
+            assert self.policy.adapter is not None, "alignment gives a policy without drafts an adapter"
+            yield from named_adapter_weights(self.policy.adapter)
 
     def generate(self, requests: Sequence[Request]) -> Iterator[Rollout]:
         """Rollouts in any order."""
@@ -177,6 +213,8 @@ class Separate:
 class Given:
     """A pool of the script's own, which gets every version as a checked update. It stays the script's."""
 
+    policy: HFPolicy | None = None
+    planner: Planner | None = None
     alignment: Alignment | None = None
 
     def __init__(self, trainer: Any, pool: RolloutPool) -> None:
@@ -210,12 +248,12 @@ def place(
         rollout = replace(rollout, audit_dir=str(Path(trainer.args.output_dir) / "blockroll" / "audit"))
     if isinstance(rollout, RolloutConfig) and rollout.placement == "colocated":
         return Colocated(trainer, rollout, adapter, alignment)
+    if isinstance(rollout, RolloutConfig):
+        return Separate(trainer, rollout, adapter, alignment)
     if alignment is not None:
         raise InvalidInput(
-            "alignment trains the adapter that this process decodes with; use placement='colocated'"
+            "alignment does not know how the drafts of a pool that is given were made; pass a RolloutConfig"
         )
-    if isinstance(rollout, RolloutConfig):
-        return Separate(trainer, rollout, adapter)
     if adapter is not None:
         raise InvalidInput("a pool that is given has its adapter already; leave adapter out")
     return Given(trainer, rollout)

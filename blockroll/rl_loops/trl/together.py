@@ -1,4 +1,8 @@
-"""Ranks of one job stop together: one's error is raised on all, by name, before a collective times out."""
+"""Ranks of one job stop together: one's error is raised on all, by name, before a collective times out.
+
+A rank that is gone cannot report. Gloo notices at once that its connection is closed; NCCL notices when its
+timeout has passed, so there it is the launcher that ends the others.
+"""
 
 from typing import Any
 
@@ -10,9 +14,14 @@ from blockroll.errors import BlockrollError, RankError
 def raise_together(accelerator: Any, error: BlockrollError | None, doing: str) -> None:
     """All ranks call it at the same place; each raises its own error, or the error of another rank."""
     if accelerator.num_processes > 1:
-        reports: list[str | None] = gather_object(
-            [None if error is None else f"{type(error).__name__}: {error}"]
-        )
+        own = None if error is None else f"{type(error).__name__}: {error}"
+        try:
+            reports: list[str | None] = gather_object([own])
+        except RuntimeError as broken:
+            raise RankError(
+                f"rank {accelerator.process_index} could not hear from all {accelerator.num_processes} ranks "
+                f"after {doing}: one has died ({broken})" + (f"; its own error: {own}" if own else "")
+            ) from (error or broken)
         failed = {rank: report for rank, report in enumerate(reports) if report is not None}
     else:
         failed = {}

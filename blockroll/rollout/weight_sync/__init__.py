@@ -1,5 +1,10 @@
 """Weights on their way from a learner to replicas: packed, checked, then swapped."""
 
-from blockroll.rollout.weight_sync.buckets import make_update, named_weights, weights_checksum
+from blockroll.rollout.weight_sync.buckets import (
+    make_update,
+    named_adapter_weights,
+    named_weights,
+    weights_checksum,
+)
 
-__all__ = ["make_update", "named_weights", "weights_checksum"]
+__all__ = ["make_update", "named_adapter_weights", "named_weights", "weights_checksum"]

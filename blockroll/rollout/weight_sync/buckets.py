@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from blockroll.errors import BucketMissing, ChecksumMismatch, ManifestMismatch
 from blockroll.types import TensorSpec, WeightManifest, WeightUpdate
 
+ADAPTER_PREFIX = "draft_adapter"
 DEFAULT_BUCKET_BYTES = 64 * 2**20
 
 Bytes = np.ndarray[tuple[int], np.dtype[np.uint8]]
@@ -26,6 +27,11 @@ def named_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from model.named_parameters()
     persistent = model.state_dict(keep_vars=True).keys()
     yield from ((name, buffer) for name, buffer in model.named_buffers() if name in persistent)
+
+
+def named_adapter_weights(adapter: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """What an update carries behind a policy's weights, if it carries its drafts too."""
+    yield from adapter.named_parameters(prefix=ADAPTER_PREFIX)
 
 
 def make_update(
