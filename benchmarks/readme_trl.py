@@ -31,10 +31,11 @@ def stock_table(rows: Sequence[Row]) -> str:
     worst = max(abs(ratio - 1) for row in rows for ratio in row["importance_ratio"])
     caption = (
         f"`trl.GRPOTrainer` and ours on the tiny policy, {rows[0]['threads']} CPU threads, fixed two-forward "
-        f"drafts, a step of each in turn: medians of the steps of a run, then median (and range) of {len(learning)} seeds. TRL runs "
-        f"another forward for its correction, which lossless rollouts can do without. Mean reward of "
-        f"{learning[0]['steps']} steps at batch {learning[0]['batch']}: {rewards}. Importance ratio: off "
-        f"from 1 by {worst:.0e} at most. Surprisal minus entropy over each run of ours: {gaps}."
+        "drafts, a step of each in turn: medians of the steps of a run, then median (and range) of "
+        f"{len(learning)} seeds. TRL runs another forward for its correction, which lossless rollouts can do "
+        f"without. Mean reward of {learning[0]['steps']} steps at batch {learning[0]['batch']}: {rewards}. "
+        f"Importance ratio: off from 1 by {worst:.0e} at most. Surprisal minus entropy over each run of "
+        f"ours: {gaps}."
     )
     return "\n".join((*lines, "", caption))
 

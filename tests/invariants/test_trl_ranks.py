@@ -73,12 +73,20 @@ def test_two_ranks_share_two_ray_replicas_that_follow_policy_and_drafts(tmp_path
         assert [row["loss"] for row in mine["logs"]] == [row["loss"] for row in other["logs"]]
 
 
-def test_an_error_on_one_rank_ends_both_by_name_within_half_a_minute(tmp_path):
+@pytest.mark.parametrize(
+    ("options", "error", "doing"),
+    [
+        (("--fail-on", "1", "--fsdp"), "ReplicaError: replica 0 died: planted", "generating rollouts"),
+        (("--fail-reward-on", "1"), "LookupError: no such answer: planted", "computing rewards"),
+    ],
+    ids=["rollouts", "rewards"],
+)
+def test_an_error_on_one_rank_ends_both_by_name_within_half_a_minute(tmp_path, options, error, doing):
     start = time.monotonic()
-    status, output = launch(tmp_path, "--fail-on", "1", "--fsdp")
+    status, output = launch(tmp_path, *options)
     assert status != 0
-    assert "ReplicaError: replica 0 died: planted" in output
-    assert "RankError: rank 1 failed while generating rollouts, so every rank stops" in output
+    assert error in output
+    assert f"RankError: rank 1 failed while {doing}, so every rank stops: {error}" in output
     assert time.monotonic() - start < 60  # both starts of Python included
 
 

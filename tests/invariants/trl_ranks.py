@@ -19,8 +19,12 @@ from blockroll.policies.hf import TINY_POLICY_DIR
 from blockroll.rl_loops import arithmetic
 from blockroll.rl_loops.trl import GRPOTrainer
 
+FAILING_REWARD = False
 
-def even_share(completion_ids, **_):
+
+def even_share(completion_ids, trainer_state, **_):
+    if trainer_state.global_step == 1 and FAILING_REWARD:
+        raise LookupError("no such answer: planted")
     return [sum(token % 2 == 0 for token in ids) / len(ids) for ids in completion_ids]
 
 
@@ -30,6 +34,9 @@ def main() -> None:
     parser.add_argument("--placement", default="colocated")
     parser.add_argument("--fail-on", type=int, default=-1, help="the rank whose replica dies in step 1")
     parser.add_argument("--hang-on", type=int, default=-1, help="the rank that waits in step 1 to be killed")
+    parser.add_argument(
+        "--fail-reward-on", type=int, default=-1, help="the rank whose reward raises in step 1"
+    )
     parser.add_argument("--fsdp", action="store_true")
     parser.add_argument("--align", action="store_true", help="with an adapter that starts from nothing")
     given = parser.parse_args()
@@ -67,6 +74,8 @@ def main() -> None:
         else None,
     )
     rank = trainer.accelerator.process_index
+    global FAILING_REWARD
+    FAILING_REWARD = rank == given.fail_reward_on
     drawn: list[list[int]] = []
     generate = trainer.rollouts.placement.generate
 

@@ -8,10 +8,10 @@ from typing import Any
 
 from accelerate.utils import gather_object
 
-from blockroll.errors import BlockrollError, RankError
+from blockroll.errors import RankError
 
 
-def raise_together(accelerator: Any, error: BlockrollError | None, doing: str) -> None:
+def raise_together(accelerator: Any, error: Exception | None, doing: str) -> None:
     """All ranks call it at the same place; each raises its own error, or the error of another rank."""
     if accelerator.num_processes > 1:
         own = None if error is None else f"{type(error).__name__}: {error}"

@@ -18,6 +18,8 @@ from blockroll.rl_loops.trl.generation import TrainerRollouts, trainer_sampling
 from blockroll.rl_loops.trl.metrics import Surprisal, correction_metrics, round_metrics, token_mask
 from blockroll.rl_loops.trl.placement import place
 from blockroll.rl_loops.trl.record import Record
+from blockroll.rl_loops.trl.rewards import RewardErrors
+from blockroll.rl_loops.trl.together import raise_together
 from blockroll.rollout.pool import RolloutPool
 from blockroll.types import Sampling
 
@@ -53,6 +55,10 @@ class _DraftedRollouts(_Trainer):
         if placement.alignment is not None:
             self.add_callback(AfterUpdate(self))
         self._record = Record(self)
+        self._reward_errors = RewardErrors()
+        if self.accelerator.num_processes > 1:
+            reward_funcs: list[Any] = self.reward_funcs  # type: ignore[has-type]
+            self.reward_funcs = [self._reward_errors.guard(function) for function in reward_funcs]
         # From here on TRL generates with what it takes for a server of its own.
         self.vllm_generation = self.rollouts
         self.use_vllm, self.vllm_mode, self._last_loaded_step = True, "server", -1
@@ -93,6 +99,11 @@ class _DraftedRollouts(_Trainer):
         if mode == "train":
             self.rollouts.note_trained()
         return generated
+
+    def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
+        rewards: Tensor = super()._calculate_rewards(*args, **kwargs)
+        raise_together(self.accelerator, self._reward_errors.take(), "computing rewards")
+        return rewards
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         self._drawn_tokens_BT = token_mask(inputs) if self._is_on_policy else None
