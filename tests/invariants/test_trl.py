@@ -339,6 +339,15 @@ def test_alignment_trains_the_adapter_after_each_update_and_never_the_policy(tmp
     assert rows[-1]["draft/loss"] < rows[0]["draft/loss"]
 
 
+def test_completions_of_one_token_train_the_policy_and_have_nothing_to_draft(tmp_path):
+    rows = logs(aligned(tmp_path, max_completion_length=1))
+    for row in rows:
+        assert row["completions/max_length"] == 1
+        assert math.isfinite(row["loss"])
+        assert row["rollout_corr/rollout_is_max"] == pytest.approx(1, abs=1e-3)
+        assert not any(name.startswith("draft/") for name in row)
+
+
 def test_alignment_by_acceptance_waits_until_acceptance_falls(tmp_path):
     made = aligned(
         tmp_path, alignment=AlignmentConfig(below=0.9, draft=DraftConfig(rank=4, block_sizes=(4,)))
