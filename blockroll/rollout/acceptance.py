@@ -1,6 +1,6 @@
 """Acceptance by draft position: how far into a block drafts hold."""
 
-from blockroll.rollout.engine import StepRecord
+from blockroll.rollout.decoding import StepRecord
 
 
 class AcceptanceByPosition:

@@ -48,7 +48,8 @@ from blockroll.rollout.bench_workload import (
     make_waves,
     random_prompts,
 )
-from blockroll.rollout.engine import Engine, StepRecord
+from blockroll.rollout.decoding import StepRecord
+from blockroll.rollout.engine import Engine
 from blockroll.rollout.pass_at_k import Judge, Passed
 from blockroll.rollout.planner import Planner
 from blockroll.types import PLAIN, Law, Plan, Request, Rollout

@@ -15,7 +15,7 @@ import blockroll
 from blockroll.policies.hf import HFPolicy
 from blockroll.rollout.acceptance import AcceptanceByPosition
 from blockroll.rollout.bench_subjects import Wave
-from blockroll.rollout.engine import EngineTimes
+from blockroll.rollout.decoding import EngineTimes
 from blockroll.rollout.pass_at_k import Passed
 
 

@@ -11,7 +11,8 @@ import torch
 from blockroll.errors import InvalidInput, NonFiniteLogits
 from blockroll.policies.hf import HFPolicy, load_model, resolve_checkpoint
 from blockroll.policies.reference import LOOKUP_TOKENS, REFERENCES, Reference, ReferenceTask
-from blockroll.rollout.engine import Engine, EngineTimes
+from blockroll.rollout.decoding import EngineTimes
+from blockroll.rollout.engine import Engine
 from blockroll.rollout.planner import Planner
 from blockroll.types import Law, Plan, Request, Rollout
 
@@ -73,7 +74,7 @@ class EngineSubject:
 
     def decode(self, requests: Sequence[Request]) -> Wave:
         """Decode all requests to their end."""
-        self._engine.times = EngineTimes()
+        self._engine.reset_times()
         finished: list[Rollout] = []
         latencies: list[float] = []
         start = time.perf_counter()

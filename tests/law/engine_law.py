@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from blockroll.policies.base import FusedRows
-from blockroll.rollout import engine as engine_module
+from blockroll.rollout import decoding
 from blockroll.rollout.engine import Engine
 from blockroll.types import Law, Plan, Request, Sampling
 from tests.engines import PlansInTurn
@@ -362,7 +362,7 @@ def _run(
         allow_truncated_mix=True,
         **processing.options,
     )
-    with mock.patch.object(engine_module, "step_uniforms", given_uniforms):
+    with mock.patch.object(decoding, "step_uniforms", given_uniforms):
         engine = Engine(
             TablePolicy(toy, max(plan.num_drafts for plan in plans)),
             plan=plans[0] if len(set(plans)) == 1 else PlansInTurn(*plans),

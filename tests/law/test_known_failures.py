@@ -20,7 +20,7 @@ from blockroll.config import RolloutConfig, RunConfig
 from blockroll.errors import ConfigError, InvalidInput
 from blockroll.policies.hf import HFPolicy
 from blockroll.rl_loops.run import rollout_sampling
-from blockroll.rollout import engine as engine_module
+from blockroll.rollout import decoding
 from blockroll.rollout import pool as pool_module
 from blockroll.rollout.engine import Engine
 from blockroll.rollout.pool import RolloutPool
@@ -141,9 +141,9 @@ def every_column_has_an_entry_per_token():
 def wrong_verdicts(monkeypatch, change):
     """Both places that verify, with what they report changed."""
     for name in ("verify_block", "settle_first"):
-        original = getattr(engine_module, name)
+        original = getattr(decoding, name)
         monkeypatch.setattr(
-            engine_module,
+            decoding,
             name,
             lambda draft, probs, coins, original=original: change(original(draft, probs, coins), probs),
         )
@@ -313,7 +313,7 @@ def truncation_reaches_accepted_and_redrawn_tokens():
 
 
 def maps_what_is_not_finite_to_zero(monkeypatch):
-    monkeypatch.setattr(engine_module, "_without_non_finite", lambda logits: (logits.nan_to_num(), None))
+    monkeypatch.setattr(decoding, "_without_non_finite", lambda logits: (logits.nan_to_num(), None))
 
 
 def spoiled(rows: str):
@@ -454,7 +454,7 @@ def coins_of_steps() -> list[float]:
 
 
 def redraws_by_the_first_drafts_coin(monkeypatch):
-    step_uniforms = engine_module.step_uniforms
+    step_uniforms = decoding.step_uniforms
 
     def wrong(*arguments, **kwargs):
         drafts, verify = step_uniforms(*arguments, **kwargs)
@@ -464,7 +464,7 @@ def redraws_by_the_first_drafts_coin(monkeypatch):
             )
         return drafts, verify
 
-    monkeypatch.setattr(engine_module, "step_uniforms", wrong)
+    monkeypatch.setattr(decoding, "step_uniforms", wrong)
 
 
 @failure(48, redraws_by_the_first_drafts_coin)
@@ -556,9 +556,9 @@ def samples_of_one_prompt_are_distinct_even_one_at_a_time():
 
 
 def reads_the_first_seed_alone(monkeypatch):
-    step_uniforms = engine_module.step_uniforms
+    step_uniforms = decoding.step_uniforms
     monkeypatch.setattr(
-        engine_module,
+        decoding,
         "step_uniforms",
         lambda seeds, *arguments, **kwargs: step_uniforms(seeds[:1].expand_as(seeds), *arguments, **kwargs),
     )

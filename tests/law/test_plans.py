@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from blockroll.errors import InvalidInput
-from blockroll.rollout import engine as engine_module
+from blockroll.rollout import decoding
 from blockroll.samplers import draw_draft, mixed_logits
 from blockroll.samplers import laws as laws_module
 from blockroll.types import Law, Plan, Sampling
@@ -92,11 +92,11 @@ def forgets_the_draft_temperature(logits, temperature, uniforms, num_drafts, **k
     return dataclasses.replace(draft, probs_BKV=logits.double().softmax(-1))
 
 
-def keeps_a_slot_too_early(engine, batch, states, num_accepted):
-    keep_proposals(engine, batch, states.roll(1, dims=2), num_accepted)
+def keeps_a_slot_too_early(decoder, batch, plan, states, num_accepted):
+    keep_proposals(decoder, batch, plan, states.roll(1, dims=2), num_accepted)
 
 
-keep_proposals = engine_module.Engine._keep_proposals
+keep_proposals = decoding.Decoder._keep_proposals
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,7 @@ keep_proposals = engine_module.Engine._keep_proposals
     [
         (laws_module, "mixed_logits", mixes_the_extra_row, 0.5),
         (laws_module, "draw_draft", forgets_the_draft_temperature, 1.0),
-        (engine_module.Engine, "_keep_proposals", keeps_a_slot_too_early, 1.0),
+        (decoding.Decoder, "_keep_proposals", keeps_a_slot_too_early, 1.0),
     ],
 )
 def test_a_planted_bug_of_the_engine_breaks_the_law(monkeypatch, where, name, bug, weight):
@@ -114,13 +114,13 @@ def test_a_planted_bug_of_the_engine_breaks_the_law(monkeypatch, where, name, bu
 
 
 def test_a_wrong_behavior_logprob_leaves_the_mixed_law_uncorrected(monkeypatch):
-    verify_block = engine_module.verify_block
+    verify_block = decoding.verify_block
 
     def reports_the_policy(draft, target_probs, uniforms):
         verdict = verify_block(draft, target_probs, uniforms)
         return dataclasses.replace(verdict, behavior_logprobs_BL=verdict.behavior_logprobs_BL * 0)
 
-    monkeypatch.setattr(engine_module, "verify_block", reports_the_policy)
+    monkeypatch.setattr(decoding, "verify_block", reports_the_policy)
     _, corrected = engine_law(TOYS["stochastic"], Plan(2), length=LENGTH, weight=0.5)
     assert max_difference(corrected, target_law(TOYS["stochastic"], LENGTH)) > 1e-2
 
