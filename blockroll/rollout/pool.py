@@ -65,6 +65,8 @@ class RolloutPool:
         self.version = 0
         self.num_refused_updates = 0
         self.num_redispatched = 0
+        self._homes: dict[str, _Member] = {}  # by group: who holds its keys and values
+        self._homes_version = 0
 
     @classmethod
     def from_pretrained(cls, path: str = "tiny", **options: Any) -> Self:
@@ -111,7 +113,8 @@ class RolloutPool:
     def generate(self, requests: Iterable[Request]) -> Iterator[Rollout]:
         """Yield rollouts as they finish, in any order; all requests are checked before the first starts.
 
-        Groups stay on one replica. If the caller stops early, what still runs is aborted.
+        A group stays on one replica, and goes there again while weights stay the same: what it holds of the
+        group's texts is not computed twice. If the caller stops early, what still runs is aborted.
         """
         requests = tuple(requests)
         if len({request.request_id for request in requests}) < len(requests):
@@ -122,6 +125,9 @@ class RolloutPool:
 
     def _generate(self, requests: tuple[Request, ...]) -> Iterator[Rollout]:
         waiting = deque(_groups(requests))
+        if self._homes_version != self.version:
+            self._homes_version = self.version
+            self._homes.clear()
         try:
             while waiting or any(member.in_flight for member in self._members):
                 self._dispatch(waiting)
@@ -207,15 +213,21 @@ class RolloutPool:
         return receipt
 
     def _dispatch(self, waiting: deque[list[Request]]) -> None:
-        """Hand groups to the least loaded READY replicas, up to their share."""
+        """Hand groups to READY replicas, up to their share: where one was before, or to the least loaded."""
         while waiting:
             ready = [member for member in self._members if member.state == "READY"]
             if not ready:
                 raise ReplicaError(f"no replica is ready at version {self.version}; states are {self.states}")
-            member = min(ready, key=lambda ready_member: len(ready_member.in_flight))
-            if member.in_flight and len(member.in_flight) + len(waiting[0]) > self._requests_per_replica:
+            group_id = waiting[0][0].group_id
+            home = self._homes.get(group_id) if group_id is not None else None
+            member = min(ready, key=lambda each: len(each.in_flight))
+            if home is not None and home.state == "READY" and self._has_room(home, waiting[0]):
+                member = home
+            elif not self._has_room(member, waiting[0]):
                 return
             group = waiting.popleft()
+            if group_id is not None:
+                self._homes[group_id] = member
             try:
                 member.replica.submit(group)
             except ReplicaError as death:
@@ -223,6 +235,9 @@ class RolloutPool:
                 self._bury(member, death, waiting)
             else:
                 member.in_flight.update((request.request_id, request) for request in group)
+
+    def _has_room(self, member: _Member, group: list[Request]) -> bool:
+        return not member.in_flight or len(member.in_flight) + len(group) <= self._requests_per_replica
 
     def _poll(self, member: _Member, waiting: deque[list[Request]]) -> Iterator[Rollout]:
         try:

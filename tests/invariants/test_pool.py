@@ -13,7 +13,7 @@ from blockroll.rollout.replica import LocalReplica
 from blockroll.rollout.weight_sync import make_update, named_weights
 from blockroll.types import Plan, Sampling
 from tests.engines import make_requests, run
-from tests.models import prompts, random_model, random_policy
+from tests.models import MASK_ID, prompts, random_model, random_policy
 
 PLAN = Plan(4)
 SAMPLING = Sampling(max_tokens=12)
@@ -218,3 +218,29 @@ def test_a_pool_without_a_ready_replica_says_so():
             list(pool.generate(make_requests(prompts(2), SAMPLING)))
     with pytest.raises(InvalidInput, match="at least one replica"):
         RolloutPool([])
+
+
+def test_the_next_turn_of_a_group_goes_where_its_texts_are_until_weights_change():
+    pool = local_pool()
+    sampling = Sampling(max_tokens=8, ignore_eos=True, logit_bias={MASK_ID: -100.0})
+    texts = [tuple(4 + (7 * group + 3 * place) % 20 for place in range(24)) for group in range(4)]
+
+    def turn(groups, name):
+        requests = [
+            dataclasses.replace(request, group_id=f"g{group}", request_id=f"{name} {group}")
+            for group, request in zip(
+                groups, make_requests([texts[group] for group in groups], sampling), strict=True
+            )
+        ]
+        finished = list(pool.generate(requests))
+        for rollout in finished:
+            group = int(rollout.request.group_id[1:])
+            texts[group] = (*texts[group], *rollout.token_ids, 5, 6, 7)
+        return {rollout.request.group_id: rollout.stats for rollout in finished}
+
+    turn(range(4), "first")
+    assert [len(member.replica.engine._cache._held_NS) for member in pool._members] == [2, 2]
+    later = turn((1, 3), "second")  # both on one replica; by load they would be one on each
+    assert {name: stats.num_prefilled for name, stats in later.items()} == {"g1": 3, "g3": 3}
+    pool.update(moved_update())
+    assert {stats.num_reused for stats in turn(range(4), "third").values()} == {0}

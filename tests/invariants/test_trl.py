@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import itertools
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -443,3 +444,21 @@ def test_the_audit_of_a_trainers_rollouts_lies_beside_its_report_and_passes(tmp_
     # Version 1 drew the last step twice, before the interruption and after it.
     assert again.rows_by_version[0] == report.rows_by_version[0]
     assert again.rows_by_version[1] == 2 * report.rows_by_version[1]
+
+
+def test_a_later_turn_stays_in_its_group_and_computes_only_what_is_new(tmp_path):
+    rollouts = trainer(tmp_path).rollouts
+    rollouts.sync_weights()
+    rollouts.begin_round()
+    encode = load_tokenizer("tiny")
+    prompts = [encode(problem.prompt)["input_ids"] for problem in PROBLEMS[:2] for _ in range(2)]
+    done = rollouts.generate(prompts, None, 2, nullcontext())
+    texts = [
+        [*prompt, *ids, 50, 51] for prompt, ids in zip(done.prompt_ids, done.completion_ids, strict=True)
+    ]
+    rollouts.generate(texts[::-1], None, 1, nullcontext())
+    first, later = rollouts.rollouts[:4], rollouts.rollouts[4:]
+    groups = [rollout.request.group_id for rollout in first]
+    assert len(set(groups)) == 2
+    assert [rollout.request.group_id for rollout in later] == groups[::-1]
+    assert {rollout.stats.num_prefilled for rollout in later} == {2}

@@ -100,6 +100,14 @@ class TrainerRollouts:
             logprob_token_ids=None,
         )
 
+    def _group_before(self, prompt: Sequence[int]) -> str | None:
+        """The group of the turn that this one goes on from, if it is not the first of its round."""
+        for rollout in self.rollouts:
+            text = (*rollout.request.prompt_ids, *rollout.token_ids)
+            if len(text) < len(prompt) and tuple(prompt[: len(text)]) == text:
+                return rollout.request.group_id
+        return None
+
     def _draw(self, prompts: Sequence[Sequence[int]], num_generations: int) -> list[Rollout]:
         trainer = self._trainer
         mode, step = "train" if trainer.model.training else "eval", trainer.state.global_step
@@ -109,7 +117,7 @@ class TrainerRollouts:
         requests = [
             Request(
                 request_id=f"{label}-{index}",
-                group_id=f"{label}-{index // num_generations}",
+                group_id=self._group_before(prompt) or f"{label}-{index // num_generations}",
                 prompt_ids=tuple(prompt),
                 seed=derive_seed(trainer.args.seed, *words, index),
                 sampling=self.sampling,
