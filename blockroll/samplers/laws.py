@@ -4,8 +4,9 @@
 
 where `edit` adds biases, takes penalties, runs logits processors and masks what must not follow. It is
 applied at every position that is verified, with the prefix that position really has: committed text, then the
-drafts before it. A draft row is drawn before its prefix is known, so it is edited with the committed text
-alone; what it was drawn from is recorded, and any draft law is verified exactly.
+drafts before it. A draft row is drawn before its prefix is settled: penalties go by the committed text, and
+what must not follow is left out as if the drafts before were all to stand. What a draft was drawn from is
+recorded, and any draft law is verified exactly.
 
 Shapes: B requests, K drafted tokens, L target rows, N tokens behind the committed text, V vocabulary.
 """
@@ -189,12 +190,28 @@ class _Processing:
         rows = self._biased(logits_BKV)
         if self.penalties_B3 is not None:
             rows = self._penalized(rows, torch.empty((len(rows), 0), dtype=torch.int64, device=rows.device))
-        for rows_KV, text in zip(rows, self.texts, strict=True):
-            if text.is_edited_by_row and len(rows_KV):
-                _mask_drafts(rows_KV, text)
-        probs_BKV = self._truncated(target_probs(rows, temperature_B))
+        paths = [
+            (row, _DraftPath(text, num_drafts))
+            for row, (text, num_drafts) in enumerate(zip(self.texts, num_drafts_B.tolist(), strict=True))
+            if text.is_edited_by_row
+        ]
+        # All positions at once, or one after another where masks depend on the drafts before.
+        width = 1 if paths else max(rows.shape[1], 1)
+        tokens, probs = [], []
+        for start in range(0, max(rows.shape[1], 1), width):
+            span = slice(start, start + width)
+            for row, path in paths:
+                path.mask(rows[row, span])
+            probs.append(self._truncated(target_probs(rows[:, span], temperature_B)))
+            tokens.append(inverse_cdf(probs[-1], uniforms_BK[:, span]))
+            if paths:
+                drawn = tokens[-1].tolist()
+                for row, path in paths:
+                    path.extend(drawn[row])
         return Draft(
-            token_ids_BK=inverse_cdf(probs_BKV, uniforms_BK), probs_BKV=probs_BKV, num_drafts_B=num_drafts_B
+            token_ids_BK=torch.cat(tokens, dim=1),
+            probs_BKV=torch.cat(probs, dim=1),
+            num_drafts_B=num_drafts_B,
         )
 
     def target_rows(
@@ -265,14 +282,35 @@ def _edit_rows(rows_LV: Tensor, text: Text, between: Sequence[int]) -> None:
             row_V.copy_(processor(ids_1T, row_V[None].clone())[0])
 
 
-def _mask_drafts(rows_KV: Tensor, text: Text) -> None:
-    """Leave out drafts that are certain to be rejected, in place; of a row that would be empty, none."""
-    sampling = text.sampling
-    mask_KV = torch.zeros_like(rows_KV, dtype=torch.bool)
-    if text.guide is not None:
-        mask_KV[0] = ~text.guide.allowed((), 0)[0].to(rows_KV.device)
-    mask_KV[0, completed_by([*text.prompt_ids, *text.token_ids], sampling.bad_words_ids)] = True
-    num_early = max(0, sampling.min_tokens - len(text.token_ids))
-    mask_KV[:num_early, list(text.end_token_ids)] = True
-    mask_KV &= ~mask_KV.all(dim=-1, keepdim=True)
-    rows_KV.masked_fill_(mask_KV, -torch.inf)
+class _DraftPath:
+    """The drafts of one request as they are drawn: each is masked by the text and the drafts before it."""
+
+    def __init__(self, text: Text, num_drafts: int) -> None:
+        self._text = text
+        self._num_drafts = num_drafts  # rows behind them hold no meaning
+        self._drafts: list[int] = []
+        self._allowed_V: Tensor | None = None  # behind the drafts so far
+        self._is_allowed = text.guide is not None  # whether the guide allows all of them
+
+    def mask(self, row_1V: Tensor) -> None:
+        """Leave out, in place, what is certain to be rejected; of a row that would be empty, nothing."""
+        if len(self._drafts) >= self._num_drafts:
+            return
+        text, sampling = self._text, self._text.sampling
+        mask_V = torch.zeros_like(row_1V[0], dtype=torch.bool)
+        if self._is_allowed and text.guide is not None:
+            self._allowed_V = text.guide.allowed(self._drafts, len(self._drafts))[0]
+            mask_V |= ~self._allowed_V.to(mask_V.device)
+        completion = [*text.token_ids, *self._drafts]
+        mask_V[completed_by([*text.prompt_ids, *completion], sampling.bad_words_ids)] = True
+        if len(completion) < sampling.min_tokens:
+            mask_V[list(text.end_token_ids)] = True
+        if not mask_V.all():
+            row_1V.masked_fill_(mask_V, -torch.inf)
+
+    def extend(self, token_ids: Sequence[int]) -> None:
+        """These drafts were drawn: one, or none."""
+        for token_id in token_ids:
+            if self._allowed_V is not None:
+                self._is_allowed = self._is_allowed and bool(self._allowed_V[token_id])
+            self._drafts.append(token_id)

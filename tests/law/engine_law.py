@@ -126,17 +126,14 @@ class Processing:
 
     options: dict = field(default_factory=dict)
     excluded: Callable[[Tokens], set[int]] = lambda completion: set()  # what must not follow
-    excluded_at: Callable[[int], set[int]] = lambda num_tokens: set()  # known from the position alone
 
     def target_V(self, weights_V, completion: Tokens, temperature: float) -> np.ndarray:
         """The law of the token behind `completion`."""
         return self._law(weights_V, completion, self.excluded(completion), temperature)
 
-    def draft_V(self, weights_V, completion: Tokens, offset: int, temperature: float) -> np.ndarray:
-        """The law of draft `offset` behind `completion`; what its own prefix decides is not known."""
-        excluded = self.excluded_at(len(completion) + offset)
-        if offset == 0:
-            excluded = excluded | self.excluded(completion)
+    def draft_V(self, weights_V, completion: Tokens, drafted: Tokens, temperature: float) -> np.ndarray:
+        """The law of the draft behind `drafted`: penalties go by the completion, masks by the drafts too."""
+        excluded = self.excluded(completion + drafted)
         if len(excluded) == len(weights_V):
             excluded = set()
         return self._law(weights_V, completion, excluded, temperature)
@@ -246,7 +243,7 @@ def _laws(
 ) -> tuple[list, list]:
     """Draft laws (one per draft), and the laws that are committed by (one more)."""
     drafts = [
-        processing.draft_V(toy.draft_weights(*key), state.history, i, toy.draft_temperature)
+        processing.draft_V(toy.draft_weights(*key), state.history, drafted[:i], toy.draft_temperature)
         for i, key in enumerate(state.drafts)
     ]
     targets = []
@@ -272,12 +269,11 @@ def _cells(
     if plan.num_drafts and not plan.levels:
         return _settled_cells(toy, state, weight, processing)
     num_drafts, unused = len(state.drafts), plan.num_drafts - len(state.drafts)
-    draft_laws, _ = _laws(toy, state, (), weight, processing)
     points, volumes = [], []
     for drafted in np.ndindex(*[toy.vocab_size] * num_drafts):
+        draft_laws, targets = _laws(toy, state, drafted, weight, processing)
         if any(law_V[token] == 0 for token, law_V in zip(drafted, draft_laws, strict=True)):
             continue
-        _, targets = _laws(toy, state, drafted, weight, processing)
         pairs = list(zip(targets, draft_laws, strict=False))
         rows = [*targets, *(np.maximum(target - draft, 0) for target, draft in pairs)]
         final_T = np.concatenate([_boundaries(row) for row in rows])
@@ -300,9 +296,9 @@ def _settled_cells(
     toy: Toy, state: State, weight: float, processing: Processing
 ) -> tuple[np.ndarray, np.ndarray]:
     """Points (C, 2K + 2): the coin that replaces a rejected first draft comes last."""
-    draft_laws, (first_V, *_) = _laws(toy, state, (), weight, processing)
     points, volumes = [], []
-    for drafted in np.ndindex(*[toy.vocab_size] * len(draft_laws)):
+    for drafted in np.ndindex(*[toy.vocab_size] * len(state.drafts)):
+        draft_laws, (first_V, *_) = _laws(toy, state, drafted, weight, processing)
         if any(law_V[token] == 0 for token, law_V in zip(drafted, draft_laws, strict=True)):
             continue
         draws = [

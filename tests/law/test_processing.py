@@ -85,12 +85,8 @@ PROCESSINGS = {
     "repetition": Processing(options={"repetition_penalty": 1.7}),
     "presence_and_frequency": Processing(options={"presence_penalty": 0.4, "frequency_penalty": 0.9}),
     "bias": Processing(options={"logit_bias": {1: 1.3, 2: -0.4}}),
-    "banned_token": Processing(
-        options={"logit_bias": {2: -math.inf}}, excluded=lambda _: {2}, excluded_at=lambda _: {2}
-    ),
-    "min_tokens": Processing(
-        options={"min_tokens": 11, "stop_token_ids": (1,)}, excluded=lambda _: {1}, excluded_at=lambda _: {1}
-    ),
+    "banned_token": Processing(options={"logit_bias": {2: -math.inf}}, excluded=lambda _: {2}),
+    "min_tokens": Processing(options={"min_tokens": 11, "stop_token_ids": (1,)}, excluded=lambda _: {1}),
     "bad_words": Processing(options={"bad_words_ids": BAD_WORDS}, excluded=completing(*BAD_WORDS)),
     "constraint": Processing(options={"constraint": REMAINDER}, excluded=REMAINDER.forbidden),
     "all": Processing(

@@ -67,6 +67,18 @@ def test_every_output_matches_in_every_plan(policy, plan):
         assert is_valid(policy.decode(list(rollout.token_ids[:-1])))
 
 
+@pytest.mark.parametrize("plan", PLANS[1:3], ids=lambda plan: plan.name)
+def test_what_the_grammar_forces_is_committed_in_whole_blocks(policy, plan):
+    """Drafts are masked by the drafts before them, so forced text is drafted right by any policy."""
+    forced = "the answer to this question is: "
+    sampling = Sampling(constraint=Regex(forced + "[0-9]{2}"), max_tokens=60)
+    (rollout,) = run(policy, make_requests([(6,)], sampling), plan).values()
+    assert re.fullmatch(forced + "[0-9]{2}", policy.decode(list(rollout.token_ids)))
+    drafted = plan.num_drafts if plan.layout == "fused" else plan.num_drafts + 1
+    blocks = -(-len(forced) // drafted)
+    assert sum(count for _, count in rollout.stats.steps_by_plan) <= blocks + 3
+
+
 def test_constrained_and_free_requests_share_a_batch(policy):
     free, bound = Sampling(max_tokens=30), Sampling(max_tokens=30, constraint=Regex(DATE))
     mixed = [
