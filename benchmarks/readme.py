@@ -5,37 +5,16 @@
 A test holds both texts against the rows.
 """
 
-import json
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 
-from benchmarks import readme_trl
+from benchmarks import readme_learning, readme_pictures, readme_trl
+from benchmarks.rows import ROOT, Row, has_rows, read
 
-Row = dict[str, Any]
-
-ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "measured.md"
-IMAGES = ROOT / "docs" / "images"
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 STOCK, ALIGNMENT, SMOLLM2 = "part4_stock", "part4_alignment", "part4_smollm2"
-WINDOW = 5  # steps whose rewards are averaged at either end of a run
-
-
-def read(name: str) -> list[Row]:
-    """Rows of one result file."""
-    return [json.loads(line) for line in (RESULTS / f"{name}.jsonl").read_text().splitlines()]
-
-
-def has_rows(name: str) -> bool:
-    """Whether an experiment's rows are committed."""
-    return (RESULTS / f"{name}.jsonl").is_file()
 
 
 def measured_section() -> str:
@@ -51,8 +30,8 @@ def measured_page() -> str:
         ("part2_drafts", "What an adapter drafts", drafts_table),
         ("part2_smollm2", "SmolLM2-135M-Instruct, converted by adapter", smollm2_table),
         ("part1_law", "The law, at full size", law_list),
-        ("part1_learning", "GRPO: plain and drafted rollouts", learning_table),
-        ("part2_learning", "GRPO: the target law and a mixed law", laws_table),
+        ("part1_learning", "GRPO: plain and drafted rollouts", readme_learning.learning_table),
+        ("part2_learning", "GRPO: the target law and a mixed law", readme_learning.laws_table),
         ("part3_constraints", "Constrained outputs", constraints_table),
         ("part3_audit", "What the audit costs", audit_table),
         (STOCK, "TRL: the stock trainer and ours", lambda: readme_trl.stock_table(read(STOCK))),
@@ -122,7 +101,7 @@ def findings_list() -> str:
             ("part1_law", law_finding),
             ("part2_drafts", drafts_finding),
             ("part2_smollm2", smollm2_finding),
-            ("part2_learning", laws_finding),
+            ("part2_learning", readme_learning.laws_finding),
             ("part3_constraints", constraints_finding),
             ("part3_audit", audit_finding),
             (STOCK, lambda: readme_trl.stock_finding(read(STOCK))),
@@ -165,18 +144,6 @@ def smollm2_finding() -> str:
         f"{after['speedup_over_plain']:.2f}x of plain, so `auto` takes plain steps for "
         f"{chosen['share_by_plan'].get('plain', 0):.0%} of its steps and reaches "
         f"{chosen['speedup_over_plain']:.2f}x, trials included."
-    )
-
-
-def laws_finding() -> str:
-    """What GRPO makes of each law."""
-    laws = laws_summary()
-    return (
-        "- **What a law costs, and what correcting it buys.** Held-out reward after GRPO, mean and range of "
-        f"{len(laws['plain'].rewards)} seeds: {laws['plain'].held_out} on plain rollouts, "
-        f"{laws['lossless'].held_out} on lossless drafts; on drafts mixed in by half "
-        f"{laws['mixed, corrected'].held_out} with importance weights and "
-        f"{laws['mixed, uncorrected'].held_out} without."
     )
 
 
@@ -343,121 +310,6 @@ def drafts_table() -> str:
     return "\n".join((*lines, "", caption))
 
 
-def rewards_by_run() -> dict[str, dict[int, list[float]]]:
-    """Reward of every step, by plan and seed."""
-    rewards: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for row in read("part1_learning"):
-        rewards[row["plan_config"]][row["seed"]].append(row["reward"])
-    return rewards
-
-
-def learning_summary() -> dict[str, list[tuple[float, float]]]:
-    """Mean reward over the first and last steps of every run, by plan, in order of seeds."""
-    return {
-        plan: [
-            (float(np.mean(values[:WINDOW])), float(np.mean(values[-WINDOW:])))
-            for _, values in sorted(seeds.items())
-        ]
-        for plan, seeds in sorted(rewards_by_run().items())
-    }
-
-
-def band_overlap() -> float:
-    """Share of steps at which the bands that the seeds span, of smoothed rewards, overlap."""
-    tables = [np.array([*map(smoothed, seeds.values())]) for seeds in rewards_by_run().values()]
-    low = np.max([table.min(axis=0) for table in tables], axis=0)
-    high = np.min([table.max(axis=0) for table in tables], axis=0)
-    return float(np.mean(low <= high))
-
-
-def learning_table() -> str:
-    """Where GRPO starts and ends, per plan."""
-    rows = read("part1_learning")
-    lines = [
-        f"| rollouts | reward, first {WINDOW} steps | reward, last {WINDOW} steps | least rise of a seed |",
-        "| --- | ---: | ---: | ---: |",
-    ]
-    for plan, ends in learning_summary().items():
-        first, last = np.mean(ends, axis=0)
-        rise = min(end - start for start, end in ends)
-        lines.append(f"| {plan.replace('_', '-')} | {first:.3f} | {last:.3f} | {rise:+.3f} |")
-    steps, seeds = max(row["step"] for row in rows), len({row["seed"] for row in rows})
-    stages = rows[0]["stages"]
-    caption = (
-        f"GRPO on arithmetic from the tiny policy, {steps} steps at temperature {rows[0]['temperature']:g}, "
-        f"means of {seeds} seeds. The rate falls to 0 in each of {len(stages)} stages. "
-        f"The bands of the two plans overlap in {band_overlap():.0%} of the steps."
-    )
-    picture = "![Reward of GRPO on plain and on drafted rollouts](images/part1_learning.png)"
-    return "\n".join((picture, "", *lines, "", caption))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LawSummary:
-    """The runs of one law of part 2, seed by seed."""
-
-    rewards: list[list[float]]  # by step
-    acceptance: list[list[float]]  # by step; none for plain
-    effective: float  # sample size as a share, mean of the steps
-    held_out_rewards: list[float]
-
-    @property
-    def held_out(self) -> str:
-        """Mean and range of the seeds."""
-        values = self.held_out_rewards
-        return f"{np.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})"
-
-
-def laws_summary() -> dict[str, LawSummary]:
-    """By variant, in the order of the runs."""
-    rows = read("part2_learning")
-    found = {}
-    for variant in dict.fromkeys(row["variant"] for row in rows):
-        own = [row for row in rows if row["variant"] == variant]
-        seeds = sorted({row["seed"] for row in own})
-        steps = [[row for row in own if row["seed"] == seed and "step" in row] for seed in seeds]
-        found[variant] = LawSummary(
-            rewards=[[row["reward"] for row in run] for run in steps],
-            acceptance=[
-                [row["rollout/acceptance_rate"] for row in run if row.get("rollout/acceptance_rate")]
-                for run in steps
-            ],
-            effective=float(np.mean([row["rollout/effective_sample_size"] for run in steps for row in run])),
-            held_out_rewards=[row["held_out_reward"] for row in own if "held_out_reward" in row],
-        )
-    return found
-
-
-def laws_table() -> str:
-    """What each law's runs gave, and what correction buys."""
-    lines = [
-        f"| rollouts | reward, first {WINDOW} steps | last {WINDOW} | accepted, first {WINDOW} "
-        f"| last {WINDOW} | effective sample size | held-out reward of the last weights |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
-    ]
-    laws = laws_summary()
-    for variant, law in laws.items():
-        rewards = np.array(law.rewards)
-        accepted = ["-", "-"]
-        if all(law.acceptance):
-            table = np.array([[np.mean(run[:WINDOW]), np.mean(run[-WINDOW:])] for run in law.acceptance])
-            accepted = [f"{value:.2f}" for value in table.mean(axis=0)]
-        lines.append(
-            f"| {variant} | {rewards[:, :WINDOW].mean():.3f} | {rewards[:, -WINDOW:].mean():.3f} "
-            f"| {accepted[0]} | {accepted[1]} | {law.effective:.4f} | {law.held_out} |"
-        )
-    plain = laws["plain"]
-    problems = next(row["held_out_problems"] for row in read("part2_learning") if "held_out_problems" in row)
-    caption = (
-        f"GRPO on arithmetic, {len(plain.rewards[0])} steps, {len(plain.rewards)} seeds, temperature 1.5. "
-        "The rewards of the first columns are those of the rollouts, under the law they were drawn from: "
-        "mixed rollouts score differently from the policy they train. The last column is the policy: plain "
-        f"decoding of {problems:,} held-out problems at temperature 1, mean (and range) of the seeds."
-    )
-    picture = "![Reward and acceptance of GRPO under both laws](images/part2_learning.png)"
-    return "\n".join((picture, "", *lines, "", caption))
-
-
 def law_list() -> str:
     """The equalities that were measured at full size."""
     (greedy,) = read("part1_greedy")
@@ -507,86 +359,8 @@ def with_section(readme: str) -> str:
     return f"{before}{BEGIN}\n\n{measured_section()}\n\n{END}{after}"
 
 
-COLOURS = {"plain": "#6b7280", "two_forward": "#0f766e", "lossless": "#0f766e"}
-COLOURS |= {"mixed, corrected": "#3d7fd6", "mixed, uncorrected": "#d9822b"}
-COLOURS |= {"left alone": "#6b7280", "aligned": "#0f766e"}
-
-
-def draw_learning() -> None:
-    """Reward over steps: the mean of the seeds and the band they span, per plan."""
-    with _picture("part1_learning", width=8) as (axes,):
-        for plan, seeds in sorted(rewards_by_run().items()):
-            _band(axes, plan, [values for _, values in sorted(seeds.items())], label=plan.replace("_", "-"))
-        axes.set(xlabel="step", ylabel="reward", title=f"GRPO, mean and band of {len(seeds)} seeds")
-        axes.legend(frameon=False, loc="lower right", title="rollouts")
-
-
-def draw_laws() -> None:
-    """Reward and acceptance over steps, per law: how far they move together."""
-    with _picture("part2_learning", width=10, panels=2) as (left, right):
-        for variant, law in laws_summary().items():
-            _band(left, variant, law.rewards)
-            if all(law.acceptance):
-                _band(right, variant, law.acceptance)
-        left.set(xlabel="step", ylabel="reward of rollouts", title="reward")
-        right.set(xlabel="step", ylabel="share of drafts accepted", title="acceptance")
-        left.set_ylim(top=0.62)
-        left.legend(
-            frameon=False, loc="upper left", ncols=2, title=f"mean and band of {len(law.rewards)} seeds"
-        )
-
-
-def draw_alignment() -> None:
-    """Acceptance and reward over updates, with drafts that follow the policy and drafts left alone."""
-    rows = read(ALIGNMENT)
-    with _picture(ALIGNMENT, width=10, panels=2) as (left, right):
-        for is_aligned, kind in ((False, "left alone"), (True, "aligned")):
-            runs = [row for row in rows if row["is_aligned"] == is_aligned]
-            _band(left, kind, [row["rollout/acceptance_rate"] for row in runs])
-            _band(right, kind, [row["reward"] for row in runs])
-        left.set(xlabel="update", ylabel="share of drafts accepted", title="acceptance")
-        right.set(xlabel="update", ylabel="reward of rollouts", title="reward")
-        right.legend(frameon=False, loc="lower right", title=f"mean and band of {len(runs)} seeds")
-
-
-@contextmanager
-def _picture(name: str, *, width: float, panels: int = 1) -> Iterator[Sequence[Any]]:
-    """Panels side by side, saved as docs/images/NAME.png."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, panels, figsize=(width, 3.6), layout="constrained", squeeze=False)
-    for each in axes[0]:
-        each.spines[["top", "right"]].set_visible(False)
-        each.grid(axis="y", alpha=0.25)
-    yield axes[0]
-    IMAGES.mkdir(parents=True, exist_ok=True)
-    figure.savefig(IMAGES / f"{name}.png", dpi=150)
-    pyplot.close(figure)
-
-
-def _band(axes: Any, kind: str, runs: Sequence[Sequence[float]], *, label: str | None = None) -> None:
-    """Mean and range of runs, smoothed."""
-    shortest = min(map(len, runs))
-    table = np.array([smoothed(values[:shortest]) for values in runs])
-    steps, color = np.arange(1, shortest + 1), COLOURS[kind]
-    axes.fill_between(steps, table.min(axis=0), table.max(axis=0), color=color, alpha=0.18, linewidth=0)
-    axes.plot(steps, table.mean(axis=0), color=color, linewidth=2, label=label or kind)
-
-
-def smoothed(values: Sequence[float]) -> list[float]:
-    """Running mean over the last WINDOW steps."""
-    return [float(np.mean(values[max(0, i - WINDOW + 1) : i + 1])) for i in range(len(values))]
-
-
 if __name__ == "__main__":
-    draw_learning()
-    if has_rows("part2_learning"):
-        draw_laws()
-    if has_rows(ALIGNMENT):
-        draw_alignment()
+    readme_pictures.draw_all()
     PAGE.write_text(measured_page() + "\n")
     readme_path = ROOT / "README.md"
     readme_path.write_text(with_section(readme_path.read_text()))
