@@ -125,7 +125,8 @@ def _convert(
         trainer.load_state_dict(state["trainer"])
         done = Progressed(**state["progress"])
     prompts = load_prompts(config.prompts, policy, config.chat_template_kwargs)
-    pool = _make_pool(config, policy)
+    shared = _sharing_replica(config, policy) if config.num_replicas == 1 else None
+    pool = _make_pool(config, policy, shared)
     stack.callback(pool.close)
     for request in _requests(config, prompts, done.round):
         check_request(request, pool.limits)  # a prompt that does not fit is named before hours are spent
@@ -160,7 +161,9 @@ def _convert(
                 )
                 for metrics in fresh:
                     tracker.log({"round": done.round, "num_tokens": done.num_tokens, **_record(metrics)})
-                if config.draft.conversion == "full" and config.num_replicas > 1:
+                if config.draft.conversion == "full" and shared is not None:
+                    shared.weights_changed(done.round)
+                elif config.draft.conversion == "full":
                     pool.update(
                         make_update(
                             named_weights(policy.model),
@@ -183,14 +186,17 @@ def _convert(
     )
 
 
-def _make_pool(config: ConvertConfig, policy: HFPolicy) -> RolloutPool:
-    """One replica that shares the live policy, or Ray actors that answer with its causal law alone."""
-    if config.num_replicas == 1:
-        engine = Engine(policy, plan=Plan(0), max_batch_size=config.max_batch_size, decode=policy.decode)
+def _sharing_replica(config: ConvertConfig, policy: HFPolicy) -> LocalReplica:
+    """A replica that answers with the live policy."""
+    engine = Engine(policy, plan=Plan(0), max_batch_size=config.max_batch_size, decode=policy.decode)
+    return LocalReplica(engine, policy.model)
+
+
+def _make_pool(config: ConvertConfig, policy: HFPolicy, shared: LocalReplica | None) -> RolloutPool:
+    """That replica, or Ray actors, which answer with the policy's causal law alone."""
+    if shared is not None:
         return RolloutPool(
-            [LocalReplica(engine, policy.model)],
-            requests_per_replica=config.prompts_per_round,
-            tokenizer=policy.tokenizer,
+            [shared], requests_per_replica=config.prompts_per_round, tokenizer=policy.tokenizer
         )
     return make_pool(
         replace(config.policy, adapter=None),

@@ -195,7 +195,8 @@ def _limited_reward(method: Callable[..., Any]) -> Callable[..., Any]:
             try:
                 return None if keeper.failure else await keeper.wait("get_reward", keeper.env.get_reward())
             except EnvironmentFailed as failure:
-                return logger.warning("%s", failure)
+                logger.warning("%s", failure)
+                return None
 
         return get_reward_later
 
@@ -205,7 +206,8 @@ def _limited_reward(method: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return None if keeper.failure else keeper.call("get_reward", keeper.env.get_reward)
         except EnvironmentFailed as failure:
-            return logger.warning("%s", failure)
+            logger.warning("%s", failure)
+            return None
 
     return get_reward
 

@@ -75,6 +75,7 @@ class EngineSubject:
     def decode(self, requests: Sequence[Request]) -> Wave:
         """Decode all requests to their end."""
         self._engine.reset_times()
+        self._engine.forget_prefixes()
         finished: list[Rollout] = []
         latencies: list[float] = []
         start = time.perf_counter()

@@ -137,6 +137,10 @@ class Engine:
         self._cache.release()
         self._rows_per_slot = 0
 
+    def forget_prefixes(self) -> None:
+        """No text starts from keys and values of an earlier one: benchmarks repeat their prompts."""
+        self._cache.forget()
+
     def recompute_cache(self) -> None:
         """The policy's weights have changed: rebuild the keys and values of what runs, forget all others."""
         self._cache.forget()

@@ -18,6 +18,7 @@ from blockroll.config import ConvertConfig, DraftConfig, PolicyConfig
 from blockroll.errors import CheckpointError, InvalidInput, RunExists
 from blockroll.policies.adapter import read_adapter_config
 from blockroll.policies.hf import HFPolicy, load_tokenizer
+from blockroll.rl_loops import convert as module
 from blockroll.rl_loops.convert import STATE_FILE, convert, load_convert_config
 from blockroll.rl_loops.prompts import load_prompts, read_prompts
 from blockroll.types import Plan, Sampling
@@ -91,7 +92,6 @@ def test_a_conversion_that_was_interrupted_between_rounds_goes_on_as_if_it_had_n
 
 
 def test_a_resumed_conversion_equals_the_uninterrupted_one(config, tmp_path, monkeypatch):
-    from blockroll.rl_loops import convert as module
 
     whole = convert(config)
     broken = dataclasses.replace(config, out=str(tmp_path / "broken"))
@@ -125,6 +125,37 @@ def test_a_full_conversion_saves_a_policy_that_drafts_by_its_mask_token(bare_pat
     assert loaded.adapter is None
     assert (loaded.trained_drafts, loaded.trained_layouts) == (4, ("two_forward",))
     assert loaded.mask_token_id == policy.tokenizer.mask_token_id
+
+
+def test_every_round_of_a_full_conversion_answers_with_the_weights_of_that_round(
+    bare_path, tmp_path, monkeypatch
+):
+    """Prompts return from round to round: keys and values of older weights must not."""
+    policy = HFPolicy.from_pretrained(bare_path)
+    asked = tmp_path / "prompts.jsonl"
+    asked.write_text("".join(json.dumps({"prompt": f"{n}+12+7-3+45-6+78=?\n"}) + "\n" for n in range(10, 13)))
+    round_of, rounds = module._round, []
+
+    def checked(trainer, rollouts, config):
+        for rollout in rollouts:
+            ids = torch.tensor([[*rollout.request.prompt_ids, *rollout.token_ids]])
+            with torch.no_grad():
+                logits = policy.model(ids, use_cache=False).logits[
+                    0, len(rollout.request.prompt_ids) - 1 : -1
+                ]
+            logprobs = (logits / rollout.request.sampling.temperature).log_softmax(-1)
+            fresh = logprobs.gather(-1, torch.tensor(rollout.token_ids)[:, None])[:, 0]
+            torch.testing.assert_close(fresh, torch.tensor(rollout.policy_logprobs), atol=1e-4, rtol=0)
+        rounds.append(sum(rollout.stats.num_reused for rollout in rollouts))
+        return round_of(trainer, rollouts, config)
+
+    monkeypatch.setattr(module, "_round", checked)
+    draft = DraftConfig(conversion="full", block_sizes=(4,), layouts=("two_forward",), learning_rate=1e-2)
+    convert(
+        ConvertConfig(out=str(tmp_path / "full"), draft=draft, prompts=str(asked), **SMALL), policy=policy
+    )
+    assert len(rounds) > 2
+    assert min(rounds) > 0  # each prompt is asked twice in a round
 
 
 def test_it_stops_when_acceptance_stops_rising(config):

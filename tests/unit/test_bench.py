@@ -167,6 +167,14 @@ def test_repeats_draw_other_requests_and_equal_repeats_the_same():
     assert not set(seeds[0]) & set(seeds[1])
 
 
+def test_a_repeat_computes_its_prompts_again():
+    """Nothing else that is measured keeps them: keys and values of the wave before would be unfair."""
+    subject = EngineSubject(random_policy(), Plan(4), law=Law(), batch=3, max_length=48)
+    requests = make_requests([tuple(range(4, 24))] * 2, Sampling(max_tokens=4))
+    for wave in [subject.decode(requests) for _ in range(2)]:
+        assert sorted(rollout.stats.num_reused for rollout in wave.rollouts) == [0, 19]
+
+
 @pytest.mark.parametrize(
     ("plans", "changes", "advice"),
     [
