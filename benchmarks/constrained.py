@@ -69,6 +69,7 @@ def constrained(
                     "distinct": len(set(texts)),
                     "tokens": sum(len(rollout.token_ids) for rollout in rollouts),
                     "acceptance_rate": acceptance(rollouts),
+                    "tokens_per_step": tokens_per_step(rollouts),
                 }
             )
     return rows
@@ -107,3 +108,9 @@ def acceptance(rollouts: Sequence[Rollout]) -> float | None:
     """Accepted drafts per draft, over all rollouts; None if nothing was drafted."""
     num_drafted = sum(rollout.stats.num_drafted for rollout in rollouts)
     return sum(rollout.stats.num_accepted for rollout in rollouts) / num_drafted if num_drafted else None
+
+
+def tokens_per_step(rollouts: Sequence[Rollout]) -> float:
+    """Committed tokens of a request in a step of its plan: 1 under plain."""
+    num_steps = sum(count for rollout in rollouts for _, count in rollout.stats.steps_by_plan)
+    return sum(len(rollout.token_ids) for rollout in rollouts) / num_steps
