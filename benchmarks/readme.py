@@ -199,24 +199,32 @@ def constraints_finding() -> str:
     """Outputs that are valid as a whole."""
     rows = read("part3_constraints")
     plans = {row["plan"] for row in rows}
+    steps = [
+        row["tokens_per_step"]
+        for row in rows
+        if row["plan"] != "plain" and row["constraint"] == "json schema" and row["policy"] == "random weights"
+    ]
     return (
         f"- **Constraints hold in every plan.** {sum(row['valid'] for row in rows):,} of "
         f"{sum(row['outputs'] for row in rows):,} outputs match their regular expression or JSON "
-        f"schema, with SmolLM2's tokenizer, over {len(plans)} plans."
+        f"schema, with SmolLM2's tokenizer, over {len(plans)} plans. What a grammar forces is committed in "
+        f"blocks, whatever the policy: with random weights {min(steps):.1f} to {max(steps):.1f} tokens a "
+        "step for the JSON schema, 4 of them drafted."
     )
 
 
 def constraints_table() -> str:
     """Valid outputs by plan and kind."""
     lines = [
-        "| model | constraint | plan | valid | distinct | tokens | drafts accepted |",
-        "| --- | --- | --- | ---: | ---: | ---: | ---: |",
+        "| model | constraint | plan | valid | distinct | tokens | tokens per step | drafts accepted |",
+        "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     for row in read("part3_constraints"):
         accepted = "" if row["acceptance_rate"] is None else f"{row['acceptance_rate']:.2f}"
         lines.append(
             f"| {row['policy']} | {row['constraint']} | {row['plan'].replace(',[', ', [')} "
-            f"| {row['valid']} of {row['outputs']} | {row['distinct']} | {row['tokens']:,} | {accepted} |"
+            f"| {row['valid']} of {row['outputs']} | {row['distinct']} | {row['tokens']:,} "
+            f"| {row['tokens_per_step']:.2f} | {accepted} |"
         )
     caption = (
         "SmolLM2's tokenizer, temperature 1; two layers of random weights, and SmolLM2-135M-Instruct itself. "
