@@ -208,8 +208,8 @@ def constraints_finding() -> str:
         f"- **Constraints hold in every plan.** {sum(row['valid'] for row in rows):,} of "
         f"{sum(row['outputs'] for row in rows):,} outputs match their regular expression or JSON "
         f"schema, with SmolLM2's tokenizer, over {len(plans)} plans. What a grammar forces is committed in "
-        f"blocks: {min(steps):.1f} to {max(steps):.1f} tokens of SmolLM2 a step for the JSON schema, up to 4 of "
-        "them drafted."
+        f"blocks: {min(steps):.1f} to {max(steps):.1f} tokens of SmolLM2 a step for the JSON schema, up "
+        "to 4 of them drafted."
     )
 
 
