@@ -5,8 +5,8 @@ import multiprocessing
 import statistics
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Mapping
-from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 import trl
@@ -54,9 +54,6 @@ def problems(seed: int, count: int) -> Dataset:
     return Dataset.from_list([{"prompt": each.prompt, "answer": each.answer} for each in drawn])
 
 
-_turns: "Turns"  # of this process, if it takes part in any
-
-
 class Turns:
     """Lets one of several processes work at a time, each in its turn."""
 
@@ -96,29 +93,31 @@ class StepsInTurn(TrainerCallback):
 def train_in_turn(runs: Mapping[str, Run]) -> dict[str, list[Row]]:
     """The rows of each run, by name: a step of each in turn, so what else slows the machine slows all alike.
 
-    Each run has a process of its own, is given the callback that makes it wait, and returns its rows. One
-    that raises, or dies, ends all.
+    Each run has a process of its own, is given the callback that makes it wait, and returns its rows.
     """
-    with ProcessPoolExecutor(
-        len(runs), mp_context=PROCESSES, initializer=_join, initargs=(Turns(len(runs)),)
-    ) as processes:
-        futures = {
-            name: processes.submit(_take_turns, index, run) for index, (name, run) in enumerate(runs.items())
-        }
-        return {name: future.result() for name, future in futures.items()}
+    turns, done = Turns(len(runs)), PROCESSES.SimpleQueue()
+    processes = [
+        PROCESSES.Process(target=_take_turns, args=(turns, index, name, run, done), daemon=True)
+        for index, (name, run) in enumerate(runs.items())
+    ]
+    for process in processes:
+        process.start()
+    results = dict(done.get() for _ in processes)
+    for process in processes:
+        process.join()
+    if errors := [f"{name}: {result}" for name, result in results.items() if isinstance(result, str)]:
+        raise RuntimeError("\n".join(errors))
+    return {name: results[name] for name in runs}
 
 
-def _join(turns: Turns) -> None:
-    global _turns
-    _turns = turns
-
-
-def _take_turns(index: int, run: Run) -> list[Row]:
-    _turns.wait(index)
+def _take_turns(turns: Turns, index: int, name: str, run: Run, done: Any) -> None:
+    turns.wait(index)
     try:
-        return run(StepsInTurn(_turns, index))
+        done.put((name, run(StepsInTurn(turns, index))))
+    except Exception:  # noqa: BLE001 raised again where the results are gathered
+        done.put((name, traceback.format_exc()))
     finally:
-        _turns.leave(index)
+        turns.leave(index)
 
 
 def train(

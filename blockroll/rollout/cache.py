@@ -90,14 +90,13 @@ class SlotCache:
 
     def swap(self, first: int, second: int) -> None:
         """Exchange two slots."""
-        here, there = [first, second], [second, first]
-        pair, swapped = (torch.tensor(slots, device=self.lengths_N.device) for slots in (here, there))
-        num_held = (self._held_NS[here] != _NOTHING).sum(dim=1)
-        rows = int(max(self.lengths_N[pair].max(), num_held.max()))
+        pair = torch.tensor([first, second], device=self.lengths_N.device)
+        held = (self._held_NS[pair.cpu()] != _NOTHING).sum(dim=1)
+        rows = int(max(self.lengths_N[pair].max(), held.max()))
         for tensor in (*self._keys, *self._values):
-            tensor[pair, :, :rows] = tensor[:, :, :rows][swapped]
-        self.lengths_N[pair] = self.lengths_N[swapped]
-        self._held_NS[here] = self._held_NS[there]
+            tensor[pair, :, :rows] = tensor[:, :, :rows][pair.flip(0)]
+        self.lengths_N[pair] = self.lengths_N[pair.flip(0)]
+        self._held_NS[pair.cpu()] = self._held_NS[pair.flip(0).cpu()]
 
     def clear(self, slot: int) -> None:
         """Nothing is committed in a slot any more; what it holds may still be taken over."""

@@ -1,15 +1,11 @@
 """The long experiments of part 4, in a short form."""
 
 import json
-import os
-import signal
-from concurrent.futures.process import BrokenProcessPool
 
 import pytest
 
 from benchmarks import evidence_part4 as evidence
 from benchmarks import readme_trl
-from benchmarks.trl_timing import train_in_turn
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:`.*gradient_checkpointing.*` is deprecated:FutureWarning",  # what TRL itself calls
@@ -57,22 +53,3 @@ def test_smollm2s_experiment_runs_on_any_chat_model_with_an_adapter(tmp_path, mo
 )
 def test_a_sum_is_right_if_its_last_number_is(reply, reward):
     assert evidence.is_right_sum([[{"role": "assistant", "content": reply}]], [7]) == [reward]
-
-
-def ends(callback):
-    return []
-
-
-def raises(callback):
-    raise LookupError("planted")
-
-
-def dies(callback):
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-@pytest.mark.parametrize(("bad", "error"), [(raises, LookupError), (dies, BrokenProcessPool)])
-def test_a_run_that_fails_in_its_turn_ends_all_by_name_and_leaves_none_waiting(bad, error):
-    assert train_in_turn({"first": ends, "second": ends}) == {"first": [], "second": []}
-    with pytest.raises(error):
-        train_in_turn({"first": ends, "second": bad, "third": ends})

@@ -84,9 +84,9 @@ class Colocated:
         else:
             self.policy = copying_policy(model, tokenizer, forward_dtype(trainer))
         use_adapter(self.policy, adapter, model.config._name_or_path)
-        self.alignment = (
-            None if alignment is None else Alignment(trainer, self.policy, alignment, shares=self._shares)
-        )
+        self.alignment: Alignment | None = None
+        if alignment is not None:
+            self.alignment = Alignment(trainer, self.policy, alignment, shares=self._shares)
         rank = trainer.accelerator.process_index
         self._replica = LocalReplica.around(self.policy, config, replica_id=rank)
         self.planner = self._replica.engine.planner
