@@ -11,6 +11,21 @@ import torch
 from torch import Tensor
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KVShape:
+    """The keys of one token, and its values likewise."""
+
+    num_layers: int
+    num_heads: int  # key-value heads
+    width: int  # of a head
+    dtype: torch.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        """Keys and values of one token, over all layers."""
+        return 2 * self.num_layers * self.num_heads * self.width * self.dtype.itemsize
+
+
 class KVWindow(Protocol):
     """The rows of a cache that one forward reads and extends; hands every layer its keys and values."""
 
@@ -47,6 +62,11 @@ class Policy(Protocol):
     @property
     def can_draft(self) -> bool:
         """Whether it has masks to draft with."""
+        ...
+
+    @property
+    def kv_shape(self) -> KVShape:
+        """What a cache must hold of every token, in the precision that forwards multiply in now."""
         ...
 
     def prefill(self, ids_BR: Tensor, window: KVWindow) -> None:

@@ -30,7 +30,7 @@ from transformers.utils import logging as hf_logging
 from blockroll.errors import InvalidInput
 from blockroll.policies import attention
 from blockroll.policies.adapter import DraftAdapter, chat_template_hash, has_adapter
-from blockroll.policies.base import FusedRows, KVWindow
+from blockroll.policies.base import FusedRows, KVShape, KVWindow
 from blockroll.policies.layout import RowLayout, causal_rows, fused_rows, two_forward_rows
 
 TINY_POLICY_DIR = Path(__file__).parent / "tiny_policy"
@@ -84,12 +84,16 @@ class HFPolicy:
         return self.adapter is not None or self.mask_token_id is not None
 
     @property
-    def cache_bytes_per_row(self) -> int:
-        """Keys and values of one token, over all layers."""
-        config = self.model.config
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        return int(2 * config.num_hidden_layers * heads * width * self.model.dtype.itemsize)
+    def kv_shape(self) -> KVShape:
+        """What a cache must hold of every token, in the precision that forwards multiply in now."""
+        config, kind = self.model.config, self.device.type
+        is_autocast = torch.is_autocast_enabled(kind)
+        return KVShape(
+            num_layers=config.num_hidden_layers,
+            num_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
+            width=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+            dtype=torch.get_autocast_dtype(kind) if is_autocast else self.model.dtype,
+        )
 
     @property
     def stock_attention(self) -> str:

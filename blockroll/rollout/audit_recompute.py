@@ -102,7 +102,7 @@ def _causal_logits(policy: HFPolicy, texts: Sequence[Sequence[int]]) -> list[tor
     ids_BT = torch.zeros((len(texts), longest), dtype=torch.int64)
     for row, text in enumerate(texts):
         ids_BT[row, : len(text)] = torch.tensor(text)
-    cache = SlotCache(num_slots=len(texts), capacity=longest, device=policy.device)
+    cache = SlotCache(policy, num_slots=len(texts), capacity=longest)
     logits_BTV = policy.verify_logits(ids_BT.to(policy.device), cache.window(0, len(texts), longest)).cpu()
     return [logits_TV[: len(text)] for logits_TV, text in zip(logits_BTV, texts, strict=True)]
 
@@ -176,7 +176,7 @@ def _text(request: AuditedRequest, num_tokens: int, policy: HFPolicy, sampling: 
 def _fresh_drafts(policy: HFPolicy, texts: Sequence[Sequence[int]], num_masks: int) -> torch.Tensor:
     """Draft rows (B, K, V) of masks behind these texts."""
     lengths = [len(text) - 1 for text in texts]
-    cache = SlotCache(num_slots=len(texts), capacity=max(lengths) + num_masks + 1, device=policy.device)
+    cache = SlotCache(policy, num_slots=len(texts), capacity=max(lengths) + num_masks + 1)
     if max(lengths):
         ids_BR = torch.zeros((len(texts), max(lengths)), dtype=torch.int64)
         for row, text in enumerate(texts):

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from blockroll.policies.base import Policy
+
 ROW_STEP = 16  # keys handed to attention come in multiples of this, so that few shapes occur
 _NOTHING = -1  # no token: stands behind the last one a slot remembers
 
@@ -23,12 +25,13 @@ _NOTHING = -1  # no token: stands behind the last one a slot remembers
 class SlotCache:
     """Invariant: rows below `lengths_N[slot]` are the keys and values of that slot's committed tokens."""
 
-    def __init__(self, *, num_slots: int, capacity: int, device: torch.device) -> None:
+    def __init__(self, policy: Policy, *, num_slots: int = 0, capacity: int = 0) -> None:
+        self._policy = policy
         self.num_slots = num_slots
         self.capacity = capacity  # rows of one slot: committed tokens and the widest block behind them
-        self.lengths_N = torch.zeros(num_slots, dtype=torch.int64, device=device)
+        self.lengths_N = torch.zeros(num_slots, dtype=torch.int64, device=policy.device)
         self._held_NS = torch.full((num_slots, capacity), _NOTHING)  # int64, on the host: token of each row
-        self._keys: list[Tensor] = []  # per layer (N, H, capacity, D), allocated at the first forward
+        self._keys: list[Tensor] = []  # per layer (N, H, capacity, D), allocated at the first window
         self._values: list[Tensor] = []
 
     def window(self, start: int, stop: int, num_rows: int) -> "SlotWindow":
@@ -50,7 +53,7 @@ class SlotCache:
         self.num_slots, self.capacity = num_slots, capacity
 
     def release(self) -> None:
-        """Give the memory back and forget everything; a forward after the next `reserve` allocates anew."""
+        """Give the memory back and forget everything; a window after the next `reserve` allocates anew."""
         self._keys, self._values = [], []
         self.num_slots = self.capacity = 0
         self.lengths_N, self._held_NS = self.lengths_N[:0], self._held_NS[:0, :0]
@@ -108,14 +111,23 @@ class SlotCache:
         for tensor in (*self._keys, *self._values):
             tensor[slot] = 0
 
-    def layer(self, layer_idx: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Storage of one layer, shaped after its first keys (B, H, R, D)."""
-        while len(self._keys) <= layer_idx:
-            shape = (self.num_slots, like.shape[1], self.capacity, like.shape[3])
-            with torch.inference_mode(False):  # ordinary tensors, so that slots can move outside a forward
-                for storage in (self._keys, self._values):
-                    storage.append(torch.zeros(shape, dtype=like.dtype, device=like.device))
-        return self._keys[layer_idx], self._values[layer_idx]
+    def first_rows(self, start: int, stop: int, extent: int) -> tuple[list[Tensor], list[Tensor]]:
+        """Views of keys and of values (B, H, extent, D), layer by layer."""
+        if not self._keys:
+            self._allocate()
+        slots = slice(start, stop)
+        keys = [tensor[slots, :, :extent] for tensor in self._keys]
+        return keys, [tensor[slots, :, :extent] for tensor in self._values]
+
+    def _allocate(self) -> None:
+        row = self._policy.kv_shape
+        shape = (self.num_slots, row.num_heads, self.capacity, row.width)
+        with torch.inference_mode(False):  # ordinary tensors, for code in that mode and outside of it
+            for storage in (self._keys, self._values):
+                storage.extend(
+                    torch.zeros(shape, dtype=row.dtype, device=self._policy.device)
+                    for _ in range(row.num_layers)
+                )
 
     def committed(self, slot: int) -> tuple[Tensor, ...]:
         """Keys and then values of a slot's committed rows (H, S, D), layer by layer."""
@@ -140,16 +152,15 @@ class SlotWindow:
         needed = int(self.lengths_B.max()) + num_rows
         assert needed <= cache.capacity, f"{needed} rows do not fit a slot of {cache.capacity}"
         self.extent = min(-(-needed // ROW_STEP) * ROW_STEP, cache.capacity)
-        self._cache = cache
-        self._slots = slice(start, stop)
+        self._keys, self._values = cache.first_rows(start, stop, self.extent)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
         """Write one layer's new rows (B, H, R, D); return its keys and values (B, H, extent, D)."""
-        keys, values = self._cache.layer(layer_idx, key_states)
-        keys, values = keys[self._slots], values[self._slots]
+        keys, values = self._keys[layer_idx], self._values[layer_idx]
         index_BHRD = self._index_BR[:, None, :, None].expand_as(key_states)
-        keys.scatter_(2, index_BHRD, key_states)
-        values.scatter_(2, index_BHRD, value_states)
-        return keys[:, :, : self.extent], values[:, :, : self.extent]
+        # Under autocast some norms give float32; attention would round it likewise.
+        keys.scatter_(2, index_BHRD, key_states.to(keys.dtype))
+        values.scatter_(2, index_BHRD, value_states.to(values.dtype))
+        return keys, values

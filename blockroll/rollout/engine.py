@@ -72,7 +72,7 @@ class Engine:
         self._scheduler = Scheduler(max_batch_size=max_batch_size)
         self._max_batch_size, self._max_cache_rows = max_batch_size, max_cache_rows
         self._block_rows = max(each.rows_per_forward for each in plans)
-        self._cache = SlotCache(num_slots=0, capacity=0, device=policy.device)
+        self._cache = SlotCache(policy)
         self._rows_per_slot = 0  # that the cache has once the requests at hand have joined
         self._decoder = Decoder(policy, self._cache, clock)
         self._requests: dict[str, RunningRequest] = {}

@@ -81,7 +81,7 @@ class PolicyProbe:
         """Room for the longest prompt, two blocks and the widest fused forward."""
         longest = max(map(len, self.prefixes))
         capacity = longest + 2 * self.width + self.width * (self.width + 1)
-        return SlotCache(num_slots=num_slots, capacity=capacity, device=self.policy.device)
+        return SlotCache(self.policy, num_slots=num_slots, capacity=capacity)
 
     def prefilled(self, prefixes: Sequence[Sequence[int]] | None = None) -> SlotCache:
         """A cache that holds these prefixes, by default the probe's own."""

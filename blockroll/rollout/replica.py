@@ -183,7 +183,7 @@ def cache_rows(policy: HFPolicy, memory_fraction: float) -> int:
         memory = torch.cuda.get_device_properties(policy.device).total_memory
     else:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return int(memory * memory_fraction / policy.cache_bytes_per_row)
+    return int(memory * memory_fraction / policy.kv_shape.num_bytes)
 
 
 def _audit(config: RolloutConfig, replica_id: int) -> AuditWriter | None:

@@ -55,7 +55,7 @@ def assert_cache_is_cold(policy, engine):
         ids = held_S[held_S >= 0]
         if not len(ids):
             continue
-        fresh = SlotCache(num_slots=1, capacity=len(ids), device=policy.device)
+        fresh = SlotCache(policy, num_slots=1, capacity=len(ids))
         policy.prefill(ids[None], fresh.window(0, 1, len(ids)))
         for mine, cold in zip((*cache._keys, *cache._values), (*fresh._keys, *fresh._values), strict=True):
             torch.testing.assert_close(mine[slot, :, : len(ids)], cold[0], atol=1e-4, rtol=1e-4)

@@ -108,6 +108,15 @@ def test_lossless_rollouts_are_the_learners_own_law_at_every_version(tmp_path):
     assert abs(gap) < 4 * rows[-1]["sampling/surprisal_minus_entropy/run_se"]
 
 
+def test_mixed_precision_draws_the_law_that_the_learner_computes_in_it(tmp_path):
+    """TRL's own default: float32 weights, and a forward in bfloat16."""
+    made = trainer(tmp_path, options={"bf16": True})
+    assert made.model.dtype == torch.float32
+    for row in logs(made):
+        assert row["sampling/importance_sampling_ratio/mean"] == pytest.approx(1, abs=0.1)
+        assert row["sampling/sampling_logp_difference/mean"] < 0.02
+
+
 def test_a_wrong_logprob_is_seen_before_truncation_hides_it(tmp_path):
     made = trainer(tmp_path)
     generate = made.rollouts.generate
@@ -307,7 +316,7 @@ def test_a_shell_on_shared_weights_decodes_what_the_model_computes(family, tied)
         for parameter in model.parameters():
             parameter.mul_(1.1)  # as an optimizer would
     ids = torch.tensor([[5, 9, 4, 11, 7]])
-    cache = SlotCache(num_slots=1, capacity=16, device=torch.device("cpu"))
+    cache = SlotCache(policy, num_slots=1, capacity=16)
     want = model(ids, use_cache=False).logits
     got = policy.verify_logits(ids, cache.window(0, 1, 5))
     assert torch.allclose(got, want, atol=2e-5)

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from blockroll.policies.base import FusedRows
+from blockroll.policies.base import FusedRows, KVShape
 from blockroll.rollout import decoding
 from blockroll.rollout.engine import Engine
 from blockroll.types import Law, Plan, Request, Sampling
@@ -51,6 +51,7 @@ class TablePolicy:
         self.trained_drafts = num_drafts
         self.trained_layouts = ("two_forward", "fused")
         self.device = torch.device("cpu")
+        self.kv_shape = KVShape(num_layers=1, num_heads=1, width=1, dtype=torch.float64)
 
     def prefill(self, ids_BR, window):
         self._histories(ids_BR, window)

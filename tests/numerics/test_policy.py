@@ -19,7 +19,7 @@ def policy(request):
 
 def prefilled(policy, texts, *, capacity=64):
     """A cache that holds everything of the texts but their last tokens, and those (the anchors)."""
-    cache = SlotCache(num_slots=len(texts), capacity=capacity, device=torch.device("cpu"))
+    cache = SlotCache(policy, num_slots=len(texts), capacity=capacity)
     lengths = torch.tensor([len(text) - 1 for text in texts])
     ids = torch.zeros(len(texts), max(int(lengths.max()), 1), dtype=torch.int64)
     for row, text in enumerate(texts):
@@ -53,6 +53,21 @@ def test_verify_logits_equal_the_plain_causal_forward(policy):
     for row, text in enumerate(texts):
         want = plain_logits(policy, [*text, *drafts[row].tolist()])[len(text) - 1 :]
         torch.testing.assert_close(got[row], want, atol=TOLERANCE, rtol=0)
+
+
+def test_under_autocast_keys_are_kept_in_its_precision_and_logits_are_the_models(policy):
+    """As a trainer with bf16=True computes; its weights stay float32."""
+    texts, drafts = prompts(6), random_drafts(6)
+    with torch.autocast("cpu", torch.bfloat16):
+        cache, anchors = prefilled(policy, texts)
+        window = cache.window(0, len(texts), NUM_DRAFTS + 1)
+        got = policy.verify_logits(torch.cat([anchors[:, None], drafts], dim=1), window)
+        rows = [[*text, *drafts[row].tolist()] for row, text in enumerate(texts)]
+        want = [plain_logits(policy, ids)[-NUM_DRAFTS - 1 :] for ids in rows]
+    exact = torch.stack([plain_logits(policy, ids)[-NUM_DRAFTS - 1 :] for ids in rows])
+    rounding = (torch.stack(want).float() - exact).abs().max()
+    assert {keys.dtype for keys in (*cache._keys, *cache._values)} == {torch.bfloat16}
+    assert (got - exact).abs().max() < 2 * rounding
 
 
 def dense_logits(policy, ids, sees, positions):
