@@ -43,7 +43,7 @@ SUBJECTS: dict[str, dict[str, Any]] = {
 }
 
 
-def stock(*, batches: Sequence[int] = (2, 8, 32), seeds: Sequence[int] = SEEDS, steps: int = 40) -> list[Row]:
+def stock(*, batches: Sequence[int] = (2, 8, 32), seeds: Sequence[int] = SEEDS, steps: int = 60) -> list[Row]:
     """TRL's own trainer and ours with equal seeds and prompts, a step of each in turn; tiny policy.
 
     Learning is compared at the largest batch, times at all of them. Lossless rollouts need no
@@ -51,9 +51,8 @@ def stock(*, batches: Sequence[int] = (2, 8, 32), seeds: Sequence[int] = SEEDS, 
     """
     rows: list[Row] = []
     for batch, seed in itertools.product(batches, seeds):
-        length = steps if batch == batches[-1] else max(2, steps // 2)
         names = list(SUBJECTS)[seed % 3 :] + list(SUBJECTS)[: seed % 3]  # each comes first once
-        common = {"seed": seed, "steps": length, "batch": batch, "group": min(8, batch)}
+        common = {"seed": seed, "steps": steps, "batch": batch, "group": min(8, batch)}
         runs = train_in_turn({name: partial(train_subject, name, **common) for name in names})
         times = {name: medians(run, GENERATE_S, "step_time") for name, run in runs.items()}
         ours = runs[OURS_NAME]
@@ -61,7 +60,7 @@ def stock(*, batches: Sequence[int] = (2, 8, 32), seeds: Sequence[int] = SEEDS, 
             {
                 "batch": batch,
                 "seed": seed,
-                "steps": length,
+                "steps": steps,
                 "threads": torch.get_num_threads(),
                 "generate_ratio": times[OURS_NAME][GENERATE_S] / times[STOCK_NAME][GENERATE_S],
                 "step_ratio": times[OURS_NAME]["step_time"] / times[STOCK_NAME]["step_time"],
