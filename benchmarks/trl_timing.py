@@ -7,6 +7,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Mapping
+from multiprocessing import connection
 from typing import Any
 
 import trl
@@ -95,27 +96,43 @@ def train_in_turn(runs: Mapping[str, Run]) -> dict[str, list[Row]]:
 
     Each run has a process of its own, is given the callback that makes it wait, and returns its rows.
     """
-    turns, done = Turns(len(runs)), PROCESSES.SimpleQueue()
-    processes = [
-        PROCESSES.Process(target=_take_turns, args=(turns, index, name, run, done), daemon=True)
-        for index, (name, run) in enumerate(runs.items())
-    ]
-    for process in processes:
+    turns = Turns(len(runs))
+    processes, waiting = [], {}
+    for index, (name, run) in enumerate(runs.items()):
+        results, done = PROCESSES.Pipe(duplex=False)
+        process = PROCESSES.Process(target=_take_turns, args=(turns, index, run, done), daemon=True)
         process.start()
-    results = dict(done.get() for _ in processes)
-    for process in processes:
-        process.join()
-    if errors := [f"{name}: {result}" for name, result in results.items() if isinstance(result, str)]:
-        raise RuntimeError("\n".join(errors))
-    return {name: results[name] for name in runs}
+        done.close()  # what the process holds is now the only one: its end is the end of the results
+        processes.append(process)
+        waiting[results] = name
+    rows: dict[str, list[Row]] = {}
+    try:
+        while waiting:
+            for results in connection.wait(list(waiting)):
+                rows[waiting[results]] = _received(results, waiting[results])
+                del waiting[results]
+    finally:
+        for process in processes:
+            process.terminate()
+    return {name: rows[name] for name in runs}
 
 
-def _take_turns(turns: Turns, index: int, name: str, run: Run, done: Any) -> None:
+def _received(results: Any, name: str) -> list[Row]:
+    try:
+        received: list[Row] | str = results.recv()
+    except EOFError:
+        raise RuntimeError(f"{name}: its process died") from None
+    if isinstance(received, str):
+        raise RuntimeError(f"{name}: {received}")
+    return received
+
+
+def _take_turns(turns: Turns, index: int, run: Run, done: Any) -> None:
     turns.wait(index)
     try:
-        done.put((name, run(StepsInTurn(turns, index))))
+        done.send(run(StepsInTurn(turns, index)))
     except Exception:  # noqa: BLE001 raised again where the results are gathered
-        done.put((name, traceback.format_exc()))
+        done.send(traceback.format_exc())
     finally:
         turns.leave(index)
 

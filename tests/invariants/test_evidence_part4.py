@@ -1,11 +1,14 @@
 """The long experiments of part 4, in a short form."""
 
 import json
+import os
+import signal
 
 import pytest
 
 from benchmarks import evidence_part4 as evidence
 from benchmarks import readme_trl
+from benchmarks.trl_timing import train_in_turn
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:`.*gradient_checkpointing.*` is deprecated:FutureWarning",  # what TRL itself calls
@@ -23,6 +26,24 @@ def test_stock_and_drafted_trainers_have_a_row_per_batch_and_seed():
     assert row["importance_ratio"] == pytest.approx([1, 1], abs=1e-3)
     json.dumps(rows)
     assert "| 8 |" in readme_trl.stock_table(rows)
+
+
+def raises(callback):
+    raise LookupError("planted")
+
+
+def dies(callback):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def waits(callback):
+    callback.on_step_end(None, None, None)
+
+
+@pytest.mark.parametrize(("fault", "message"), [(raises, "LookupError: planted"), (dies, "process died")])
+def test_a_trainer_that_fails_in_its_turn_is_named_and_ends_the_others(fault, message):
+    with pytest.raises(RuntimeError, match=rf"(?s)second: .*{message}"):
+        train_in_turn({"first": waits, "second": fault})
 
 
 def test_alignment_has_a_row_per_seed_with_and_without_it(tmp_path, monkeypatch):
