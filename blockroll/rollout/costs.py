@@ -24,8 +24,6 @@ def step_costs(
     generator = torch.Generator().manual_seed(0)
     for batch in batches:
         ids = torch.randint(policy.vocab_size, (batch, context), generator=generator)
-        if policy.mask_token_id is not None:
-            ids[ids == policy.mask_token_id] = (policy.mask_token_id + 1) % policy.vocab_size
         for plan in plans:
             engine = Engine(
                 policy,

@@ -67,7 +67,6 @@ class Engine:
         self.limits = Limits(
             vocab_size=policy.vocab_size,
             max_length=max_length or policy.max_length,
-            mask_token_id=policy.mask_token_id,
         )
         self._scheduler = Scheduler(max_batch_size=max_batch_size)
         self._max_batch_size, self._max_cache_rows = max_batch_size, max_cache_rows

@@ -20,7 +20,6 @@ class Limits:
 
     vocab_size: int
     max_length: int  # tokens of prompt and completion
-    mask_token_id: int | None
 
 
 def derive_seed(*words: object) -> int:
@@ -52,12 +51,6 @@ def check_request(request: Request, limits: Limits) -> None:
             raise InvalidInput(
                 f"{name} holds token {token_id} at position {position}, outside the vocabulary of "
                 f"{limits.vocab_size}; allowed are 0 to {limits.vocab_size - 1}"
-            )
-        # A policy may have drawn its own mask token: what is committed stays, whatever it is.
-        if token_id == limits.mask_token_id and position < len(request.prompt_ids):
-            raise InvalidInput(
-                f"{name} holds the mask token {token_id} at position {position}; masks are blockroll's own, "
-                "remove it from the prompt"
             )
     sampling = request.sampling
     for option, token_ids in (

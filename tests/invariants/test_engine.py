@@ -16,7 +16,7 @@ from blockroll.samplers import uniforms
 from blockroll.samplers.uniforms import philox4x32
 from blockroll.types import Law, Plan, Sampling
 from tests.engines import PlansInTurn, make_requests, run
-from tests.models import EOS_ID, FAMILIES, adapted_policy, prompts, random_policy
+from tests.models import EOS_ID, FAMILIES, MASK_ID, adapted_policy, prompts, random_policy
 
 PLAIN, TWO_FORWARD, FUSED = Plan(0), Plan(4), Plan(4, (0, 2, 4))
 LEVEL_SETS = [(0,), (0, 4), (0, 2, 4), (0, 1, 2, 3, 4)]
@@ -384,7 +384,6 @@ def test_a_weight_update_in_flight_recomputes_the_cache_and_stamps_new_tokens():
         (tuple([5] * 96), "96 tokens, but the context holds 96"),
         ((5, 24), "token 24 at position 1, outside the vocabulary of 24"),
         ((-1,), "token -1 at position 0"),
-        ((5, 3, 6), "mask token 3 at position 1"),
     ],
 )
 def test_a_request_that_cannot_be_served_is_refused_at_the_door(policy, prompt, advice):
@@ -392,6 +391,19 @@ def test_a_request_that_cannot_be_served_is_refused_at_the_door(policy, prompt, 
     with pytest.raises(InvalidInput, match=advice):
         engine.submit(make_requests([(5, 6), prompt], Sampling()))
     assert engine.num_requests == 0
+
+
+@pytest.mark.parametrize("plan", [TWO_FORWARD, FUSED], ids=lambda plan: plan.name)
+def test_a_mask_token_in_a_text_is_a_token_like_any_other(policy, plan):
+    """A policy may have drawn its own, and a later turn of the text must go on: rows are masks by kind."""
+    assert policy.mask_token_id == MASK_ID
+    texts = [(5, MASK_ID, 6), (MASK_ID, MASK_ID), (7, 8, MASK_ID)]
+    sampling = Sampling(max_tokens=12, ignore_eos=True, logit_bias={MASK_ID: 4.0})
+    finished = run(policy, make_requests(texts, sampling), plan)
+    assert any(MASK_ID in rollout.token_ids for rollout in finished.values())
+    for rollout in finished.values():
+        got = torch.tensor(rollout.policy_logprobs).double()
+        torch.testing.assert_close(got, causal_logprobs(policy, rollout), atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize(

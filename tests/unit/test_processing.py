@@ -244,7 +244,7 @@ def test_a_processor_that_passed_is_not_called_again_at_the_door():
         calls.append(tuple(input_ids.shape))
         return scores
 
-    limits = Limits(vocab_size=20, max_length=64, mask_token_id=None)
+    limits = Limits(vocab_size=20, max_length=64)
     requests = make_requests([(1, 2)] * 5, Sampling(logits_processors=(counts_itself,)))
     for request in requests:
         check_request(request, limits)
