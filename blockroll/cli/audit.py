@@ -95,6 +95,7 @@ def check(
             "versions_without_policy": report.without_policy,
             "rows_of_unknown_law": report.num_unknown_laws,
             "largest_difference": report.largest_difference,
+            "tolerance": report.tolerance,
             "unfinished_files": report.unfinished,
         }
         typer.echo(json.dumps(fields))
@@ -108,7 +109,7 @@ def check(
                 versions = _ranges(sorted(report.recomputed))
                 console.print(
                     f"Level 2: the laws are those of the policy, versions {versions}; probabilities differ "
-                    f"by at most {report.largest_difference:.1e}.",
+                    f"by at most {report.largest_difference:.1e}, where {report.tolerance:.1e} is allowed.",
                     style="green",
                 )
         if report.without_policy:
@@ -119,7 +120,8 @@ def check(
         if report.num_unknown_laws:
             console.print(
                 f"{report.num_unknown_laws:,} rows have a constraint or logits processors, whose code is not "
-                "in the file: of these only the policy's log-probability was recomputed.",
+                "in the file, or truncation below float32, whose cuts move with rounding: of these only the "
+                "policy's log-probability was recomputed.",
                 style="yellow",
             )
         if report.unfinished:

@@ -79,6 +79,7 @@ class AuditedStep(NamedTuple):
     requests: Sequence[Request]
     plan: Plan
     version: int
+    precision: str  # that forwards multiplied in, as torch names it
     attempts_B: Tensor
     num_before: Sequence[int]  # tokens of prompt and completion
     num_kept: Sequence[int]  # tokens it added
@@ -110,7 +111,7 @@ class AuditWriter:
         self._bytes_held = 0
         self._tables: list[tuple[list[Request], np.ndarray]] = []  # request of each row, and its numbers
         self._num_rows = 0
-        self._version = 0
+        self._version, self._precision = 0, ""
         self._session = uuid.uuid4().hex[:12]
         self._serials: dict[str, int] = {}  # of requests being served
         self._num_requests = 0
@@ -122,6 +123,7 @@ class AuditWriter:
         if step.version != self._version:
             self.flush()
             self._version = step.version
+        self._precision = step.precision
         serials = [self._serial(*each) for each in zip(step.requests, step.num_before, strict=True)]
         self._steps.append((step, serials))
         self._num_held += sum(step.num_kept)
@@ -184,7 +186,7 @@ class AuditWriter:
         fresh = {int(serial) for serial in np.unique(numbers_N["serial"]) if serial not in self._described}
         self._described |= fresh
         for request, serial in zip(requests, numbers_N["serial"].tolist(), strict=True):
-            infos.append(request_info(request) if serial in fresh else None)
+            infos.append(request_info(request, self._precision) if serial in fresh else None)
             fresh.discard(serial)
         columns = {"request": pa.array(names).dictionary_encode()}
         columns |= {name: pa.array(numbers_N[name]) for name in NUMBERS.names or ()}
@@ -202,8 +204,8 @@ def is_audited(request_id: str, share: float) -> bool:
     return int.from_bytes(digest, "big") < share * 2**64
 
 
-def request_info(request: Request) -> str:
-    """What a row of a request is checked against, as JSON: prompt, seed, sampling."""
+def request_info(request: Request, precision: str) -> str:
+    """What a row of a request is checked against, as JSON: prompt, seed, sampling, precision of forwards."""
     sampling = request.sampling
     options = {name: getattr(sampling, name) for name in _OPTIONS}
     return json.dumps(
@@ -211,6 +213,7 @@ def request_info(request: Request) -> str:
             "prompt_ids": request.prompt_ids,
             "prefix_ids": request.prefix.token_ids if request.prefix else (),
             "seed": request.seed,
+            "precision": precision,
             "weight": sampling.law.weight,
             "sampling": {**options, "logit_bias": list(sampling.logit_bias.items())},
             # What holds code is named, and not kept.

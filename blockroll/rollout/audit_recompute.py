@@ -4,8 +4,9 @@ Shapes: B blocks or rows, K drafted tokens, V vocabulary, T tokens of a text.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from itertools import groupby
 
 import numpy as np
@@ -15,6 +16,7 @@ from blockroll.policies.hf import HFPolicy
 from blockroll.rollout.audit import ACCEPTED, RECOVERED
 from blockroll.rollout.audit_rows import AuditedRequest, AuditReport, Problem
 from blockroll.rollout.cache import SlotCache
+from blockroll.rollout.policy_probe import nudged_inputs
 from blockroll.samplers import step_uniforms
 from blockroll.samplers.laws import Laws, Text
 from blockroll.types import Sampling
@@ -43,9 +45,9 @@ def recompute(
             continue
         report.recomputed[version] = 0
         concerned = [request for request in requests if (request.numbers["version"] == version).any()]
-        for start in range(0, len(concerned), _BATCH):
-            batch = concerned[start : start + _BATCH]
-            found = _recompute(batch, version, policy, tolerance, report)
+        for batch in _batches(concerned):
+            with _in_precision(policy, batch[0].precision):
+                found = _recompute(batch, version, policy, tolerance, report)
             if found is not None:
                 report.problem = found
                 return
@@ -54,12 +56,35 @@ def recompute(
         report.recomputed[version] = report.rows_by_version[version]
 
 
+def _batches(requests: Sequence[AuditedRequest]) -> Iterator[list[AuditedRequest]]:
+    """Requests whose forwards ran in one precision."""
+    for _, alike in groupby(requests, key=lambda request: request.precision):
+        waiting = list(alike)
+        for start in range(0, len(waiting), _BATCH):
+            yield waiting[start : start + _BATCH]
+
+
+def _in_precision(policy: HFPolicy, precision: str | None) -> AbstractContextManager[object]:
+    """Forwards multiply in less than the weights' precision, as a trainer's do under mixed precision."""
+    dtype = policy.model.dtype if precision is None else getattr(torch, precision)
+    is_lower = torch.finfo(dtype).bits < torch.finfo(policy.model.dtype).bits
+    return torch.autocast(policy.device.type, dtype) if is_lower else nullcontext()
+
+
 @torch.inference_mode()
 def _recompute(
     requests: Sequence[AuditedRequest], version: int, policy: HFPolicy, tolerance: float, report: AuditReport
 ) -> Problem | None:
     """Laws of all rows of these requests that this version drew, from their texts."""
-    logits = _causal_logits(policy, [[*request.prompt_ids, *request.tokens] for request in requests])
+    texts = [[*request.prompt_ids, *request.tokens] for request in requests]
+    logits = _causal_logits(policy, texts)
+    is_rough = torch.finfo(policy.kv_shape.dtype).bits < 32
+    if is_rough:
+        with nudged_inputs(policy):
+            nudged = _causal_logits(policy, texts)
+        moved = (_distance(*pair) for pair in zip(logits, nudged, strict=True))
+        tolerance = max(tolerance, *moved)
+    report.tolerance = max(report.tolerance, tolerance)
     for request, logits_TV in zip(requests, logits, strict=True):
         rows, prompt = request.numbers, request.prompt_ids
         indices = np.flatnonzero(rows["version"] == version)
@@ -70,11 +95,12 @@ def _recompute(
         policy_B = (row_logits_BV.double() / temperature).log_softmax(-1).gather(1, tokens_B1)[:, 0].numpy()
         pairs = [("policy_logprob", np.exp(rows["policy_logprob"][indices]), np.exp(policy_B))]
         sampling = request.sampling()
-        if sampling is None:
+        # Where a cut falls, rounding decides which tokens stay: no bound on laws holds behind it.
+        if sampling is None or (is_rough and (sampling.top_k or sampling.top_p < 1 or sampling.min_p)):
             report.num_unknown_laws += len(indices)
         else:
             drafts = _draft_rows(request, indices, policy, sampling)
-            pairs += _laws_again(request, indices, row_logits_BV, drafts, policy, sampling)
+            pairs += _laws_again(request, indices, row_logits_BV, drafts, policy, sampling, tolerance)
             for index in indices:
                 found = _drafted_again(request, int(index), drafts, tolerance)
                 if found is not None:
@@ -96,6 +122,12 @@ def _recompute(
     return None
 
 
+def _distance(logits_TV: torch.Tensor, others_TV: torch.Tensor) -> float:
+    """Largest total variation between the laws of two rows at temperature 1: no event differs by more."""
+    laws = (each.double().softmax(dim=-1) for each in (logits_TV, others_TV))
+    return float(torch.sub(*laws).abs().sum(dim=-1).max()) / 2
+
+
 def _causal_logits(policy: HFPolicy, texts: Sequence[Sequence[int]]) -> list[torch.Tensor]:
     """Float32 logits (T, V) of each text, by one causal forward of all."""
     longest = max(map(len, texts))
@@ -112,7 +144,8 @@ class _Block:
     """Draft rows of one step, from its first draft on."""
 
     logits_KV: torch.Tensor
-    probs_KV: np.ndarray  # the law drafts were drawn from
+    probs_KV: np.ndarray  # the law drafts were drawn from,
+    soft_KV: np.ndarray  # and at temperature 1, if it is greedy
     tokens_K: list[int]
     uniforms_K: np.ndarray
 
@@ -154,13 +187,45 @@ def _block(
         num_drafts,
     )
     uniforms_BK = uniforms_BK[:, : len(logits_KV)]
-    laws = Laws.of(
-        [_text(request, start, policy, sampling)], vocab_size=policy.vocab_size, device=torch.device("cpu")
-    )
-    draft = laws.draw(logits_KV[None], uniforms_BK, torch.tensor([len(logits_KV)]))
+    laws, softened = _laws(request, [start], policy, sampling)
+    num_drafts_B = torch.tensor([len(logits_KV)])
+    draft = laws.draw(logits_KV[None], uniforms_BK, num_drafts_B)
+    soft = softened.draw(logits_KV[None], uniforms_BK, num_drafts_B) if laws.has_greedy_draft else draft
     return _Block(
-        logits_KV, draft.probs_BKV[0].numpy(), draft.token_ids_BK[0].tolist(), uniforms_BK[0].numpy()
+        logits_KV,
+        draft.probs_BKV[0].numpy(),
+        soft.probs_BKV[0].numpy(),
+        draft.token_ids_BK[0].tolist(),
+        uniforms_BK[0].numpy(),
     )
+
+
+def _is_tied(soft_BV: np.ndarray, tokens_B: np.ndarray, tolerance: float) -> np.ndarray:
+    """Which greedy rows rounding could have decided otherwise: of the two best the token may be either."""
+    best_B2 = np.sort(soft_BV, axis=1)[:, -2:]
+    mine_B = soft_BV[np.arange(len(soft_BV)), tokens_B]
+    is_close_B: np.ndarray = np.minimum(mine_B, best_B2[:, 0]) >= best_B2[:, 1] - tolerance
+    return is_close_B
+
+
+def _laws(
+    request: AuditedRequest, num_tokens: Sequence[int], policy: HFPolicy, sampling: Sampling
+) -> tuple[Laws, Laws]:
+    """Behind so many tokens, as they were; and at temperature 1 where they are greedy."""
+    soft = replace(
+        sampling,
+        temperature=sampling.temperature or 1.0,
+        draft_temperature=sampling.draft_temperature or None,
+    )
+    laws, softened = (
+        Laws.of(
+            [_text(request, number, policy, each) for number in num_tokens],
+            vocab_size=policy.vocab_size,
+            device=torch.device("cpu"),
+        )
+        for each in (sampling, soft)
+    )
+    return laws, softened
 
 
 def _text(request: AuditedRequest, num_tokens: int, policy: HFPolicy, sampling: Sampling) -> Text:
@@ -195,27 +260,35 @@ def _laws_again(
     blocks: Mapping[int, _Block],
     policy: HFPolicy,
     sampling: Sampling,
+    tolerance: float,
 ) -> list[tuple[str, np.ndarray, np.ndarray]]:
     """Recorded and recomputed probabilities, by name."""
     rows = request.numbers[indices]
-    texts = [_text(request, int(position), policy, sampling) for position in rows["position"]]
-    laws = Laws.of(texts, vocab_size=policy.vocab_size, device=torch.device("cpu"))
+    laws, softened = _laws(request, rows["position"].tolist(), policy, sampling)
     drafted = rows["draft"] >= 0
     draft_logits_B1V = torch.zeros_like(logits_BV)[:, None]
     draft_probs_BV = np.zeros(logits_BV.shape)
+    is_tied_B = np.zeros(len(rows), dtype=bool)  # rounding could have made another token the best one
     for index in np.flatnonzero(drafted).tolist():
         block, offset = blocks[int(rows["attempt"][index])], int(rows["offset"][index])
         draft_logits_B1V[index, 0] = block.logits_KV[offset]
         draft_probs_BV[index] = block.probs_KV[offset]
-    targets = laws.target_rows(
-        logits_BV[:, None],
-        torch.empty((len(rows), 0), dtype=torch.int64),
-        draft_logits_B1V,
-        torch.from_numpy(drafted.astype(np.int64)),
-    )
-    target_BV = targets.probs_BLV[:, 0].numpy()
+        if laws.has_greedy_draft:
+            is_tied_B[index] = _is_tied(block.soft_KV[[offset]], rows["draft"][[index]], tolerance)[0]
     place = np.arange(len(rows))
     tokens, drafts = rows["token"], np.maximum(rows["draft"], 0)
+
+    def target_rows(of: Laws) -> np.ndarray:
+        no_tokens = torch.empty((len(rows), 0), dtype=torch.int64)
+        num_drafts_B = torch.from_numpy(drafted.astype(np.int64))
+        targets = of.target_rows(logits_BV[:, None], no_tokens, draft_logits_B1V, num_drafts_B)
+        probs_BV: np.ndarray = targets.probs_BLV[:, 0].numpy()
+        return probs_BV
+
+    target_BV = target_rows(laws)
+    if laws.has_greedy:
+        soft_BV = target_rows(softened)
+        is_tied_B |= _is_tied(soft_BV, tokens, tolerance)
     weights_BV = np.where(
         (rows["kind"] == RECOVERED)[:, None], np.maximum(target_BV - draft_probs_BV, 0), target_BV
     )
@@ -225,7 +298,7 @@ def _laws_again(
     mass = cumulative_BV[:, -1]
     high = cumulative_BV[place, tokens]
     nothing = np.full(len(rows), np.nan)
-    return [
+    pairs = [
         ("behavior_logprob", np.exp(rows["behavior_logprob"]), target_BV[place, tokens]),
         ("target_prob", rows["target_prob"], np.where(drafted, target_BV[place, drafts], nothing)),
         ("draft_prob", rows["draft_prob"], np.where(drafted, draft_probs_BV[place, drafts], nothing)),
@@ -233,6 +306,7 @@ def _laws_again(
         ("low", rows["low"] * rows["mass"], np.where(drawn, high - weights_BV[place, tokens], nothing)),
         ("high", rows["high"] * rows["mass"], np.where(drawn, high, nothing)),
     ]
+    return [(name, recorded, np.where(is_tied_B, recorded, again)) for name, recorded, again in pairs]
 
 
 def _drafted_again(
@@ -244,7 +318,7 @@ def _drafted_again(
     if drafted < 0:
         return None
     block, offset = blocks[int(row["attempt"])], int(row["offset"])
-    if block.tokens_K[offset] == drafted:
+    if block.tokens_K[offset] == drafted or _is_tied(block.soft_KV[[offset]], row["draft"][None], tolerance):
         return None
     cumulative_V = block.probs_KV[offset].cumsum()
     low = cumulative_V[drafted - 1] if drafted else 0.0

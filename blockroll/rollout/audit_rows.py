@@ -37,8 +37,9 @@ class AuditReport:
     rows_by_version: Counter[int] = field(default_factory=Counter)
     recomputed: dict[int, int] = field(default_factory=dict)  # rows by version, at level 2
     without_policy: list[int] = field(default_factory=list)  # versions whose checkpoint is gone
-    num_unknown_laws: int = 0  # rows whose law needs code that is not in the file
-    largest_difference: float = 0.0  # of a recomputed probability
+    num_unknown_laws: int = 0  # rows whose law needs code that is not in the file, or is cut too roughly
+    largest_difference: float = 0.0  # of a recomputed probability,
+    tolerance: float = 0.0  # and the largest that rounding explains
     unfinished: list[str] = field(default_factory=list)  # files that a dead process was writing
 
     @property
@@ -72,6 +73,11 @@ class AuditedRequest:
     def prompt_ids(self) -> list[int]:
         """Tokens of its prompt."""
         return list(self.info["prompt_ids"])
+
+    @property
+    def precision(self) -> str | None:
+        """That forwards multiplied in; None in files of before it was kept."""
+        return self.info.get("precision")
 
     def sampling(self) -> Sampling | None:
         """None if it needs code that the file does not hold."""

@@ -220,6 +220,7 @@ class Engine:
                     requests=[running.request for running in batch],
                     plan=self.plan,
                     version=self.policy_version,
+                    precision=str(self.policy.kv_shape.dtype).removeprefix("torch."),
                     attempts_B=decoded.attempts_B,
                     num_before=num_before,
                     num_kept=[running.num_tokens - n for running, n in zip(batch, num_before, strict=True)],

@@ -126,7 +126,7 @@ class PolicyProbe:
 
         From there on every sum rounds differently, as it does in another kernel or at another shape.
         """
-        with _nudged_inputs(self.policy.model.get_input_embeddings()):
+        with nudged_inputs(self.policy):
             nudged = replace(self).stock_logits_BLV  # a copy that has computed nothing yet
         return self.logprob_gap(nudged, self.stock_logits_BLV)
 
@@ -203,16 +203,16 @@ def cache_gap(cache: SlotCache, recomputed: SlotCache) -> float:
 
 
 @contextmanager
-def _nudged_inputs(embedding: nn.Module) -> Iterator[None]:
+def nudged_inputs(policy: HFPolicy) -> Iterator[None]:
     """Every number that leaves the input embedding is one rounding step larger or smaller, at random."""
     generator = torch.Generator().manual_seed(0)
+    step = torch.finfo(policy.kv_shape.dtype).eps
 
     def nudge(module: nn.Module, inputs: tuple[Tensor, ...], embeddings_BRW: Tensor) -> Tensor:
-        step = torch.finfo(embeddings_BRW.dtype).eps
         signs_BRW = torch.randint(2, embeddings_BRW.shape, generator=generator) * 2 - 1
         return embeddings_BRW * (1 + step * signs_BRW).to(embeddings_BRW)
 
-    handle = embedding.register_forward_hook(nudge)
+    handle = policy.model.get_input_embeddings().register_forward_hook(nudge)
     try:
         yield
     finally:

@@ -9,11 +9,14 @@ import subprocess
 import sys
 import textwrap
 import time
+from contextlib import nullcontext
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from blockroll import cli
@@ -82,6 +85,31 @@ def test_an_audit_passes_at_both_levels_and_holds_every_token(policy, tmp_path, 
         assert tuple(rows["policy_logprob"]) == rollout.policy_logprobs
         assert tuple(rows["version"]) == rollout.policy_versions
         assert (rows["kind"] == KINDS.index("accepted")).sum() == rollout.stats.num_accepted
+
+
+@pytest.fixture(scope="module", params=["weights", "autocast"])
+def in_bfloat16(request):
+    """A policy that multiplies in bfloat16, and what its forwards run under."""
+    policy = adapted_policy("llama", scale=0.3)
+    if request.param == "weights":
+        policy.model.bfloat16()
+        return policy, nullcontext
+    return policy, partial(torch.autocast, "cpu", torch.bfloat16)
+
+
+@pytest.mark.parametrize("plan", [Plan(0), Plan(4), Plan(4, (0, 2, 4))], ids=lambda plan: plan.name)
+@pytest.mark.parametrize("name", SAMPLINGS)
+def test_what_bfloat16_rounds_is_allowed_for_and_what_is_wrong_is_found(in_bfloat16, tmp_path, plan, name):
+    policy, precision = in_bfloat16
+    with precision():
+        _, (path,) = audited(policy, tmp_path, plan, SAMPLINGS[name], count=16)
+    report = check_audit([path], policy_of=lambda version: policy)
+    assert report.problem is None, report.problem
+    assert report.recomputed == {0: report.num_rows}
+    assert report.num_unknown_laws == (report.num_rows if name == "processed" else 0)  # it has top_p
+    assert TOLERANCE < report.tolerance < 0.25
+    other = adapted_policy("llama", scale=0.3, seed=1)
+    assert not check_audit([path], policy_of=lambda version: other).passed
 
 
 def test_plans_may_change_at_every_step(policy, tmp_path):
