@@ -22,7 +22,7 @@ from blockroll.errors import (
     MissingDependency,
     ReplicaError,
 )
-from blockroll.policies.hf import TINY_POLICY_DIR, load_tokenizer
+from blockroll.policies.hf import TINY_POLICY_DIR, HFPolicy, load_tokenizer
 from blockroll.rl_loops import arithmetic
 from blockroll.rl_loops.tracking import read_lines
 from blockroll.rl_loops.trl import GRPOTrainer, RLOOTrainer, make_rollout_func, require_tested
@@ -110,11 +110,16 @@ def test_lossless_rollouts_are_the_learners_own_law_at_every_version(tmp_path):
 
 def test_mixed_precision_draws_the_law_that_the_learner_computes_in_it(tmp_path):
     """TRL's own default: float32 weights, and a forward in bfloat16."""
-    made = trainer(tmp_path, options={"bf16": True})
+    made = trainer(tmp_path, options={"bf16": True}, rollout=RolloutConfig(plan="two_forward", audit="all"))
     assert made.model.dtype == torch.float32
     for row in logs(made):
         assert row["sampling/importance_sampling_ratio/mean"] == pytest.approx(1, abs=0.1)
         assert row["sampling/sampling_logp_difference/mean"] < 0.02
+    first = HFPolicy.from_pretrained("tiny")
+    audit = audit_files(tmp_path / "blockroll" / "audit")
+    report = check_audit(audit, policy_of=lambda version: None if version else first)
+    assert report.passed, report.problem
+    assert report.recomputed == {0: report.rows_by_version[0]}
 
 
 def test_a_wrong_logprob_is_seen_before_truncation_hides_it(tmp_path):
