@@ -38,6 +38,7 @@ def main() -> None:
         "--fail-reward-on", type=int, default=-1, help="the rank whose reward raises in step 1"
     )
     parser.add_argument("--fsdp", action="store_true")
+    parser.add_argument("--bf16", action="store_true", help="multiply in bfloat16")
     parser.add_argument("--align", action="store_true", help="with an adapter that starts from nothing")
     given = parser.parse_args()
     torch.set_num_threads(1)
@@ -52,7 +53,7 @@ def main() -> None:
         logging_steps=1,
         report_to=[],
         use_cpu=True,
-        bf16=False,
+        bf16=given.bf16,
         save_strategy="no",
         disable_tqdm=True,
         gradient_checkpointing=False,
