@@ -12,9 +12,9 @@ import inspect
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,9 @@ from blockroll.policies.adapter import DraftAdapter, chat_template_hash, has_ada
 from blockroll.policies.base import FusedRows, KVShape, KVWindow
 from blockroll.policies.layout import RowLayout, causal_rows, fused_rows, two_forward_rows
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
 TINY_POLICY_DIR = Path(__file__).parent / "tiny_policy"
 
 # Whether the family takes one attention mask for all layers or one per kind of layer.
@@ -45,6 +48,20 @@ FAMILIES = {
     "gemma2": "by_layer_type",
     "gemma3_text": "by_layer_type",
 }
+
+
+def _without_gradients(
+    method: Callable[Concatenate["HFPolicy", P], T],
+) -> Callable[Concatenate["HFPolicy", P], T]:
+    """In inference mode; but under autocast not, where every forward would cast all weights again."""
+
+    @wraps(method)
+    def run(self: "HFPolicy", /, *args: P.args, **kwargs: P.kwargs) -> T:
+        is_autocast = torch.is_autocast_enabled(self.device.type)
+        with torch.no_grad() if is_autocast else torch.inference_mode():
+            return method(self, *args, **kwargs)
+
+    return run
 
 
 class HFPolicy:
@@ -161,23 +178,23 @@ class HFPolicy:
             raise InvalidInput("this policy was loaded without a tokenizer; stop strings and text need one")
         return str(self.tokenizer.decode(token_ids, skip_special_tokens=True))
 
-    @torch.inference_mode()
+    @_without_gradients
     def prefill(self, ids_BR: Tensor, window: KVWindow) -> None:
         """Write keys and values of prompt rows; no logits are computed."""
         self.hidden(ids_BR, causal_rows(ids_BR.shape[1], self.device), window)
 
-    @torch.inference_mode()
+    @_without_gradients
     def verify_logits(self, ids_BR: Tensor, window: KVWindow) -> Tensor:
         """Causal logits, float32 (B, R, V): row i is the law of the token after row i."""
         return self.logits(self.hidden(ids_BR, causal_rows(ids_BR.shape[1], self.device), window))
 
-    @torch.inference_mode()
+    @_without_gradients
     def draft_logits(self, anchors_B: Tensor, num_drafts: int, window: KVWindow) -> Tensor:
         """Float32 (B, K + 1, V): the causal law of the token after the anchor, then the law of each draft."""
         layout = two_forward_rows(num_drafts, self.device)
         return self.logits(self.hidden(anchors_B[:, None], layout, window))
 
-    @torch.inference_mode()
+    @_without_gradients
     def fused_rows(self, ids_BL: Tensor, levels: tuple[int, ...], window: KVWindow) -> FusedRows:
         """Verify the anchor and K drafts, and propose after each level, in one forward."""
         width = ids_BL.shape[1]
@@ -187,7 +204,7 @@ class HFPolicy:
             proposal_states_BPLW=hidden_BRW[:, width:].reshape(len(ids_BL), len(levels), width, -1),
         )
 
-    @torch.inference_mode()
+    @_without_gradients
     def proposal_logits(self, states_BKW: Tensor) -> Tensor:
         """Logits of the chosen proposal's states, float32 (B, K, V)."""
         return self.logits(states_BKW)

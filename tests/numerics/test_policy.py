@@ -4,8 +4,11 @@ import itertools
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from blockroll.rollout.cache import SlotCache
+from blockroll.types import Plan, Sampling
+from tests.engines import make_requests, run
 from tests.models import FAMILIES, MASK_ID, VOCAB_SIZE, prompts, random_policy
 
 NUM_DRAFTS = 4
@@ -68,6 +71,26 @@ def test_under_autocast_keys_are_kept_in_its_precision_and_logits_are_the_models
     rounding = (torch.stack(want).float() - exact).abs().max()
     assert {keys.dtype for keys in (*cache._keys, *cache._values)} == {torch.bfloat16}
     assert (got - exact).abs().max() < 2 * rounding
+
+
+class Casts(TorchDispatchMode):
+    """Counts, by its address, how often a weight is copied to another precision."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.counts = dict.fromkeys((each.data_ptr() for each in model.parameters()), 0)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten._to_copy.default and args[0].data_ptr() in self.counts:
+            self.counts[args[0].data_ptr()] += 1
+        return function(*args, **(kwargs or {}))
+
+
+def test_autocast_casts_every_weight_once_and_not_in_every_forward(policy):
+    requests = make_requests(prompts(4), Sampling(max_tokens=12))
+    with torch.autocast("cpu", torch.bfloat16), Casts(policy.model) as casts:
+        run(policy, requests, Plan(NUM_DRAFTS))
+    assert max(casts.counts.values()) == 1
 
 
 def dense_logits(policy, ids, sees, positions):
