@@ -43,16 +43,22 @@ SUBJECTS: dict[str, dict[str, Any]] = {
 }
 
 
-def stock(*, batches: Sequence[int] = (2, 8, 32), seeds: Sequence[int] = SEEDS, steps: int = 60) -> list[Row]:
+def stock(
+    *,
+    bf16: bool = False,
+    batches: Sequence[int] = (2, 8, 32),
+    seeds: Sequence[int] = SEEDS,
+    steps: int = 60,
+) -> list[Row]:
     """TRL's own trainer and ours with equal seeds and prompts, a step of each in turn; tiny policy.
 
-    Learning is compared at the largest batch, times at all of them. Lossless rollouts need no
+    In float32, or with `bf16` in TRL's default precision. Learning is compared at the largest batch, times at all of them. Lossless rollouts need no
     correction: with it off, TRL leaves out the forward that computes its ratios.
     """
     rows: list[Row] = []
     for batch, seed in itertools.product(batches, seeds):
         names = list(SUBJECTS)[seed % 3 :] + list(SUBJECTS)[: seed % 3]  # each comes first once
-        common = {"seed": seed, "steps": steps, "batch": batch, "group": min(8, batch)}
+        common = {"seed": seed, "steps": steps, "batch": batch, "group": min(8, batch), "bf16": bf16}
         runs = train_in_turn({name: partial(train_subject, name, **common) for name in names})
         times = {name: medians(run, GENERATE_S, "step_time") for name, run in runs.items()}
         ours = runs[OURS_NAME]
@@ -60,6 +66,7 @@ def stock(*, batches: Sequence[int] = (2, 8, 32), seeds: Sequence[int] = SEEDS, 
             {
                 "batch": batch,
                 "seed": seed,
+                "bf16": bf16,
                 "steps": steps,
                 "threads": torch.get_num_threads(),
                 "generate_ratio": times[OURS_NAME][GENERATE_S] / times[STOCK_NAME][GENERATE_S],
@@ -75,9 +82,11 @@ def stock(*, batches: Sequence[int] = (2, 8, 32), seeds: Sequence[int] = SEEDS, 
     return rows
 
 
-def train_subject(name: str, callback: TrainerCallback, **arguments: Any) -> list[Row]:
+def train_subject(name: str, callback: TrainerCallback, *, bf16: bool, **options: Any) -> list[Row]:
     """A run of one of them, in a process of its own."""
-    return train(**SUBJECTS[name], **arguments, callbacks=[callback])
+    subject = SUBJECTS[name]
+    arguments = {**subject.get("arguments", {}), "bf16": bf16}
+    return train(**{**subject, "arguments": arguments}, **options, callbacks=[callback])
 
 
 def alignment(
@@ -171,7 +180,11 @@ def is_right_sum(completions: list[Any], answer: list[int], **_: object) -> list
 
 def experiments() -> dict[str, Callable[[], list[Row]]]:
     """Every experiment by the name of its result file."""
-    found: dict[str, Callable[[], list[Row]]] = {"stock": stock, "alignment": alignment}
+    found: dict[str, Callable[[], list[Row]]] = {
+        "stock": stock,
+        "stock_bf16": partial(stock, bf16=True),
+        "alignment": alignment,
+    }
     if (SMOLLM2 / "adapter").is_dir():
         found["smollm2"] = smollm2
     else:

@@ -158,6 +158,7 @@ def train(
             max_steps=steps,
             per_device_train_batch_size=batch,
             **{
+                "bf16": False,
                 "num_generations": group,
                 "max_completion_length": 64,
                 "learning_rate": 2e-4,
@@ -169,7 +170,6 @@ def train(
             save_strategy="no",
             report_to=[],
             use_cpu=True,
-            bf16=False,
             disable_tqdm=True,
             gradient_checkpointing=False,
         )
