@@ -52,8 +52,9 @@ def stock(
 ) -> list[Row]:
     """TRL's own trainer and ours with equal seeds and prompts, a step of each in turn; tiny policy.
 
-    In float32, or with `bf16` in TRL's default precision. Learning is compared at the largest batch, times at all of them. Lossless rollouts need no
-    correction: with it off, TRL leaves out the forward that computes its ratios.
+    In float32, or with `bf16` in TRL's default precision. Learning is compared at the largest batch, times at
+    all of them. Lossless rollouts need no correction: with it off, TRL leaves out the forward that computes
+    its ratios.
     """
     rows: list[Row] = []
     for batch, seed in itertools.product(batches, seeds):

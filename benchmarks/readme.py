@@ -14,7 +14,8 @@ from benchmarks.rows import ROOT, Row, has_rows, read
 
 PAGE = ROOT / "docs" / "measured.md"
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
-STOCK, ALIGNMENT, SMOLLM2 = "part4_stock", "part4_alignment", "part4_smollm2"
+STOCK, STOCK_BF16 = "part4_stock", "part4_stock_bf16"
+ALIGNMENT, SMOLLM2 = "part4_alignment", "part4_smollm2"
 
 
 def measured_section() -> str:
@@ -34,7 +35,16 @@ def measured_page() -> str:
         ("part2_learning", "GRPO: the target law and a mixed law", readme_learning.laws_table),
         ("part3_constraints", "Constrained outputs", constraints_table),
         ("part3_audit", "What the audit costs", audit_table),
-        (STOCK, "TRL: the stock trainer and ours", lambda: readme_trl.stock_table(read(STOCK))),
+        (
+            STOCK_BF16,
+            "TRL: the stock trainer and ours, in TRL's default precision",
+            lambda: readme_trl.stock_table(read(STOCK_BF16), "float32 weights under bfloat16 autocast"),
+        ),
+        (
+            STOCK,
+            "TRL: the stock trainer and ours, in float32",
+            lambda: readme_trl.stock_table(read(STOCK), "float32"),
+        ),
         (
             ALIGNMENT,
             "TRL: drafts that follow the policy",
@@ -104,7 +114,7 @@ def findings_list() -> str:
             ("part2_learning", readme_learning.laws_finding),
             ("part3_constraints", constraints_finding),
             ("part3_audit", audit_finding),
-            (STOCK, lambda: readme_trl.stock_finding(read(STOCK))),
+            (STOCK, lambda: readme_trl.stock_finding(read(STOCK), read(STOCK_BF16))),
             (ALIGNMENT, lambda: readme_trl.alignment_finding(read(ALIGNMENT))),
         )
         if has_rows(name)

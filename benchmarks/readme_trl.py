@@ -9,7 +9,7 @@ Row = dict[str, Any]
 ENDS = 10  # steps averaged at either end of a run
 
 
-def stock_table(rows: Sequence[Row]) -> str:
+def stock_table(rows: Sequence[Row], precision: str) -> str:
     """Our trainer over TRL's own, side by side."""
     lines = [
         "| batch | time to generate, over TRL's | time of a step, over TRL's | the same, correction off |",
@@ -30,26 +30,30 @@ def stock_table(rows: Sequence[Row]) -> str:
     )
     worst = max(abs(ratio - 1) for row in rows for ratio in row["importance_ratio"])
     caption = (
-        f"`trl.GRPOTrainer` and ours on the tiny policy, {rows[0]['threads']} CPU threads, fixed two-forward "
-        "drafts, a step of each in turn: medians of the steps of a run, then median (and range) of "
-        f"{len(learning)} seeds. TRL runs another forward for its correction, which lossless rollouts can do "
-        f"without. Mean reward of {learning[0]['steps']} steps at batch {learning[0]['batch']}: {rewards}. "
-        f"Importance ratio: off from 1 by {worst:.0e} at most. Surprisal minus entropy over each run of "
-        f"ours: {gaps}."
+        f"`trl.GRPOTrainer` and ours on the tiny policy, {precision}, {rows[0]['threads']} CPU threads, "
+        "fixed two-forward drafts, a step of each in turn: medians of the steps of a run, then median (and "
+        f"range) of {len(learning)} seeds. TRL runs another forward for its correction, which lossless "
+        f"rollouts can do without. Mean reward of {learning[0]['steps']} steps at batch "
+        f"{learning[0]['batch']}: {rewards}. Importance ratio: off from 1 by {worst:.0e} at most. "
+        f"Surprisal minus entropy over each run of ours: {gaps}."
     )
     return "\n".join((*lines, "", caption))
 
 
-def stock_finding(rows: Sequence[Row]) -> str:
+def stock_finding(rows: Sequence[Row], bf16_rows: Sequence[Row]) -> str:
     """A line for the README."""
     batches = sorted({row["batch"] for row in rows})
-    ratios = {
-        batch: float(np.median([row["generate_ratio"] for row in rows if row["batch"] == batch]))
-        for batch in (batches[0], batches[-1])
-    }
+
+    def ratios(of: Sequence[Row]) -> str:
+        by_batch = [[row["generate_ratio"] for row in of if row["batch"] == batch] for batch in batches]
+        *others, last = (f"{np.median(values):.2f}x" for values in by_batch)
+        return f"{', '.join(others)} and {last}"
+
+    *others, last = map(str, batches)
     return (
-        f"- **In a TRL script.** Generating takes {ratios[batches[0]]:.2f}x of the stock trainer's time at "
-        f"batch {batches[0]} and {ratios[batches[-1]]:.2f}x at {batches[-1]} (tiny policy, CPU)."
+        f"- **In a TRL script.** Generating takes {ratios(bf16_rows)} of the stock trainer's time at batch "
+        f"{', '.join(others)} and {last} in TRL's default precision, {ratios(rows)} in float32 (tiny "
+        "policy, CPU)."
     )
 
 
