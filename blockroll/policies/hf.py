@@ -53,7 +53,7 @@ FAMILIES = {
 def _without_gradients(
     method: Callable[Concatenate["HFPolicy", P], T],
 ) -> Callable[Concatenate["HFPolicy", P], T]:
-    """In inference mode; but under autocast not, where every forward would cast all weights again."""
+    """In inference mode; not under autocast, which keeps no cast of a weight for the next forward there."""
 
     @wraps(method)
     def run(self: "HFPolicy", /, *args: P.args, **kwargs: P.kwargs) -> T:

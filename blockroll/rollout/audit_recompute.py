@@ -146,9 +146,15 @@ class _Block:
 
     logits_KV: torch.Tensor
     probs_KV: np.ndarray  # the law drafts were drawn from,
-    soft_KV: np.ndarray  # and at temperature 1, if it is greedy
+    soft_KV: np.ndarray | None  # and at temperature 1, if it is greedy
     tokens_K: list[int]
     uniforms_K: np.ndarray
+
+    def is_tied(self, offset: int, token: int, tolerance: float) -> bool:
+        """Whether rounding could have made this greedy draft another."""
+        return self.soft_KV is not None and bool(
+            _is_tied(self.soft_KV[[offset]], np.array([token]), tolerance)[0]
+        )
 
 
 def _draft_rows(
@@ -191,11 +197,11 @@ def _block(
     laws, softened = _laws(request, [start], policy, sampling)
     num_drafts_B = torch.tensor([len(logits_KV)])
     draft = laws.draw(logits_KV[None], uniforms_BK, num_drafts_B)
-    soft = softened.draw(logits_KV[None], uniforms_BK, num_drafts_B) if laws.has_greedy_draft else draft
+    soft = softened.draw(logits_KV[None], uniforms_BK, num_drafts_B) if laws.has_greedy_draft else None
     return _Block(
         logits_KV,
         draft.probs_BKV[0].numpy(),
-        soft.probs_BKV[0].numpy(),
+        None if soft is None else soft.probs_BKV[0].numpy(),
         draft.token_ids_BK[0].tolist(),
         uniforms_BK[0].numpy(),
     )
@@ -213,20 +219,17 @@ def _laws(
     request: AuditedRequest, num_tokens: Sequence[int], policy: HFPolicy, sampling: Sampling
 ) -> tuple[Laws, Laws]:
     """Behind so many tokens, as they were; and at temperature 1 where they are greedy."""
-    soft = replace(
-        sampling,
-        temperature=sampling.temperature or 1.0,
-        draft_temperature=sampling.draft_temperature or None,
-    )
-    laws, softened = (
-        Laws.of(
-            [_text(request, number, policy, each) for number in num_tokens],
-            vocab_size=policy.vocab_size,
-            device=torch.device("cpu"),
-        )
-        for each in (sampling, soft)
-    )
-    return laws, softened
+
+    def laws_of(sampling: Sampling) -> Laws:
+        texts = [_text(request, number, policy, sampling) for number in num_tokens]
+        return Laws.of(texts, vocab_size=policy.vocab_size, device=torch.device("cpu"))
+
+    laws = laws_of(sampling)
+    if not (laws.has_greedy or laws.has_greedy_draft):
+        return laws, laws
+    temperature, draft_temperature = sampling.temperature or 1.0, sampling.draft_temperature or None
+    soft = replace(sampling, temperature=temperature, draft_temperature=draft_temperature)
+    return laws, laws_of(soft)
 
 
 def _text(request: AuditedRequest, num_tokens: int, policy: HFPolicy, sampling: Sampling) -> Text:
@@ -274,8 +277,7 @@ def _laws_again(
         block, offset = blocks[int(rows["attempt"][index])], int(rows["offset"][index])
         draft_logits_B1V[index, 0] = block.logits_KV[offset]
         draft_probs_BV[index] = block.probs_KV[offset]
-        if laws.has_greedy_draft:
-            is_tied_B[index] = _is_tied(block.soft_KV[[offset]], rows["draft"][[index]], tolerance)[0]
+        is_tied_B[index] = block.is_tied(offset, int(rows["draft"][index]), tolerance)
     place = np.arange(len(rows))
     tokens, drafts = rows["token"], np.maximum(rows["draft"], 0)
 
@@ -319,7 +321,7 @@ def _drafted_again(
     if drafted < 0:
         return None
     block, offset = blocks[int(row["attempt"])], int(row["offset"])
-    if block.tokens_K[offset] == drafted or _is_tied(block.soft_KV[[offset]], row["draft"][None], tolerance):
+    if block.tokens_K[offset] == drafted or block.is_tied(offset, drafted, tolerance):
         return None
     cumulative_V = block.probs_KV[offset].cumsum()
     low = cumulative_V[drafted - 1] if drafted else 0.0
