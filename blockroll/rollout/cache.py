@@ -40,6 +40,9 @@ class SlotCache:
 
     def reserve(self, *, num_slots: int, capacity: int) -> None:
         """Have so many slots, with room for so many rows at least; what is committed in them stays."""
+        is_of_another = bool(self._keys) and self._keys[0].dtype != self._policy.kv_shape.dtype
+        if is_of_another and not self.lengths_N.any():
+            self.release()  # what earlier texts left under another precision is no use in this one
         capacity = max(capacity, self.capacity)
         if (num_slots, capacity) == (self.num_slots, self.capacity):
             return

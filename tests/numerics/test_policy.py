@@ -7,7 +7,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from blockroll.rollout.cache import SlotCache
-from blockroll.types import Plan, Sampling
+from blockroll.rollout.engine import Engine
+from blockroll.types import Plan, Request, Sampling
 from tests.engines import make_requests, run
 from tests.models import FAMILIES, MASK_ID, VOCAB_SIZE, prompts, random_policy
 
@@ -71,6 +72,20 @@ def test_under_autocast_keys_are_kept_in_its_precision_and_logits_are_the_models
     rounding = (torch.stack(want).float() - exact).abs().max()
     assert {keys.dtype for keys in (*cache._keys, *cache._values)} == {torch.bfloat16}
     assert (got - exact).abs().max() < 2 * rounding
+
+
+def test_an_engine_may_go_in_and_out_of_autocast_between_requests(policy):
+    engine = Engine(policy, plan=Plan(NUM_DRAFTS))
+    for index, is_on in enumerate((True, False, True)):
+        request = Request(
+            request_id=f"r{index}", prompt_ids=(5, 6, 7), seed=0, sampling=Sampling(max_tokens=8)
+        )
+        engine.submit([request])
+        with torch.autocast("cpu", torch.bfloat16, enabled=is_on):
+            while engine.num_requests:
+                for rollout in engine.step().finished:
+                    assert rollout.error is None
+        assert engine._cache._keys[0].dtype == (torch.bfloat16 if is_on else torch.float32)
 
 
 class Casts(TorchDispatchMode):
