@@ -29,7 +29,9 @@ class KVShape:
 class KVWindow(Protocol):
     """The rows of a cache that one forward reads and extends; hands every layer its keys and values."""
 
-    lengths_B: Tensor  # int64, committed rows of each request; the new rows lie behind them, in order
+    # int64, committed rows of each request; the new rows lie behind them, in order. Below 0 for a text that
+    # begins so many rows later: what stands before it is computed, and seen by nothing.
+    lengths_B: Tensor
     extent: int  # keys each layer returns
 
     def update(
@@ -77,11 +79,11 @@ class Policy(Protocol):
         """Causal logits (B, R, V) of the anchor and its drafts: row i is the law of the next token."""
         ...
 
-    def draft_logits(self, anchors_B: Tensor, num_drafts: int, window: KVWindow) -> Tensor:
+    def draft_logits(self, ids_BC: Tensor, num_drafts: int, window: KVWindow) -> Tensor:
         """Logits (B, K + 1, V): the anchor's causal row, the law of the token after it, and then K masks'.
 
-        A mask's row is for its own position. The anchor sees no mask, so its keys and values are clean; masks
-        see the prefix, the anchor and each other.
+        The anchor is the last of the tokens (B, C). A mask's row is for its own position. Tokens see no mask,
+        so their keys and values are clean; masks see the prefix, the tokens and each other.
         """
         ...
 

@@ -189,10 +189,11 @@ class HFPolicy:
         return self.logits(self.hidden(ids_BR, causal_rows(ids_BR.shape[1], self.device), window))
 
     @_without_gradients
-    def draft_logits(self, anchors_B: Tensor, num_drafts: int, window: KVWindow) -> Tensor:
+    def draft_logits(self, ids_BC: Tensor, num_drafts: int, window: KVWindow) -> Tensor:
         """Float32 (B, K + 1, V): the causal law of the token after the anchor, then the law of each draft."""
-        layout = two_forward_rows(num_drafts, self.device)
-        return self.logits(self.hidden(anchors_B[:, None], layout, window))
+        num_clean = ids_BC.shape[1]
+        hidden_BRW = self.hidden(ids_BC, two_forward_rows(num_clean, num_drafts, self.device), window)
+        return self.logits(hidden_BRW[:, num_clean - 1 :])
 
     @_without_gradients
     def fused_rows(self, ids_BL: Tensor, levels: tuple[int, ...], window: KVWindow) -> FusedRows:

@@ -16,33 +16,34 @@ class RowLayout:
     """Rows behind a cached prefix, laid out alike for every request. All rows see the whole prefix."""
 
     offsets_R: Tensor  # int64, position of each row counted from the end of the cached prefix
-    sees_RR: Tensor | None  # bool, True where a row may attend another new row; None: causal
+    sees: Tensor  # int64 (R,), the last new row that each may attend; or bool (R, R), True where it may
     num_clean: int  # rows that hold tokens; those behind them are masks
 
     def positions(self, lengths_B: Tensor) -> Tensor:
-        """Absolute positions, int64 (B, R), behind prefixes of these lengths."""
-        return lengths_B[:, None] + self.offsets_R
+        """Absolute positions, int64 (B, R), behind prefixes of these lengths; 0 before the first token."""
+        return (lengths_B[:, None] + self.offsets_R).clamp(min=0)
 
     def attention_mask(self, lengths_B: Tensor, extent: int, *, sliding_window: int | None = None) -> Tensor:
         """Bool (B, 1, R, S), True where a row may attend, over `extent` keys in the order of the cache.
 
         A key below a request's length is its prefix; those from there on are the new rows in order. With a
-        sliding window a row sees only keys less than that many positions back.
+        sliding window a row sees only keys less than that many positions back. Every row sees some key: an
+        empty one would be NaN, and its values reach all others as 0 * NaN.
         """
         keys_S = torch.arange(extent, device=lengths_B.device)
-        new_BS = keys_S - lengths_B[:, None]  # which new row a key belongs to; negative in the prefix
-        num_rows = len(self.offsets_R)
-        if self.sees_RR is None:
-            rows_R = torch.arange(num_rows, device=lengths_B.device)
-            mask_BRS = new_BS[:, None, :] <= rows_R[:, None]
+        position_BS = keys_S.expand(len(lengths_B), -1)
+        if self.sees.dim() == 1:
+            mask_BRS = (lengths_B[:, None] + self.sees).clamp(min=0)[..., None] >= keys_S
         else:
             # One column before for the prefix, seen by all, and one behind for stale keys, seen by none.
-            sees_RC = pad(self.sees_RR, (1, 1))
+            new_BS = keys_S - lengths_B[:, None]  # which new row a key belongs to; negative in the prefix
+            sees_RC = pad(self.sees, (1, 1))
             sees_RC[:, 0] = True
-            mask_BRS = sees_RC[:, (new_BS + 1).clamp(0, num_rows + 1)].transpose(0, 1)
-        if sliding_window is not None:
-            offset_BS = self.offsets_R[new_BS.clamp(0, num_rows - 1)]
+            last = len(self.offsets_R) - 1
+            mask_BRS = sees_RC[:, (new_BS + 1).clamp(0, last + 2)].transpose(0, 1)
+            offset_BS = self.offsets_R[new_BS.clamp(0, last)]
             position_BS = torch.where(new_BS < 0, keys_S, lengths_B[:, None] + offset_BS)
+        if sliding_window is not None:
             distance_BRS = self.positions(lengths_B)[..., None] - position_BS[:, None]
             mask_BRS = mask_BRS & (distance_BRS < sliding_window)
         return mask_BRS[:, None].contiguous()
@@ -50,15 +51,19 @@ class RowLayout:
 
 def causal_rows(num_rows: int, device: torch.device) -> RowLayout:
     """Tokens one after another, each seeing those before it."""
-    return RowLayout(offsets_R=torch.arange(num_rows, device=device), sees_RR=None, num_clean=num_rows)
+    return two_forward_rows(num_rows, 0, device)
 
 
 @lru_cache(maxsize=64)
-def two_forward_rows(num_drafts: int, device: torch.device) -> RowLayout:
-    """The anchor, and K masks behind it that see it and each other; the anchor sees no mask."""
-    sees_RR = torch.ones((num_drafts + 1, num_drafts + 1), dtype=torch.bool, device=device)
-    sees_RR[0, 1:] = False
-    return RowLayout(offsets_R=torch.arange(num_drafts + 1, device=device), sees_RR=sees_RR, num_clean=1)
+def two_forward_rows(num_clean: int, num_drafts: int, device: torch.device) -> RowLayout:
+    """Tokens, the last of which is the anchor, and K masks behind them; no token sees a mask.
+
+    The masks see the tokens and each other.
+    """
+    offsets_R = torch.arange(num_clean + num_drafts, device=device)
+    last_R = offsets_R.clone()
+    last_R[num_clean:] = num_clean + num_drafts - 1
+    return RowLayout(offsets_R=offsets_R, sees=last_R, num_clean=num_clean)
 
 
 @lru_cache(maxsize=64)
@@ -79,4 +84,4 @@ def fused_rows(num_drafts: int, levels: tuple[int, ...], device: torch.device) -
         sees_RR[rows, : level + 1] = True
         sees_RR[rows, rows] = True
         offsets.append(torch.arange(width, device=device) + level + 1)
-    return RowLayout(offsets_R=torch.cat(offsets), sees_RR=sees_RR, num_clean=width)
+    return RowLayout(offsets_R=torch.cat(offsets), sees=sees_RR, num_clean=width)

@@ -254,7 +254,7 @@ def _fresh_drafts(policy: HFPolicy, texts: Sequence[Sequence[int]], num_masks: i
         cache.commit(0, len(texts), torch.tensor(lengths, device=policy.device))
     anchors_B = torch.tensor([text[-1] for text in texts], device=policy.device)
     window = cache.window(0, len(texts), num_masks + 1)
-    return policy.draft_logits(anchors_B, num_masks, window)[:, 1:].cpu()
+    return policy.draft_logits(anchors_B[:, None], num_masks, window)[:, 1:].cpu()
 
 
 def _laws_again(

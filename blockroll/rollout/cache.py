@@ -61,7 +61,7 @@ class SlotCache:
         self.num_slots = self.capacity = 0
         self.lengths_N, self._held_NS = self.lengths_N[:0], self._held_NS[:0, :0]
 
-    def commit(self, start: int, stop: int, num_rows_B: Tensor) -> None:
+    def commit(self, start: int, stop: int, num_rows_B: Tensor | int) -> None:
         """Make the first `num_rows_B` of the rows just written final, per slot."""
         self.lengths_N[start:stop] += num_rows_B
 
@@ -82,11 +82,17 @@ class SlotCache:
         num_rows, slot = ends_NS.int().argmax(dim=1).max(dim=0)
         return int(slot), int(num_rows)
 
-    def take_over(self, start: int, sources: Sequence[int], num_rows: Sequence[int]) -> None:
-        """Commit to slots start.. the first rows of `sources`, so many each. They hold nothing until told."""
+    def take_over(
+        self, start: int, sources: Sequence[int], num_rows: Sequence[int], *, num_behind: int = 0
+    ) -> None:
+        """Commit to slots start.. the first rows of `sources`, so many each. They hold nothing until told.
+
+        As many as `num_behind` rows behind them come along. A number of rows below 0 is of a text that begins
+        so many rows later.
+        """
         targets = range(start, start + len(sources))
-        most = max(num_rows, default=0)
-        if most and list(sources) != list(targets):
+        most = max(num_rows, default=0) + num_behind
+        if most > 0 and list(sources) != list(targets):
             sources_B = torch.tensor(sources, device=self.lengths_N.device)
             for tensor in (*self._keys, *self._values):
                 # The right side is a copy, made before any row is overwritten.
@@ -151,10 +157,14 @@ class SlotWindow:
     def __init__(self, cache: SlotCache, start: int, stop: int, num_rows: int) -> None:
         # A copy: commits move the cache's own lengths on.
         self.lengths_B = cache.lengths_N[start:stop].clone()
-        self._index_BR = self.lengths_B[:, None] + torch.arange(num_rows, device=self.lengths_B.device)
-        needed = int(self.lengths_B.max()) + num_rows
+        shortest, longest = (int(length) for length in self.lengths_B.aminmax())
+        needed = longest + num_rows
         assert needed <= cache.capacity, f"{needed} rows do not fit a slot of {cache.capacity}"
         self.extent = min(-(-needed // ROW_STEP) * ROW_STEP, cache.capacity)
+        index_BR = self.lengths_B[:, None] + torch.arange(num_rows, device=self.lengths_B.device)
+        if shortest < 0:  # rows before a text go behind it
+            index_BR = torch.where(index_BR < 0, index_BR + num_rows, index_BR)
+        self._index_B1R1 = index_BR[:, None, :, None]
         self._keys, self._values = cache.first_rows(start, stop, self.extent)
 
     def update(
@@ -162,7 +172,7 @@ class SlotWindow:
     ) -> tuple[Tensor, Tensor]:
         """Write one layer's new rows (B, H, R, D); return its keys and values (B, H, extent, D)."""
         keys, values = self._keys[layer_idx], self._values[layer_idx]
-        index_BHRD = self._index_BR[:, None, :, None].expand_as(key_states)
+        index_BHRD = self._index_B1R1.expand_as(key_states)
         # Under autocast some norms give float32; attention would round it likewise.
         keys.scatter_(2, index_BHRD, key_states.to(keys.dtype))
         values.scatter_(2, index_BHRD, value_states.to(values.dtype))

@@ -109,10 +109,15 @@ class Decoder:
         self._cache = cache
         self._clock = clock
 
-    def decode(self, batch: Sequence[RunningRequest], plan: Plan) -> Decoded:
-        """Decode slots 0.. by a plan; the cache has committed what the verdict keeps."""
+    def decode(
+        self, batch: Sequence[RunningRequest], plan: Plan, first_logits: Tensor | None = None
+    ) -> Decoded:
+        """Decode slots 0.. by a plan; the cache has committed what the verdict keeps.
+
+        `first_logits` (B, K + 1, V) are the anchors' and the masks' rows of a batch whose prefill had both.
+        """
         if plan.levels:
-            self._start_proposals(batch, plan)
+            self._start_proposals(batch, plan, first_logits)
         device = self._policy.device
         state = torch.tensor([running.state for running in batch], device=device)
         anchors_B, seeds_B, attempts_B = state.unbind(dim=1)
@@ -125,7 +130,7 @@ class Decoder:
             seeds_B, positions_B, attempts_B, plan.num_drafts, settles=settles
         )
         clock = self._charge("sampler_s", clock)
-        draft_logits, num_drafts_B = self._draft_logits(batch, plan, anchors_B)
+        draft_logits, num_drafts_B = self._draft_logits(batch, plan, anchors_B, first_logits)
         clock = self._charge("forward_s", clock)
         draft_logits, bad_drafts_B = _without_non_finite(draft_logits)
         draft_logits_BKV = draft_logits[:, 1:] if settles else draft_logits
@@ -134,7 +139,7 @@ class Decoder:
         if settles:
             verified = self._settle_and_verify(draft_logits, draft, laws, verify_uniforms)
         else:
-            verified = self._verify(plan, anchors_B, draft_logits, draft, laws, verify_uniforms)
+            verified = self._verify(plan, anchors_B, draft_logits, draft, laws, verify_uniforms, first_logits)
 
         clock = self._clock()
         policy_logprobs_BL = laws.policy_logprobs(verified.logits, verified.verdict)
@@ -163,6 +168,7 @@ class Decoder:
         draft: Draft,
         laws: Laws,
         uniforms_BL: Tensor,
+        first_logits: Tensor | None,
     ) -> Verified:
         """The anchor and all drafts in one forward, which a fused plan also lets propose."""
         clock = self._clock()
@@ -172,6 +178,8 @@ class Decoder:
         if plan.levels:
             fused = self._policy.fused_rows(ids_BL, plan.levels, window)
             logits_BLV, states_BPLW = fused.verify_logits_BLV, fused.proposal_states_BPLW
+        elif first_logits is not None:
+            logits_BLV = first_logits
         else:
             logits_BLV = self._policy.verify_logits(ids_BL, window)
         clock = self._charge("forward_s", clock)
@@ -231,7 +239,7 @@ class Decoder:
         )
 
     def _draft_logits(
-        self, batch: Sequence[RunningRequest], plan: Plan, anchors_B: Tensor
+        self, batch: Sequence[RunningRequest], plan: Plan, anchors_B: Tensor, first_logits: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """Draft rows, float32 (B, K, V), and how many of them each request has.
 
@@ -244,22 +252,27 @@ class Decoder:
             counts = [proposal.num_drafts for proposal in proposals if proposal is not None]
             return torch.stack(rows), torch.tensor(counts, device=device)
         num_drafts_B = torch.full((len(batch),), plan.num_drafts, device=device)
-        if plan.num_drafts:
-            window = self._cache.window(0, len(batch), plan.num_drafts + 1)
-            return self._policy.draft_logits(anchors_B, plan.num_drafts, window), num_drafts_B
-        return torch.empty((len(batch), 0, self._policy.vocab_size), device=device), num_drafts_B
+        if plan.num_drafts == 0:
+            return torch.empty((len(batch), 0, self._policy.vocab_size), device=device), num_drafts_B
+        if first_logits is not None:
+            return first_logits, num_drafts_B
+        window = self._cache.window(0, len(batch), plan.num_drafts + 1)
+        return self._policy.draft_logits(anchors_B[:, None], plan.num_drafts, window), num_drafts_B
 
-    def _start_proposals(self, batch: Sequence[RunningRequest], plan: Plan) -> None:
+    def _start_proposals(
+        self, batch: Sequence[RunningRequest], plan: Plan, first_logits: Tensor | None
+    ) -> None:
         """A draft forward of their own for requests that no fused step has proposed for."""
         first = next((slot for slot, running in enumerate(batch) if running.proposal is None), None)
         if first is None:
             return
         clock = self._clock()
         num_drafts, late = plan.num_drafts, batch[first:]  # those that join lie behind the others
-        anchors_B = torch.tensor([running.state[0] for running in late], device=self._policy.device)
-        window = self._cache.window(first, len(batch), num_drafts + 1)
-        logits_BKV = self._policy.draft_logits(anchors_B, num_drafts, window)[:, 1:]
-        for logits_KV, running in zip(logits_BKV, late, strict=True):
+        if first_logits is None:
+            anchors_B1 = torch.tensor([running.state[:1] for running in late], device=self._policy.device)
+            window = self._cache.window(first, len(batch), num_drafts + 1)
+            first_logits = self._policy.draft_logits(anchors_B1, num_drafts, window)
+        for logits_KV, running in zip(first_logits[:, 1:], late, strict=True):
             if running.proposal is None:
                 origin = (running.num_tokens, 0, num_drafts)
                 running.start_proposal(Proposal(logits_KV=logits_KV, num_drafts=num_drafts, origin=origin))

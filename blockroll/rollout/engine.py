@@ -1,14 +1,16 @@
 """One engine: continuous batching of requests under one decoding plan, or one chosen for each step.
 
 A step is: admit waiting requests and prefill them, decode (decoding.py), commit. A planner is asked before
-each step and told what the step took and committed. The engine owns the cache and the per-request state; it
-knows neither processes nor weights' origins.
+each step and told what the step took and committed, unless the prefill did a part of its work. The engine owns
+the cache and the per-request state; it knows neither processes nor weights' origins.
 """
 
 import time
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+
+from torch import Tensor
 
 from blockroll.errors import InvalidInput
 from blockroll.policies.base import Policy
@@ -167,6 +169,12 @@ class Engine:
     def step(self) -> StepResult:
         """Decode one step for every running request; joins waiting requests first."""
         admitted = self._scheduler.admit()
+        batch = [self._requests[request_id] for request_id in self._scheduler.running]
+        context = 0
+        if self.planner is not None and batch:
+            context = max(running.num_tokens for running in batch)
+            self._change_plan(self.planner.choose(len(batch), context), batch)
+        first_logits = None
         if admitted:
             num_running = len(self._scheduler.running)
             # Growing copies the cache, so it grows by powers of two.
@@ -175,20 +183,16 @@ class Engine:
                 num_slots=min(num_slots, self._scheduler.max_batch_size), capacity=self._rows_per_slot
             )
             start = num_running - len(admitted)
-            self._prefill(start, [self._requests[request_id] for request_id in admitted])
-        batch = [self._requests[request_id] for request_id in self._scheduler.running]
+            num_drafts = None if start else self.plan.num_drafts
+            first_logits = self._prefill(start, batch[start:], num_drafts)
         if not batch:
             return StepResult(commits=(), finished=())
         started, start_s = self._clock(), self.times.start_s
-        context = 0
-        if self.planner is not None:
-            context = max(running.num_tokens for running in batch)
-            self._change_plan(self.planner.choose(len(batch), context), batch)
-        result = self._decode_step(batch)
+        result = self._decode_step(batch, first_logits)
         seconds = self._clock() - started
         self.times.step_s += seconds
         self.times.num_steps += 1
-        if self.planner is not None:
+        if self.planner is not None and first_logits is None:
             num_tokens = sum(len(commit.token_ids) for commit in result.commits)
             self.planner.observe(
                 self.plan,
@@ -207,8 +211,8 @@ class Engine:
                 running.proposal = None
         self.plan = plan
 
-    def _decode_step(self, batch: list[RunningRequest]) -> StepResult:
-        decoded = self._decoder.decode(batch, self.plan)
+    def _decode_step(self, batch: list[RunningRequest], first_logits: Tensor | None) -> StepResult:
+        decoded = self._decoder.decode(batch, self.plan, first_logits)
         if self._observer is not None:
             self._observer(decoded.record(self._scheduler.running))
         before = self._audited(batch) if self.audit is not None else None
@@ -285,11 +289,15 @@ class Engine:
             self._release(slot, held)
         return StepResult(commits=tuple(reversed(commits)), finished=tuple(reversed(finished)))
 
-    def _prefill(self, start: int, joining: list[RunningRequest]) -> None:
-        """Write the cache rows of everything before each request's anchor."""
-        num_reused = prefill(self.policy, self._cache, start, [running.cached_ids for running in joining])
+    def _prefill(
+        self, start: int, joining: list[RunningRequest], num_drafts: int | None = None
+    ) -> Tensor | None:
+        """Write the cache rows of everything before each request's anchor; the first logits, if they came."""
+        texts = [running.token_ids for running in joining]
+        num_reused, first_logits = prefill(self.policy, self._cache, start, texts, num_drafts=num_drafts)
         for running, taken in zip(joining, num_reused, strict=True):
-            running.count_prefill(len(running.cached_ids) - taken, taken)
+            running.count_prefill(running.num_tokens - 1 - taken, taken)
+        return first_logits
 
     def _release(self, slot: int, token_ids: tuple[int, ...]) -> None:
         """Free a slot, which goes on holding the rows of these tokens."""

@@ -294,7 +294,8 @@ def _drafts_look_both_ways(probe: PolicyProbe) -> _Evidence:
     policy, anchors_B = probe.policy, probe.block_BL[:, 0]
     num_masks = probe.num_drafts + 1  # at least two
     both_ways_BLV = probe.draft(probe.prefilled(), anchors_B, num_masks)
-    causal = RowLayout(offsets_R=torch.arange(num_masks + 1, device=policy.device), sees_RR=None, num_clean=1)
+    offsets_R = torch.arange(num_masks + 1, device=policy.device)
+    causal = RowLayout(offsets_R=offsets_R, sees=offsets_R, num_clean=1)
     window = probe.prefilled().window(0, len(anchors_B), num_masks + 1)
     causal_BLV = policy.logits(policy.hidden(anchors_B[:, None], causal, window))
     return _Evidence(

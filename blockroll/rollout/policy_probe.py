@@ -107,7 +107,7 @@ class PolicyProbe:
     def draft(self, cache: SlotCache, anchors_B: Tensor, num_drafts: int) -> Tensor:
         """Logits (B, K + 1, V) of a draft forward behind all slots: the anchor's row and K masks'."""
         window = cache.window(0, len(anchors_B), num_drafts + 1)
-        return self.policy.draft_logits(anchors_B, num_drafts, window)
+        return self.policy.draft_logits(anchors_B[:, None], num_drafts, window)
 
     @cached_property
     def stock_logits_BLV(self) -> Tensor:

@@ -1,11 +1,15 @@
 """Writes the cache rows of texts that join, each text's once, and of its beginning only what no slot holds.
 
-Groups share a prompt, chats a template, and the next turn of a text everything before it.
+Groups share a prompt, chats a template, and the next turn of a text everything before it. Texts that begin
+together can have their first step's draft forward in the same one.
+
+Shapes: B texts, C columns, K drafted tokens, V vocabulary.
 """
 
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from blockroll.policies.base import Policy
 from blockroll.rollout.cache import ROW_STEP, SlotCache
@@ -13,36 +17,72 @@ from blockroll.rollout.cache import ROW_STEP, SlotCache
 Text = tuple[int, ...]
 
 
-def prefill(policy: Policy, cache: SlotCache, start: int, texts: Sequence[Text]) -> list[int]:
-    """Commit the rows of `texts` to slots start.., in their order; how many rows each took over.
+def prefill(
+    policy: Policy, cache: SlotCache, start: int, texts: Sequence[Text], *, num_drafts: int | None = None
+) -> tuple[list[int], Tensor | None]:
+    """Commit the rows of `texts` before their last tokens, the anchors, to slots start.., in their order.
 
-    A text that stands there twice takes over all rows of the first.
+    Returns how many rows each took over; a text that stands there twice takes over all rows of the first.
+    With `num_drafts`, it returns `Policy.draft_logits` of anchors and as many masks as well, (B, K + 1, V),
+    where one forward for all of it has no more rows than two: then the anchors' rows are there, uncommitted.
     """
-    num_reused = _fill(policy, cache, start, list(dict.fromkeys(texts)))
-    slots = {text: slot for slot, text in enumerate(num_reused, start=start)}
-    cache.take_over(start, [slots[text] for text in texts], [len(text) for text in texts])
+    prefixes = {text: cache.longest_prefix(text[:-1]) for text in texts}
+    if num_drafts is not None and not _is_one_forward(prefixes, len(texts), num_drafts):
+        num_drafts = None
+    num_behind = 0 if num_drafts is None else 1 + num_drafts
+    bodies = [text[:-1] for text in texts] if num_drafts is None else list(texts)
+    found = {body: prefixes[text] for body, text in zip(bodies, texts, strict=True)}
+    num_reused, logits = _fill(policy, cache, start, found, num_drafts)
+    order = list(num_reused)
+    sources = [order.index(body) for body in bodies]
+    lengths = [len(text) - 1 for text in texts]
+    cache.take_over(start, [start + source for source in sources], lengths, num_behind=num_behind)
     for slot, text in enumerate(texts, start=start):
-        cache.hold(slot, text)
-    return [num_reused.pop(text, len(text)) for text in texts]
+        cache.hold(slot, text[:-1])
+    if logits is not None:
+        logits = logits[sources]
+    return [num_reused.pop(body, length) for body, length in zip(bodies, lengths, strict=True)], logits
 
 
-def _fill(policy: Policy, cache: SlotCache, start: int, texts: list[Text]) -> dict[Text, int]:
-    """Commit different texts to slots start.., in the order of the result: the rows each took over."""
-    found = {text: cache.longest_prefix(text) for text in texts}
-    longest = max(map(len, texts))
+def _is_one_forward(prefixes: dict[Text, tuple[int, int]], num_texts: int, num_drafts: int) -> bool:
+    """Whether prefill and draft forward have no fewer rows apart: a long text widens a forward for all."""
+    lacking = [len(text) - 1 - num_rows for text, (_, num_rows) in prefixes.items()]
+    num_apart = sum(map(bool, lacking)) * max(lacking) + num_texts * (num_drafts + 1)
+    return len(lacking) * (max(lacking) + num_drafts + 1) <= num_apart
+
+
+def _fill(
+    policy: Policy,
+    cache: SlotCache,
+    start: int,
+    found: dict[Text, tuple[int, int]],
+    num_drafts: int | None,
+) -> tuple[dict[Text, int], Tensor | None]:
+    """Commit different texts to slots start.., in the order of the result: the rows each took over.
+
+    `found` are slots that hold the first rows of each, and how many. With `num_drafts` the last token of each
+    text is its anchor.
+    """
+    num_anchors = int(num_drafts is not None)
+    longest = max(map(len, found))
     widest = max(len(text) - num_rows for text, (_, num_rows) in found.items())
-    if longest - widest < ROW_STEP:  # copies would save no forward worth them
-        found, widest = dict.fromkeys(texts, (start, 0)), longest
-    # In one forward all get as many rows as the text that lacks most, and must have room for them.
-    room = cache.capacity - widest
-    num_reused = {text: min(num_rows, room) for text, (_, num_rows) in found.items()}
-    num_reused = dict(sorted(num_reused.items(), key=lambda item: item[1] - len(item[0])))
-    cache.take_over(start, [found[text][0] for text in num_reused], list(num_reused.values()))
-    lacking = [text[num_rows:] for text, num_rows in num_reused.items() if num_rows < len(text)]
-    if lacking:
-        lengths = [len(ids) for ids in lacking]
-        ids_BR = torch.tensor([[*ids, *[0] * (max(lengths) - len(ids))] for ids in lacking])
-        window = cache.window(start, start + len(lacking), max(lengths))
-        policy.prefill(ids_BR.to(policy.device), window)
-        cache.commit(start, start + len(lacking), torch.tensor(lengths, device=policy.device))
-    return num_reused
+    texts = sorted(found, key=lambda text: found[text][1] == len(text))  # those that lack rows come first
+    num_computed = sum(found[text][1] < len(text) for text in texts)
+    if longest - widest < ROW_STEP and num_computed == len(texts):  # copies would save no forward worth them
+        found, widest = dict.fromkeys(found, (start, 0)), longest
+    # In one forward all get as many rows as the text that lacks most: where a text is shorter than that, rows
+    # before its first token, behind a length below 0.
+    begins = [len(text) - widest if row < num_computed else len(text) for row, text in enumerate(texts)]
+    cache.take_over(start, [found[text][0] for text in texts], begins)
+    logits = None
+    if num_computed:
+        slots = (start, start + num_computed)
+        columns = [[*[0] * (widest - len(text)), *text[-widest:]] for text in texts[:num_computed]]
+        ids_BC = torch.tensor(columns, device=policy.device)
+        window = cache.window(*slots, widest + (num_drafts or 0))
+        if num_drafts is None:
+            policy.prefill(ids_BC, window)
+        else:
+            logits = policy.draft_logits(ids_BC, num_drafts, window)
+        cache.commit(*slots, widest - num_anchors)
+    return {text: found[text][1] for text in texts}, logits

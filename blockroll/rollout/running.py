@@ -82,9 +82,14 @@ class RunningRequest:
         return self.finish_reason is None
 
     @property
+    def token_ids(self) -> tuple[int, ...]:
+        """Prompt and committed tokens; the last one is the anchor."""
+        return (*self.request.prompt_ids, *self._token_ids)
+
+    @property
     def cached_ids(self) -> tuple[int, ...]:
-        """Prompt and committed tokens before the anchor: those with keys and values in the cache."""
-        return (*self.request.prompt_ids, *self._token_ids)[:-1]
+        """Those before the anchor: the tokens with keys and values in the cache."""
+        return self.token_ids[:-1]
 
     @property
     def num_tokens(self) -> int:

@@ -172,16 +172,20 @@ def test_a_plan_whose_forwards_are_not_counted_would_use_coins_twice(policy, coi
     assert len(set(coins)) < len(coins)
 
 
-def test_a_planner_is_told_what_each_step_was_and_committed(policy):
+def test_a_planner_is_told_what_each_whole_step_was_and_committed(policy):
+    """But not of a first step that the prefill took a part of."""
     planner = PlansInTurn(PLAIN, TWO_FORWARD)
     requests = make_requests(prompts(3), Sampling(max_tokens=9, ignore_eos=True))
     rollouts = run(policy, requests, planner)
-    assert sum(num_tokens for *_, num_tokens in planner.observed) == 27
-    assert planner.observed[0] == (PLAIN, 3, max(len(request.prompt_ids) for request in requests), 3)
+    longest = max(len(request.prompt_ids) for request in requests)
+    ran, size, context, num_tokens = planner.observed[0]
+    assert (ran, size, context) == (TWO_FORWARD, 3, longest + 1)
+    assert num_tokens >= 3 * 2
+    assert sum(num_tokens for *_, num_tokens in planner.observed) == 27 - 3
     counts = [dict(rollout.stats.steps_by_plan) for rollout in rollouts.values()]
     for plan in (PLAIN, TWO_FORWARD):
         steps = sum(batch_size for ran, batch_size, *_ in planner.observed if ran == plan)
-        assert sum(count[plan] for count in counts) == steps
+        assert sum(count[plan] for count in counts) == steps + 3 * (plan == PLAIN)
 
 
 def test_a_planner_finds_the_plan_that_its_engine_runs_fastest(policy):

@@ -5,8 +5,10 @@ import random
 import pytest
 import torch
 
+from blockroll.rollout import engine as engine_module
 from blockroll.rollout.cache import ROW_STEP, SlotCache
 from blockroll.rollout.engine import Engine
+from blockroll.rollout.prefill import prefill
 from blockroll.types import Plan, Request, Sampling
 from tests.engines import make_requests
 from tests.models import EOS_ID, FAMILIES, adapted_policy
@@ -23,16 +25,20 @@ def policy():
 
 
 @pytest.fixture
-def prefill_rows(policy, monkeypatch):
-    """Rows of each prefill of the policy, padding included."""
-    rows, prefill = [], policy.prefill
+def forwards(policy, monkeypatch):
+    """Each forward of the policy: its name, and the tokens it was given, padding included."""
+    seen = []
 
-    def counting(ids_BR, window):
-        rows.append(ids_BR.numel())
-        prefill(ids_BR, window)
+    def counting(name, real):
+        def forward(ids, *arguments):
+            seen.append((name, ids.numel()))
+            return real(ids, *arguments)
 
-    monkeypatch.setattr(policy, "prefill", counting)
-    return rows
+        return forward
+
+    for name in ("prefill", "draft_logits", "verify_logits", "fused_rows"):
+        monkeypatch.setattr(policy, name, counting(name, getattr(policy, name)))
+    return seen
 
 
 def text(length, *, seed=0):
@@ -61,32 +67,71 @@ def assert_cache_is_cold(policy, engine):
             torch.testing.assert_close(mine[slot, :, : len(ids)], cold[0], atol=1e-4, rtol=1e-4)
 
 
-def test_a_group_computes_its_prompt_once(policy, prefill_rows):
+def test_a_group_computes_its_prompt_and_its_first_draft_rows_once(policy, forwards):
     prompts = [text(30, seed=1)] * 4 + [text(21, seed=2)] * 4
     finished = finish(Engine(policy, plan=Plan(4)), make_requests(prompts, SAMPLING))
-    assert prefill_rows == [2 * 29]
+    assert forwards[:2] == [("draft_logits", 2 * 30), ("verify_logits", 8 * 4)]
+    assert all(name != "prefill" for name, _ in forwards)
     stats = [finished[f"r{index}"].stats for index in range(8)]
     assert [each.num_prefilled for each in stats] == [29, 0, 0, 0, 20, 0, 0, 0]
     assert [each.num_reused for each in stats] == [0, 29, 29, 29, 0, 20, 20, 20]
 
 
 @PLANS
-def test_the_next_turn_of_a_text_computes_only_what_is_new(policy, prefill_rows, plan):
+def test_the_next_turn_of_a_text_computes_only_what_is_new(policy, forwards, plan):
     engine = Engine(policy, plan=plan)
     first = finish(engine, make_requests([text(20 + 5 * index, seed=index) for index in range(4)], SAMPLING))
-    prefill_rows.clear()
+    forwards.clear()
     answer = text(6, seed=9)
     prompts = [(*each.request.prompt_ids, *each.token_ids, *answer) for each in first.values()]
     later = finish(engine, make_requests(prompts[::-1], SAMPLING, seed=1))
     # The last token of a turn and the answer have no rows yet; the last of the answer is the anchor.
-    assert prefill_rows == [4 * len(answer)]
+    assert forwards[0] == ("draft_logits", 4 * (len(answer) + 1))
     assert {each.stats.num_prefilled for each in later.values()} == {len(answer)}
     cold = finish(Engine(policy, plan=plan), make_requests(prompts[::-1], SAMPLING, seed=1))
-    for name, rollout in later.items():
-        assert rollout.token_ids == cold[name].token_ids
+    assert_same_tokens(later, cold)
+
+
+def assert_same_tokens(rollouts, others):
+    assert rollouts.keys() == others.keys()
+    for name, rollout in rollouts.items():
+        assert rollout.token_ids == others[name].token_ids
         torch.testing.assert_close(
-            torch.tensor(rollout.policy_logprobs), torch.tensor(cold[name].policy_logprobs), atol=1e-4, rtol=0
+            torch.tensor(rollout.policy_logprobs),
+            torch.tensor(others[name].policy_logprobs),
+            atol=1e-4,
+            rtol=0,
         )
+
+
+@PLANS
+@pytest.mark.parametrize("family", FAMILIES)
+def test_texts_that_begin_together_get_the_tokens_of_texts_that_join(family, plan, monkeypatch):
+    """Their first step starts from logits of the prefill, of texts much longer and shorter than others."""
+    policy = adapted_policy(family)
+    prompts = [text(length, seed=length) for length in (30, 2, 30, 17, 9, 2)]
+    requests = make_requests(prompts, SAMPLING)
+    together = finish(Engine(policy, plan=plan), requests)
+    first = together["r0"].stats
+    assert (first.num_prefilled, together["r2"].stats.num_prefilled) == (29, 0)
+    monkeypatch.setattr(engine_module, "prefill", apart)
+    joined = finish(Engine(policy, plan=plan), requests)
+    assert_same_tokens(together, joined)
+    assert together["r0"].stats == joined["r0"].stats
+
+
+def apart(policy, cache, start, texts, *, num_drafts):
+    return prefill(policy, cache, start, texts)
+
+
+def test_a_long_text_among_held_ones_is_computed_alone(policy, forwards):
+    """One forward for all would give each of them as many rows as it needs."""
+    engine = Engine(policy, plan=Plan(4))
+    turns = [text(30, seed=seed) for seed in range(6)]
+    finish(engine, make_requests(turns, SAMPLING))
+    forwards.clear()
+    finish(engine, make_requests([*turns, text(60, seed=9)], SAMPLING))
+    assert forwards[:2] == [("prefill", 59), ("draft_logits", 7)]
 
 
 @PLANS
@@ -174,9 +219,9 @@ def test_an_end_token_inside_a_block_ends_what_is_held(policy):
     assert_cache_is_cold(policy, engine)
 
 
-def test_memory_that_is_given_back_holds_nothing(policy, prefill_rows):
+def test_memory_that_is_given_back_holds_nothing(policy, forwards):
     engine = Engine(policy, plan=Plan(0))
     for _ in range(2):
         finish(engine, make_requests([text(30)], SAMPLING))
         engine.release_memory()
-    assert prefill_rows == [29, 29]
+    assert [num_tokens for name, num_tokens in forwards if name == "draft_logits"] == [30, 30]

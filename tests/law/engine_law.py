@@ -60,9 +60,9 @@ class TablePolicy:
         histories = self._histories(ids_BR, window)
         return _logs([[self.toy.target_weights(h[: len(h) - n]) for n in _back(ids_BR)] for h in histories])
 
-    def draft_logits(self, anchors_B, num_drafts, window):
-        masks_BR = torch.full((len(anchors_B), num_drafts), -7)
-        histories = self._histories(torch.cat([anchors_B[:, None], masks_BR], dim=1), window)
+    def draft_logits(self, ids_BC, num_drafts, window):
+        masks_BR = torch.full((len(ids_BC), num_drafts), -7)
+        histories = self._histories(torch.cat([ids_BC, masks_BR], dim=1), window)
         known = [history[: len(history) - num_drafts] for history in histories]
         rows = [[self.toy.draft_weights(h, i) for i in range(num_drafts)] for h in known]
         return _logs([[self.toy.target_weights(h), *row] for h, row in zip(known, rows, strict=True)])

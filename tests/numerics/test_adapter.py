@@ -34,7 +34,7 @@ def all_logits(policy):
     cache, anchors = prefilled(policy, texts)
     ids = torch.cat([anchors[:, None], random_drafts(len(texts))], dim=1)
     verify = policy.verify_logits(ids, cache.window(0, len(texts), NUM_DRAFTS + 1))
-    rows = policy.draft_logits(anchors, NUM_DRAFTS, cache.window(0, len(texts), NUM_DRAFTS + 1))
+    rows = policy.draft_logits(anchors[:, None], NUM_DRAFTS, cache.window(0, len(texts), NUM_DRAFTS + 1))
     fused = policy.fused_rows(ids, LEVELS, cache.window(0, len(texts), FUSED_ROWS))
     proposal = policy.proposal_logits(fused.proposal_states_BPLW[:, 1])
     return verify, fused.verify_logits_BLV, rows[:, :1], rows[:, 1:], proposal
@@ -103,7 +103,9 @@ def test_the_proposal_of_a_level_equals_a_fresh_draft_forward_after_as_many_acce
     fused = policy.fused_rows(ids, levels, cache.window(0, len(texts), (NUM_DRAFTS + 1) * (len(levels) + 1)))
     got = policy.proposal_logits(fused.proposal_states_BPLW[:, levels.index(level)])
     cache.commit(0, len(texts), torch.full((len(texts),), level))
-    fresh = policy.draft_logits(ids[:, level], NUM_DRAFTS + 1, cache.window(0, len(texts), NUM_DRAFTS + 2))
+    fresh = policy.draft_logits(
+        ids[:, level, None], NUM_DRAFTS + 1, cache.window(0, len(texts), NUM_DRAFTS + 2)
+    )
     torch.testing.assert_close(got, fresh[:, 1:], atol=1e-4, rtol=0)
 
 
@@ -150,7 +152,7 @@ def test_a_policy_without_masks_says_how_to_get_them():
     policy.mask_token_id = None
     cache, anchors = prefilled(policy, prompts(2))
     with pytest.raises(InvalidInput, match="blockroll convert"):
-        policy.draft_logits(anchors, 2, cache.window(0, 2, 3))
+        policy.draft_logits(anchors[:, None], 2, cache.window(0, 2, 3))
 
 
 class TestMismatch:

@@ -53,7 +53,9 @@ def test_a_training_block_gives_the_acceptance_that_decoding_has(policy, layout)
         for rollout, anchor in zip(rollouts, anchors[:, 0].tolist(), strict=True):
             ids = (*rollout.request.prompt_ids, *rollout.token_ids)
             cache, last = prefilled(policy, [ids[: anchor + 1]])
-            draft = policy.draft_logits(last, K + first_slot, cache.window(0, 1, K + first_slot + 1))[:, 1:]
+            draft = policy.draft_logits(
+                last[:, None], K + first_slot, cache.window(0, 1, K + first_slot + 1)
+            )[:, 1:]
             rows = torch.tensor([ids[anchor : anchor + K + first_slot]])
             target = policy.verify_logits(rows, cache.window(0, 1, rows.shape[1]))
             overlap = torch.minimum(draft[0].softmax(-1), target[0].softmax(-1)).sum(-1)

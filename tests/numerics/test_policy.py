@@ -138,13 +138,34 @@ def dense_logits(policy, ids, sees, positions):
 def test_draft_logits_equal_a_dense_forward_with_the_block_mask(policy):
     texts = prompts(5)
     cache, anchors = prefilled(policy, texts)
-    got = policy.draft_logits(anchors, NUM_DRAFTS, cache.window(0, len(texts), NUM_DRAFTS + 1))
+    got = policy.draft_logits(anchors[:, None], NUM_DRAFTS, cache.window(0, len(texts), NUM_DRAFTS + 1))
     for row, text in enumerate(texts):
         ids = [*text, *[MASK_ID] * NUM_DRAFTS]
         sees = torch.ones(len(ids), len(ids), dtype=torch.bool).tril()
         sees[len(text) :] = True
         want = dense_logits(policy, ids, sees, torch.arange(len(ids)))[len(text) - 1 :]
         torch.testing.assert_close(got[row], want, atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("stale", [0.0, 1e4])
+def test_draft_logits_of_whole_texts_equal_those_behind_their_cached_rows(policy, stale):
+    """Texts of many lengths end in one column; what stands before the short ones reaches nobody."""
+    texts = prompts(6, longest=14)
+    longest = max(map(len, texts))
+    cache, anchors = prefilled(policy, texts)
+    want = policy.draft_logits(anchors[:, None], NUM_DRAFTS, cache.window(0, len(texts), NUM_DRAFTS + 1))
+    whole = SlotCache(policy, num_slots=len(texts), capacity=64)
+    whole.window(0, 1, 1)
+    whole.fill_stale(stale)
+    ids = torch.tensor([[*[7] * (longest - len(text)), *text] for text in texts])
+    whole.commit(0, len(texts), torch.tensor([len(text) - longest for text in texts]))
+    got = policy.draft_logits(ids, NUM_DRAFTS, whole.window(0, len(texts), longest + NUM_DRAFTS))
+    torch.testing.assert_close(got, want, atol=TOLERANCE, rtol=0)
+    whole.commit(0, len(texts), longest)
+    cache.commit(0, len(texts), 1)
+    for row in range(len(texts)):
+        for mine, other in zip(whole.committed(row), cache.committed(row), strict=True):
+            torch.testing.assert_close(mine, other, atol=1e-4, rtol=1e-4)
 
 
 LEVELS = [(0,), (0, NUM_DRAFTS), (0, 2), tuple(range(NUM_DRAFTS + 1))]
@@ -175,15 +196,15 @@ def test_drafts_look_both_ways_and_the_anchor_does_not(policy):
     """A causal draft mask, or an anchor that sees masks, would pass the law tests and lose acceptance."""
     texts = prompts(3)
     cache, anchors = prefilled(policy, texts)
-    policy.draft_logits(anchors, NUM_DRAFTS, cache.window(0, 3, NUM_DRAFTS + 1))
+    policy.draft_logits(anchors[:, None], NUM_DRAFTS, cache.window(0, 3, NUM_DRAFTS + 1))
     keys_with_masks = [cache._keys[-1][row, :, len(text) - 1].clone() for row, text in enumerate(texts)]
     policy.verify_logits(anchors[:, None], cache.window(0, 3, 1))
     for row, text in enumerate(texts):
         torch.testing.assert_close(
             cache._keys[-1][row, :, len(text) - 1], keys_with_masks[row], atol=1e-5, rtol=0
         )
-    wide = policy.draft_logits(anchors, NUM_DRAFTS, cache.window(0, 3, NUM_DRAFTS + 1))
-    narrow = policy.draft_logits(anchors, NUM_DRAFTS - 1, cache.window(0, 3, NUM_DRAFTS))
+    wide = policy.draft_logits(anchors[:, None], NUM_DRAFTS, cache.window(0, 3, NUM_DRAFTS + 1))
+    narrow = policy.draft_logits(anchors[:, None], NUM_DRAFTS - 1, cache.window(0, 3, NUM_DRAFTS))
     assert (wide[:, 1] - narrow[:, 1]).abs().max() > 1e-3
 
 
@@ -195,7 +216,7 @@ def test_verify_logits_are_bit_identical_whatever_mask_rows_left_behind(policy, 
     results = []
     for value in (0.0, poison):
         cache, anchors = prefilled(policy, texts)
-        policy.draft_logits(anchors, NUM_DRAFTS, cache.window(0, len(texts), NUM_DRAFTS + 1))
+        policy.draft_logits(anchors[:, None], NUM_DRAFTS, cache.window(0, len(texts), NUM_DRAFTS + 1))
         cache.fill_stale(value)
         ids = torch.cat([anchors[:, None], drafts], dim=1)
         results.append(policy.verify_logits(ids, cache.window(0, len(texts), NUM_DRAFTS + 1)))
@@ -211,7 +232,7 @@ def test_verify_logits_are_bit_identical_whatever_the_mask_embedding_holds(polic
             policy.model.get_input_embeddings().weight[MASK_ID] *= scale
         cache, anchors = prefilled(policy, texts)
         draft_logits.append(
-            policy.draft_logits(anchors, NUM_DRAFTS, cache.window(0, len(texts), NUM_DRAFTS + 1))
+            policy.draft_logits(anchors[:, None], NUM_DRAFTS, cache.window(0, len(texts), NUM_DRAFTS + 1))
         )
         ids = torch.cat([anchors[:, None], drafts], dim=1)
         results.append(policy.verify_logits(ids, cache.window(0, len(texts), NUM_DRAFTS + 1)))
@@ -232,7 +253,7 @@ def test_cache_after_every_pattern_of_accepts_equals_recompute(policy):
     cache, anchors = prefilled(policy, texts)
     for step in range(2):
         drafts = random_drafts(len(texts), seed=step)
-        policy.draft_logits(anchors, NUM_DRAFTS, cache.window(0, len(texts), NUM_DRAFTS + 1))
+        policy.draft_logits(anchors[:, None], NUM_DRAFTS, cache.window(0, len(texts), NUM_DRAFTS + 1))
         ids = torch.cat([anchors[:, None], drafts], dim=1)
         policy.verify_logits(ids, cache.window(0, len(texts), NUM_DRAFTS + 1))
         accepted = torch.tensor([pattern[step] for pattern in patterns])

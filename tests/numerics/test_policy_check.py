@@ -181,9 +181,9 @@ def test_a_sliding_window_that_is_ignored_or_off_by_one_fails(family, window):
 
 
 def test_an_anchor_that_sees_masks_fails(monkeypatch):
-    def leaking(num_drafts, device):
-        layout = two_forward_rows(num_drafts, device)
-        return dataclasses.replace(layout, sees_RR=torch.ones_like(layout.sees_RR))
+    def leaking(num_clean, num_drafts, device):
+        layout = two_forward_rows(num_clean, num_drafts, device)
+        return dataclasses.replace(layout, sees=torch.full_like(layout.sees, num_clean + num_drafts - 1))
 
     monkeypatch.setattr(hf, "two_forward_rows", leaking)
     failures = set(check_policy(adapted_policy()).failures)
@@ -192,9 +192,9 @@ def test_an_anchor_that_sees_masks_fails(monkeypatch):
 
 
 def test_drafts_that_look_back_only_fail(monkeypatch):
-    def causal(num_drafts, device):
-        layout = two_forward_rows(num_drafts, device)
-        return dataclasses.replace(layout, sees_RR=layout.sees_RR.tril())
+    def causal(num_clean, num_drafts, device):
+        layout = two_forward_rows(num_clean, num_drafts, device)
+        return dataclasses.replace(layout, sees=layout.offsets_R)
 
     monkeypatch.setattr(hf, "two_forward_rows", causal)
     failures = set(check_policy(adapted_policy()).failures)
