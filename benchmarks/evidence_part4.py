@@ -23,7 +23,8 @@ from transformers import TrainerCallback
 from benchmarks.evidence_part1 import Row, write_rows
 from benchmarks.evidence_part2 import SMOLLM2, causal_part, trained_adapter
 from benchmarks.trl_timing import GENERATE_S, OURS, STOCK, medians, train, train_in_turn
-from blockroll.config import AlignmentConfig, DraftConfig, RolloutConfig
+from blockroll.config import AlignmentConfig, ConvertConfig, DraftConfig, RolloutConfig
+from blockroll.rl_loops.convert import STATE_FILE, convert, load_convert_config
 from blockroll.rl_loops.trl.metrics import SURPRISAL
 
 SEEDS = (0, 1, 2)
@@ -43,23 +44,49 @@ SUBJECTS: dict[str, dict[str, Any]] = {
 }
 
 
+def drafting_policy(out: Path = RUNS / "drafting", *, max_tokens: int = 900_000) -> Path:
+    """The shipped policy after `convert` has taught it to draft better; a begun one goes on."""
+    config = ConvertConfig(
+        out=str(out),
+        max_tokens=max_tokens,
+        prompts_per_round=512,
+        completion_tokens=64,
+        steps_per_round=8,
+        epochs_per_round=6,
+        max_batch_size=128,
+        patience=1000,
+        draft=DraftConfig(conversion="full", block_sizes=(8,), layouts=("two_forward",), loss="tv"),
+    )
+    is_begun = (out / STATE_FILE).is_file()
+    convert(load_convert_config(out) if is_begun else config, resume=is_begun)
+    return out
+
+
 def stock(
+    policy: Path | None = None,
     *,
     bf16: bool = False,
     batches: Sequence[int] = (2, 8, 32),
     seeds: Sequence[int] = SEEDS,
     steps: int = 60,
 ) -> list[Row]:
-    """TRL's own trainer and ours with equal seeds and prompts, a step of each in turn; tiny policy.
+    """TRL's own trainer and ours with equal seeds and prompts, a step of each in turn.
 
-    In float32, or with `bf16` in TRL's default precision. Learning is compared at the largest batch, times at
+    On the tiny policy as `convert` has taught it to draft. In float32, or with `bf16` in TRL's default precision. Learning is compared at the largest batch, times at
     all of them. Lossless rollouts need no correction: with it off, TRL leaves out the forward that computes
     its ratios.
     """
-    rows: list[Row] = []
+    policy, rows = policy or drafting_policy(), []
     for batch, seed in itertools.product(batches, seeds):
         names = list(SUBJECTS)[seed % 3 :] + list(SUBJECTS)[: seed % 3]  # each comes first once
-        common = {"seed": seed, "steps": steps, "batch": batch, "group": min(8, batch), "bf16": bf16}
+        common = {
+            "model": str(policy),
+            "seed": seed,
+            "steps": steps,
+            "batch": batch,
+            "group": min(8, batch),
+            "bf16": bf16,
+        }
         runs = train_in_turn({name: partial(train_subject, name, **common) for name in names})
         times = {name: medians(run, GENERATE_S, "step_time") for name, run in runs.items()}
         ours = runs[OURS_NAME]

@@ -2,9 +2,13 @@
 
 Every round's answers are new, so what the first pass over them measures is a held-out figure. A round is the
 unit of resuming: what an interrupt costs is the round under way.
+
+The policy that answers is the one the conversion began with. In a full conversion the causal loss on its
+answers then pulls the trained weights back to its law; their own answers would let them drift.
 """
 
 import contextlib
+import copy
 import json
 import logging
 import math
@@ -32,7 +36,6 @@ from blockroll.rollout.engine import Engine
 from blockroll.rollout.pool import RolloutPool, make_pool
 from blockroll.rollout.replica import LocalReplica
 from blockroll.rollout.requests import check_request, derive_seed
-from blockroll.rollout.weight_sync import make_update, named_weights
 from blockroll.types import Plan, Request, Rollout, Sampling
 
 log = logging.getLogger(__name__)
@@ -75,8 +78,8 @@ def convert(
 ) -> ConvertResult:
     """Generate and step until acceptance stops rising or the budget is spent; `resume` goes on in `out`.
 
-    A `policy` that is given is converted in place of loading one. Ctrl-C keeps what the finished rounds
-    taught, says how to go on and exits with status 130.
+    A `policy` that is given is converted in place of loading one; to resume, it is what it was at the start.
+    Ctrl-C keeps what the finished rounds taught, says how to go on and exits with status 130.
     """
     console = console or Console()
     out = Path(config.out)
@@ -118,6 +121,9 @@ def _convert(
             dtype=config.policy.dtype,
             adapter=config.policy.adapter,
         )
+    answering = policy
+    if config.draft.conversion == "full":
+        answering = HFPolicy(copy.deepcopy(policy.model), policy.tokenizer)
     trainer = DraftTrainer(policy, config.draft, seed=config.seed)
     state = _load_state(out) if resume else None
     done = Progressed()
@@ -125,8 +131,7 @@ def _convert(
         trainer.load_state_dict(state["trainer"])
         done = Progressed(**state["progress"])
     prompts = load_prompts(config.prompts, policy, config.chat_template_kwargs)
-    shared = _sharing_replica(config, policy) if config.num_replicas == 1 else None
-    pool = _make_pool(config, policy, shared)
+    pool = _make_pool(config, answering)
     stack.callback(pool.close)
     for request in _requests(config, prompts, done.round):
         check_request(request, pool.limits)  # a prompt that does not fit is named before hours are spent
@@ -161,17 +166,6 @@ def _convert(
                 )
                 for metrics in fresh:
                     tracker.log({"round": done.round, "num_tokens": done.num_tokens, **_record(metrics)})
-                if config.draft.conversion == "full" and shared is not None:
-                    shared.weights_changed(done.round)
-                elif config.draft.conversion == "full":
-                    pool.update(
-                        make_update(
-                            named_weights(policy.model),
-                            version=done.round,
-                            base_version=pool.version,
-                            dtype=next(policy.model.parameters()).dtype,
-                        )
-                    )
                 _save(out, trainer, done, prompts, fresh)
             live = f"{score:.2f} tokens per step · {done.num_tokens:,} tokens"
             progress.update(task, completed=_share_spent(config, done), live=live)
@@ -186,17 +180,13 @@ def _convert(
     )
 
 
-def _sharing_replica(config: ConvertConfig, policy: HFPolicy) -> LocalReplica:
-    """A replica that answers with the live policy."""
-    engine = Engine(policy, plan=Plan(0), max_batch_size=config.max_batch_size, decode=policy.decode)
-    return LocalReplica(engine, policy.model)
-
-
-def _make_pool(config: ConvertConfig, policy: HFPolicy, shared: LocalReplica | None) -> RolloutPool:
-    """That replica, or Ray actors, which answer with the policy's causal law alone."""
-    if shared is not None:
+def _make_pool(config: ConvertConfig, policy: HFPolicy) -> RolloutPool:
+    """A replica around this policy, or Ray actors that load it; they answer with its causal law alone."""
+    if config.num_replicas == 1:
+        engine = Engine(policy, plan=Plan(0), max_batch_size=config.max_batch_size, decode=policy.decode)
+        replica = LocalReplica(engine, policy.model)
         return RolloutPool(
-            [shared], requests_per_replica=config.prompts_per_round, tokenizer=policy.tokenizer
+            [replica], requests_per_replica=config.prompts_per_round, tokenizer=policy.tokenizer
         )
     return make_pool(
         replace(config.policy, adapter=None),

@@ -1,8 +1,8 @@
 """One engine: continuous batching of requests under one decoding plan, or one chosen for each step.
 
 A step is: admit waiting requests and prefill them, decode (decoding.py), commit. A planner is asked before
-each step and told what the step took and committed, unless the prefill did a part of its work. The engine owns
-the cache and the per-request state; it knows neither processes nor weights' origins.
+each step and told what the step took and committed, unless the prefill did a part of its work. The engine
+owns the cache and the per-request state; it knows neither processes nor weights' origins.
 """
 
 import time
