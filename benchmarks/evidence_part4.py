@@ -44,12 +44,14 @@ SUBJECTS: dict[str, dict[str, Any]] = {
 }
 
 
-def drafting_policy(out: Path = RUNS / "drafting", *, max_tokens: int = 900_000) -> Path:
+def drafting_policy(
+    out: Path = RUNS / "drafting", *, max_tokens: int = 900_000, prompts_per_round: int = 512
+) -> Path:
     """The shipped policy after `convert` has taught it to draft better; a begun one goes on."""
     config = ConvertConfig(
         out=str(out),
         max_tokens=max_tokens,
-        prompts_per_round=512,
+        prompts_per_round=prompts_per_round,
         completion_tokens=64,
         steps_per_round=8,
         epochs_per_round=6,
@@ -62,6 +64,17 @@ def drafting_policy(out: Path = RUNS / "drafting", *, max_tokens: int = 900_000)
     return out
 
 
+def conversion(policy: Path) -> Row:
+    """What it took, and expected tokens of a step on fresh answers, in the first round and in the last."""
+    progress = torch.load(policy / STATE_FILE, map_location="cpu", weights_only=True)["progress"]
+    scores = progress["scores"]
+    return {
+        "minutes": progress["minutes"],
+        "tokens": progress["num_tokens"],
+        "tokens_per_step": [scores[0], scores[-1]],
+    }
+
+
 def stock(
     policy: Path | None = None,
     *,
@@ -72,11 +85,12 @@ def stock(
 ) -> list[Row]:
     """TRL's own trainer and ours with equal seeds and prompts, a step of each in turn.
 
-    On the tiny policy as `convert` has taught it to draft. In float32, or with `bf16` in TRL's default precision. Learning is compared at the largest batch, times at
-    all of them. Lossless rollouts need no correction: with it off, TRL leaves out the forward that computes
-    its ratios.
+    In float32, or with `bf16` in TRL's default precision, on the tiny policy as `convert` has taught it to
+    draft. Learning is compared at the largest batch, times at all of them. Lossless rollouts need no
+    correction: with it off, TRL leaves out the forward that computes its ratios.
     """
-    policy, rows = policy or drafting_policy(), []
+    policy = policy or drafting_policy()
+    rows: list[Row] = []
     for batch, seed in itertools.product(batches, seeds):
         names = list(SUBJECTS)[seed % 3 :] + list(SUBJECTS)[: seed % 3]  # each comes first once
         common = {
@@ -97,6 +111,7 @@ def stock(
                 "bf16": bf16,
                 "steps": steps,
                 "threads": torch.get_num_threads(),
+                "conversion": conversion(policy),
                 "generate_ratio": times[OURS_NAME][GENERATE_S] / times[STOCK_NAME][GENERATE_S],
                 "step_ratio": times[OURS_NAME]["step_time"] / times[STOCK_NAME]["step_time"],
                 "step_ratio_uncorrected": times[UNCORRECTED]["step_time"] / times[STOCK_NAME]["step_time"],

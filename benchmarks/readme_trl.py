@@ -28,11 +28,15 @@ def stock_table(rows: Sequence[Row], precision: str) -> str:
         f"{name} {median_and_range([float(np.mean(row['reward'][name])) for row in learning], digits=3)}"
         for name in learning[0]["reward"]
     )
+    taught = rows[0]["conversion"]
+    before, after = taught["tokens_per_step"]
     worst = max(abs(ratio - 1) for row in rows for ratio in row["importance_ratio"])
     caption = (
-        f"`trl.GRPOTrainer` and ours on the tiny policy, {precision}, {rows[0]['threads']} CPU threads, "
-        "fixed two-forward drafts, a step of each in turn: medians of the steps of a run, then median (and "
-        f"range) of {len(learning)} seeds. TRL runs another forward for its correction, which lossless "
+        f"`trl.GRPOTrainer` and ours, {precision}, {rows[0]['threads']} CPU threads, fixed two-forward "
+        "drafts, a step of each in turn: medians of the steps of a run, then median (and range) of "
+        f"{len(learning)} seeds. Both train the tiny policy after {taught['minutes']:.0f} minutes of "
+        f"`blockroll convert`, which took its drafts from {before:.1f} to {after:.1f} tokens a step. TRL "
+        "runs another forward for its correction, which lossless "
         f"rollouts can do without. Mean reward of {learning[0]['steps']} steps at batch "
         f"{learning[0]['batch']}: {rewards}. Importance ratio: off from 1 by {worst:.0e} at most. "
         f"Surprisal minus entropy over each run of ours: {gaps}."
@@ -53,7 +57,7 @@ def stock_finding(rows: Sequence[Row], bf16_rows: Sequence[Row]) -> str:
     return (
         f"- **In a TRL script.** Generating takes {ratios(bf16_rows)} of the stock trainer's time at batch "
         f"{', '.join(others)} and {last} in TRL's default precision, {ratios(rows)} in float32 (tiny "
-        "policy, CPU)."
+        f"policy after {rows[0]['conversion']['minutes']:.0f} minutes of `convert`, CPU)."
     )
 
 

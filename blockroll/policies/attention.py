@@ -31,22 +31,30 @@ def block_attention(
 ) -> tuple[Tensor, None]:
     """Softmax attention under a boolean mask (B, 1, R, S), True where a row may attend.
 
+    A mask that `folded_mask` has made for all layers, (B, 1, H / G * R, S), saves folding it in each.
     `softcap` c bends the scores to c * tanh(score / c) before the softmax (Gemma 2, section 2).
     """
     rows = query_BHRD.shape[2]
     if softcap is not None:
         output_BHRD = _capped_attention(
-            query_BHRD, key_BGSD, value_BGSD, attention_mask, scaling=scaling, softcap=softcap
+            query_BHRD,
+            key_BGSD,
+            value_BGSD,
+            None if attention_mask is None else attention_mask[:, :, :rows],
+            scaling=scaling,
+            softcap=softcap,
         )
         return output_BHRD.transpose(1, 2).contiguous(), None
     repeats = query_BHRD.shape[1] // key_BGSD.shape[1]
     if repeats > 1 and attention_mask is not None:
         # Query heads of one group become rows of one head: its keys and values are read once.
+        if attention_mask.shape[2] == rows:
+            attention_mask = folded_mask(attention_mask, repeats)
         folded = scaled_dot_product_attention(
             query_BHRD.reshape(len(query_BHRD), key_BGSD.shape[1], repeats * rows, -1),
             key_BGSD,
             value_BGSD,
-            attn_mask=attention_mask if rows == 1 else attention_mask.repeat(1, 1, repeats, 1),
+            attn_mask=attention_mask,
             dropout_p=dropout,
             scale=scaling,
         )
@@ -62,6 +70,11 @@ def block_attention(
         enable_gqa=query_BHRD.shape[1] != key_BGSD.shape[1],
     )
     return output_BHRD.transpose(1, 2).contiguous(), None
+
+
+def folded_mask(mask_B1RS: Tensor, repeats: int) -> Tensor:
+    """The mask (B, 1, repeats * R, S) of as many query heads folded into one; one row stands for all."""
+    return mask_B1RS if mask_B1RS.shape[2] == 1 else mask_B1RS.repeat(1, 1, repeats, 1)
 
 
 def _capped_attention(

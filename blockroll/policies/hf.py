@@ -89,6 +89,8 @@ class HFPolicy:
         # transformers 5.24 renamed the argument; the old name is gone from 5.40.
         arguments = inspect.signature(model.base_model.forward).parameters
         self._cache_keyword = "cache" if "cache" in arguments else "past_key_values"
+        heads = model.config.num_attention_heads
+        self._heads_per_key = heads // (getattr(model.config, "num_key_value_heads", None) or heads)
         self._sliding_window: int | None = getattr(model.config, "sliding_window", None)
         self._layer_types: tuple[str, ...] = ()
         if FAMILIES[model.config.model_type] == "by_layer_type":
@@ -268,11 +270,16 @@ class HFPolicy:
         return logits.float()
 
     def _masks_by_layer(self, attention_mask: Callable[..., Tensor]) -> Tensor | dict[str, Tensor]:
-        """The mask as the family takes it: one, or one per kind of layer."""
+        """The mask as the family takes it: one, or one per kind of layer; folded once for all of them."""
+
+        def folded(sliding_window: int | None) -> Tensor:
+            mask_B1RS = attention_mask(sliding_window=sliding_window)
+            return attention.folded_mask(mask_B1RS, self._heads_per_key)
+
         if not self._layer_types:
-            return attention_mask(sliding_window=self._sliding_window)
+            return folded(self._sliding_window)
         windows = {"full_attention": None, "sliding_attention": self._sliding_window}
-        return {kind: attention_mask(sliding_window=windows[kind]) for kind in self._layer_types}
+        return {kind: folded(windows[kind]) for kind in self._layer_types}
 
 
 def resolve_checkpoint(path: str | Path) -> Path:

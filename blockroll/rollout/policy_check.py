@@ -284,9 +284,13 @@ def _anchor_keys_see_no_mask(probe: PolicyProbe) -> _Evidence:
 
 
 def _anchor_law_equals_stock(probe: PolicyProbe) -> _Evidence:
-    draft_BLV = probe.draft(probe.prefilled(), probe.block_BL[:, 0], probe.num_drafts)
-    detail = "log-probabilities; a step may settle its first token from this row"
-    return _logprob_evidence(probe, draft_BLV[:, :1], probe.stock_logits_BLV[:, :1], detail)
+    behind_cache_BLV = probe.draft(probe.prefilled(), probe.block_BL[:, 0], probe.num_drafts)
+    whole_BLV = probe.draft_whole_texts(probe.num_drafts)
+    detail = (
+        "log-probabilities, behind cached rows and of whole texts; a step settles its first token by them"
+    )
+    rows_BLV = torch.cat([behind_cache_BLV[:, :1], whole_BLV[:, :1]])
+    return _logprob_evidence(probe, rows_BLV, probe.stock_logits_BLV[:, :1].repeat(2, 1, 1), detail)
 
 
 def _drafts_look_both_ways(probe: PolicyProbe) -> _Evidence:

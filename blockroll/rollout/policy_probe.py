@@ -109,6 +109,19 @@ class PolicyProbe:
         window = cache.window(0, len(anchors_B), num_drafts + 1)
         return self.policy.draft_logits(anchors_B[:, None], num_drafts, window)
 
+    def draft_whole_texts(self, num_drafts: int) -> Tensor:
+        """The same of prefixes and their anchors in one forward: texts of all lengths end in one column."""
+        texts = [[*prefix, anchor] for prefix, anchor in zip(self.prefixes, self.block_BL[:, 0], strict=True)]
+        longest = max(map(len, texts))
+        ids_BC = torch.zeros((len(texts), longest), dtype=torch.int64)
+        for row, text in enumerate(texts):
+            ids_BC[row, longest - len(text) :] = torch.tensor(text, dtype=torch.int64)
+        cache = self.empty_cache(len(texts))
+        begins = [len(text) - longest for text in texts]
+        cache.commit(0, len(texts), torch.tensor(begins, device=self.policy.device))
+        window = cache.window(0, len(texts), longest + num_drafts)
+        return self.policy.draft_logits(ids_BC.to(self.policy.device), num_drafts, window)
+
     @cached_property
     def stock_logits_BLV(self) -> Tensor:
         """Of the first block, by the model's own forward over each whole text, without a cache."""

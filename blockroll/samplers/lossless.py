@@ -18,11 +18,11 @@ def target_probs(logits_BLV: Tensor, temperature_B: Tensor, *, has_greedy: bool 
     Ties of a greedy row go to the lowest id. Who knows whether any temperature is 0 saves a look.
     """
     logits = logits_BLV.to(torch.float64)
-    is_greedy_B = temperature_B == 0
     if has_greedy is None:
-        has_greedy = bool(is_greedy_B.any())
+        has_greedy = bool((temperature_B == 0).any())
     if not has_greedy:
         return (logits / temperature_B.to(torch.float64)[:, None, None]).softmax(dim=-1)
+    is_greedy_B = temperature_B == 0
     scale_B = torch.where(is_greedy_B, 1.0, temperature_B.to(torch.float64))
     probs = (logits / scale_B[:, None, None]).softmax(dim=-1)
     best = torch.zeros_like(probs).scatter_(-1, logits.argmax(dim=-1, keepdim=True), 1.0)

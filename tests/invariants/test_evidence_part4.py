@@ -15,9 +15,16 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 
+@pytest.fixture(scope="module")
+def drafting(tmp_path_factory):
+    """A policy after a conversion of two rounds."""
+    folder = tmp_path_factory.mktemp("part4") / "drafting"
+    return evidence.drafting_policy(folder, max_tokens=600, prompts_per_round=16)
+
+
 @pytest.mark.parametrize("bf16", [False, True])
-def test_stock_and_drafted_trainers_have_a_row_per_batch_and_seed(bf16):
-    rows = evidence.stock(bf16=bf16, batches=(8,), seeds=(0,), steps=2)
+def test_stock_and_drafted_trainers_have_a_row_per_batch_and_seed(drafting, bf16):
+    rows = evidence.stock(drafting, bf16=bf16, batches=(8,), seeds=(0,), steps=2)
     (row,) = rows
     assert row["generate_ratio"] > 0
     assert row["step_ratio"] > 0
@@ -25,6 +32,7 @@ def test_stock_and_drafted_trainers_have_a_row_per_batch_and_seed(bf16):
         evidence.SUBJECTS, 2
     )
     assert row["importance_ratio"] == pytest.approx([1, 1], abs=0.1 if bf16 else 1e-3)
+    assert row["conversion"]["tokens"] >= 600
     json.dumps(rows)
     assert "| 8 |" in readme_trl.stock_table(rows, "float32")
 

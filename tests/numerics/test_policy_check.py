@@ -12,6 +12,7 @@ from blockroll.policies import attention, hf
 from blockroll.policies.adapter import parent_hash
 from blockroll.policies.hf import HFPolicy
 from blockroll.policies.layout import RowLayout, causal_rows, two_forward_rows
+from blockroll.rollout.cache import SlotWindow
 from blockroll.rollout.policy_check import CheckResult, check_policy
 from tests.models import FAMILIES, MASK_ID, VOCAB_SIZE, adapted_policy, random_model, random_policy
 
@@ -189,6 +190,18 @@ def test_an_anchor_that_sees_masks_fails(monkeypatch):
     failures = set(check_policy(adapted_policy()).failures)
     assert {ANCHOR_KEYS, ANCHOR_LAW, MASKS} <= failures
     assert not failures & {VERIFY, FUSED}
+
+
+def test_columns_before_a_text_that_are_taken_for_its_tokens_fail(monkeypatch):
+    """Whole texts of many lengths in one forward: the short ones have columns before their first token."""
+    real = SlotWindow.__init__
+
+    def from_zero(self, *arguments):
+        real(self, *arguments)
+        self.lengths_B = self.lengths_B.clamp(min=0)
+
+    monkeypatch.setattr(SlotWindow, "__init__", from_zero)
+    assert set(check_policy(adapted_policy()).failures) == {ANCHOR_LAW}
 
 
 def test_drafts_that_look_back_only_fail(monkeypatch):
