@@ -35,9 +35,9 @@ def stock_table(rows: Sequence[Row], precision: str) -> str:
         f"`trl.GRPOTrainer` and ours, {precision}, {rows[0]['threads']} CPU threads, fixed two-forward "
         "drafts, a step of each in turn: medians of the steps of a run, then median (and range) of "
         f"{len(learning)} seeds. Both train the tiny policy after {taught['minutes']:.0f} minutes of "
-        f"`blockroll convert`, which took its drafts from {before:.1f} to {after:.1f} tokens a step. TRL "
-        "runs another forward for its correction, which lossless "
-        f"rollouts can do without. Mean reward of {learning[0]['steps']} steps at batch "
+        f"`blockroll convert`: {before:.1f} tokens a step expected in its first round, {after:.1f} in its "
+        "last. TRL runs another forward for its correction, which lossless rollouts can do without. Mean "
+        f"reward of {learning[0]['steps']} steps at batch "
         f"{learning[0]['batch']}: {rewards}. Importance ratio: off from 1 by {worst:.0e} at most. "
         f"Surprisal minus entropy over each run of ours: {gaps}."
     )
