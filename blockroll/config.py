@@ -185,6 +185,11 @@ class ConvertConfig:
         _at_least(self, 1, "max_tokens", "prompts_per_round", "completion_tokens", "steps_per_round")
         _at_least(self, 1, "epochs_per_round", "num_replicas", "max_batch_size", "patience")
         _at_least(self, 0, "max_minutes", "min_gain", "temperature")
+        if self.draft.conversion == "full" and self.temperature == 0:
+            raise ConfigError(
+                "a full conversion holds the policy to the law of its answers, which at temperature 0 is its "
+                "best token alone; give a temperature above 0, or convert by adapter"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,6 +3,8 @@
 from collections.abc import Iterable
 from itertools import cycle
 
+import torch
+
 from blockroll.rollout.engine import Engine
 from blockroll.types import Plan, Request, Rollout, Sampling
 
@@ -51,3 +53,14 @@ def run(policy, requests: Iterable[Request], plan: Plan | PlansInTurn, **options
             finished[rollout.request.request_id] = rollout
         engine._scheduler.check_integrity()
     return finished
+
+
+def causal_logprobs(policy, rollout):
+    """Teacher-forced log-probabilities of the finished text, by transformers' own forward."""
+    prompt, tokens = rollout.request.prompt_ids, rollout.token_ids
+    policy.model.set_attn_implementation("sdpa")
+    with torch.no_grad():
+        logits = policy.model(torch.tensor([[*prompt, *tokens]]), use_cache=False).logits[0]
+    policy.model.set_attn_implementation("blockroll")
+    logits = logits[len(prompt) - 1 : -1].double() / rollout.request.sampling.logprob_temperature
+    return logits.log_softmax(-1).gather(-1, torch.tensor(tokens)[:, None])[:, 0]

@@ -122,6 +122,9 @@ class DraftPass:
     """What one training pass gives. Sums, so that passes over parts of a batch add up."""
 
     loss_sum: Tensor  # scalar with gradient, nats (or total variation) over scored slots and causal tokens
+    causal_sum: (
+        float  # of it, surprisal of the completions under the causal rows, unweighted; 0 if not asked for
+    )
     num_scored: int
     overlap_sum_K: Tensor  # float64, sum over blocks of sum_v min(teacher, draft) at each draft position
     count_K: Tensor  # int64, scored slots at each draft position
@@ -188,8 +191,11 @@ def draft_pass(
         "tv": lambda: 1 - overlap_N,
     }[loss]()
     loss_sum = losses_N.sum()
+    causal_sum = 0.0
     if is_full:
-        loss_sum = loss_sum + causal_weight * _causal_loss(policy, texts, clean_BSW)
+        causal = _causal_loss(policy, texts, clean_BSW)
+        causal_sum = float(causal.detach())
+        loss_sum = loss_sum + causal_weight * causal
 
     drafts = slice(blocks.first_slot, blocks.width)
     shape = (*blocks.anchors_BG.shape, blocks.width)
@@ -204,6 +210,7 @@ def draft_pass(
     tokens_BG = 1 + chain_BGK.cumprod(dim=-1).sum(dim=-1)
     return DraftPass(
         loss_sum=loss_sum,
+        causal_sum=causal_sum,
         num_scored=len(labels_N),
         overlap_sum_K=overlap_BGK.sum(dim=(0, 1)).cpu(),
         count_K=is_scored_BGK.sum(dim=(0, 1)).cpu(),
@@ -242,8 +249,12 @@ def _causal_mask(positions_BS: Tensor, *, sliding_window: int | None = None) -> 
 
 
 def _causal_loss(policy: HFPolicy, texts: Texts, clean_BSW: Tensor) -> Tensor:
-    """Cross-entropy of the completion tokens under the causal rows, summed."""
+    """Cross-entropy of the completion tokens under the causal rows at their temperature, summed.
+
+    At another temperature than the one that drew them, it would pull the policy to a flatter or sharper law.
+    """
     index_S = torch.arange(1, texts.ids_BS.shape[1], device=texts.ids_BS.device)
     is_label_BS = (index_S >= texts.prompt_lengths_B[:, None]) & (index_S < texts.lengths_B[:, None])
-    logits_NV = policy.logits(clean_BSW[:, :-1][is_label_BS])
+    scale_N1 = texts.temperature_B[:, None].expand_as(is_label_BS)[is_label_BS][:, None]
+    logits_NV = policy.logits(clean_BSW[:, :-1][is_label_BS]) / scale_N1
     return F.cross_entropy(logits_NV, texts.ids_BS[:, 1:][is_label_BS], reduction="sum")

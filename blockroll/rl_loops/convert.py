@@ -341,6 +341,8 @@ def _report(fresh: Sequence[DraftMetrics], costs: Mapping[tuple[Plan, int], floa
             f"  predicted speed-up      {' '.join(f'{gain:.2f}x' for gain in gains)}  "
             f"at batch {', '.join(map(str, BATCHES))}",
         ]
+        if not math.isnan(metrics.policy_kl):
+            lines.append(f"  the policy has moved    {metrics.policy_kl:.4f} nats per token (KL)")
     return "\n".join(lines)
 
 

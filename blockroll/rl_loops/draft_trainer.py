@@ -36,6 +36,9 @@ class DraftMetrics:
     loss: float  # per scored slot
     acceptance_K: tuple[float, ...]  # expected, by draft position, if the position is reached; NaN: not met
     tokens_per_step: float  # expected of a whole block: accepted drafts, and what the step adds
+    # Of a full conversion, nats per token: how far the tokens' log-probabilities have fallen since they were
+    # drawn. Where the policy drew them, an estimate of the KL divergence from it. NaN with an adapter.
+    policy_kl: float
     num_scored: int
     grad_norm: float
     is_skipped: bool  # the gradient was not finite: nothing moved
@@ -106,15 +109,16 @@ class DraftTrainer:
         num_drafts, layout = kinds[self.num_steps % len(kinds)]
         generator = torch.Generator().manual_seed((self._seed << 24) + self.num_steps)
         is_full = self.config.conversion == "full"
-        loss_sum = tokens_sum = 0.0
-        num_scored = num_blocks = 0
+        loss_sum = tokens_sum = fallen_sum = 0.0
+        num_scored = num_blocks = num_tokens = 0
         overlap_K = torch.zeros(num_drafts, dtype=torch.float64)
         count_K = torch.zeros(num_drafts, dtype=torch.int64)
         self.optimizer.zero_grad(set_to_none=True)
         rows = max(1, MAX_LOGITS // self.policy.vocab_size)
         with self._gradients():
             for indices in length_chunks(used, max_positions=min(rows, 4096)):
-                texts = _texts([used[i] for i in indices], self.policy.device)
+                chunk = [used[i] for i in indices]
+                texts = _texts(chunk, self.policy.device)
                 blocks = random_blocks(texts, num_drafts, layout, generator)
                 result = draft_pass(
                     self.policy,
@@ -131,6 +135,8 @@ class DraftTrainer:
                 count_K += result.count_K
                 num_scored += result.num_scored
                 num_blocks += result.num_whole_blocks
+                num_tokens += sum(len(rollout.token_ids) for rollout in chunk)
+                fallen_sum += result.causal_sum + sum(sum(rollout.policy_logprobs) for rollout in chunk)
                 tokens_sum += result.tokens_sum
         if on_gradients is not None:
             norm = self._move(on_gradients(self.parameters, num_scored))
@@ -144,6 +150,7 @@ class DraftTrainer:
             loss=loss_sum / num_scored if num_scored else math.nan,
             acceptance_K=tuple((overlap_K / count_K).tolist()),
             tokens_per_step=tokens_sum / num_blocks if num_blocks else math.nan,
+            policy_kl=fallen_sum / num_tokens if is_full and num_tokens else math.nan,
             num_scored=num_scored,
             grad_norm=norm,
             is_skipped=not math.isfinite(norm),

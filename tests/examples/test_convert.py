@@ -15,14 +15,14 @@ from typer.testing import CliRunner
 
 from blockroll import cli
 from blockroll.config import ConvertConfig, DraftConfig, PolicyConfig
-from blockroll.errors import CheckpointError, InvalidInput, RunExists
+from blockroll.errors import CheckpointError, ConfigError, InvalidInput, RunExists
 from blockroll.policies.adapter import read_adapter_config
 from blockroll.policies.hf import HFPolicy, load_tokenizer
 from blockroll.rl_loops import convert as module
 from blockroll.rl_loops.convert import STATE_FILE, convert, load_convert_config
 from blockroll.rl_loops.prompts import load_prompts, read_prompts
 from blockroll.types import Plan, Sampling
-from tests.engines import make_requests, run
+from tests.engines import causal_logprobs, make_requests, run
 from tests.models import prompts
 
 SMALL = {
@@ -135,8 +135,8 @@ def test_a_full_conversion_learns_from_the_policy_it_began_with(bare_path, tmp_p
     def checked(trainer, rollouts, config):
         gaps = []
         for rollout in rollouts:
-            answered, trained = (logprobs(each.model, rollout) for each in (original, trainer.policy))
-            want = torch.tensor(rollout.policy_logprobs)
+            answered, trained = (causal_logprobs(each, rollout) for each in (original, trainer.policy))
+            want = torch.tensor(rollout.policy_logprobs).double()
             torch.testing.assert_close(answered, want, atol=1e-4, rtol=0)
             gaps.append(float((answered - trained).abs().max()))
         rounds.append(max(gaps))
@@ -145,22 +145,22 @@ def test_a_full_conversion_learns_from_the_policy_it_began_with(bare_path, tmp_p
     monkeypatch.setattr(module, "_round", checked)
     draft = DraftConfig(conversion="full", block_sizes=(4,), layouts=("two_forward",), learning_rate=1e-2)
     config = ConvertConfig(out=str(tmp_path / "full"), draft=draft, **SMALL)
-    convert(config, policy=policy)
+    result = convert(config, policy=policy)
     assert rounds[0] == 0
     assert min(rounds[1:]) > 1e-3
+    distances = [row["policy_kl"] for row in result.metrics]
+    assert distances[0] == pytest.approx(0, abs=1e-5)
+    assert max(distances) > 1e-3
     more = dataclasses.replace(config, max_tokens=2 * config.max_tokens)
     rounds.clear()
     convert(more, resume=True, policy=HFPolicy.from_pretrained(bare_path))
     assert min(rounds) > 1e-3
 
 
-def logprobs(model, rollout):
-    prompt = len(rollout.request.prompt_ids)
-    ids = torch.tensor([[*rollout.request.prompt_ids, *rollout.token_ids]])
-    with torch.no_grad():
-        logits = model(ids, use_cache=False).logits[0, prompt - 1 : -1]
-    laws = (logits / rollout.request.sampling.temperature).log_softmax(-1)
-    return laws.gather(-1, torch.tensor(rollout.token_ids)[:, None])[:, 0]
+def test_a_full_conversion_refuses_greedy_answers():
+    draft = DraftConfig(conversion="full")
+    with pytest.raises(ConfigError, match="best token alone; give a temperature above 0"):
+        ConvertConfig(out="unused", draft=draft, temperature=0)
 
 
 def test_it_stops_when_acceptance_stops_rising(config):

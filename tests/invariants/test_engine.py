@@ -15,7 +15,7 @@ from blockroll.rollout.scheduler import Scheduler
 from blockroll.samplers import uniforms
 from blockroll.samplers.uniforms import philox4x32
 from blockroll.types import Law, Plan, Sampling
-from tests.engines import PlansInTurn, make_requests, run
+from tests.engines import PlansInTurn, causal_logprobs, make_requests, run
 from tests.models import EOS_ID, FAMILIES, MASK_ID, adapted_policy, prompts, random_policy
 
 PLAIN, TWO_FORWARD, FUSED = Plan(0), Plan(4), Plan(4, (0, 2, 4))
@@ -50,17 +50,6 @@ def policy():
 def test_plans_are_read_as_they_are_written(text, plan):
     assert Plan.parse(text, default_drafts=8) == plan
     assert Plan.parse(plan.name, default_drafts=3) == plan
-
-
-def causal_logprobs(policy, rollout):
-    """Teacher-forced log-probabilities of the finished text, by transformers' own forward."""
-    prompt, tokens = rollout.request.prompt_ids, rollout.token_ids
-    policy.model.set_attn_implementation("sdpa")
-    with torch.no_grad():
-        logits = policy.model(torch.tensor([[*prompt, *tokens]]), use_cache=False).logits[0]
-    policy.model.set_attn_implementation("blockroll")
-    logits = logits[len(prompt) - 1 : -1].double() / rollout.request.sampling.logprob_temperature
-    return logits.log_softmax(-1).gather(-1, torch.tensor(tokens)[:, None])[:, 0]
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])

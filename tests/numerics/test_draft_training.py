@@ -13,7 +13,7 @@ from blockroll.policies.draft_training import DRAFT_LOSSES, MaskBlocks, Texts, d
 from blockroll.policies.hf import HFPolicy
 from blockroll.rl_loops.draft_trainer import DraftTrainer
 from blockroll.types import Plan, Sampling
-from tests.engines import make_requests, run
+from tests.engines import causal_logprobs, make_requests, run
 from tests.models import FAMILIES, adapted_policy, prompts, random_model, random_policy
 from tests.numerics.test_policy import prefilled
 
@@ -114,6 +114,25 @@ def test_a_full_conversion_moves_every_weight_and_learns_to_draft(policy):
         name for name, tensor in policy.model.named_parameters() if not torch.equal(tensor, weights[name])
     ]
     assert len(moved) == len(weights)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_a_full_conversion_says_how_far_the_policy_has_moved(temperature):
+    """From the law the rollouts were drawn by, at their temperature: at the start that is no distance."""
+    policy = random_policy()
+    sampling = Sampling(max_tokens=20, temperature=temperature, ignore_eos=True)
+    rollouts = list(run(policy, make_requests(prompts(24), sampling), Plan(0)).values())
+    config = DraftConfig(conversion="full", block_sizes=(K,), layouts=("two_forward",), learning_rate=1e-3)
+    trainer = DraftTrainer(policy, config)
+    assert trainer.step(rollouts).policy_kl == pytest.approx(0, abs=1e-5)
+    for _ in range(4):
+        trainer.step(rollouts)
+    now = [causal_logprobs(policy, rollout) for rollout in rollouts]
+    then = [torch.tensor(rollout.policy_logprobs) for rollout in rollouts]
+    want = (torch.cat(then) - torch.cat(now)).mean()
+    assert abs(want) > 1e-3
+    trainer.lr_scale = 0.0
+    assert trainer.step(rollouts).policy_kl == pytest.approx(float(want), abs=1e-5)
 
 
 @pytest.mark.parametrize("plan", [Plan(K), Plan(K, tuple(range(K + 1)))], ids=lambda plan: plan.name)

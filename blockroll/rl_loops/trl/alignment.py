@@ -84,6 +84,7 @@ class Alignment:
             "draft/grad_norm": steps[-1].grad_norm,
             "draft/num_steps": float(self.drafts.num_steps),
             "draft/policy_grad_cosine": self._cosine,
+            "draft/policy_kl": steps[-1].policy_kl,
         }
         return {name: value for name, value in metrics.items() if not math.isnan(value)}
 
