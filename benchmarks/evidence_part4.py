@@ -10,6 +10,7 @@ The tests run a short form of each.
 import itertools
 import random
 import re
+import statistics
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -24,7 +25,8 @@ from benchmarks.evidence_part1 import Row, write_rows
 from benchmarks.evidence_part2 import SMOLLM2, causal_part, trained_adapter
 from benchmarks.trl_timing import GENERATE_S, OURS, STOCK, medians, train, train_in_turn
 from blockroll.config import AlignmentConfig, ConvertConfig, DraftConfig, RolloutConfig
-from blockroll.rl_loops.convert import STATE_FILE, convert, load_convert_config
+from blockroll.rl_loops.convert import METRICS_FILE, STATE_FILE, convert, load_convert_config
+from blockroll.rl_loops.tracking import read_lines
 from blockroll.rl_loops.trl.metrics import SURPRISAL
 
 SEEDS = (0, 1, 2)
@@ -45,7 +47,7 @@ SUBJECTS: dict[str, dict[str, Any]] = {
 
 
 def drafting_policy(
-    out: Path = RUNS / "drafting", *, max_tokens: int = 900_000, prompts_per_round: int = 512
+    out: Path = RUNS / "drafting", *, max_tokens: int = 300_000, prompts_per_round: int = 512
 ) -> Path:
     """The shipped policy after `convert` has taught it to draft better; a begun one goes on."""
     config = ConvertConfig(
@@ -65,13 +67,17 @@ def drafting_policy(
 
 
 def conversion(policy: Path) -> Row:
-    """What it took, and expected tokens of a step on fresh answers, in the first round and in the last."""
+    """What it took, expected tokens of a step on fresh answers in the first round and in the last, and KL."""
     progress = torch.load(policy / STATE_FILE, map_location="cpu", weights_only=True)["progress"]
     scores = progress["scores"]
+    last = [row for row in read_lines(policy / METRICS_FILE) if row["round"] == progress["round"]]
     return {
         "minutes": progress["minutes"],
         "tokens": progress["num_tokens"],
         "tokens_per_step": [scores[0], scores[-1]],
+        "policy_kl": statistics.mean(
+            row["policy_kl"] for row in last
+        ),  # nats per token, from the shipped one
     }
 
 

@@ -36,8 +36,9 @@ def stock_table(rows: Sequence[Row], precision: str) -> str:
         "drafts, a step of each in turn: medians of the steps of a run, then median (and range) of "
         f"{len(learning)} seeds. Both train the tiny policy after {taught['minutes']:.0f} minutes of "
         f"`blockroll convert`: {before:.1f} tokens a step expected in its first round, {after:.1f} in its "
-        "last. TRL runs another forward for its correction, which lossless rollouts can do without. Mean "
-        f"reward of {learning[0]['steps']} steps at batch "
+        f"last, and {taught['policy_kl']:.3f} nats a token (KL) from the shipped policy. TRL runs another "
+        "forward for its correction, which lossless rollouts can do without. Mean reward of "
+        f"{learning[0]['steps']} steps at batch "
         f"{learning[0]['batch']}: {rewards}. Importance ratio: off from 1 by {worst:.0e} at most. "
         f"Surprisal minus entropy over each run of ours: {gaps}."
     )

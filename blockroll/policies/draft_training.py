@@ -8,7 +8,8 @@ A block stands behind a clean token, its anchor, and sees the clean tokens up to
 
 The teacher of a slot is the policy's own causal law at that position, detached. With an adapter the clean
 rows run once without gradient and the masks attend to their keys; a `full` conversion runs both in one
-doubled sequence and adds the causal loss.
+doubled sequence and adds the causal loss. Where a policy to stay close to is given, its law is the teacher of
+masks and causal rows alike: texts alone would be learned by heart.
 
 Source: TiDAR (arXiv 2511.08923), training; block offset, width and layouts as decoding uses them.
 
@@ -122,9 +123,7 @@ class DraftPass:
     """What one training pass gives. Sums, so that passes over parts of a batch add up."""
 
     loss_sum: Tensor  # scalar with gradient, nats (or total variation) over scored slots and causal tokens
-    causal_sum: (
-        float  # of it, surprisal of the completions under the causal rows, unweighted; 0 if not asked for
-    )
+    causal_sum: float  # of it, the causal loss, unweighted; 0 without one
     num_scored: int
     overlap_sum_K: Tensor  # float64, sum over blocks of sum_v min(teacher, draft) at each draft position
     count_K: Tensor  # int64, scored slots at each draft position
@@ -139,9 +138,11 @@ def draft_pass(
     *,
     loss: DraftLoss,
     causal_weight: float = 0.0,
+    teacher: HFPolicy | None = None,
 ) -> DraftPass:
     """Loss and acceptance of one batch of texts; gradients reach the adapter, or with `causal_weight` all.
 
+    The causal loss is the surprisal of the completions, or with a `teacher` the KL divergence from its law.
     Expected acceptance of a slot is sum_v min(teacher(v), draft(v)): what the verify rule accepts if the slot
     is reached (Leviathan et al. 2023, theorem 3.5).
     """
@@ -149,6 +150,16 @@ def draft_pass(
     is_full = causal_weight > 0
     clean_S = torch.arange(num_tokens, device=texts.ids_BS.device).expand(len(texts.ids_BS), -1)
     no_ids = texts.ids_BS[:, :0]
+
+    def clean_rows(policy: HFPolicy, window: _Keys) -> Tensor:
+        return policy.forward_rows(
+            texts.ids_BS,
+            num_masks=0,
+            positions_BR=clean_S,
+            attention_mask=lambda **kind: _causal_mask(clean_S, **kind),
+            window=window,
+        )
+
     if is_full:
         hidden_BRW = policy.forward_rows(
             texts.ids_BS,
@@ -161,13 +172,7 @@ def draft_pass(
     else:
         clean_keys = _Keys()
         with torch.no_grad():
-            clean_BSW = policy.forward_rows(
-                texts.ids_BS,
-                num_masks=0,
-                positions_BR=clean_S,
-                attention_mask=lambda **kind: _causal_mask(clean_S, **kind),
-                window=clean_keys,
-            )
+            clean_BSW = clean_rows(policy, clean_keys)
         masks_BMW = policy.forward_rows(
             no_ids,
             num_masks=num_masks,
@@ -179,11 +184,15 @@ def draft_pass(
     is_scored_BM = blocks.is_scored_BM(texts)
     label_index_BM = blocks.positions_BM.clamp(max=num_tokens - 1)
     labels_N = texts.ids_BS.gather(1, label_index_BM)[is_scored_BM]
-    teacher_BMW = clean_BSW.take_along_dim((label_index_BM - 1)[..., None], dim=1)
+    teacher_BSW = clean_BSW.detach()
+    if teacher is not None:
+        with torch.no_grad():
+            teacher_BSW = clean_rows(teacher, _Keys())
+    teacher_BMW = teacher_BSW.take_along_dim((label_index_BM - 1)[..., None], dim=1)
     scale_N1 = texts.temperature_B[:, None].expand_as(is_scored_BM)[is_scored_BM][:, None]
     draft_NV = (policy.logits(masks_BMW[is_scored_BM]) / scale_N1).log_softmax(dim=-1)
     with torch.no_grad():
-        teacher_NV = (policy.logits(teacher_BMW[is_scored_BM].detach()) / scale_N1).log_softmax(dim=-1)
+        teacher_NV = ((teacher or policy).logits(teacher_BMW[is_scored_BM]) / scale_N1).log_softmax(dim=-1)
     overlap_N = torch.minimum(teacher_NV.exp(), draft_NV.exp()).sum(dim=-1)
     losses_N = {
         "ce": lambda: F.nll_loss(draft_NV, labels_N, reduction="none"),
@@ -193,7 +202,7 @@ def draft_pass(
     loss_sum = losses_N.sum()
     causal_sum = 0.0
     if is_full:
-        causal = _causal_loss(policy, texts, clean_BSW)
+        causal = _causal_loss(policy, texts, clean_BSW, teacher, teacher_BSW)
         causal_sum = float(causal.detach())
         loss_sum = loss_sum + causal_weight * causal
 
@@ -248,13 +257,19 @@ def _causal_mask(positions_BS: Tensor, *, sliding_window: int | None = None) -> 
     return mask_BSS[:, None]
 
 
-def _causal_loss(policy: HFPolicy, texts: Texts, clean_BSW: Tensor) -> Tensor:
-    """Cross-entropy of the completion tokens under the causal rows at their temperature, summed.
+def _causal_loss(
+    policy: HFPolicy, texts: Texts, clean_BSW: Tensor, teacher: HFPolicy | None, teacher_BSW: Tensor
+) -> Tensor:
+    """At the completions' tokens, summed, at their temperature: their surprisal, or KL from the teacher.
 
-    At another temperature than the one that drew them, it would pull the policy to a flatter or sharper law.
+    At another temperature than the one that drew them, surprisal would pull to a flatter or sharper law.
     """
     index_S = torch.arange(1, texts.ids_BS.shape[1], device=texts.ids_BS.device)
     is_label_BS = (index_S >= texts.prompt_lengths_B[:, None]) & (index_S < texts.lengths_B[:, None])
     scale_N1 = texts.temperature_B[:, None].expand_as(is_label_BS)[is_label_BS][:, None]
-    logits_NV = policy.logits(clean_BSW[:, :-1][is_label_BS]) / scale_N1
-    return F.cross_entropy(logits_NV, texts.ids_BS[:, 1:][is_label_BS], reduction="sum")
+    law_NV = (policy.logits(clean_BSW[:, :-1][is_label_BS]) / scale_N1).log_softmax(dim=-1)
+    if teacher is None:
+        return F.nll_loss(law_NV, texts.ids_BS[:, 1:][is_label_BS], reduction="sum")
+    with torch.no_grad():
+        want_NV = (teacher.logits(teacher_BSW[:, :-1][is_label_BS]) / scale_N1).log_softmax(dim=-1)
+    return F.kl_div(law_NV, want_NV, log_target=True, reduction="sum")

@@ -3,8 +3,8 @@
 Every round's answers are new, so what the first pass over them measures is a held-out figure. A round is the
 unit of resuming: what an interrupt costs is the round under way.
 
-The policy that answers is the one the conversion began with. In a full conversion the causal loss on its
-answers then pulls the trained weights back to its law; their own answers would let them drift.
+The policy that answers is the one the conversion began with. A full conversion stays close to its law:
+answers of the weights in training would let them drift.
 """
 
 import contextlib
@@ -121,17 +121,17 @@ def _convert(
             dtype=config.policy.dtype,
             adapter=config.policy.adapter,
         )
-    answering = policy
+    original = None
     if config.draft.conversion == "full":
-        answering = HFPolicy(copy.deepcopy(policy.model), policy.tokenizer)
-    trainer = DraftTrainer(policy, config.draft, seed=config.seed)
+        original = HFPolicy(copy.deepcopy(policy.model), policy.tokenizer)
+    trainer = DraftTrainer(policy, config.draft, teacher=original, seed=config.seed)
     state = _load_state(out) if resume else None
     done = Progressed()
     if state is not None:
         trainer.load_state_dict(state["trainer"])
         done = Progressed(**state["progress"])
     prompts = load_prompts(config.prompts, policy, config.chat_template_kwargs)
-    pool = _make_pool(config, answering)
+    pool = _make_pool(config, original or policy)
     stack.callback(pool.close)
     for request in _requests(config, prompts, done.round):
         check_request(request, pool.limits)  # a prompt that does not fit is named before hours are spent

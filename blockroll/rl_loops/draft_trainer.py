@@ -36,8 +36,8 @@ class DraftMetrics:
     loss: float  # per scored slot
     acceptance_K: tuple[float, ...]  # expected, by draft position, if the position is reached; NaN: not met
     tokens_per_step: float  # expected of a whole block: accepted drafts, and what the step adds
-    # Of a full conversion, nats per token: how far the tokens' log-probabilities have fallen since they were
-    # drawn. Where the policy drew them, an estimate of the KL divergence from it. NaN with an adapter.
+    # Of a full conversion, nats per token: KL divergence from the teacher; without one how far the tokens'
+    # log-probabilities have fallen since they were drawn, which estimates it. NaN with an adapter.
     policy_kl: float
     num_scored: int
     grad_norm: float
@@ -53,9 +53,15 @@ class DraftMetrics:
 class DraftTrainer:
     """Optimizer of a policy's adapter, or in a full conversion of all its weights."""
 
-    def __init__(self, policy: HFPolicy, config: DraftConfig, *, seed: int = 0) -> None:
-        """Makes the adapter if the policy has none; one of another rank is refused."""
+    def __init__(
+        self, policy: HFPolicy, config: DraftConfig, *, teacher: HFPolicy | None = None, seed: int = 0
+    ) -> None:
+        """Makes the adapter if the policy has none; one of another rank is refused.
+
+        A full conversion stays close to the law of its `teacher`, or learns from the rollouts alone.
+        """
         self.policy = policy
+        self.teacher = teacher
         self.config = config
         self.num_steps = 0
         self.num_tokens = 0  # of rollouts it has stepped on
@@ -109,7 +115,7 @@ class DraftTrainer:
         num_drafts, layout = kinds[self.num_steps % len(kinds)]
         generator = torch.Generator().manual_seed((self._seed << 24) + self.num_steps)
         is_full = self.config.conversion == "full"
-        loss_sum = tokens_sum = fallen_sum = 0.0
+        loss_sum = tokens_sum = kl_sum = 0.0
         num_scored = num_blocks = num_tokens = 0
         overlap_K = torch.zeros(num_drafts, dtype=torch.float64)
         count_K = torch.zeros(num_drafts, dtype=torch.int64)
@@ -126,6 +132,7 @@ class DraftTrainer:
                     blocks,
                     loss=self.config.loss,
                     causal_weight=self.config.causal_weight if is_full else 0.0,
+                    teacher=self.teacher,
                 )
                 if result.num_scored == 0:
                     continue
@@ -136,7 +143,9 @@ class DraftTrainer:
                 num_scored += result.num_scored
                 num_blocks += result.num_whole_blocks
                 num_tokens += sum(len(rollout.token_ids) for rollout in chunk)
-                fallen_sum += result.causal_sum + sum(sum(rollout.policy_logprobs) for rollout in chunk)
+                kl_sum += result.causal_sum
+                if self.teacher is None:
+                    kl_sum += sum(sum(rollout.policy_logprobs) for rollout in chunk)
                 tokens_sum += result.tokens_sum
         if on_gradients is not None:
             norm = self._move(on_gradients(self.parameters, num_scored))
@@ -150,7 +159,7 @@ class DraftTrainer:
             loss=loss_sum / num_scored if num_scored else math.nan,
             acceptance_K=tuple((overlap_K / count_K).tolist()),
             tokens_per_step=tokens_sum / num_blocks if num_blocks else math.nan,
-            policy_kl=fallen_sum / num_tokens if is_full and num_tokens else math.nan,
+            policy_kl=kl_sum / num_tokens if is_full and num_tokens else math.nan,
             num_scored=num_scored,
             grad_norm=norm,
             is_skipped=not math.isfinite(norm),

@@ -135,6 +135,27 @@ def test_a_full_conversion_says_how_far_the_policy_has_moved(temperature):
     assert trainer.step(rollouts).policy_kl == pytest.approx(float(want), abs=1e-5)
 
 
+def test_a_full_conversion_with_a_teacher_stays_close_to_its_law():
+    """Texts alone are learned by heart; the law behind them is not theirs. Measured on other texts."""
+    distances = {}
+    for teacher in (None, random_policy()):
+        policy = random_policy()
+        config = DraftConfig(
+            conversion="full", block_sizes=(K,), layouts=("two_forward",), loss="tv", learning_rate=3e-3
+        )
+        trainer = DraftTrainer(policy, config, teacher=teacher)
+        rollouts = rollouts_of(policy, count=24)
+        history = [trainer.step(rollouts) for _ in range(20)]
+        judge = DraftTrainer(policy, config, teacher=random_policy())
+        judge.lr_scale = 0.0
+        distances[teacher is not None] = judge.step(rollouts_of(random_policy(), count=48)[24:]).policy_kl
+        assert history[-1].loss < history[0].loss
+        if teacher is not None:
+            assert history[0].policy_kl == pytest.approx(0, abs=1e-5)
+            assert all(metrics.policy_kl >= -1e-6 for metrics in history)
+    assert distances[True] < 0.5 * distances[False]
+
+
 @pytest.mark.parametrize("plan", [Plan(K), Plan(K, tuple(range(K + 1)))], ids=lambda plan: plan.name)
 def test_tokens_per_step_is_what_decoding_commits(plan):
     """Counted in an engine on the one side, expected from a training pass on the other."""
