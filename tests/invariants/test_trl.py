@@ -380,6 +380,8 @@ def test_a_full_conversion_reports_how_its_gradient_lies_to_the_policys(tmp_path
     rows = logs(made)
     assert ["draft/policy_grad_cosine" in row for row in rows] == [False, True, False, True]
     assert all(-1 <= row.get("draft/policy_grad_cosine", 0) <= 1 for row in rows)
+    assert ["draft/policy_kl" in row for row in rows] == [False, True, False, True]
+    assert all(0 < abs(row.get("draft/policy_kl", 1e-6)) < 0.1 for row in rows)
     # The draft gradient does not leak into the next update of the policy.
     assert all(row["rollout_corr/rollout_is_max"] == pytest.approx(1, abs=1e-3) for row in rows)
 
