@@ -75,8 +75,14 @@ def trained_adapter(out: Path = ADAPTER, *, max_tokens: int = 400_000) -> Path:
         patience=1000,
         draft=DraftConfig(block_sizes=(K,), learning_rate=2e-3),
     )
+    return converted(config, causal_part())
+
+
+def converted(config: ConvertConfig, policy: HFPolicy | None = None) -> Path:
+    """The folder of a conversion that is made once; a begun one goes on."""
+    out = Path(config.out)
     is_begun = (out / STATE_FILE).is_file()
-    convert(load_convert_config(out) if is_begun else config, resume=is_begun, policy=causal_part())
+    convert(load_convert_config(out) if is_begun else config, resume=is_begun, policy=policy)
     return out
 
 

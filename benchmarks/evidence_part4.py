@@ -22,10 +22,10 @@ from datasets import Dataset
 from transformers import TrainerCallback
 
 from benchmarks.evidence_part1 import Row, write_rows
-from benchmarks.evidence_part2 import SMOLLM2, causal_part, trained_adapter
+from benchmarks.evidence_part2 import SMOLLM2, causal_part, converted, trained_adapter
 from benchmarks.trl_timing import GENERATE_S, OURS, STOCK, medians, train, train_in_turn
 from blockroll.config import AlignmentConfig, ConvertConfig, DraftConfig, RolloutConfig
-from blockroll.rl_loops.convert import METRICS_FILE, STATE_FILE, convert, load_convert_config
+from blockroll.rl_loops.convert import METRICS_FILE, STATE_FILE
 from blockroll.rl_loops.tracking import read_lines
 from blockroll.rl_loops.trl.metrics import SURPRISAL
 
@@ -49,7 +49,7 @@ SUBJECTS: dict[str, dict[str, Any]] = {
 def drafting_policy(
     out: Path = RUNS / "drafting", *, max_tokens: int = 300_000, prompts_per_round: int = 512
 ) -> Path:
-    """The shipped policy after `convert` has taught it to draft better; a begun one goes on."""
+    """The shipped policy after `convert` has taught it to draft better."""
     config = ConvertConfig(
         out=str(out),
         max_tokens=max_tokens,
@@ -61,13 +61,12 @@ def drafting_policy(
         patience=1000,
         draft=DraftConfig(conversion="full", block_sizes=(8,), layouts=("two_forward",), loss="tv"),
     )
-    is_begun = (out / STATE_FILE).is_file()
-    convert(load_convert_config(out) if is_begun else config, resume=is_begun)
-    return out
+    return converted(config)
 
 
 def conversion(policy: Path) -> Row:
-    """What it took, expected tokens of a step on fresh answers in the first round and in the last, and KL."""
+    """What it took and gave: expected tokens of a step on fresh answers in its first and last round, and
+    the KL from the shipped policy, nats per token."""
     progress = torch.load(policy / STATE_FILE, map_location="cpu", weights_only=True)["progress"]
     scores = progress["scores"]
     last = [row for row in read_lines(policy / METRICS_FILE) if row["round"] == progress["round"]]
@@ -75,9 +74,7 @@ def conversion(policy: Path) -> Row:
         "minutes": progress["minutes"],
         "tokens": progress["num_tokens"],
         "tokens_per_step": [scores[0], scores[-1]],
-        "policy_kl": statistics.mean(
-            row["policy_kl"] for row in last
-        ),  # nats per token, from the shipped one
+        "policy_kl": statistics.mean(row["policy_kl"] for row in last),
     }
 
 
