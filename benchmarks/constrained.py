@@ -7,9 +7,9 @@ from typing import Any
 
 from benchmarks.evidence_part1 import Row
 from blockroll.policies.hf import HFPolicy
-from blockroll.rollout.constraints import JsonSchema, Regex
-from blockroll.rollout.engine import Engine
-from blockroll.rollout.requests import derive_seed
+from blockroll.rollout.engine.engine import Engine
+from blockroll.rollout.engine.requests import derive_seed
+from blockroll.samplers.constraints import JsonSchema, Regex
 from blockroll.types import Constraint, Plan, Request, Rollout, Sampling
 
 PATTERN = r"(Mon|Tues|Wednes|Thurs|Fri|Satur|Sun)day, [1-9][0-9]? (January|May|August), (19|20)[0-9]{2}"

@@ -7,7 +7,7 @@ boundary. A difference counts as that only if the coin really lay there.
 import torch
 
 from blockroll.policies.hf import HFPolicy
-from blockroll.rollout.decoding import StepRecord
+from blockroll.rollout.engine.step import StepRecord
 from blockroll.types import Rollout
 
 COIN_TOLERANCE = 1e-5  # "token for token" allows a difference where a coin lies this close to a boundary

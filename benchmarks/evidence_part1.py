@@ -26,12 +26,12 @@ import torch
 from scipy import stats
 
 from benchmarks.equality import count_greedy_differences
+from blockroll.bench.bench import BenchOptions, run_bench, to_record
 from blockroll.config import PolicyConfig, RolloutConfig, RunConfig, TrainConfig
 from blockroll.policies.hf import HFPolicy
 from blockroll.rl_loops.arithmetic import problems, reward
 from blockroll.rl_loops.loop import load_run_config, train
-from blockroll.rollout.bench import BenchOptions, run_bench, to_record
-from blockroll.rollout.engine import Engine
+from blockroll.rollout.engine.engine import Engine
 from blockroll.types import PLAIN, Plan, Request, Rollout, Sampling
 
 Row = dict[str, Any]

@@ -35,6 +35,7 @@ from benchmarks.evidence_part1 import (
     resumable,
     write_rows,
 )
+from blockroll.bench.bench import BenchOptions, run_bench, to_record
 from blockroll.config import ConvertConfig, DraftConfig, PolicyConfig, RolloutConfig, RunConfig, TrainConfig
 from blockroll.policies.hf import HFPolicy
 from blockroll.rl_loops.arithmetic import problems, reward
@@ -42,10 +43,9 @@ from blockroll.rl_loops.checkpoint import latest_checkpoint
 from blockroll.rl_loops.convert import METRICS_FILE, STATE_FILE, convert, load_convert_config
 from blockroll.rl_loops.loop import train
 from blockroll.rl_loops.tracking import read_lines
-from blockroll.rollout.acceptance import AcceptanceByPosition
-from blockroll.rollout.bench import BenchOptions, run_bench, to_record
-from blockroll.rollout.engine import Engine
-from blockroll.rollout.planner import read_plan
+from blockroll.rollout.engine.engine import Engine
+from blockroll.rollout.planning.acceptance import AcceptanceByPosition
+from blockroll.rollout.planning.planner import read_plan
 from blockroll.types import PLAIN, Law, Plan, Request, Rollout, Sampling
 
 RUNS = Path("runs") / "evidence_part2"

@@ -23,9 +23,9 @@ from benchmarks.evidence_part2 import SMOLLM2
 from blockroll.config import DraftConfig
 from blockroll.policies.hf import HFPolicy
 from blockroll.rl_loops.draft_trainer import DraftTrainer
-from blockroll.rollout.audit import AuditWriter, audit_files
-from blockroll.rollout.audit_check import check_audit
-from blockroll.rollout.engine import Engine
+from blockroll.rollout.audit.check import check_audit
+from blockroll.rollout.audit.writer import AuditWriter, audit_files
+from blockroll.rollout.engine.engine import Engine
 from blockroll.types import PLAIN, Plan, Sampling
 
 K = 8

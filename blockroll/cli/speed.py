@@ -14,8 +14,8 @@ from blockroll.errors import InvalidInput
 from blockroll.types import PLAIN
 
 if TYPE_CHECKING:
+    from blockroll.bench.bench import BenchRow, Judge
     from blockroll.policies.hf import HFPolicy
-    from blockroll.rollout.bench import BenchRow, Judge
 
 BENCH_PROMPTS = 256
 WIDEST_TABLE = 250  # characters
@@ -77,8 +77,8 @@ def bench(
     threads: ThreadsOption = 1,
 ) -> None:
     """Measure plans, laws and transformers against each other in one run; lists span a grid."""
-    from blockroll.rollout.bench import BenchOptions, run_bench
-    from blockroll.rollout.planner import read_plan
+    from blockroll.bench.bench import BenchOptions, run_bench
+    from blockroll.rollout.planning.planner import read_plan
 
     options = BenchOptions(
         batches=whole_numbers("--batch", batch),
@@ -158,8 +158,8 @@ def arithmetic_prompts(policy: "HFPolicy") -> list[tuple[int, ...]]:
 
 def _arithmetic_judge(policy: "HFPolicy", samples: int, k: int) -> "Judge":
     """Judges the first of `arithmetic_prompts` by the task's reward."""
+    from blockroll.bench.bench import Judge
     from blockroll.rl_loops.tasks import load_task
-    from blockroll.rollout.bench import Judge
 
     task = load_task("arithmetic")
     rows = task.eval_rows(BENCH_PROMPTS)
@@ -178,7 +178,7 @@ def _arithmetic_judge(policy: "HFPolicy", samples: int, k: int) -> "Judge":
 
 def print_table(console: Console, rows: Sequence["BenchRow"], *, title: str) -> None:
     """The rows as a table. A figure cut short is of no use: a narrow terminal breaks the lines instead."""
-    from blockroll.rollout.bench_table import bench_table
+    from blockroll.bench.table import bench_table
 
     table = bench_table(rows, title=title)
     needed = console.measure(table, options=console.options.update(max_width=WIDEST_TABLE)).maximum
@@ -186,14 +186,14 @@ def print_table(console: Console, rows: Sequence["BenchRow"], *, title: str) -> 
 
 
 def _draw_bench(path: Path, rows: Sequence["BenchRow"]) -> None:
+    from blockroll.bench.bench import to_record
     from blockroll.rl_loops.figures import save_bench
-    from blockroll.rollout.bench import to_record
 
     save_bench([to_record(row) for row in rows], path)
 
 
 def write_rows(path: Path, rows: Sequence["BenchRow"]) -> None:
-    from blockroll.rollout.bench import to_record
+    from blockroll.bench.bench import to_record
 
     records = [to_record(row) for row in rows]
     if path.suffix == ".jsonl":

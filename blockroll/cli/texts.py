@@ -22,7 +22,7 @@ from blockroll.types import Constraint, Plan, Request, RolloutStats, Sampling
 
 if TYPE_CHECKING:
     from blockroll.policies.hf import HFPolicy
-    from blockroll.rollout.engine import Engine
+    from blockroll.rollout.engine.engine import Engine
 
 DRAFTED_STYLE = "bold green underline"
 
@@ -97,7 +97,7 @@ def generate(
 
 
 def _constraint(regex: str | None, json_schema: Path | None) -> Constraint | None:
-    from blockroll.rollout.constraints import JsonSchema, Regex
+    from blockroll.samplers.constraints import JsonSchema, Regex
 
     if regex is not None and json_schema is not None:
         raise InvalidInput("give --regex or --json-schema, not both")
@@ -110,10 +110,10 @@ def engine_for(
     policy: "HFPolicy", plan: str, prompt: str, sampling: Sampling, *, seed: int, num_samples: int
 ) -> tuple["Engine", list[Request]]:
     """An engine that decodes one request at a time, and the requests, as a pool would make them."""
-    from blockroll.rollout.engine import Engine
-    from blockroll.rollout.planner import read_plan
-    from blockroll.rollout.pool import RolloutPool
-    from blockroll.rollout.replica import LocalReplica
+    from blockroll.rollout.engine.engine import Engine
+    from blockroll.rollout.planning.planner import read_plan
+    from blockroll.rollout.pool.pool import RolloutPool
+    from blockroll.rollout.pool.replica import LocalReplica
 
     engine = Engine(policy, plan=read_plan(plan, policy), max_batch_size=1)
     pool = RolloutPool([LocalReplica(engine, policy.model)], tokenizer=policy.tokenizer)

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from blockroll.errors import InvalidInput
 from blockroll.rl_loops.advantages import FAILED_REASONS, score_rollouts
 from blockroll.rl_loops.tasks import RewardFunction, Row
-from blockroll.rollout.pool import RolloutPool
-from blockroll.rollout.requests import derive_seed
+from blockroll.rollout.engine.requests import derive_seed
+from blockroll.rollout.pool.pool import RolloutPool
 from blockroll.types import Request, Rollout, Sampling
 
 

@@ -30,12 +30,12 @@ from blockroll.policies.hf import HFPolicy
 from blockroll.rl_loops.draft_trainer import DraftMetrics, DraftTrainer
 from blockroll.rl_loops.prompts import Prompts, load_prompts
 from blockroll.rl_loops.run import interrupts_held
+from blockroll.rl_loops.step_costs import step_costs
 from blockroll.rl_loops.tracking import JsonLines, read_lines, truncate_lines
-from blockroll.rollout.costs import step_costs
-from blockroll.rollout.engine import Engine
-from blockroll.rollout.pool import RolloutPool, make_pool
-from blockroll.rollout.replica import LocalReplica
-from blockroll.rollout.requests import check_request, derive_seed
+from blockroll.rollout.engine.engine import Engine
+from blockroll.rollout.engine.requests import check_request, derive_seed
+from blockroll.rollout.pool.pool import RolloutPool, make_pool
+from blockroll.rollout.pool.replica import LocalReplica
 from blockroll.types import Plan, Request, Rollout, Sampling
 
 log = logging.getLogger(__name__)

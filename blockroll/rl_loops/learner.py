@@ -23,7 +23,7 @@ from blockroll.policies.hf import HFPolicy
 from blockroll.rl_loops.advantages import Advantages
 from blockroll.rl_loops.grpo import Algorithm
 from blockroll.rl_loops.losses import behavior_correction
-from blockroll.rollout.weight_sync import named_weights
+from blockroll.rollout.pool.weight_sync import named_weights
 from blockroll.types import Rollout
 
 log = logging.getLogger(__name__)

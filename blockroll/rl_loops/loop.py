@@ -26,8 +26,8 @@ from blockroll.rl_loops.report import write_report
 from blockroll.rl_loops.run import Run, interrupts_held, rollout_sampling
 from blockroll.rl_loops.tasks import Task, load_task
 from blockroll.rl_loops.tracking import JsonLines, Wandb, read_lines, require_wandb, truncate_lines
-from blockroll.rollout.audit import drop_audit
-from blockroll.rollout.pool import RolloutPool, make_pool
+from blockroll.rollout.audit.writer import drop_audit
+from blockroll.rollout.pool.pool import RolloutPool, make_pool
 
 Callback = Callable[[Mapping[str, Any]], None]
 

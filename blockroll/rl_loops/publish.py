@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from blockroll.errors import WeightSyncError
-from blockroll.rollout.pool import RolloutPool
-from blockroll.rollout.weight_sync import make_update
+from blockroll.rollout.pool.pool import RolloutPool
+from blockroll.rollout.pool.weight_sync import make_update
 from blockroll.types import UpdateReceipt, WeightUpdate
 
 

@@ -23,8 +23,8 @@ from blockroll.rl_loops.collect import Batch, collect, evaluate, rollout_metrics
 from blockroll.rl_loops.learner import Learner
 from blockroll.rl_loops.publish import publish
 from blockroll.rl_loops.tasks import Task
-from blockroll.rollout.planner import read_plan
-from blockroll.rollout.pool import RolloutPool
+from blockroll.rollout.planning.planner import read_plan
+from blockroll.rollout.pool.pool import RolloutPool
 from blockroll.types import Law, Sampling
 
 SAMPLES_PER_STEP = 2

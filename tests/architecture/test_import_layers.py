@@ -16,6 +16,7 @@ ROWS = (
     ("kernels",),
     ("samplers", "policies"),
     ("rollout",),
+    ("bench", "policy_check"),
     ("rl_loops",),
     ("cli",),
 )
@@ -25,12 +26,12 @@ RANKS = {unit: rank for rank, units in enumerate(ROWS) for unit in units}
 HOMES = {
     "accelerate": ("rl_loops.trl.*",),
     "gymnasium": ("rl_loops.envs*",),
-    "llguidance": ("rollout.constraints",),
+    "llguidance": ("samplers.constraints",),
     "matplotlib": ("rl_loops.report", "rl_loops.figures"),
-    "pyarrow": ("rollout.audit",),
-    "ray": ("rollout.ray_pool", "rollout.weight_sync", "rollout.weight_sync.*"),
+    "pyarrow": ("rollout.audit.*",),
+    "ray": ("rollout.pool.ray_pool", "rollout.pool.weight_sync.*"),
     "reasoning_gym": ("rl_loops.envs*",),
-    "transformers": ("policies", "policies.*", "rl_loops.trl.*"),
+    "transformers": ("policies.*", "bench.reference", "rl_loops.trl.*"),
     "triton": ("kernels.*.fused",),
     "peft": ("rl_loops.trl.weights",),
     "trl": ("rl_loops.trl.*",),
@@ -111,7 +112,7 @@ def test_every_unit_on_disk_has_a_row():
     [
         (
             "samplers.lossless",
-            "from blockroll.rollout.engine import Engine",
+            "from blockroll.rollout.engine.engine import Engine",
             "`samplers` must not import `rollout`",
         ),
         (
@@ -162,8 +163,8 @@ def test_a_planted_import_is_reported_by_name(module, source, sentence):
     ("module", "source"),
     [
         ("cli", "import typer\nimport blockroll\nblockroll.__version__\nimport blockroll.rl_loops.loop"),
-        ("rollout.ray_pool", "import ray\nfrom blockroll.rollout.pool import RolloutPool"),
-        ("rollout.weight_sync.object_store", "import ray"),
+        ("rollout.pool.ray_pool", "import ray\nfrom blockroll.rollout.pool.pool import RolloutPool"),
+        ("rollout.pool.weight_sync.object_store", "import ray"),
         ("policies.hf", "import torch\nfrom transformers import Cache"),
         ("kernels.block_verify.fused", "import triton.language as tl"),
         ("rl_loops.envs_gym", "import gymnasium"),

@@ -24,7 +24,7 @@ def test_importing_blockroll_leaves_every_heavy_package_unloaded():
 
 
 @pytest.mark.parametrize(
-    "module", ["blockroll", "blockroll.config", "blockroll.rollout.engine", "blockroll.cli"]
+    "module", ["blockroll", "blockroll.config", "blockroll.rollout.engine.engine", "blockroll.cli"]
 )
 def test_importing_sets_no_environment_variable(module):
     # What third-party packages set is theirs: they are imported first.

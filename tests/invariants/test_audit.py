@@ -24,8 +24,10 @@ from blockroll.config import PolicyConfig, RolloutConfig, RunConfig, TrainConfig
 from blockroll.errors import ConfigError, InvalidInput
 from blockroll.policies.hf import HFPolicy
 from blockroll.rl_loops.loop import train
-from blockroll.rollout import audit as audit_module
-from blockroll.rollout.audit import (
+from blockroll.rollout.audit import writer as audit_module
+from blockroll.rollout.audit.check import TOLERANCE, check_audit
+from blockroll.rollout.audit.stats import audit_stats
+from blockroll.rollout.audit.writer import (
     KINDS,
     NUMBERS,
     AuditWriter,
@@ -34,11 +36,9 @@ from blockroll.rollout.audit import (
     read_audit,
     row_checksums,
 )
-from blockroll.rollout.audit_check import TOLERANCE, check_audit
-from blockroll.rollout.audit_stats import audit_stats
-from blockroll.rollout.constraints import Regex
-from blockroll.rollout.engine import Engine
-from blockroll.rollout.pool import RolloutPool
+from blockroll.rollout.engine.engine import Engine
+from blockroll.rollout.pool.pool import RolloutPool
+from blockroll.samplers.constraints import Regex
 from blockroll.types import Law, Plan, Sampling
 from tests.engines import PlansInTurn, make_requests, run
 from tests.models import adapted_policy, prompts
@@ -261,8 +261,8 @@ def test_rows_of_two_versions_never_share_a_file(policy, tmp_path, monkeypatch):
 def test_a_killed_writer_leaves_files_that_pass(tmp_path):
     script = textwrap.dedent(f"""
         from blockroll import HFPolicy, Plan, Sampling
-        from blockroll.rollout import audit
-        from blockroll.rollout.engine import Engine
+        from blockroll.rollout.audit import writer as audit
+        from blockroll.rollout.engine.engine import Engine
         from tests.engines import make_requests
         audit._ROWS_HELD = 50
         policy = HFPolicy.from_pretrained("tiny")

@@ -9,9 +9,9 @@ import torch
 
 from benchmarks.equality import CoinMargins, count_coin_differences, count_greedy_differences
 from blockroll.errors import InvalidInput
-from blockroll.rollout.engine import Engine
-from blockroll.rollout.planner import Planner
-from blockroll.rollout.scheduler import Scheduler
+from blockroll.rollout.engine.engine import Engine
+from blockroll.rollout.engine.scheduler import Scheduler
+from blockroll.rollout.planning.planner import Planner
 from blockroll.samplers import uniforms
 from blockroll.samplers.uniforms import philox4x32
 from blockroll.types import Law, Plan, Sampling

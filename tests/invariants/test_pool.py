@@ -7,10 +7,10 @@ import torch
 
 from blockroll.errors import InvalidInput, ReplicaError, WeightSyncError
 from blockroll.policies.hf import HFPolicy
-from blockroll.rollout.engine import Engine
-from blockroll.rollout.pool import RolloutPool
-from blockroll.rollout.replica import LocalReplica
-from blockroll.rollout.weight_sync import make_update, named_weights
+from blockroll.rollout.engine.engine import Engine
+from blockroll.rollout.pool.pool import RolloutPool
+from blockroll.rollout.pool.replica import LocalReplica
+from blockroll.rollout.pool.weight_sync import make_update, named_weights
 from blockroll.types import Plan, Sampling
 from tests.engines import make_requests, run
 from tests.models import MASK_ID, prompts, random_model, random_policy

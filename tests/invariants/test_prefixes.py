@@ -5,10 +5,10 @@ import random
 import pytest
 import torch
 
-from blockroll.rollout import engine as engine_module
-from blockroll.rollout.cache import ROW_STEP, SlotCache
-from blockroll.rollout.engine import Engine
-from blockroll.rollout.prefill import prefill
+from blockroll.rollout.engine import engine as engine_module
+from blockroll.rollout.engine.cache import ROW_STEP, SlotCache
+from blockroll.rollout.engine.engine import Engine
+from blockroll.rollout.engine.prefill import prefill
 from blockroll.types import Plan, Request, Sampling
 from tests.engines import make_requests
 from tests.models import EOS_ID, FAMILIES, adapted_policy

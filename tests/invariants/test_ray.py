@@ -10,8 +10,8 @@ import pytest
 from blockroll.config import PolicyConfig, RolloutConfig
 from blockroll.errors import InvalidInput, WeightSyncError
 from blockroll.policies.hf import HFPolicy, load_tokenizer
-from blockroll.rollout.ray_pool import make_ray_pool
-from blockroll.rollout.weight_sync import make_update, named_weights
+from blockroll.rollout.pool.ray_pool import make_ray_pool
+from blockroll.rollout.pool.weight_sync import make_update, named_weights
 from blockroll.types import Plan, Sampling
 from tests.engines import make_requests, run
 from tests.invariants.test_pool import drop_a_bucket, flip_a_byte, moved_model, moved_update

@@ -28,10 +28,10 @@ from blockroll.rl_loops.tracking import read_lines
 from blockroll.rl_loops.trl import GRPOTrainer, RLOOTrainer, make_rollout_func, require_tested
 from blockroll.rl_loops.trl.contract import require_parts
 from blockroll.rl_loops.trl.weights import sharing_policy
-from blockroll.rollout.audit import audit_files
-from blockroll.rollout.audit_check import check_audit
-from blockroll.rollout.cache import SlotCache
-from blockroll.rollout.pool import RolloutPool
+from blockroll.rollout.audit.check import check_audit
+from blockroll.rollout.audit.writer import audit_files
+from blockroll.rollout.engine.cache import SlotCache
+from blockroll.rollout.pool.pool import RolloutPool
 from tests.models import FAMILIES, adapted_policy, random_model
 
 pytestmark = pytest.mark.filterwarnings(

@@ -20,12 +20,12 @@ from blockroll.config import RolloutConfig, RunConfig
 from blockroll.errors import ConfigError, InvalidInput
 from blockroll.policies.hf import HFPolicy
 from blockroll.rl_loops.run import rollout_sampling
-from blockroll.rollout import decoding
-from blockroll.rollout import pool as pool_module
-from blockroll.rollout.engine import Engine
-from blockroll.rollout.pool import RolloutPool
-from blockroll.rollout.replica import LocalReplica
-from blockroll.rollout.running import RunningRequest
+from blockroll.rollout.engine import step as decoding
+from blockroll.rollout.engine.engine import Engine
+from blockroll.rollout.engine.running import RunningRequest
+from blockroll.rollout.pool import pool as pool_module
+from blockroll.rollout.pool.pool import RolloutPool
+from blockroll.rollout.pool.replica import LocalReplica
 from blockroll.samplers import laws as laws_module
 from blockroll.samplers import lossless, uniforms
 from blockroll.samplers import processing as processing_module

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from blockroll.errors import InvalidInput
-from blockroll.rollout import decoding
+from blockroll.rollout.engine import step as decoding
 from blockroll.samplers import draw_draft, mixed_logits
 from blockroll.samplers import laws as laws_module
 from blockroll.types import Law, Plan, Sampling

@@ -10,20 +10,20 @@ from importlib.metadata import version
 import pytest
 import torch
 
+from blockroll.bench.bench import TRANSFORMERS, BenchOptions, Judge, run_bench, to_record
+from blockroll.bench.pass_at_k import pass_at_k
+from blockroll.bench.reference import REFERENCES, ReferenceTask, generate_stock
+from blockroll.bench.rows import BenchRow, percentile, with_speed
+from blockroll.bench.subjects import EngineSubject, TransformersSubject, Wave
+from blockroll.bench.table import bench_table
+from blockroll.bench.workload import Workload, cut_to_length, make_waves, random_prompts
 from blockroll.cli.speed import numbers, split_plans, whole_numbers
 from blockroll.errors import InvalidInput
 from blockroll.policies.hf import load_model, resolve_checkpoint
-from blockroll.policies.reference import REFERENCES, ReferenceTask, generate_stock
 from blockroll.rl_loops.figures import save_bench
-from blockroll.rollout.acceptance import AcceptanceByPosition
-from blockroll.rollout.bench import TRANSFORMERS, BenchOptions, Judge, run_bench, to_record
-from blockroll.rollout.bench_rows import BenchRow, percentile, with_speed
-from blockroll.rollout.bench_subjects import EngineSubject, TransformersSubject, Wave
-from blockroll.rollout.bench_table import bench_table
-from blockroll.rollout.bench_workload import Workload, cut_to_length, make_waves, random_prompts
-from blockroll.rollout.engine import Engine
-from blockroll.rollout.pass_at_k import pass_at_k
-from blockroll.rollout.planner import Planner
+from blockroll.rollout.engine.engine import Engine
+from blockroll.rollout.planning.acceptance import AcceptanceByPosition
+from blockroll.rollout.planning.planner import Planner
 from blockroll.types import PLAIN, Law, Plan, Sampling
 from tests.engines import make_requests, run
 from tests.models import EOS_ID, prompts, random_policy

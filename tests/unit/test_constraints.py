@@ -10,7 +10,7 @@ import torch
 
 from blockroll.errors import InvalidInput
 from blockroll.policies.hf import HFPolicy
-from blockroll.rollout.constraints import JsonSchema, Regex
+from blockroll.samplers.constraints import JsonSchema, Regex
 from blockroll.types import Plan, Request, Sampling
 from tests.engines import make_requests, run
 

@@ -19,9 +19,9 @@ from blockroll.rl_loops.loop import load_run_config, train
 from blockroll.rl_loops.run import interrupts_held
 from blockroll.rl_loops.tasks import from_rows
 from blockroll.rl_loops.tracking import read_lines
-from blockroll.rollout.pool import RolloutPool, make_pool
-from blockroll.rollout.replica import LocalReplica
-from blockroll.rollout.requests import derive_seed
+from blockroll.rollout.engine.requests import derive_seed
+from blockroll.rollout.pool.pool import RolloutPool, make_pool
+from blockroll.rollout.pool.replica import LocalReplica
 
 ROWS = [{"prompt": f"{i}+{i}=?"} for i in range(7)]
 # Everything of a step but what the clock decides.

@@ -10,8 +10,8 @@ import pytest
 
 from blockroll.errors import InvalidInput
 from blockroll.policies.hf import HFPolicy
-from blockroll.rollout.cost_table import Bucket, CostTable
-from blockroll.rollout.planner import Planner, candidate_plans, cost_key, read_plan
+from blockroll.rollout.planning.cost_table import Bucket, CostTable
+from blockroll.rollout.planning.planner import Planner, candidate_plans, cost_key, read_plan
 from blockroll.types import PLAIN, Plan
 from tests.models import adapted_policy, random_model, random_policy
 

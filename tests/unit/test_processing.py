@@ -21,7 +21,7 @@ from blockroll.config import RolloutConfig, RunConfig, TrainConfig
 from blockroll.errors import ConfigError, InvalidInput
 from blockroll.policies.hf import HFPolicy
 from blockroll.rl_loops.run import rollout_sampling
-from blockroll.rollout.requests import Limits, check_request
+from blockroll.rollout.engine.requests import Limits, check_request
 from blockroll.samplers.laws import Laws, Text
 from blockroll.samplers.processing import completed_by, truncate
 from blockroll.types import Law, Plan, Request, Sampling

@@ -16,7 +16,7 @@ from blockroll.errors import BlockrollError, InvalidInput, ReplicaError
 from blockroll.rl_loops.advantages import FAILED_REASONS
 from blockroll.rl_loops.trl.placement import Placement
 from blockroll.rl_loops.trl.together import raise_together
-from blockroll.rollout.requests import derive_seed
+from blockroll.rollout.engine.requests import derive_seed
 from blockroll.types import Law, Request, Rollout, Sampling
 
 

@@ -29,10 +29,10 @@ from blockroll.rl_loops.trl.weights import (
     full_weights,
     sharing_policy,
 )
-from blockroll.rollout.planner import Planner
-from blockroll.rollout.pool import RolloutPool
-from blockroll.rollout.replica import LocalReplica
-from blockroll.rollout.weight_sync import named_adapter_weights
+from blockroll.rollout.planning.planner import Planner
+from blockroll.rollout.pool.pool import RolloutPool
+from blockroll.rollout.pool.replica import LocalReplica
+from blockroll.rollout.pool.weight_sync import named_adapter_weights
 from blockroll.types import Request, Rollout
 
 
@@ -157,7 +157,7 @@ class Separate:
         where: list[str | None] = [None, None, None]  # name, address, and how Ray lets processes in
         if accelerator.is_main_process:
             try:
-                from blockroll.rollout.ray_pool import make_ray_pool, ray_address
+                from blockroll.rollout.pool.ray_pool import make_ray_pool, ray_address
 
                 name = f"blockroll-{os.getpid()}"
                 with _hidden(owned):
@@ -171,7 +171,7 @@ class Separate:
         if not accelerator.is_main_process:
             if where[2] is not None:  # read when ray is imported
                 os.environ["RAY_AUTH_MODE"] = where[2]
-            from blockroll.rollout.ray_pool import join_ray_pool
+            from blockroll.rollout.pool.ray_pool import join_ray_pool
 
             self.pool = join_ray_pool(str(where[0]), policy, config, address=str(where[1]))
 

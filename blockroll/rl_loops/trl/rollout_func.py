@@ -13,7 +13,7 @@ from blockroll.errors import InvalidInput
 from blockroll.rl_loops.trl.generation import TrainerRollouts, trainer_sampling
 from blockroll.rl_loops.trl.metrics import round_metrics
 from blockroll.rl_loops.trl.placement import Given
-from blockroll.rollout.pool import RolloutPool
+from blockroll.rollout.pool.pool import RolloutPool
 
 RolloutFunc = Callable[[list[Any], Any], dict[str, Any]]
 

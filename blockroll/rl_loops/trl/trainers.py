@@ -20,7 +20,7 @@ from blockroll.rl_loops.trl.placement import place
 from blockroll.rl_loops.trl.record import Record
 from blockroll.rl_loops.trl.rewards import RewardErrors
 from blockroll.rl_loops.trl.together import raise_together
-from blockroll.rollout.pool import RolloutPool
+from blockroll.rollout.pool.pool import RolloutPool
 from blockroll.types import Sampling
 
 if TYPE_CHECKING:  # a mixin sees the trainer it is mixed into; at run time it stands alone

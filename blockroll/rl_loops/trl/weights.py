@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from blockroll.errors import InvalidInput, ManifestMismatch
 from blockroll.policies.hf import HFPolicy
-from blockroll.rollout.weight_sync import named_weights
+from blockroll.rollout.pool.weight_sync import named_weights
 
 
 def base_model(model: nn.Module) -> PreTrainedModel:

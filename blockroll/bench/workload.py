@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from blockroll.errors import InvalidInput
-from blockroll.rollout.requests import derive_seed
+from blockroll.rollout.engine.requests import derive_seed
 from blockroll.types import Law, Request, Sampling
 
 Prompts = Sequence[tuple[int, ...]]

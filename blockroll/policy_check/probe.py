@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from blockroll.errors import InvalidInput
 from blockroll.policies.adapter import DraftAdapter
 from blockroll.policies.hf import HFPolicy
-from blockroll.rollout.cache import SlotCache
+from blockroll.policies.rounding import nudged_inputs
+from blockroll.rollout.engine.cache import SlotCache
 
 LONGEST_WINDOW = 256  # sliding windows up to this are filled; beyond, prompts would cost too much
 LONGEST_PREFIX = 12  # cached tokens of the longest prompt, where no window asks for more
@@ -213,23 +214,6 @@ def cache_gap(cache: SlotCache, recomputed: SlotCache) -> float:
                 scale = other.float().abs().max().clamp(min=1e-6)
                 gaps.append((mine.float() - other.float()).abs().max() / scale)
     return float(torch.stack(gaps).max())
-
-
-@contextmanager
-def nudged_inputs(policy: HFPolicy) -> Iterator[None]:
-    """Every number that leaves the input embedding is one rounding step larger or smaller, at random."""
-    generator = torch.Generator().manual_seed(0)
-    step = torch.finfo(policy.kv_shape.dtype).eps
-
-    def nudge(module: nn.Module, inputs: tuple[Tensor, ...], embeddings_BRW: Tensor) -> Tensor:
-        signs_BRW = torch.randint(2, embeddings_BRW.shape, generator=generator) * 2 - 1
-        return embeddings_BRW * (1 + step * signs_BRW).to(embeddings_BRW)
-
-    handle = policy.model.get_input_embeddings().register_forward_hook(nudge)
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from rich import box
 from rich.table import Table
 
-from blockroll.rollout.bench_rows import BenchRow
+from blockroll.bench.rows import BenchRow
 
 Cell = Callable[[BenchRow], str]
 

@@ -8,12 +8,12 @@ from typing import Protocol
 
 import torch
 
+from blockroll.bench.reference import LOOKUP_TOKENS, REFERENCES, Reference, ReferenceTask
 from blockroll.errors import InvalidInput, NonFiniteLogits
 from blockroll.policies.hf import HFPolicy, load_model, resolve_checkpoint
-from blockroll.policies.reference import LOOKUP_TOKENS, REFERENCES, Reference, ReferenceTask
-from blockroll.rollout.decoding import EngineTimes
-from blockroll.rollout.engine import Engine
-from blockroll.rollout.planner import Planner
+from blockroll.rollout.engine.engine import Engine
+from blockroll.rollout.engine.step import EngineTimes
+from blockroll.rollout.planning.planner import Planner
 from blockroll.types import Law, Plan, Request, Rollout
 
 TRANSFORMERS = "transformers_generate"

@@ -17,11 +17,9 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
-from blockroll.errors import InvalidInput
-from blockroll.policies.hf import HFPolicy
-from blockroll.policies.reference import Reference, ReferenceTask
-from blockroll.rollout.acceptance import AcceptanceByPosition
-from blockroll.rollout.bench_rows import (
+from blockroll.bench.pass_at_k import Judge, Passed
+from blockroll.bench.reference import Reference, ReferenceTask
+from blockroll.bench.rows import (
     BenchRow,
     Setting,
     describe_setting,
@@ -30,7 +28,7 @@ from blockroll.rollout.bench_rows import (
     with_passed,
     with_speed,
 )
-from blockroll.rollout.bench_subjects import (
+from blockroll.bench.subjects import (
     TRANSFORMERS,
     EngineSubject,
     Subject,
@@ -39,7 +37,7 @@ from blockroll.rollout.bench_subjects import (
     check_finite,
     load_references,
 )
-from blockroll.rollout.bench_workload import (
+from blockroll.bench.workload import (
     TARGET,
     BenchOptions,
     Prompts,
@@ -48,10 +46,12 @@ from blockroll.rollout.bench_workload import (
     make_waves,
     random_prompts,
 )
-from blockroll.rollout.decoding import StepRecord
-from blockroll.rollout.engine import Engine
-from blockroll.rollout.pass_at_k import Judge, Passed
-from blockroll.rollout.planner import Planner
+from blockroll.errors import InvalidInput
+from blockroll.policies.hf import HFPolicy
+from blockroll.rollout.engine.engine import Engine
+from blockroll.rollout.engine.step import StepRecord
+from blockroll.rollout.planning.acceptance import AcceptanceByPosition
+from blockroll.rollout.planning.planner import Planner
 from blockroll.types import PLAIN, Law, Plan, Request, Rollout
 
 __all__ = ["TRANSFORMERS", "BenchOptions", "BenchRow", "Judge", "run_bench", "to_record"]

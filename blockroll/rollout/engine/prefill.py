@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from blockroll.policies.base import Policy
-from blockroll.rollout.cache import ROW_STEP, SlotCache
+from blockroll.rollout.engine.cache import ROW_STEP, SlotCache
 
 Text = tuple[int, ...]
 

@@ -25,7 +25,7 @@ import torch
 import blockroll
 from blockroll.config import cache_dir
 from blockroll.policies.base import Policy
-from blockroll.rollout.cost_table import SAMPLES_KEPT, Bucket, CostTable
+from blockroll.rollout.planning.cost_table import SAMPLES_KEPT, Bucket, CostTable
 from blockroll.types import PLAIN, Plan
 
 if TYPE_CHECKING:

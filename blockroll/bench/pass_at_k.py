@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from blockroll.errors import InvalidInput
-from blockroll.rollout.requests import derive_seed
+from blockroll.rollout.engine.requests import derive_seed
 from blockroll.types import Request, Rollout, Sampling
 
 

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 
 import blockroll
+from blockroll.bench.pass_at_k import Passed
+from blockroll.bench.subjects import Wave
 from blockroll.policies.hf import HFPolicy
-from blockroll.rollout.acceptance import AcceptanceByPosition
-from blockroll.rollout.bench_subjects import Wave
-from blockroll.rollout.decoding import EngineTimes
-from blockroll.rollout.pass_at_k import Passed
+from blockroll.rollout.engine.step import EngineTimes
+from blockroll.rollout.planning.acceptance import AcceptanceByPosition
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

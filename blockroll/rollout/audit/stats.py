@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from blockroll.rollout.audit import ACCEPTED, KINDS, RECOVERED, read_audit
+from blockroll.rollout.audit.writer import ACCEPTED, KINDS, RECOVERED, read_audit
 from blockroll.samplers.check import check_redraw_uniforms
 
 _LEAST_REDRAWS = 20  # for a verdict on their uniforms

@@ -1,6 +1,6 @@
 """Weights on their way from a learner to replicas: packed, checked, then swapped."""
 
-from blockroll.rollout.weight_sync.buckets import (
+from blockroll.rollout.pool.weight_sync.buckets import (
     make_update,
     named_adapter_weights,
     named_weights,

@@ -3,7 +3,7 @@
 A row holds the draft that stood at its position and its two probabilities, the accept coin, and for a drawn
 token the uniform, the mass it was drawn from and the token's interval of the cumulative law. With the seed of
 its request, which the request's first row brings along, every decision can be repeated from the file alone
-(`audit_check.py`). Full rows of the vocabulary are not kept.
+(`check.py`). Full rows of the vocabulary are not kept.
 
 The engine hands over the tensors of a step as they are. They become columns many steps at a time, and files
 when many rows are there, when the weights change, or when nothing is left to decode. A file is written under

@@ -1,6 +1,6 @@
 """One engine: continuous batching of requests under one decoding plan, or one chosen for each step.
 
-A step is: admit waiting requests and prefill them, decode (decoding.py), commit. A planner is asked before
+A step is: admit waiting requests and prefill them, decode (step.py), commit. A planner is asked before
 each step and told what the step took and committed, unless the prefill did a part of its work. The engine
 owns the cache and the per-request state; it knows neither processes nor weights' origins.
 """
@@ -14,14 +14,14 @@ from torch import Tensor
 
 from blockroll.errors import InvalidInput
 from blockroll.policies.base import Policy
-from blockroll.rollout.audit import AuditedStep, AuditWriter
-from blockroll.rollout.cache import ROW_STEP, SlotCache
-from blockroll.rollout.decoding import Decoded, Decoder, EngineTimes, StepRecord
-from blockroll.rollout.planner import Planner
-from blockroll.rollout.prefill import prefill
-from blockroll.rollout.requests import Limits, check_request
-from blockroll.rollout.running import RunningRequest, StopRule
-from blockroll.rollout.scheduler import Scheduler
+from blockroll.rollout.audit.writer import AuditedStep, AuditWriter
+from blockroll.rollout.engine.cache import ROW_STEP, SlotCache
+from blockroll.rollout.engine.prefill import prefill
+from blockroll.rollout.engine.requests import Limits, check_request
+from blockroll.rollout.engine.running import RunningRequest, StopRule
+from blockroll.rollout.engine.scheduler import Scheduler
+from blockroll.rollout.engine.step import Decoded, Decoder, EngineTimes, StepRecord
+from blockroll.rollout.planning.planner import Planner
 from blockroll.types import Commit, Guide, Plan, Request, Rollout
 
 

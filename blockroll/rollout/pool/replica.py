@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from blockroll.config import PolicyConfig, RolloutConfig
 from blockroll.errors import InvalidInput, VersionMismatch, WeightSyncError
 from blockroll.policies.hf import HFPolicy
-from blockroll.rollout.audit import AuditWriter
-from blockroll.rollout.engine import Engine
-from blockroll.rollout.planner import read_plan
-from blockroll.rollout.requests import Limits
-from blockroll.rollout.weight_sync.buckets import (
+from blockroll.rollout.audit.writer import AuditWriter
+from blockroll.rollout.engine.engine import Engine
+from blockroll.rollout.engine.requests import Limits
+from blockroll.rollout.planning.planner import read_plan
+from blockroll.rollout.pool.weight_sync.buckets import (
     ADAPTER_PREFIX,
     check_update,
     load_update,

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from blockroll.errors import EmptySupport, NonFiniteLogits
 from blockroll.policies.base import Policy
-from blockroll.rollout.cache import SlotCache
-from blockroll.rollout.running import Proposal, RunningRequest
+from blockroll.rollout.engine.cache import SlotCache
+from blockroll.rollout.engine.running import Proposal, RunningRequest
 from blockroll.samplers import (
     Laws,
     join_verdicts,

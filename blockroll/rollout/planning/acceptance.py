@@ -1,6 +1,6 @@
 """Acceptance by draft position: how far into a block drafts hold."""
 
-from blockroll.rollout.decoding import StepRecord
+from blockroll.rollout.engine.step import StepRecord
 
 
 class AcceptanceByPosition:

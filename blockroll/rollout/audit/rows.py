@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from blockroll.rollout.audit import AuditFile, as_json
+from blockroll.rollout.audit.writer import AuditFile, as_json
 from blockroll.types import Law, Sampling
 
 RequestKey = tuple[str, str, int]  # request id, session of the writer, serial

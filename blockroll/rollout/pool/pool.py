@@ -14,8 +14,8 @@ from typing import Any, Self
 from blockroll.config import PolicyConfig, RolloutConfig
 from blockroll.errors import InvalidInput, ReplicaError, WeightSyncError
 from blockroll.policies.hf import load_tokenizer
-from blockroll.rollout.replica import LocalReplica, Replica
-from blockroll.rollout.requests import check_request, derive_seed
+from blockroll.rollout.engine.requests import check_request, derive_seed
+from blockroll.rollout.pool.replica import LocalReplica, Replica
 from blockroll.types import (
     ReplicaHealth,
     ReplicaState,
@@ -262,7 +262,7 @@ class RolloutPool:
 def make_pool(policy: PolicyConfig, config: RolloutConfig) -> RolloutPool:
     """The pool that a config asks for: engines in this process, or Ray actors."""
     if config.backend == "ray":
-        from blockroll.rollout.ray_pool import make_ray_pool
+        from blockroll.rollout.pool.ray_pool import make_ray_pool
 
         return make_ray_pool(policy, config)
     replicas = [LocalReplica.build(policy, config, replica_id=index) for index in range(config.num_replicas)]

@@ -13,10 +13,10 @@ import numpy as np
 import torch
 
 from blockroll.policies.hf import HFPolicy
-from blockroll.rollout.audit import ACCEPTED, RECOVERED
-from blockroll.rollout.audit_rows import AuditedRequest, AuditReport, Problem
-from blockroll.rollout.cache import SlotCache
-from blockroll.rollout.policy_probe import nudged_inputs
+from blockroll.policies.rounding import nudged_inputs
+from blockroll.rollout.audit.rows import AuditedRequest, AuditReport, Problem
+from blockroll.rollout.audit.writer import ACCEPTED, RECOVERED
+from blockroll.rollout.engine.cache import SlotCache
 from blockroll.samplers import step_uniforms
 from blockroll.samplers.laws import Laws, Text
 from blockroll.types import Sampling

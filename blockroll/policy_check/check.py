@@ -15,7 +15,7 @@ from torch import Tensor
 
 from blockroll.policies.hf import HFPolicy
 from blockroll.policies.layout import RowLayout
-from blockroll.rollout.policy_probe import LIKELY, PolicyProbe, cache_gap, make_probe, num_tokens, other_masks
+from blockroll.policy_check.probe import LIKELY, PolicyProbe, cache_gap, make_probe, num_tokens, other_masks
 
 DEFAULT_DRAFTS = 4  # of a policy that was trained for no number of drafts
 STALE_POISON = 30.0  # finite, because a dense mask multiplies unseen values by zero

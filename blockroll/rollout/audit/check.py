@@ -14,7 +14,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from blockroll.rollout.audit import (
+from blockroll.rollout.audit.recompute import PolicyOf, recompute
+from blockroll.rollout.audit.rows import AuditedRequest, AuditReport, Problem, joined
+from blockroll.rollout.audit.writer import (
     ACCEPTED,
     EXTRA,
     KINDS,
@@ -24,8 +26,6 @@ from blockroll.rollout.audit import (
     read_audit,
     row_checksums,
 )
-from blockroll.rollout.audit_recompute import PolicyOf, recompute
-from blockroll.rollout.audit_rows import AuditedRequest, AuditReport, Problem, joined
 from blockroll.samplers import step_uniforms
 
 EXACT = 1e-9  # between two float64 figures of one file

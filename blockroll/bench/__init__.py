@@ -1,0 +1,1 @@
+"""A user's benchmark: subjects, workloads, rows, tables."""

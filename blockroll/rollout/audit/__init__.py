@@ -1,0 +1,1 @@
+"""A row for every committed token: written, checked, repeated."""

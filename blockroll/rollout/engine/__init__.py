@@ -1,0 +1,1 @@
+"""The core: what decodes requests with one policy, step by step."""

@@ -1,0 +1,1 @@
+"""What a plan costs and commits; which one is next."""

@@ -1,0 +1,1 @@
+"""Replicas behind one `generate`: routing, versions, faults, weight updates."""
