@@ -1,0 +1,39 @@
+"""What moves between the parts of blockroll: requests, rollouts, drafts, verdicts, plans and laws."""
+
+from blockroll.types.plan import PLAIN, Law, Plan
+from blockroll.types.replica import (
+    ReplicaHealth,
+    ReplicaState,
+    TensorSpec,
+    UpdateReceipt,
+    WeightManifest,
+    WeightUpdate,
+)
+from blockroll.types.rollout import Commit, FinishReason, Prefix, Request, Rollout, RolloutStats
+from blockroll.types.sampling import Constraint, Guide, LogitsProcessor, Sampling
+from blockroll.types.verdict import Draft, Evidence, Verdict
+
+__all__ = [
+    "PLAIN",
+    "Commit",
+    "Constraint",
+    "Draft",
+    "Evidence",
+    "FinishReason",
+    "Guide",
+    "Law",
+    "LogitsProcessor",
+    "Plan",
+    "Prefix",
+    "ReplicaHealth",
+    "ReplicaState",
+    "Request",
+    "Rollout",
+    "RolloutStats",
+    "Sampling",
+    "TensorSpec",
+    "UpdateReceipt",
+    "Verdict",
+    "WeightManifest",
+    "WeightUpdate",
+]

@@ -1,0 +1,107 @@
+"""How a step decodes, and what tokens are drawn from."""
+
+import re
+from dataclasses import dataclass
+
+from blockroll.errors import InvalidInput
+
+
+@dataclass(frozen=True, slots=True)
+class Law:
+    """The distribution tokens are drawn from: 1.0 is the target, below 1 mixed with the draft, None none."""
+
+    weight: float | None = 1.0
+
+    def __post_init__(self) -> None:
+        if self.weight is not None and not 0 <= self.weight <= 1:
+            raise InvalidInput(
+                f"the weight of a law must be between 0 and 1, got {self.weight}; 1 is the target "
+                "(lossless), 0 the draft's own law"
+            )
+
+    @property
+    def name(self) -> str:
+        """`target`, `mixed(weight)` or `none`, as recorded in every rollout."""
+        if self.weight is None:
+            return "none"
+        return "target" if self.weight == 1.0 else f"mixed({self.weight:g})"
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How the next step decodes; one plan per step for the whole batch.
+
+    (0) is plain, (K) is two-forward with K drafts, (K, levels) is fused with one proposal per level.
+    """
+
+    num_drafts: int
+    levels: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.num_drafts < 0:
+            raise InvalidInput(f"a plan needs at least 0 drafts, got {self.num_drafts}; 0 is plain decoding")
+        if self.levels and (
+            list(self.levels) != sorted(set(self.levels))
+            or self.levels[0] != 0
+            or self.levels[-1] > self.num_drafts
+        ):
+            raise InvalidInput(
+                f"the levels of a fused plan must rise from 0 to at most K = {self.num_drafts}, got "
+                f"{list(self.levels)}; without level 0 a step that accepts nothing has no drafts after it"
+            )
+
+    @property
+    def name(self) -> str:
+        """`plain`, `two_forward(K)` or `fused(K,[levels])`."""
+        if self.num_drafts == 0:
+            return "plain"
+        if not self.levels:
+            return f"two_forward({self.num_drafts})"
+        return f"fused({self.num_drafts},[{','.join(map(str, self.levels))}])"
+
+    @property
+    def forwards_per_step(self) -> int:
+        """Request-forwards that one step costs."""
+        return 2 if self.num_drafts and not self.levels else 1
+
+    @property
+    def layout(self) -> str | None:
+        """What a policy must have been trained to draft for: `two_forward`, `fused`, or None for plain."""
+        if self.num_drafts == 0:
+            return None
+        return "fused" if self.levels else "two_forward"
+
+    @property
+    def rows_per_forward(self) -> int:
+        """New rows of one request in the widest forward of a step."""
+        return (self.num_drafts + 1) * (len(self.levels) + 1)
+
+    @classmethod
+    def parse(cls, text: str, *, default_drafts: int) -> "Plan":
+        """Read `plain`, `two_forward`, `two_forward(K)`, `fused`, `fused(K)` or `fused(K,[levels])`.
+
+        `fixed:` may stand before it. Without K it is `default_drafts`; without levels they are 0 and K.
+        """
+        match = _PLAN.fullmatch(text.replace(" ", ""))
+        if not match or (match["kind"] == "plain" and match["drafts"]):
+            raise InvalidInput(
+                "plan must be 'plain', 'two_forward', 'two_forward(K)', 'fused', 'fused(K)' or "
+                f"'fused(K,[0,...])', got {text!r}"
+            )
+        if match["kind"] == "plain":
+            return cls(0)
+        num_drafts = int(match["drafts"] or default_drafts)
+        if num_drafts == 0:
+            raise InvalidInput(f"plan {text!r} drafts nothing: give K of at least 1, or 'plain'")
+        if match["kind"] == "two_forward":
+            if match["levels"]:
+                raise InvalidInput(f"plan {text!r} has levels, which only fused plans have")
+            return cls(num_drafts)
+        levels = match["levels"]
+        return cls(num_drafts, tuple(map(int, levels.split(","))) if levels else (0, num_drafts))
+
+
+_PLAN = re.compile(
+    r"(?:fixed:)?(?P<kind>plain|two_forward|fused)(?:\((?P<drafts>\d+)(?:,\[(?P<levels>\d+(?:,\d+)*)\])?\))?"
+)
+PLAIN = Plan(0)

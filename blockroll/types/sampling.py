@@ -1,0 +1,161 @@
+"""How the tokens of one request are drawn and when it ends.
+
+Shapes: N positions, V vocabulary.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+from blockroll.errors import InvalidInput
+from blockroll.types.plan import Law
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+LogitsProcessor = Callable[["Tensor", "Tensor"], "Tensor"]
+
+
+class Guide(Protocol):
+    """Where one completion stands in its constraint."""
+
+    def allowed(self, drafts: Sequence[int], first: int) -> "Tensor":
+        """What may follow the tokens so far and the first `first`, `first + 1`, ... of `drafts`: bool (N, V).
+
+        A row for each, up to all of them; fewer where a draft is itself not allowed. Nothing moves.
+        """
+        ...
+
+    def advance(self, token_ids: Sequence[int]) -> None:
+        """These tokens were committed."""
+        ...
+
+
+class Constraint(Protocol):
+    """A set of completions, by the tokens that may follow each prefix."""
+
+    def start(self, vocab_size: int, tokenizer: Any, end_token_ids: frozenset[int]) -> Guide:
+        """A guide before the first token. InvalidInput where nothing satisfies the constraint."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """How the tokens of one request are drawn and when it ends."""
+
+    temperature: float = 1.0  # 0 is greedy
+    draft_temperature: float | None = None  # None: as temperature; 0: argmax drafts, a point mass
+    max_tokens: int = 128
+    stop: tuple[str, ...] = ()  # the token that completes a stop string is the last one kept
+    stop_token_ids: tuple[int, ...] = ()  # beside the policy's own end tokens
+    ignore_eos: bool = False  # go on past the policy's own end tokens (for speed runs)
+    law: Law = field(default_factory=Law)
+    # Truncation, of the law at the temperature; in this order, as transformers does.
+    top_k: int = 0  # this many best tokens stay, of equals those of lowest id; 0 keeps all
+    top_p: float = 1.0  # the fewest best tokens that hold this mass stay
+    min_p: float = 0.0  # tokens at least this share as likely as the best stay
+    # Edits of the logits, before the temperature; counts take in accepted drafts.
+    repetition_penalty: float = 1.0  # divides logits of tokens in the text, multiplies negative ones
+    presence_penalty: float = 0.0  # taken from the logit of a token that the completion holds,
+    frequency_penalty: float = 0.0  # and this for each time it does
+    logit_bias: Mapping[int, float] = field(default_factory=dict, hash=False)  # added, by token id
+    min_tokens: int = 0  # no end token before
+    bad_words_ids: tuple[tuple[int, ...], ...] = ()  # sequences that are never completed
+    # Called as transformers calls them: ids (1, T), scores (1, V) of one row; state of their own is refused.
+    logits_processors: tuple[LogitsProcessor, ...] = ()
+    constraint: "Constraint | None" = None  # what every prefix of the completion must satisfy
+    allow_truncated_mix: bool = False  # a mixed law without full support cannot be corrected: ask by name
+
+    def __post_init__(self) -> None:
+        self._check_processing()
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise InvalidInput(f"temperature must be at least 0, got {self.temperature}; 0 means greedy")
+        if self.draft_temperature is not None and not (
+            math.isfinite(self.draft_temperature) and self.draft_temperature >= 0
+        ):
+            raise InvalidInput(
+                f"draft_temperature must be at least 0, got {self.draft_temperature}; "
+                "0 means argmax drafts, None means the sampling temperature"
+            )
+        if self.max_tokens < 1:
+            raise InvalidInput(f"max_tokens must be at least 1, got {self.max_tokens}")
+        if any(not text for text in self.stop):
+            raise InvalidInput(
+                "stop strings must not be empty: an empty string would end every rollout at once"
+            )
+        if self.law.weight is None:
+            raise InvalidInput("law must be the target or mixed, got none; no sampler draws without a law")
+        if self.law.weight < 1 and self.temperature == 0:
+            raise InvalidInput(
+                f"law {self.law.name} has no greedy form: give a temperature above 0, or the target law "
+                "(weight 1)"
+            )
+
+    def _check_processing(self) -> None:
+        for name, is_allowed, allowed in (
+            ("top_k", self.top_k >= 0, "at least 0; 0 keeps every token"),
+            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1; 1 keeps every token"),
+            ("min_p", 0 <= self.min_p <= 1, "between 0 and 1; 0 keeps every token"),
+            (
+                "repetition_penalty",
+                math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0,
+                "above 0; 1 changes nothing",
+            ),
+            ("presence_penalty", math.isfinite(self.presence_penalty), "a finite number; 0 changes nothing"),
+            (
+                "frequency_penalty",
+                math.isfinite(self.frequency_penalty),
+                "a finite number; 0 changes nothing",
+            ),
+            (
+                "logit_bias",
+                all(math.isfinite(bias) or bias == -math.inf for bias in self.logit_bias.values()),
+                "a finite number or -inf for each token id",
+            ),
+            ("min_tokens", 0 <= self.min_tokens <= self.max_tokens, f"0 to max_tokens = {self.max_tokens}"),
+            ("bad_words_ids", all(self.bad_words_ids), "sequences of at least one token id"),
+        ):
+            if not is_allowed:
+                raise InvalidInput(f"{name} must be {allowed}; got {getattr(self, name)}")
+        if self.law.name.startswith("mixed") and self.is_truncated and not self.allow_truncated_mix:
+            raise InvalidInput(
+                f"law {self.law.name} together with truncation or masks leaves nothing that pi/mu could "
+                "correct: some tokens are never drawn; drop one of them, or set allow_truncated_mix=True if "
+                "nothing is to be corrected"
+            )
+
+    @property
+    def is_truncated(self) -> bool:
+        """Whether tokens that the policy could draw are never drawn: pi/mu then averages to less than 1."""
+        return bool(
+            self.top_k
+            or self.top_p < 1
+            or self.min_p
+            or self.min_tokens
+            or self.bad_words_ids
+            or self.logits_processors
+            or self.constraint is not None
+            or any(bias == -math.inf for bias in self.logit_bias.values())
+        )
+
+    @property
+    def is_processed(self) -> bool:
+        """Whether tokens are drawn from anything but softmax(logits / temperature)."""
+        return (
+            self.is_truncated
+            or bool(self.logit_bias)
+            or self.repetition_penalty != 1
+            or self.presence_penalty != 0
+            or self.frequency_penalty != 0
+        )
+
+    @property
+    def is_policy(self) -> bool:
+        """Whether tokens are drawn from the policy itself: softmax(logits / temperature), unmixed."""
+        return not self.is_processed and self.temperature > 0 and self.law.weight == 1
+
+    @property
+    def logprob_temperature(self) -> float:
+        """The temperature policy log-probabilities are reported at: 1 when greedy."""
+        return self.temperature or 1.0

@@ -1,0 +1,53 @@
+"""Drafts, and what verifying them decides.
+
+Shapes: B requests, K drafted tokens, L = K + 1 target positions, V vocabulary.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from blockroll.errors import InvalidInput
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Draft:
+    """Proposed tokens and the law they were really drawn from."""
+
+    token_ids_BK: "Tensor"  # int64; behind a request's number of drafts they hold no meaning
+    probs_BKV: "Tensor"  # float64; argmax drafts are a point mass
+    num_drafts_B: "Tensor"  # int64, 0..K: how many drafts each request really has
+
+    def __post_init__(self) -> None:
+        if self.probs_BKV is None:
+            raise InvalidInput(
+                "drafts need probs_BKV, the law they were drawn from; argmax drafts are a point mass"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evidence:
+    """What a verification was decided by; the audit keeps it."""
+
+    draft_probs_BK: "Tensor"  # float64, of each drafted token under its own law,
+    target_probs_BK: "Tensor"  # and under the law to commit by
+    uniforms_BL: "Tensor"  # accept coins, and the uniform of the token that was drawn
+    cumulative_BV: "Tensor"  # sums up to each id of what it was drawn from: a target row or a residual
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """What one step commits: the first `num_committed` tokens of each row."""
+
+    token_ids_BL: "Tensor"  # int64; positions behind num_committed hold no meaning
+    num_committed_B: "Tensor"  # int64, 1..K + 1
+    is_draft_BL: "Tensor"  # bool: the token is an accepted draft; the others were drawn from the target
+    behavior_logprobs_BL: "Tensor"  # float64, log of the law each token was drawn from
+    evidence: "Evidence | None" = None  # of one verification; None where two were joined
+
+    @property
+    def num_accepted_B(self) -> "Tensor":
+        """Accepted drafts, int64, 0..K."""
+        return self.is_draft_BL.sum(dim=1)
