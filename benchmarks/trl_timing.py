@@ -14,7 +14,7 @@ import trl
 from datasets import Dataset
 from transformers import PrinterCallback, TrainerCallback
 
-from blockroll.policies.hf import TINY_POLICY_DIR
+from blockroll.policies.loading import TINY_POLICY_DIR
 from blockroll.rl_loops import arithmetic
 from blockroll.rl_loops.trl import GRPOTrainer
 

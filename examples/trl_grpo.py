@@ -12,7 +12,7 @@ from datasets import Dataset
 from trl import GRPOConfig
 
 from blockroll import RolloutConfig  # blockroll: 1
-from blockroll.policies.hf import TINY_POLICY_DIR
+from blockroll.policies.loading import TINY_POLICY_DIR
 from blockroll.rl_loops import arithmetic
 from blockroll.rl_loops.trl import GRPOTrainer  # blockroll: 2, instead of TRL's
 

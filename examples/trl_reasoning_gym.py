@@ -10,7 +10,7 @@ from typing import Any
 from trl import GRPOConfig
 
 from blockroll import RolloutConfig
-from blockroll.policies.hf import TINY_POLICY_DIR
+from blockroll.policies.loading import TINY_POLICY_DIR
 from blockroll.rl_loops.envs import from_reasoning_gym
 from blockroll.rl_loops.trl import GRPOTrainer
 

@@ -10,7 +10,8 @@ import torch
 
 from blockroll.bench.reference import LOOKUP_TOKENS, REFERENCES, Reference, ReferenceTask
 from blockroll.errors import InvalidInput, NonFiniteLogits
-from blockroll.policies.hf import HFPolicy, load_model, resolve_checkpoint
+from blockroll.policies.hf import HFPolicy
+from blockroll.policies.loading import load_model, resolve_checkpoint
 from blockroll.rollout.engine.engine import Engine
 from blockroll.rollout.engine.step import EngineTimes
 from blockroll.rollout.planning.planner import Planner

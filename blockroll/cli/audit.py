@@ -191,7 +191,7 @@ def _policies(run: Path, given: Path | None) -> "Callable[[int], HFPolicy | None
 
 def _decoder(run: Path) -> Callable[[int], str]:
     """Text of a token, if the policy of the run is at hand; else its id."""
-    from blockroll.policies.hf import load_tokenizer
+    from blockroll.policies.loading import load_tokenizer
     from blockroll.rl_loops.loop import load_run_config
 
     try:

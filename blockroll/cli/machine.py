@@ -67,7 +67,8 @@ def doctor(
 
 def _checks_out(model: Path, adapter: Path | None, device: str, console: Console) -> bool:
     """Print the contract check of a checkpoint; whether it passed."""
-    from blockroll.policies.hf import HFPolicy, resolve_checkpoint
+    from blockroll.policies.hf import HFPolicy
+    from blockroll.policies.loading import resolve_checkpoint
     from blockroll.policy_check.check import check_policy
 
     has_tokenizer = (resolve_checkpoint(model) / "tokenizer_config.json").is_file()

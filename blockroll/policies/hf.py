@@ -1,7 +1,8 @@
 """A Hugging Face causal LM as a policy, through transformers' own extension points.
 
 The causal path is the model's ordinary forward plus its output head, because that is what learners
-recompute. Families are listed in FAMILIES; `check_policy` tells whether a checkpoint keeps the contract.
+recompute. Families are listed in `loading.FAMILIES`; `check_policy` tells whether a checkpoint keeps the
+contract.
 
 Shapes: B requests, R rows per request, K drafted tokens, L = K + 1 rows to verify, P levels, W hidden width,
 V vocabulary.
@@ -10,44 +11,32 @@ V vocabulary.
 import contextlib
 import inspect
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial, wraps
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
-from transformers.utils import logging as hf_logging
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from blockroll.errors import InvalidInput
 from blockroll.policies import attention
 from blockroll.policies.adapter import DraftAdapter, chat_template_hash, has_adapter
 from blockroll.policies.base import FusedRows, KVShape, KVWindow
+from blockroll.policies.ends import end_token_ids
 from blockroll.policies.layout import RowLayout, causal_rows, fused_rows, two_forward_rows
+from blockroll.policies.loading import (
+    FAMILIES,
+    check_family,
+    load_model,
+    load_tokenizer,
+    no_progress_bar,
+    resolve_checkpoint,
+)
 
 P = ParamSpec("P")
 T = TypeVar("T")
-
-TINY_POLICY_DIR = Path(__file__).parent / "tiny_policy"
-
-# Whether the family takes one attention mask for all layers or one per kind of layer.
-FAMILIES = {
-    "llama": "one",
-    "mistral": "one",
-    "qwen2": "by_layer_type",
-    "qwen3": "by_layer_type",
-    "qwen3_moe": "one",
-    "gemma2": "by_layer_type",
-    "gemma3_text": "by_layer_type",
-}
 
 
 def _without_gradients(
@@ -69,7 +58,7 @@ class HFPolicy:
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
         """Take over `model`: it is set to evaluation mode and to blockroll's attention."""
-        _check_family(model.config.model_type)
+        check_family(model.config.model_type)
         attention.register()
         model.set_attn_implementation(attention.ATTENTION_NAME)
         self.model = model
@@ -79,7 +68,7 @@ class HFPolicy:
         self.device = model.device
         self.vocab_size = int(model.config.vocab_size)
         self.max_length = int(model.config.max_position_embeddings)
-        self.eos_token_ids = _eos_token_ids(model)
+        self.eos_token_ids = end_token_ids(model, tokenizer)
         self.adapter: DraftAdapter | None = None
         section: dict[str, Any] = getattr(model.config, "blockroll", None) or {}
         self.mask_token_id: int | None = section.get("mask_token_id")
@@ -167,7 +156,7 @@ class HFPolicy:
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write an ordinary Hugging Face checkpoint folder, the draft adapter beside the weights."""
-        with _no_progress_bar():
+        with no_progress_bar():
             self.model.save_pretrained(folder)
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(folder)
@@ -280,66 +269,3 @@ class HFPolicy:
             return folded(self._sliding_window)
         windows = {"full_attention": None, "sliding_attention": self._sliding_window}
         return {kind: folded(windows[kind]) for kind in self._layer_types}
-
-
-def resolve_checkpoint(path: str | Path) -> Path:
-    """The folder of a supported checkpoint; `tiny` names the shipped policy. Nothing is ever downloaded."""
-    folder = TINY_POLICY_DIR if str(path) == "tiny" else Path(path)
-    if not (folder / "config.json").is_file():
-        raise InvalidInput(
-            f"no checkpoint at {str(path)!r}: give a folder with config.json, or 'tiny' for the shipped one"
-        )
-    _check_family(AutoConfig.from_pretrained(folder).model_type)
-    return folder
-
-
-def load_model(
-    folder: Path, *, device: str | torch.device = "auto", dtype: str | torch.dtype = torch.float32
-) -> PreTrainedModel:
-    """The causal LM of a checkpoint folder, with transformers' default attention."""
-    torch_dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-    with _no_progress_bar():
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch_dtype)
-    nn.Module.to(model, resolve_device(device))
-    return model
-
-
-def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a checkpoint folder."""
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(resolve_checkpoint(path))
-    return tokenizer
-
-
-def resolve_device(device: str | torch.device) -> torch.device:
-    """`auto` is the accelerator if there is one (CUDA and ROCm are both `cuda` to torch), else the CPU."""
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(device)
-
-
-@contextmanager
-def _no_progress_bar() -> Iterator[None]:
-    """One bar per replica and shard would drown the run's own."""
-    was_enabled = hf_logging.is_progress_bar_enabled()
-    hf_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    try:
-        yield
-    finally:
-        if was_enabled:
-            hf_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
-
-
-def _check_family(family: str) -> None:
-    if family not in FAMILIES:
-        raise InvalidInput(
-            f"model family {family!r} is not supported; supported are {', '.join(FAMILIES)}. A family can be "
-            "listed once a checkpoint of it passes `blockroll doctor --model`, which runs check_policy"
-        )
-
-
-def _eos_token_ids(model: PreTrainedModel) -> tuple[int, ...]:
-    eos = getattr(model.generation_config, "eos_token_id", None)
-    eos = model.config.eos_token_id if eos is None else eos
-    if eos is None:
-        return ()
-    return tuple(eos) if isinstance(eos, list | tuple) else (int(eos),)

@@ -17,7 +17,8 @@ from blockroll import cli
 from blockroll.cli import machine, runs
 from blockroll.config import PolicyConfig
 from blockroll.policies import hf
-from blockroll.policies.hf import TINY_POLICY_DIR, HFPolicy, load_tokenizer
+from blockroll.policies.hf import HFPolicy
+from blockroll.policies.loading import TINY_POLICY_DIR, load_tokenizer
 from tests.models import adapted_policy
 
 pytestmark = pytest.mark.skipif(

@@ -17,7 +17,8 @@ from blockroll import cli
 from blockroll.config import ConvertConfig, DraftConfig, PolicyConfig
 from blockroll.errors import CheckpointError, ConfigError, InvalidInput, RunExists
 from blockroll.policies.adapter import read_adapter_config
-from blockroll.policies.hf import HFPolicy, load_tokenizer
+from blockroll.policies.hf import HFPolicy
+from blockroll.policies.loading import load_tokenizer
 from blockroll.rl_loops import convert as module
 from blockroll.rl_loops.convert import STATE_FILE, convert, load_convert_config
 from blockroll.rl_loops.prompts import load_prompts, read_prompts

@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks import readme, readme_learning
 from benchmarks.rows import read
-from blockroll.policies.hf import TINY_POLICY_DIR
+from blockroll.policies.loading import TINY_POLICY_DIR
 
 TEXT = (Path(__file__).parents[2] / "README.md").read_text()
 

@@ -22,7 +22,8 @@ from blockroll.errors import (
     MissingDependency,
     ReplicaError,
 )
-from blockroll.policies.hf import TINY_POLICY_DIR, HFPolicy, load_tokenizer
+from blockroll.policies.hf import HFPolicy
+from blockroll.policies.loading import TINY_POLICY_DIR, load_tokenizer
 from blockroll.rl_loops import arithmetic
 from blockroll.rl_loops.tracking import read_lines
 from blockroll.rl_loops.trl import GRPOTrainer, RLOOTrainer, make_rollout_func, require_tested

@@ -15,7 +15,7 @@ from datasets import Dataset
 
 from blockroll.config import AlignmentConfig, DraftConfig, RolloutConfig
 from blockroll.errors import ReplicaError
-from blockroll.policies.hf import TINY_POLICY_DIR
+from blockroll.policies.loading import TINY_POLICY_DIR
 from blockroll.rl_loops import arithmetic
 from blockroll.rl_loops.trl import GRPOTrainer
 

@@ -19,7 +19,7 @@ from blockroll.bench.table import bench_table
 from blockroll.bench.workload import Workload, cut_to_length, make_waves, random_prompts
 from blockroll.cli.speed import numbers, split_plans, whole_numbers
 from blockroll.errors import InvalidInput
-from blockroll.policies.hf import load_model, resolve_checkpoint
+from blockroll.policies.loading import load_model, resolve_checkpoint
 from blockroll.rl_loops.figures import save_bench
 from blockroll.rollout.engine.engine import Engine
 from blockroll.rollout.planning.acceptance import AcceptanceByPosition

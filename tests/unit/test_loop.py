@@ -12,7 +12,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from blockroll.config import PolicyConfig, RolloutConfig, RunConfig, TrainConfig
 from blockroll.errors import CheckpointError, RunExists, WeightSyncError
-from blockroll.policies.hf import HFPolicy, load_tokenizer
+from blockroll.policies.hf import HFPolicy
+from blockroll.policies.loading import load_tokenizer
 from blockroll.rl_loops.checkpoint import STATE_FILE, checkpoints, latest_checkpoint, load_trainer_state
 from blockroll.rl_loops.learner import Learner
 from blockroll.rl_loops.loop import load_run_config, train

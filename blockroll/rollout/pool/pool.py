@@ -13,7 +13,7 @@ from typing import Any, Self
 
 from blockroll.config import PolicyConfig, RolloutConfig
 from blockroll.errors import InvalidInput, ReplicaError, WeightSyncError
-from blockroll.policies.hf import load_tokenizer
+from blockroll.policies.loading import load_tokenizer
 from blockroll.rollout.engine.requests import check_request, derive_seed
 from blockroll.rollout.pool.replica import LocalReplica, Replica
 from blockroll.types import (

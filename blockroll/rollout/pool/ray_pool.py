@@ -17,7 +17,7 @@ import numpy as np
 
 from blockroll.config import PolicyConfig, RolloutConfig
 from blockroll.errors import InvalidInput, MissingDependency, ReplicaError
-from blockroll.policies.hf import load_tokenizer, resolve_checkpoint, resolve_device
+from blockroll.policies.loading import load_tokenizer, resolve_checkpoint, resolve_device
 from blockroll.rollout.engine.requests import Limits
 from blockroll.rollout.pool.pool import RolloutPool
 from blockroll.rollout.pool.replica import LocalReplica

@@ -1,0 +1,23 @@
+"""Which tokens end a text, whoever says so."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> tuple[int, ...]:
+    """Every end token of the generation config, the model config and the tokenizer, each once.
+
+    A chat model's turn often ends with a token that only one of the three knows. Ids past the vocabulary of
+    the logits can't be drawn and are left out.
+    """
+    sources = (getattr(model, "generation_config", None), model.config, tokenizer)
+    named = dict.fromkeys(token_id for source in sources for token_id in _ends_of(source))
+    return tuple(token_id for token_id in named if 0 <= token_id < model.config.vocab_size)
+
+
+def _ends_of(source: Any) -> Iterator[int]:
+    ends = getattr(source, "eos_token_id", None)
+    if ends is not None:
+        yield from map(int, ends if isinstance(ends, list | tuple) else [ends])

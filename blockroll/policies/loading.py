@@ -1,0 +1,176 @@
+"""Checkpoint folders of supported families, read whole or not at all."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as hf_logging
+
+from blockroll.errors import CheckpointError, InvalidInput
+
+TINY_POLICY_DIR = Path(__file__).parent / "tiny_policy"
+
+# Whether the family takes one attention mask for all layers or one per kind of layer.
+FAMILIES = {
+    "llama": "one",
+    "mistral": "one",
+    "qwen2": "by_layer_type",
+    "qwen3": "by_layer_type",
+    "qwen3_moe": "one",
+    "gemma2": "by_layer_type",
+    "gemma3_text": "by_layer_type",
+}
+_NAMED_AT_MOST = 3  # tensors that one message names
+
+
+def check_family(family: str) -> None:
+    """Raise InvalidInput for a family whose forward is not known to keep the contract."""
+    if family not in FAMILIES:
+        raise InvalidInput(
+            f"model family {family!r} is not supported; supported are {', '.join(FAMILIES)}. A family can be "
+            "listed once a checkpoint of it passes `blockroll doctor --model`, which runs check_policy"
+        )
+
+
+def resolve_checkpoint(path: str | Path) -> Path:
+    """The folder of a supported checkpoint; `tiny` names the shipped policy. Nothing is ever downloaded."""
+    folder = TINY_POLICY_DIR if str(path) == "tiny" else Path(path)
+    if not (folder / "config.json").is_file():
+        raise InvalidInput(
+            f"no checkpoint at {str(path)!r}: give a folder with config.json, or 'tiny' for the shipped one"
+        )
+    with _named(folder, "config.json"):
+        family = str(AutoConfig.from_pretrained(folder).model_type)
+    check_family(family)
+    return folder
+
+
+def load_model(
+    folder: Path, *, device: str | torch.device = "auto", dtype: str | torch.dtype = torch.float32
+) -> PreTrainedModel:
+    """The causal LM of a checkpoint folder, with transformers' default attention.
+
+    Every weight comes from the folder. CheckpointError names those that are missing, have another shape, are
+    not finite, or stand in the folder and in no layer: transformers draws missing weights at random, in each
+    process others. A head tied to the embedding needs no weight of its own.
+    """
+    torch_dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    with _quiet(), _named(folder, "the weights"):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch_dtype, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    model: PreTrainedModel = loaded[0]
+    info: dict[str, Any] = loaded[1]
+    _check_whole(folder, model, info)
+    _check_finite(folder, model)
+    nn.Module.to(model, resolve_device(device))
+    return model
+
+
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a checkpoint folder."""
+    folder = resolve_checkpoint(path)
+    with _named(folder, "the tokenizer"):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
+    return tokenizer
+
+
+def resolve_device(device: str | torch.device) -> torch.device:
+    """`auto` is the accelerator if there is one (CUDA and ROCm are both `cuda` to torch), else the CPU."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(device)
+
+
+@contextmanager
+def no_progress_bar() -> Iterator[None]:
+    """One bar per replica and shard would drown the run's own."""
+    was_enabled = hf_logging.is_progress_bar_enabled()
+    hf_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        if was_enabled:
+            hf_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' report of a load: what it warns of is an error here, which names the tensors."""
+    verbosity = hf_logging.get_verbosity()
+    hf_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    try:
+        with no_progress_bar():
+            yield
+    finally:
+        hf_logging.set_verbosity(verbosity)
+
+
+@contextmanager
+def _named(folder: Path, part: str) -> Iterator[None]:
+    """Say which checkpoint and which part of it cannot be read."""
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{part} of the checkpoint in {folder} cannot be read: {error}; copy or download it again"
+        ) from error
+
+
+def _check_whole(folder: Path, model: PreTrainedModel, info: dict[str, Any]) -> None:
+    """`info` is what transformers says of a load: names of tensors by what became of them."""
+    unknown = [
+        name
+        for name in info["unexpected_keys"]
+        if name.startswith((f"{model.base_model_prefix}.", "lm_head."))
+    ]
+    mismatched = [
+        f"{name} (shape {tuple(found)}, the config needs {tuple(needed)})"
+        for name, found, needed in sorted(info["mismatched_keys"])
+    ]
+    problems = [
+        f"{what}: {_first(names)}"
+        for what, names in (
+            ("missing weights", sorted(info["missing_keys"])),
+            ("weights of another shape", mismatched),
+            ("weights that no layer of the config takes", sorted(unknown)),
+        )
+        if names
+    ]
+    if problems:
+        raise CheckpointError(
+            f"the checkpoint in {folder} is not the model that its config describes: {'; '.join(problems)}. "
+            "Save the whole model with save_pretrained, or correct config.json (layers, biases, "
+            "tie_word_embeddings)"
+        )
+
+
+def _check_finite(folder: Path, model: nn.Module) -> None:
+    bad = [name for name, weight in model.state_dict().items() if not _is_finite(weight)]
+    if bad:
+        raise CheckpointError(
+            f"the checkpoint in {folder} holds NaN or infinity in {_first(bad)}; every forward would be NaN: "
+            "take an earlier checkpoint"
+        )
+
+
+def _is_finite(weight: torch.Tensor) -> bool:
+    if not weight.is_floating_point() or weight.dtype.itemsize < 2 or weight.numel() == 0:
+        return True
+    return bool(torch.stack(weight.aminmax()).isfinite().all())  # both are NaN where any number is
+
+
+def _first(names: Sequence[str]) -> str:
+    rest = len(names) - _NAMED_AT_MOST
+    return ", ".join(names[:_NAMED_AT_MOST]) + (f" and {rest} more" if rest > 0 else "")
