@@ -29,7 +29,7 @@ from blockroll.errors import CheckpointError, RunExists
 from blockroll.policies.hf import HFPolicy
 from blockroll.rl_loops.draft_trainer import DraftMetrics, DraftTrainer
 from blockroll.rl_loops.prompts import Prompts, load_prompts
-from blockroll.rl_loops.run import interrupts_held
+from blockroll.rl_loops.signals import interrupts_held
 from blockroll.rl_loops.step_costs import step_costs
 from blockroll.rl_loops.tracking import JsonLines, read_lines, truncate_lines
 from blockroll.rollout.engine.engine import Engine

@@ -23,7 +23,8 @@ from blockroll.rl_loops.display import StepProgress, summary_table
 from blockroll.rl_loops.grpo import ALGORITHMS
 from blockroll.rl_loops.learner import Learner
 from blockroll.rl_loops.report import write_report
-from blockroll.rl_loops.run import Run, interrupts_held, rollout_sampling
+from blockroll.rl_loops.run import Run, rollout_sampling
+from blockroll.rl_loops.signals import interrupts_held
 from blockroll.rl_loops.tasks import Task, load_task
 from blockroll.rl_loops.tracking import JsonLines, Wandb, read_lines, require_wandb, truncate_lines
 from blockroll.rollout.audit.writer import drop_audit

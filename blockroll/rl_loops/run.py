@@ -4,12 +4,9 @@ Policy version n is the weights after n updates. The rollouts of step n are draw
 no step starts before every replica has reported the learner's own checksum for that version.
 """
 
-import contextlib
 import random
-import signal
-import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,28 +35,6 @@ class Drawn:
     batch: Batch
     scores: Scores
     start: float  # of the step, by time.perf_counter
-
-
-@contextlib.contextmanager
-def interrupts_held() -> Iterator[None]:
-    """Ctrl-C waits for the end of this block, so that no step is torn apart; a second one does not."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # signals reach the main thread alone
-        return
-    caught: list[int] = []
-
-    def note(signal_number: int, frame: object) -> None:
-        caught.append(signal_number)
-        if len(caught) > 1:
-            raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGINT, note)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-    if caught:
-        raise KeyboardInterrupt
 
 
 def rollout_sampling(config: RunConfig) -> Sampling:

@@ -17,7 +17,7 @@ from blockroll.policies.loading import load_tokenizer
 from blockroll.rl_loops.checkpoint import STATE_FILE, checkpoints, latest_checkpoint, load_trainer_state
 from blockroll.rl_loops.learner import Learner
 from blockroll.rl_loops.loop import load_run_config, train
-from blockroll.rl_loops.run import interrupts_held
+from blockroll.rl_loops.signals import interrupts_held
 from blockroll.rl_loops.tasks import from_rows
 from blockroll.rl_loops.tracking import read_lines
 from blockroll.rollout.engine.requests import derive_seed
