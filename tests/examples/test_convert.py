@@ -24,6 +24,7 @@ from blockroll.rl_loops.convert import STATE_FILE, convert, load_convert_config
 from blockroll.rl_loops.prompts import load_prompts, read_prompts
 from blockroll.types import Plan, Sampling
 from tests.engines import causal_logprobs, make_requests, run
+from tests.equality import assert_same_rollouts
 from tests.models import prompts
 
 SMALL = {
@@ -76,7 +77,7 @@ def test_a_conversion_leaves_an_adapter_that_drafts_and_weights_that_have_not_mo
     plain = run(bare, requests, Plan(0))
     for plan in (Plan(4), Plan(4, (0, 4))):
         drafted = run(policy, requests, plan)
-        assert {k: r.token_ids for k, r in drafted.items()} == {k: r.token_ids for k, r in plain.items()}
+        assert_same_rollouts(plain, drafted, policy)
 
 
 def test_a_conversion_that_was_interrupted_between_rounds_goes_on_as_if_it_had_not_been(config, tmp_path):

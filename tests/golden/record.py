@@ -53,8 +53,8 @@ def rollouts(policy: HFPolicy, plan: str, requests: list[Request]) -> list[Rollo
     return [finished[request.request_id] for request in requests]
 
 
-def cases() -> Iterator[tuple[str, list[Rollout]]]:
-    """Name and rollouts of everything recorded."""
+def cases() -> Iterator[tuple[str, HFPolicy, list[Rollout]]]:
+    """Name, policy and rollouts of everything recorded."""
     tiny = HFPolicy.from_pretrained("tiny", device="cpu")
     for plan in PLANS:
         for name, sampling in SAMPLINGS.items():
@@ -67,7 +67,7 @@ def cases() -> Iterator[tuple[str, list[Rollout]]]:
                 )
                 for index, text in enumerate(TEXTS)
             ]
-            yield f"tiny {plan} {name}", rollouts(tiny, plan, requests)
+            yield f"tiny {plan} {name}", tiny, rollouts(tiny, plan, requests)
     for family in FAMILIES:
         for kind, make in (("full", random_policy), ("adapter", adapted_policy)):
             policy = make(family)
@@ -81,7 +81,7 @@ def cases() -> Iterator[tuple[str, list[Rollout]]]:
                     )
                     for index, prompt in enumerate(prompts(5))
                 ]
-                yield f"{family} {kind} {plan}", rollouts(policy, plan, requests)
+                yield f"{family} {kind} {plan}", policy, rollouts(policy, plan, requests)
                 resumed = [
                     replace(
                         request, prefix=rollout.as_prefix(), sampling=replace(request.sampling, max_tokens=32)
@@ -89,7 +89,7 @@ def cases() -> Iterator[tuple[str, list[Rollout]]]:
                     for request, rollout in zip(requests, rollouts(policy, plan, requests), strict=True)
                     if rollout.finish_reason == "length"
                 ]
-                yield f"{family} {kind} {plan} resumed", rollouts(policy, plan, resumed)
+                yield f"{family} {kind} {plan} resumed", policy, rollouts(policy, plan, resumed)
 
 
 def as_row(name: str, rollout: Rollout) -> dict[str, object]:
@@ -101,20 +101,21 @@ def as_row(name: str, rollout: Rollout) -> dict[str, object]:
         "policy_logprobs": [round(value, 6) for value in rollout.policy_logprobs],
         "behavior_logprobs": [round(value, 6) for value in rollout.behavior_logprobs],
         "finish_reason": rollout.finish_reason,
-        "counts": [
-            rollout.stats.num_forwards,
-            rollout.stats.num_verify_steps,
-            rollout.stats.num_drafted,
-            rollout.stats.num_accepted,
-        ],
+        "counts": counts(rollout),
     }
+
+
+def counts(rollout: Rollout) -> list[int]:
+    """The work behind a rollout."""
+    stats = rollout.stats
+    return [stats.num_forwards, stats.num_verify_steps, stats.num_drafted, stats.num_accepted]
 
 
 def main() -> None:
     """Write the file."""
     torch.set_num_threads(1)
     with PATH.open("w") as file:
-        for name, recorded in cases():
+        for name, _, recorded in cases():
             file.writelines(json.dumps(as_row(name, rollout)) + "\n" for rollout in recorded)
 
 

@@ -13,6 +13,7 @@ from blockroll.rollout.pool.replica import LocalReplica
 from blockroll.rollout.pool.weight_sync import make_update, named_weights
 from blockroll.types import Plan, Sampling
 from tests.engines import make_requests, run
+from tests.equality import assert_same_rollouts
 from tests.models import MASK_ID, prompts, random_model, random_policy
 
 PLAN = Plan(4)
@@ -99,11 +100,10 @@ class Saboteur:
 
 def test_every_request_comes_back_once_and_equals_a_single_engine():
     requests = make_requests(prompts(40), SAMPLING)
-    want = run(random_policy(), requests, PLAN, max_batch_size=8)
+    policy = random_policy()
+    want = run(policy, requests, PLAN, max_batch_size=8)
     with local_pool() as pool:
-        rollouts = list(pool.generate(requests))
-    assert sorted(r.request.request_id for r in rollouts) == sorted(want)
-    assert {r.request.request_id: r.token_ids for r in rollouts} == {k: v.token_ids for k, v in want.items()}
+        assert_same_rollouts(want, pool.generate(requests), policy)
 
 
 def test_groups_stay_on_one_replica_and_the_load_is_shared():
@@ -158,10 +158,9 @@ def test_after_an_update_every_replica_reports_the_learners_version_and_checksum
                 assert (report.version, report.checksum) == (version, update.manifest.checksum)
             assert before.isdisjoint({update.manifest.checksum})
         rollouts = list(pool.generate(make_requests(prompts(10), SAMPLING)))
-        want = run(HFPolicy(moved_model(0.9)), make_requests(prompts(10), SAMPLING), PLAN)
-    for rollout in rollouts:
-        assert rollout.token_ids == want[rollout.request.request_id].token_ids
-        assert set(rollout.policy_versions) == {2}
+    policy = HFPolicy(moved_model(0.9))
+    want = run(policy, make_requests(prompts(10), SAMPLING), PLAN, policy_version=2)
+    assert_same_rollouts(want, rollouts, policy)
 
 
 @pytest.mark.parametrize(
@@ -172,7 +171,7 @@ def test_after_an_update_every_replica_reports_the_learners_version_and_checksum
 def test_a_damaged_update_is_named_and_the_old_version_goes_on_serving(error, damage):
     with local_pool() as pool:
         requests = make_requests(prompts(8), SAMPLING)
-        before = {r.request.request_id: r.token_ids for r in pool.generate(requests)}
+        before = list(pool.generate(requests))
         checksums = [health.checksum for health in pool.health()]
         with pytest.raises(WeightSyncError, match=f"refused by every replica, version 0 goes on.*{error}"):
             pool.update(damage(moved_update()))
@@ -180,7 +179,7 @@ def test_a_damaged_update_is_named_and_the_old_version_goes_on_serving(error, da
         assert pool.version == 0
         assert [health.checksum for health in pool.health()] == checksums
         after = list(pool.generate(requests))
-        assert {r.request.request_id: r.token_ids for r in after} == before
+        assert_same_rollouts(before, after, random_policy())
         assert {version for r in after for version in r.policy_versions} == {0}
 
 

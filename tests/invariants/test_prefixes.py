@@ -11,6 +11,7 @@ from blockroll.rollout.engine.engine import Engine
 from blockroll.rollout.engine.prefill import prefill
 from blockroll.types import Plan, Request, Sampling
 from tests.engines import make_requests
+from tests.equality import assert_same_rollouts
 from tests.models import EOS_ID, FAMILIES, adapted_policy
 
 PLANS = pytest.mark.parametrize(
@@ -89,19 +90,7 @@ def test_the_next_turn_of_a_text_computes_only_what_is_new(policy, forwards, pla
     assert forwards[0] == ("draft_logits", 4 * (len(answer) + 1))
     assert {each.stats.num_prefilled for each in later.values()} == {len(answer)}
     cold = finish(Engine(policy, plan=plan), make_requests(prompts[::-1], SAMPLING, seed=1))
-    assert_same_tokens(later, cold)
-
-
-def assert_same_tokens(rollouts, others):
-    assert rollouts.keys() == others.keys()
-    for name, rollout in rollouts.items():
-        assert rollout.token_ids == others[name].token_ids
-        torch.testing.assert_close(
-            torch.tensor(rollout.policy_logprobs),
-            torch.tensor(others[name].policy_logprobs),
-            atol=1e-4,
-            rtol=0,
-        )
+    assert_same_rollouts(later, cold, policy)
 
 
 @PLANS
@@ -116,8 +105,8 @@ def test_texts_that_begin_together_get_the_tokens_of_texts_that_join(family, pla
     assert (first.num_prefilled, together["r2"].stats.num_prefilled) == (29, 0)
     monkeypatch.setattr(engine_module, "prefill", apart)
     joined = finish(Engine(policy, plan=plan), requests)
-    assert_same_tokens(together, joined)
-    assert together["r0"].stats == joined["r0"].stats
+    near_ties = assert_same_rollouts(together, joined, policy)
+    assert near_ties or together["r0"].stats == joined["r0"].stats
 
 
 def apart(policy, cache, start, texts, *, num_drafts):
@@ -172,9 +161,7 @@ def test_nothing_is_taken_over_from_weights_that_have_changed():
     engine.recompute_cache()
     warm = finish(engine, requests)
     cold = finish(Engine(policy, plan=Plan(4)), requests)
-    assert {name: rollout.policy_logprobs for name, rollout in warm.items()} == {
-        name: rollout.policy_logprobs for name, rollout in cold.items()
-    }
+    assert_same_rollouts(warm, cold, policy)
     assert [warm[f"r{index}"].stats.num_reused for index in range(3)] == [0, 29, 29]
 
 
@@ -208,7 +195,7 @@ def test_a_long_text_beside_a_reused_one_finds_room(policy):
     prompts = [(*text(88)[:60], *text(8, seed=3)), text(88, seed=5)]
     warm = finish(engine, make_requests(prompts, sampling))
     cold = finish(Engine(policy, plan=Plan(0)), make_requests(prompts, sampling))
-    assert [each.token_ids for each in warm.values()] == [each.token_ids for each in cold.values()]
+    assert_same_rollouts(warm, cold, policy)
     assert_cache_is_cold(policy, engine)
 
 

@@ -15,6 +15,7 @@ from blockroll.rollout.pool.ray_pool import make_ray_pool
 from blockroll.rollout.pool.weight_sync import make_update, named_weights
 from blockroll.types import Plan, Sampling
 from tests.engines import make_requests, run
+from tests.equality import assert_same_rollouts
 from tests.invariants.test_pool import drop_a_bucket, flip_a_byte, moved_model, moved_update
 from tests.models import prompts, random_model
 
@@ -39,11 +40,8 @@ def pool(ray_session, checkpoint):
 
 def test_ray_equals_in_process_token_for_token(pool, checkpoint):
     requests = make_requests(prompts(48), SAMPLING)
-    want = run(HFPolicy.from_pretrained(checkpoint), requests, Plan(4), max_batch_size=8)
-    got = {rollout.request.request_id: rollout for rollout in pool.generate(requests)}
-    assert {name: r.token_ids for name, r in got.items()} == {name: r.token_ids for name, r in want.items()}
-    for name, rollout in got.items():
-        assert rollout.policy_logprobs == pytest.approx(want[name].policy_logprobs, abs=1e-5)
+    policy = HFPolicy.from_pretrained(checkpoint)
+    assert_same_rollouts(run(policy, requests, Plan(4), max_batch_size=8), pool.generate(requests), policy)
 
 
 def test_actors_are_processes_of_their_own_with_the_threads_they_were_given(pool):
@@ -82,7 +80,8 @@ def test_a_replica_whose_bucket_is_lost_on_the_way_is_stale_and_serves_nothing(p
 @pytest.mark.failure(31)
 def test_killing_a_replica_in_the_middle_loses_and_repeats_no_rollout(pool, checkpoint):
     requests = make_requests(prompts(64), dataclasses.replace(SAMPLING, max_tokens=64, ignore_eos=True))
-    want = run(HFPolicy.from_pretrained(checkpoint), requests, Plan(4), max_batch_size=8)
+    policy = HFPolicy.from_pretrained(checkpoint)
+    want = run(policy, requests, Plan(4), max_batch_size=8)
     victim = pool.health()[1].pid
     got = []
     for rollout in pool.generate(requests):
@@ -92,8 +91,7 @@ def test_killing_a_replica_in_the_middle_loses_and_repeats_no_rollout(pool, chec
             time.sleep(0.5)
     assert pool.states == ("READY", "DEAD")
     assert pool.num_redispatched > 0
-    assert sorted(r.request.request_id for r in got) == sorted(want)
-    assert {r.request.request_id: r.token_ids for r in got} == {name: r.token_ids for name, r in want.items()}
+    assert_same_rollouts(want, got, policy)
 
 
 def test_a_model_that_is_not_supported_is_refused_before_any_process_starts(tmp_path):

@@ -33,6 +33,7 @@ from blockroll.samplers.check import Sampler, check_redraw_uniforms, redraw_unif
 from blockroll.samplers.laws import Laws
 from blockroll.types import Draft, Law, Plan, Sampling
 from tests.engines import PlansInTurn, make_requests, run
+from tests.equality import assert_same_rollouts
 from tests.law.engine_law import Processing, engine_law, processed_law
 from tests.law.integrate import committed_law, max_difference, target_law
 from tests.law.mutants import coin_reused, final_from_target
@@ -569,9 +570,7 @@ def rows_that_change_places_change_nothing():
     policy = random_policy()
     requests = make_requests(prompts(8), Sampling(max_tokens=16, ignore_eos=True))
     forth, back = (run(policy, order, TWO_FORWARD) for order in (requests, requests[::-1]))
-    assert {name: rollout.token_ids for name, rollout in forth.items()} == {
-        name: rollout.token_ids for name, rollout in back.items()
-    }
+    assert_same_rollouts(forth, back, policy)
 
 
 PLANTED = pytest.mark.parametrize(

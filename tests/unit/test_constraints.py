@@ -13,6 +13,7 @@ from blockroll.policies.hf import HFPolicy
 from blockroll.samplers.constraints import JsonSchema, Regex
 from blockroll.types import Plan, Request, Sampling
 from tests.engines import make_requests, run
+from tests.equality import assert_same_rollouts
 
 pytestmark = pytest.mark.filterwarnings("ignore:plan fused.* drafts in a layout")
 PLANS = [Plan(0), Plan(4), Plan(4, (0,)), Plan(4, (0, 4))]
@@ -114,8 +115,7 @@ def test_a_constraint_travels_to_another_process(policy, constraint):
     (request,) = make_requests([(7,)], Sampling(constraint=constraint, max_tokens=60))
     arrived = pickle.loads(pickle.dumps(request))
     assert arrived == request
-    (here,), (there,) = (run(policy, [each], Plan(4)).values() for each in (request, arrived))
-    assert here.token_ids == there.token_ids
+    assert_same_rollouts(*(run(policy, [each], Plan(4)) for each in (request, arrived)), policy)
 
 
 def test_a_guide_walks_along_drafts_and_back(policy):
