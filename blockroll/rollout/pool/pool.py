@@ -5,7 +5,7 @@ Invariant: a rollout is delivered once; a replica that is not READY at the pool'
 
 import logging
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -14,7 +14,9 @@ from typing import Any, Self
 from blockroll.config import PolicyConfig, RolloutConfig
 from blockroll.errors import InvalidInput, ReplicaError, WeightSyncError
 from blockroll.policies.loading import load_tokenizer
-from blockroll.rollout.engine.requests import check_request, derive_seed
+from blockroll.policies.prompts import Messages, OverlongRule, PromptInput, check_messages
+from blockroll.rollout.engine.requests import check_request
+from blockroll.rollout.pool.prompted import make_requests
 from blockroll.rollout.pool.replica import LocalReplica, Replica
 from blockroll.types import (
     ReplicaHealth,
@@ -90,25 +92,73 @@ class RolloutPool:
         return tuple(member.state for member in self._members)
 
     def requests(
-        self, prompts: Sequence[str], sampling: Sampling | None = None, *, seed: int = 0, num_samples: int = 1
+        self,
+        prompts: PromptInput | Iterable[PromptInput],
+        sampling: Sampling | None = None,
+        *,
+        seed: int = 0,
+        num_samples: int = 1,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        overlong_prompts: OverlongRule = "error",
     ) -> list[Request]:
-        """Requests for text prompts, `num_samples` of each; equal arguments give equal rollouts."""
-        sampling = sampling or Sampling()
-        return [
-            Request(
-                request_id=f"{seed}-{index}-{sample}",
-                group_id=f"{seed}-{index}",
-                prompt_ids=tuple(self.tokenizer(prompt)["input_ids"]),
-                seed=derive_seed(seed, index, sample),
-                sampling=sampling,
-            )
-            for index, prompt in enumerate(prompts)
-            for sample in range(num_samples)
-        ]
+        """Requests for prompts, `num_samples` of each; equal arguments give equal rollouts.
 
-    def decode(self, rollout: Rollout) -> str:
-        """The completion as text, without special tokens."""
-        return str(self.tokenizer.decode(rollout.token_ids, skip_special_tokens=True))
+        A prompt is text, token ids or messages (`policies.prompts.encode_prompt`); text, token ids and
+        messages that stand alone are one prompt. A prompt that leaves no room for a completion is refused by
+        `generate`. With `overlong_prompts` `skip` or `truncate`, one that leaves less room than
+        `sampling.max_tokens` is left out, or loses its first tokens; how many were is logged. Request ids
+        name the prompt's index and the sample: `{seed}-{index}-{sample}`. InvalidInput for what is no prompt.
+        """
+        return make_requests(
+            self.tokenizer,
+            self.limits,
+            prompts,
+            sampling or Sampling(),
+            seed=seed,
+            num_samples=num_samples,
+            chat_template_kwargs=chat_template_kwargs,
+            overlong_prompts=overlong_prompts,
+        )
+
+    def chat(
+        self,
+        messages: Messages,
+        sampling: Sampling | None = None,
+        *,
+        seed: int = 0,
+        num_samples: int = 1,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[str]:
+        """The assistant's answers to one conversation, as text: `num_samples` of them, in a list.
+
+        Messages are dicts with `role` and `content`. Where the last one is the assistant's, each answer is
+        what follows it. `requests` and `generate` give the same as rollouts, with log-probabilities and
+        finish reasons. InvalidInput as of `requests`, and where a rollout ended with an error.
+        """
+        check_messages(messages)
+        requests = self.requests(
+            [messages],
+            sampling,
+            seed=seed,
+            num_samples=num_samples,
+            chat_template_kwargs=chat_template_kwargs,
+        )
+        answers: dict[str, str] = {}
+        for rollout in self.generate(requests):
+            if rollout.error is not None:
+                raise InvalidInput(f"the conversation could not be answered: {rollout.error}")
+            answers[rollout.request.request_id] = self.decode(rollout)
+        return [answers[request.request_id] for request in requests]
+
+    def decode(self, rollout: Rollout, *, skip_special_tokens: bool = True) -> str:
+        """The completion as text: every token it kept, special ones left out unless asked for.
+
+        The tokens that complete a stop string are kept, and with them the stop string; an end token, or a
+        stop string that is a special token, shows only with `skip_special_tokens=False`.
+        """
+        if self.tokenizer is None:
+            raise InvalidInput("this pool has no tokenizer: read `token_ids` of the rollout")
+        return str(self.tokenizer.decode(rollout.token_ids, skip_special_tokens=skip_special_tokens))
 
     def generate(self, requests: Iterable[Request]) -> Iterator[Rollout]:
         """Yield rollouts as they finish, in any order; all requests are checked before the first starts.
