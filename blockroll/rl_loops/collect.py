@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from blockroll.errors import InvalidInput
+from blockroll.policies.prompts import encode_prompt
 from blockroll.rl_loops.advantages import FAILED_REASONS, score_rollouts
 from blockroll.rl_loops.tasks import RewardFunction, Row
 from blockroll.rollout.engine.requests import derive_seed
@@ -35,15 +36,19 @@ def collect(
 
     `label` says what the batch is for, such as `step 3`; it enters the seeds and the request ids.
     """
+    prompts = [
+        encode_prompt(pool.tokenizer, row["prompt"], name=f"the prompt of row {index} of {label}")
+        for index, row in enumerate(rows)
+    ]
     requests = [
         Request(
             request_id=f"{label}/{index}/{sample}",
             group_id=f"{label}/{index}",
-            prompt_ids=tuple(pool.tokenizer(row["prompt"])["input_ids"]),
+            prompt_ids=prompt_ids,
             seed=derive_seed(seed, label, index, sample),
             sampling=sampling,
         )
-        for index, row in enumerate(rows)
+        for index, prompt_ids in enumerate(prompts)
         for sample in range(group_size)
     ]
     start = time.perf_counter()

@@ -14,6 +14,7 @@ from typing import Any
 from blockroll.errors import InvalidInput
 from blockroll.policies.adapter import chat_template_hash
 from blockroll.policies.hf import HFPolicy
+from blockroll.policies.prompts import encode_prompt
 from blockroll.rl_loops.tasks import load_task
 
 
@@ -36,7 +37,7 @@ def load_prompts(source: str, policy: HFPolicy, chat_template_kwargs: Mapping[st
 
         def of_task(seed: int, index: int) -> tuple[int, ...]:
             (row,) = task.train_rows(seed, index, 1)
-            return tuple(tokenizer(row["prompt"])["input_ids"])
+            return encode_prompt(tokenizer, row["prompt"])
 
         return Prompts(token_ids=of_task)
 
@@ -50,12 +51,7 @@ def load_prompts(source: str, policy: HFPolicy, chat_template_kwargs: Mapping[st
     def of_file(seed: int, index: int) -> tuple[int, ...]:
         epoch, within = divmod(index, len(rows))
         prompt = rows[random.Random(f"{seed}-{epoch}").sample(range(len(rows)), len(rows))[within]]
-        if isinstance(prompt, str):
-            return tuple(tokenizer(prompt)["input_ids"])
-        text = tokenizer.apply_chat_template(
-            prompt, add_generation_prompt=True, tokenize=False, **chat_template_kwargs
-        )
-        return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+        return encode_prompt(tokenizer, prompt, chat_template_kwargs=chat_template_kwargs)
 
     return Prompts(
         token_ids=of_file,
