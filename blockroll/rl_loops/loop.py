@@ -29,6 +29,8 @@ from blockroll.rl_loops.tasks import Task, load_task
 from blockroll.rl_loops.tracking import JsonLines, Wandb, read_lines, require_wandb, truncate_lines
 from blockroll.rollout.audit.writer import drop_audit
 from blockroll.rollout.pool.pool import RolloutPool, make_pool
+from blockroll.types import SamplingOptions
+from blockroll.types.bounds import hints_of
 
 Callback = Callable[[Mapping[str, Any]], None]
 
@@ -39,15 +41,8 @@ FIXED_ON_RESUME = (
     ("seed",),
     ("task",),
     ("policy", "path"),
-    ("rollout", "temperature"),
     ("rollout", "mix_weight"),
-    ("rollout", "max_tokens"),
-    ("rollout", "top_k"),
-    ("rollout", "top_p"),
-    ("rollout", "min_p"),
-    ("rollout", "repetition_penalty"),
-    ("rollout", "presence_penalty"),
-    ("rollout", "frequency_penalty"),
+    *(("rollout", name) for name in hints_of(SamplingOptions)),
     ("train", "algorithm"),
     ("train", "prompts_per_step"),
     ("train", "group_size"),

@@ -22,7 +22,7 @@ from blockroll.rl_loops.publish import publish
 from blockroll.rl_loops.tasks import Task
 from blockroll.rollout.planning.planner import read_plan
 from blockroll.rollout.pool.pool import RolloutPool
-from blockroll.types import Law, Sampling
+from blockroll.types import Sampling
 
 SAMPLES_PER_STEP = 2
 COUNTERS = ("rollout/failed_total", "reward/failed_total", "sync/checksum_fail_total")
@@ -41,23 +41,12 @@ def rollout_sampling(config: RunConfig) -> Sampling:
     """How a run's rollouts are drawn; refuses truncation that its correction could not correct."""
     rollout, train = config.rollout, config.train
     is_allowed = train.truncated_rollouts == "allow"
-    sampling = Sampling(
-        temperature=rollout.temperature,
-        max_tokens=rollout.max_tokens,
-        law=Law(rollout.mix_weight),
-        top_k=rollout.top_k,
-        top_p=rollout.top_p,
-        min_p=rollout.min_p,
-        repetition_penalty=rollout.repetition_penalty,
-        presence_penalty=rollout.presence_penalty,
-        frequency_penalty=rollout.frequency_penalty,
-        allow_truncated_mix=is_allowed or not train.importance_sampling_correction,
-    )
+    sampling = rollout.sampling(allow_truncated_mix=is_allowed or not train.importance_sampling_correction)
     if sampling.is_truncated and train.importance_sampling_correction and not is_allowed:
         raise ConfigError(
-            "rollout.top_k, top_p or min_p leaves out tokens that the policy could draw, so the weights "
-            "pi/mu of the correction average to the mass that is left, not to 1; draw without truncation, or "
-            "set train.truncated_rollouts=allow to correct all the same, or "
+            f"rollout.{', '.join(sampling.truncation)} leaves out tokens that the policy could draw, so the "
+            "weights pi/mu of the correction average to the mass that is left, not to 1; draw without "
+            "truncation, or set train.truncated_rollouts=allow to correct all the same, or "
             "train.importance_sampling_correction=false"
         )
     return sampling

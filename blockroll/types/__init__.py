@@ -10,7 +10,7 @@ from blockroll.types.replica import (
     WeightUpdate,
 )
 from blockroll.types.rollout import Commit, FinishReason, Prefix, Request, Rollout, RolloutStats
-from blockroll.types.sampling import Constraint, Guide, LogitsProcessor, Sampling
+from blockroll.types.sampling import Constraint, Guide, LogitsProcessor, Sampling, SamplingOptions
 from blockroll.types.verdict import Draft, Evidence, Verdict
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "Rollout",
     "RolloutStats",
     "Sampling",
+    "SamplingOptions",
     "TensorSpec",
     "UpdateReceipt",
     "Verdict",

@@ -6,9 +6,13 @@ Shapes: N positions, V vocabulary.
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, Protocol
+
+from annotated_types import Ge, Gt, Le
+from typing_extensions import Doc
 
 from blockroll.errors import InvalidInput
+from blockroll.types.bounds import check_bounds
 from blockroll.types.plan import Law
 
 if TYPE_CHECKING:
@@ -41,24 +45,43 @@ class Constraint(Protocol):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Sampling:
+class SamplingOptions:
+    """The plain values of `Sampling`: config files, the command line and trainers offer the same.
+
+    A field added here, with its bounds and its sentence, is an option of all of them.
+    """
+
+    temperature: Annotated[float, Ge(0), Doc("what logits are divided by; 0 means greedy")] = 1.0
+    max_tokens: Annotated[int, Ge(1), Doc("completion length at most")] = 128
+    # Truncation, of the law at the temperature; in this order, as transformers does.
+    top_k: Annotated[int, Ge(0), Doc("best tokens that stay, of equals those of lowest id; 0 keeps all")] = 0
+    top_p: Annotated[
+        float, Gt(0), Le(1), Doc("mass that the fewest best tokens which stay must hold; 1 keeps all")
+    ] = 1.0
+    min_p: Annotated[
+        float, Ge(0), Le(1), Doc("share of the best token's probability that a token needs; 0 keeps all")
+    ] = 0.0
+    # Edits of the logits, before the temperature; counts take in accepted drafts.
+    repetition_penalty: Annotated[
+        float, Gt(0), Doc("divides logits of tokens in the text, multiplies negative ones; 1 changes nothing")
+    ] = 1.0
+    presence_penalty: Annotated[
+        float, Doc("taken from the logits of tokens that the completion holds; 0 changes nothing")
+    ] = 0.0
+    frequency_penalty: Annotated[
+        float, Doc("taken from them for each time it holds them; 0 changes nothing")
+    ] = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling(SamplingOptions):
     """How the tokens of one request are drawn and when it ends."""
 
-    temperature: float = 1.0  # 0 is greedy
     draft_temperature: float | None = None  # None: as temperature; 0: argmax drafts, a point mass
-    max_tokens: int = 128
     stop: tuple[str, ...] = ()  # the token that completes a stop string is the last one kept
     stop_token_ids: tuple[int, ...] = ()  # beside the policy's own end tokens
     ignore_eos: bool = False  # go on past the policy's own end tokens (for speed runs)
     law: Law = field(default_factory=Law)
-    # Truncation, of the law at the temperature; in this order, as transformers does.
-    top_k: int = 0  # this many best tokens stay, of equals those of lowest id; 0 keeps all
-    top_p: float = 1.0  # the fewest best tokens that hold this mass stay
-    min_p: float = 0.0  # tokens at least this share as likely as the best stay
-    # Edits of the logits, before the temperature; counts take in accepted drafts.
-    repetition_penalty: float = 1.0  # divides logits of tokens in the text, multiplies negative ones
-    presence_penalty: float = 0.0  # taken from the logit of a token that the completion holds,
-    frequency_penalty: float = 0.0  # and this for each time it does
     logit_bias: Mapping[int, float] = field(default_factory=dict, hash=False)  # added, by token id
     min_tokens: int = 0  # no end token before
     bad_words_ids: tuple[tuple[int, ...], ...] = ()  # sequences that are never completed
@@ -68,9 +91,8 @@ class Sampling:
     allow_truncated_mix: bool = False  # a mixed law without full support cannot be corrected: ask by name
 
     def __post_init__(self) -> None:
+        check_bounds(SamplingOptions, self)
         self._check_processing()
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise InvalidInput(f"temperature must be at least 0, got {self.temperature}; 0 means greedy")
         if self.draft_temperature is not None and not (
             math.isfinite(self.draft_temperature) and self.draft_temperature >= 0
         ):
@@ -78,8 +100,6 @@ class Sampling:
                 f"draft_temperature must be at least 0, got {self.draft_temperature}; "
                 "0 means argmax drafts, None means the sampling temperature"
             )
-        if self.max_tokens < 1:
-            raise InvalidInput(f"max_tokens must be at least 1, got {self.max_tokens}")
         if any(not text for text in self.stop):
             raise InvalidInput(
                 "stop strings must not be empty: an empty string would end every rollout at once"
@@ -94,20 +114,6 @@ class Sampling:
 
     def _check_processing(self) -> None:
         for name, is_allowed, allowed in (
-            ("top_k", self.top_k >= 0, "at least 0; 0 keeps every token"),
-            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1; 1 keeps every token"),
-            ("min_p", 0 <= self.min_p <= 1, "between 0 and 1; 0 keeps every token"),
-            (
-                "repetition_penalty",
-                math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0,
-                "above 0; 1 changes nothing",
-            ),
-            ("presence_penalty", math.isfinite(self.presence_penalty), "a finite number; 0 changes nothing"),
-            (
-                "frequency_penalty",
-                math.isfinite(self.frequency_penalty),
-                "a finite number; 0 changes nothing",
-            ),
             (
                 "logit_bias",
                 all(math.isfinite(bias) or bias == -math.inf for bias in self.logit_bias.values()),
@@ -126,12 +132,16 @@ class Sampling:
             )
 
     @property
+    def truncation(self) -> tuple[str, ...]:
+        """The options in force that leave out the less likely tokens, whose cut moves with rounding."""
+        cuts = {"top_k": self.top_k > 0, "top_p": self.top_p < 1, "min_p": self.min_p > 0}
+        return tuple(name for name, is_set in cuts.items() if is_set)
+
+    @property
     def is_truncated(self) -> bool:
         """Whether tokens that the policy could draw are never drawn: pi/mu then averages to less than 1."""
         return bool(
-            self.top_k
-            or self.top_p < 1
-            or self.min_p
+            self.truncation
             or self.min_tokens
             or self.bad_words_ids
             or self.logits_processors

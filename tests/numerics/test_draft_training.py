@@ -233,5 +233,7 @@ def test_bad_input_is_refused_by_name():
         DraftConfig(conversion="full", causal_weight=0)
     with pytest.raises(InvalidInput, match="block_sizes must be one or more"):
         DraftConfig(block_sizes=())
-    with pytest.raises(InvalidInput, match=r"layouts must be of two_forward and fused, got \['triple'\]"):
+    with pytest.raises(
+        InvalidInput, match=r"layouts\[0\] must be one of 'two_forward', 'fused', got 'triple'"
+    ):
         DraftConfig(layouts=("triple",))

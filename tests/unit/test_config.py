@@ -6,6 +6,8 @@ import pytest
 import yaml
 
 from blockroll.config import (
+    ConvertConfig,
+    DraftConfig,
     PolicyConfig,
     RolloutConfig,
     RunConfig,
@@ -14,7 +16,8 @@ from blockroll.config import (
     load_config,
     to_mapping,
 )
-from blockroll.errors import BlockrollError, ConfigError
+from blockroll.errors import BlockrollError, ConfigError, InvalidInput
+from blockroll.types import Sampling, SamplingOptions
 
 
 def config_from(tmp_path, text):
@@ -151,6 +154,115 @@ def test_an_override_below_a_value_is_refused():
 def test_a_file_that_holds_no_mapping_is_refused_by_name(tmp_path, text):
     with pytest.raises(ConfigError, match=r"run\.yaml must hold a mapping of options, got (list|str|int)"):
         config_from(tmp_path, text)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"train: [1, 2", r"run\.yaml is no valid YAML: line 1, column 13: .*expected ',' or ']'"),
+        (b"train:\n\tsteps: 3\n", r"run\.yaml is no valid YAML: line 2, column 1: .*'\\t'"),
+        (b"seed: 1\nname: a\nseed: 2\n", r"line 3, column 1: 'seed' stands twice in one section"),
+        (b"train: {steps: 1, steps: 1}\n", r"line 1, column 19: 'steps' stands twice in one section"),
+        (b"train: !!python/object:os.system {}\n", r"line 1, column 8: could not determine a constructor"),
+        (b"name: caf\xe9\n", r"run\.yaml is no UTF-8 text \(byte 9 is 0xe9\)"),
+        (b"name: \x00\n", r"run\.yaml is no valid YAML"),
+        (b"seed: 2020-13-45\n", r"run\.yaml is no valid YAML: month must be in 1..12"),
+        (b"seed: 2020-12-24\n", r"seed must be int, got datetime\.date\(2020, 12, 24\)"),
+        (b"[" * 5000, r"run\.yaml is no valid YAML: it is nested too deeply"),
+        (b"a: b: c\n", r"run\.yaml is no valid YAML: line 1, column 5: mapping values are not allowed here"),
+    ],
+    ids=lambda value: value[:20].decode(errors="replace") if isinstance(value, bytes) else "",
+)
+def test_a_broken_file_is_one_line_that_names_the_place(tmp_path, content, message):
+    path = tmp_path / "run.yaml"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_config(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_folder_and_a_missing_file_are_refused_by_name(tmp_path):
+    with pytest.raises(ConfigError, match="cannot be read as a config file: Is a directory"):
+        load_config(tmp_path)
+    with pytest.raises(ConfigError, match=r"no config file at .*none\.yaml"):
+        load_config(tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize("override", ["train.steps=[1", "name=a: b: c", "name={a: 1, a: 2}", "name=@x"])
+def test_an_override_whose_value_is_no_yaml_is_refused_by_name(override):
+    with pytest.raises(ConfigError, match=r"the value in '.*' is no valid YAML"):
+        load_config(None, [override])
+
+
+def test_all_that_is_wrong_with_a_file_is_said_at_once():
+    with pytest.raises(
+        ConfigError, match=r"seed must be int, got 'x'; train\.steps must be .*, got 0; unknown"
+    ):
+        from_mapping(RunConfig, {"seed": "x", "train": {"steps": 0}, "polcy": {}})
+
+
+@pytest.mark.parametrize(
+    ("key", "advice"),
+    [
+        ("rollout.max_new_tokens", "here it is called 'max_tokens'"),
+        ("max_new_tokens", r"here it is 'rollout\.max_tokens'"),
+        ("temperature", r"here it is 'rollout\.temperature'"),
+        ("lr", r"here it is 'train\.learning_rate'"),
+        ("train.num_generations", "here it is called 'group_size'"),
+        ("train.top_k", r"here it is 'rollout\.top_k'"),
+    ],
+)
+def test_a_name_of_another_library_or_of_another_section_is_answered_with_ours(key, advice):
+    with pytest.raises(ConfigError, match=f"unknown option '{key}'; {advice}"):
+        load_config(None, [f"{key}=1"])
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"block_sizes": [4, 0]}, r"block_sizes\[1\] must be at least 1, got 0"),
+        ({"block_sizes": []}, r"block_sizes must be one or more values, got \[\]"),
+        ({"block_sizes": 4}, r"block_sizes must be a list, got 4"),
+        ({"layouts": ["fusd"]}, r"layouts\[0\] must be one of 'two_forward', 'fused', got 'fusd'"),
+        ({"conversion": "full", "causal_weight": 0}, r"causal_weight must be above 0 in a full conversion"),
+        ({"rank": "32" * 200}, r"rank must be int, got '3232.*\.\.\..*32'$"),
+    ],
+)
+def test_an_item_of_a_list_is_named_by_its_place(values, message):
+    with pytest.raises(ConfigError, match=message):
+        from_mapping(DraftConfig, values)
+
+
+def test_a_section_s_own_rule_names_the_section_and_a_missing_option_is_named():
+    with pytest.raises(ConfigError, match=r"draft\.causal_weight must be above 0 in a full conversion"):
+        from_mapping(
+            ConvertConfig, {"out": "x", "draft": {"conversion": "full", "causal_weight": 0}, "seed": 1}
+        )
+    with pytest.raises(ConfigError, match="option 'out' is missing"):
+        from_mapping(ConvertConfig, {})
+
+
+def test_options_given_in_python_are_checked_like_those_of_a_file():
+    with pytest.raises(ConfigError, match=r"top_p must be above 0 and at most 1, got 1\.5; 1 keeps all"):
+        RolloutConfig(top_p=1.5)
+    with pytest.raises(ConfigError, match="unknown option 'temprature'; did you mean 'temperature'"):
+        RolloutConfig(temprature=1.0)
+    with pytest.raises(ConfigError, match="steps must be at least 1, got 0"):
+        dataclasses.replace(TrainConfig(), steps=0)
+
+
+def test_every_option_of_sampling_is_an_option_of_rollouts_with_the_same_bounds():
+    config = RolloutConfig(temperature=0.7, top_k=5, min_p=0.1, mix_weight=1, frequency_penalty=0.5)
+    sampling = config.sampling(min_tokens=3)
+    for each in dataclasses.fields(SamplingOptions):
+        assert getattr(sampling, each.name) == getattr(config, each.name)
+    assert (sampling.law.weight, sampling.min_tokens) == (1.0, 3)
+    for name, value in (("temperature", -1.0), ("top_p", 0.0), ("min_p", 2.0), ("top_k", -1)):
+        with pytest.raises(ConfigError) as of_config:
+            RolloutConfig(**{name: value})
+        with pytest.raises(InvalidInput) as of_sampling:
+            Sampling(**{name: value})
+        assert str(of_config.value) == str(of_sampling.value)
 
 
 def test_a_config_error_is_a_value_error_and_a_blockroll_error():

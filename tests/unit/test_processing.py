@@ -160,7 +160,7 @@ def test_what_would_complete_a_sequence(text, sequences, completed):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"top_k": -1}, "top_k must be at least 0; 0 keeps every token; got -1"),
+        ({"top_k": -1}, "top_k must be at least 0, got -1; 0 keeps all"),
         ({"top_p": 0.0}, "top_p must be above 0 and at most 1"),
         ({"top_p": 1.1}, "top_p must be above 0 and at most 1"),
         ({"min_p": math.nan}, "min_p must be between 0 and 1"),

@@ -14,10 +14,14 @@ from typing import Any, NamedTuple
 from blockroll.config import RolloutConfig
 from blockroll.errors import BlockrollError, InvalidInput, ReplicaError
 from blockroll.rl_loops.advantages import FAILED_REASONS
+from blockroll.rl_loops.trl.contract import TRAINER_PARTS
 from blockroll.rl_loops.trl.placement import Placement
 from blockroll.rl_loops.trl.together import raise_together
 from blockroll.rollout.engine.requests import derive_seed
-from blockroll.types import Law, Request, Rollout, Sampling
+from blockroll.types import Request, Rollout, Sampling, SamplingOptions
+from blockroll.types.bounds import hints_of
+
+TRL_NAMES = {"max_tokens": "max_completion_length"}  # options of sampling that TRL names otherwise
 
 
 class Completions(NamedTuple):
@@ -142,33 +146,33 @@ def trainer_sampling(trainer: Any, config: RolloutConfig) -> Sampling:
     InvalidInput where the config says otherwise than they do, or where they ask for what nobody corrects.
     """
     args = trainer.args
-    mine = {
-        "temperature": trainer.temperature,
-        "max_tokens": trainer.max_completion_length,
-        "top_k": trainer.top_k or 0,
-        "top_p": trainer.top_p,
-        "min_p": trainer.min_p or 0.0,
-        "repetition_penalty": trainer.repetition_penalty,
-    }
-    names = {"max_tokens": "max_completion_length"}
+    mine = _options(trainer)
     defaults = RolloutConfig()
     for name, value in mine.items():
         given = getattr(config, name)
         if given not in (value, getattr(defaults, name)):
             raise InvalidInput(
                 f"RolloutConfig has {name}={given}, the trainer's arguments have "
-                f"{names.get(name, name)}={value}; set it there, and leave it out of RolloutConfig"
+                f"{TRL_NAMES.get(name, name)}={value}; set it there, and leave it out of RolloutConfig"
             )
     if args.generation_kwargs:
         raise InvalidInput(
             f"generation_kwargs {sorted(args.generation_kwargs)} are transformers' own; blockroll takes from "
-            "the arguments temperature, top_k, top_p, min_p, repetition_penalty and max_completion_length"
+            f"the arguments {', '.join(TRL_NAMES.get(name, name) for name in mine)}"
         )
-    return Sampling(
+    return config.sampling(
         **mine,
-        presence_penalty=config.presence_penalty,
-        frequency_penalty=config.frequency_penalty,
         stop_token_ids=tuple(trainer.eos_token_ids),
-        law=Law(config.mix_weight),
         allow_truncated_mix=not getattr(trainer, "vllm_importance_sampling_correction", False),
     )
+
+
+def _options(trainer: Any) -> dict[str, Any]:
+    """What a trainer says about sampling, under our names; None there is our default, which does nothing."""
+    said = {}
+    for name in hints_of(SamplingOptions):
+        theirs = TRL_NAMES.get(name, name)
+        if theirs in TRAINER_PARTS:
+            value = getattr(trainer, theirs)
+            said[name] = getattr(Sampling(), name) if value is None else value
+    return said

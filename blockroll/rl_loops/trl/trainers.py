@@ -166,9 +166,9 @@ class GRPOTrainer(_DraftedRollouts, trl.GRPOTrainer):
     def _check_law(self, sampling: Sampling) -> None:
         if sampling.is_truncated and self._corrects:
             raise ConfigError(
-                "top_k, top_p or min_p leaves out tokens that the policy could draw, while TRL's correction "
-                "takes the policy over all of them: its ratios would be biased. Draw without truncation, or "
-                "set vllm_importance_sampling_correction=False"
+                f"{', '.join(sampling.truncation) or 'a mask'} leaves out tokens that the policy could draw, "
+                "while TRL's correction takes the policy over all of them: its ratios would be biased. "
+                "Draw without truncation, or set vllm_importance_sampling_correction=False"
             )
         mode = self.vllm_importance_sampling_mode
         if not sampling.is_policy and self._corrects and mode.startswith("sequence"):

@@ -97,7 +97,7 @@ def _recompute(
         pairs = [("policy_logprob", np.exp(rows["policy_logprob"][indices]), np.exp(policy_B))]
         sampling = request.sampling()
         # Where a cut falls, rounding decides which tokens stay: no bound on laws holds behind it.
-        if sampling is None or (is_rough and (sampling.top_k or sampling.top_p < 1 or sampling.min_p)):
+        if sampling is None or (is_rough and sampling.truncation):
             report.num_unknown_laws += len(indices)
         else:
             drafts = _draft_rows(request, indices, policy, sampling)

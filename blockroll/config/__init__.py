@@ -1,0 +1,34 @@
+"""Every option of blockroll, and the files they are read from; no torch.
+
+`options` has the fields: one field is one line, its bounds and one sentence. `checks` says what is wrong
+with a value, `files` reads YAML and `section.field=value` overrides.
+"""
+
+from blockroll.config.checks import from_mapping, to_mapping
+from blockroll.config.files import load_config, read_yaml, with_overrides
+from blockroll.config.options import (
+    AlignmentConfig,
+    ConvertConfig,
+    DraftConfig,
+    PolicyConfig,
+    RolloutConfig,
+    RunConfig,
+    TrainConfig,
+    cache_dir,
+)
+
+__all__ = [
+    "AlignmentConfig",
+    "ConvertConfig",
+    "DraftConfig",
+    "PolicyConfig",
+    "RolloutConfig",
+    "RunConfig",
+    "TrainConfig",
+    "cache_dir",
+    "from_mapping",
+    "load_config",
+    "read_yaml",
+    "to_mapping",
+    "with_overrides",
+]

@@ -1,0 +1,184 @@
+"""Every option of blockroll: one field is one line, its bounds and one sentence."""
+
+import os
+from dataclasses import field
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from annotated_types import Ge, Gt, Le, MinLen
+from pydantic import BeforeValidator, Strict
+
+from blockroll.config.checks import options
+from blockroll.errors import ConfigError
+from blockroll.types.bounds import hints_of
+from blockroll.types.plan import Law
+from blockroll.types.sampling import Sampling, SamplingOptions
+
+
+def _path_text(value: object) -> object:
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+T = TypeVar("T")
+PathText = Annotated[str, BeforeValidator(_path_text)]  # a `Path` will do
+Count = Annotated[int, Ge(0)]
+Positive = Annotated[int, Ge(1)]
+Amount = Annotated[float, Ge(0)]
+Share = Annotated[float, Gt(0), Le(1)]
+Weight = Annotated[float, Ge(0), Le(1)]
+Several = Annotated[tuple[T, ...], MinLen(1), Strict(False)]
+
+
+@options
+class PolicyConfig:
+    """The language model."""
+
+    path: PathText = "tiny"  # a Hugging Face checkpoint folder, or "tiny" for the policy that ships
+    adapter: PathText | None = None  # folder of a draft adapter; one beside the weights is used unasked
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # weights and forward, not samplers
+    device: str = "auto"  # torch device; "auto" takes the accelerator if there is one
+
+
+@options
+class RolloutConfig(SamplingOptions):
+    """How rollouts are generated and by whom."""
+
+    backend: Literal["ray", "local"] = "ray"  # replicas as Ray actors, or in this process
+    # Of a TRL trainer, instead of `backend`: in each rank's process, or Ray actors on devices of their own.
+    placement: Literal["colocated", "separate"] = "colocated"
+    num_replicas: Positive = 2  # engines that share the requests
+    threads_per_replica: Positive = 1  # torch threads of each Ray replica; cores are shared: be explicit
+    gpus_per_replica: Amount = 1.0  # of each Ray replica on an accelerator; may be a fraction
+    plan: str = (
+        "two_forward"  # "auto" (each step chooses), or one for all: "plain", "two_forward(K)", "fused(K)"
+    )
+    max_batch_size: Positive = 64  # requests that one replica decodes together
+    max_length: Count = 0  # tokens of prompt and completion; 0: what the policy was built for
+    memory_fraction: Share = 0.3  # of the device's memory that keys and values may take, per replica
+    mix_weight: Weight = 1.0  # of the policy in the law: 1 is lossless, below 1 mixes draft rows in
+    max_tokens: Positive = 64  # completion length at most
+    audit: Literal["off", "share", "all"] = "off"  # of which requests every token is recorded
+    audit_share: Share = 0.05  # of the requests, whole, chosen by a hash of their ids
+    audit_dir: PathText = ""  # where; a run writes to its own folder unless this says otherwise
+
+    def sampling(self, **others: Any) -> Sampling:
+        """What these options ask of a request; `others` are options of `Sampling` that no config has."""
+        values = {name: getattr(self, name) for name in hints_of(SamplingOptions)}
+        return Sampling(**{"law": Law(self.mix_weight), **values, **others})
+
+
+@options
+class TrainConfig:
+    """One RL run: collect, advantages, update, publish."""
+
+    algorithm: Literal["grpo"] = "grpo"  # which advantages and which loss
+    steps: Positive = 45  # policy updates
+    prompts_per_step: Positive = 64  # groups collected for one update
+    group_size: Annotated[int, Ge(2)] = 8  # rollouts per prompt
+    learning_rate: Amount = 3e-4  # AdamW, at its highest
+    lr_scheduler: Literal["linear", "constant"] = "linear"  # after the warm-up: down to 0 at the end, or flat
+    warmup_steps: Count = 2  # linear warm-up of the learning rate
+    max_grad_norm: Amount = 1.0  # global gradient clip
+    minibatches: Positive = 1  # optimizer steps per collected batch
+    clip_epsilon: Amount = 0.2  # half-width of the ratio clip
+    importance_sampling_correction: bool = True  # weigh tokens by old policy over behaviour law
+    behavior_ratio_cap: Annotated[float, Ge(1)] = 2.0  # truncation of those weights
+    # Under top_k, top_p or min_p those weights average to the mass that is left, not to 1: ask by name.
+    truncated_rollouts: Literal["refuse", "allow"] = "refuse"
+    learner_threads: Positive = 2  # torch threads of the learner; replicas idle while it works
+    eval_every: Count = 10  # steps between evaluations; 0: never
+    eval_prompts: Count = 128  # held-out prompts of one evaluation
+    checkpoint_every: Count = 10  # steps between checkpoints; 0: only at the end
+    keep_checkpoints: Positive = 2  # newest checkpoints kept
+
+
+@options
+class DraftConfig:
+    """How a policy is taught to draft."""
+
+    conversion: Literal["adapter", "full"] = (
+        "adapter"  # an adapter beside the weights, or the weights themselves
+    )
+    rank: Positive = 32  # of the adapter's low-rank updates
+    block_sizes: Several[Positive] = (8,)  # K to train; several share one adapter, turn about
+    layouts: Several[Literal["two_forward", "fused"]] = (
+        "two_forward",
+        "fused",
+    )  # what decoding may use, turn about
+    loss: Literal["ce", "kl", "tv"] = "kl"  # against the policy's own causal law
+    learning_rate: Amount = 1e-3  # AdamW
+    warmup_steps: Count = 10  # linear warm-up of the learning rate
+    max_grad_norm: Amount = 1.0  # global gradient clip
+    causal_weight: Amount = 1.0  # of the causal loss in a full conversion
+    mask_token_id: int | None = None  # of a full conversion; None: the policy's or the tokenizer's own
+
+    def __post_init__(self) -> None:
+        if self.conversion == "full" and not self.causal_weight > 0:
+            raise ConfigError(
+                f"causal_weight must be above 0 in a full conversion, got {self.causal_weight}: without the "
+                "causal loss the policy is lost"
+            )
+
+
+@options
+class AlignmentConfig:
+    """When drafts are taught, during RL, to follow the policy: draft steps on the rollouts of an update."""
+
+    every: Positive = 1  # policy updates from one draft step to the next
+    below: Weight = 0.0  # above 0, instead: only while acceptance is below this share of its first value
+    steps: Positive = 1  # draft steps in a row
+    draft: DraftConfig = field(default_factory=DraftConfig)
+
+
+@options
+class ConvertConfig:
+    """One conversion: the policy answers prompts, the answers teach it to draft, again and again."""
+
+    out: PathText  # folder for the adapter (for the whole policy, if `full`), its state and its metrics
+    prompts: PathText = "arithmetic"  # a JSONL file with a `prompt` per line, text or messages; or a task
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)  # for prompts that are messages
+    max_tokens: Positive = 1_000_000  # of the policy's own answers, in all
+    max_minutes: Amount = 0  # wall time; 0: no limit
+    prompts_per_round: Positive = 64  # answers of one round
+    completion_tokens: Positive = 128  # of one answer at most
+    temperature: Amount = 1.0  # of the answers and of both laws: what rollouts will use
+    steps_per_round: Positive = 4  # optimizer steps that share one round's answers
+    epochs_per_round: Positive = 2  # times that each answer is used, with other blocks every time
+    num_replicas: Positive = 1  # that answer in parallel; more than one are Ray actors
+    max_batch_size: Positive = 32  # answers that one replica decodes together
+    patience: Positive = 8  # rounds without a better acceptance before it stops
+    min_gain: Amount = 0.02  # tokens per step that count as better
+    seed: int = 0  # every random choice derives from it
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    draft: DraftConfig = field(default_factory=DraftConfig)
+
+    def __post_init__(self) -> None:
+        if self.draft.conversion == "full" and self.temperature == 0:
+            raise ConfigError(
+                "a full conversion holds the policy to the law of its answers, which at temperature 0 is its "
+                "best token alone; give a temperature above 0, or convert by adapter"
+            )
+
+
+@options
+class RunConfig:
+    """A whole run; what it resolved to is written into the run folder."""
+
+    name: str = "run"  # the run's folder below `runs_dir`
+    runs_dir: PathText = "runs"  # where run folders live
+    seed: int = 0  # every random choice of the run derives from it
+    task: str = "arithmetic"  # prompts and reward: "arithmetic", or a Python path "module:attribute"
+    wandb: bool = False  # also log to Weights & Biases (WANDB_MODE=offline works)
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    @property
+    def run_dir(self) -> Path:
+        """The folder everything of this run is written to."""
+        return Path(self.runs_dir) / self.name
+
+
+def cache_dir() -> Path:
+    """Where measurements are kept between processes: `BLOCKROLL_CACHE`, or a folder in the user's cache."""
+    return Path(os.environ.get("BLOCKROLL_CACHE", "~/.cache/blockroll")).expanduser()
