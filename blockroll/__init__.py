@@ -7,9 +7,19 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from blockroll.config import AlignmentConfig, RolloutConfig, RunConfig, load_config
+    from blockroll.config import (
+        AlignmentConfig,
+        ConvertConfig,
+        DraftConfig,
+        PolicyConfig,
+        RolloutConfig,
+        RunConfig,
+        TrainConfig,
+        load_config,
+    )
     from blockroll.policies.hf import HFPolicy
     from blockroll.policy_check.check import check_policy
+    from blockroll.rl_loops.convert import convert
     from blockroll.rl_loops.draft_trainer import DraftTrainer
     from blockroll.rl_loops.loop import train
     from blockroll.rollout.engine.engine import Engine
@@ -21,12 +31,15 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AlignmentConfig",
+    "ConvertConfig",
+    "DraftConfig",
     "DraftTrainer",
     "Engine",
     "HFPolicy",
     "JsonSchema",
     "Law",
     "Plan",
+    "PolicyConfig",
     "Regex",
     "Request",
     "Rollout",
@@ -34,20 +47,25 @@ __all__ = [
     "RolloutPool",
     "RunConfig",
     "Sampling",
+    "TrainConfig",
     "__version__",
     "check_policy",
+    "convert",
     "load_config",
     "train",
 ]
 
 _MODULES = {
     "AlignmentConfig": "blockroll.config",
+    "ConvertConfig": "blockroll.config",
+    "DraftConfig": "blockroll.config",
     "DraftTrainer": "blockroll.rl_loops.draft_trainer",
     "Engine": "blockroll.rollout.engine.engine",
     "HFPolicy": "blockroll.policies.hf",
     "JsonSchema": "blockroll.samplers.constraints",
     "Law": "blockroll.types",
     "Plan": "blockroll.types",
+    "PolicyConfig": "blockroll.config",
     "Regex": "blockroll.samplers.constraints",
     "Request": "blockroll.types",
     "Rollout": "blockroll.types",
@@ -55,7 +73,9 @@ _MODULES = {
     "RolloutPool": "blockroll.rollout.pool.pool",
     "RunConfig": "blockroll.config",
     "Sampling": "blockroll.types",
+    "TrainConfig": "blockroll.config",
     "check_policy": "blockroll.policy_check.check",
+    "convert": "blockroll.rl_loops.convert",
     "load_config": "blockroll.config",
     "train": "blockroll.rl_loops.loop",
 }

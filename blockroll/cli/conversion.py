@@ -1,16 +1,29 @@
 """Teaching a policy to draft: convert."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
-from blockroll.cli.options import DeviceOption, PolicyOption, SeedOption, ThreadsOption
-from blockroll.config import ConvertConfig, from_mapping, with_overrides
+from blockroll.cli.options import AdapterOption, DeviceOption, PolicyOption, SeedOption, ThreadsOption
+from blockroll.config import ConvertConfig, from_mapping, to_mapping, with_overrides
 from blockroll.errors import InvalidInput
+
+OPTIONS = {  # of the command line: what they are called in ConvertConfig
+    "policy": "policy.path",
+    "adapter": "policy.adapter",
+    "device": "policy.device",
+    "prompts": "prompts",
+    "conversion": "draft.conversion",
+    "max_tokens": "max_tokens",
+    "max_minutes": "max_minutes",
+    "replicas": "num_replicas",
+    "seed": "seed",
+}
 
 
 def convert(
+    ctx: typer.Context,
     options: Annotated[
         list[str] | None,
         typer.Argument(
@@ -19,8 +32,15 @@ def convert(
         ),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder to write; it must not exist.")] = None,
-    resume: Annotated[Path | None, typer.Option(help="A conversion's folder, to go on with it.")] = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option(
+            help="A conversion's folder, to go on with it: --max-tokens, --max-minutes, --replicas, "
+            "--device, patience, min_gain and max_batch_size may change."
+        ),
+    ] = None,
     policy: PolicyOption = "tiny",
+    adapter: AdapterOption = None,
     prompts: Annotated[
         str, typer.Option(help="A JSONL file with a `prompt` per line (text or messages), or a task.")
     ] = "arithmetic",
@@ -43,22 +63,30 @@ def convert(
 
     if threads:
         torch.set_num_threads(threads)
-    if resume is not None:
-        run_conversion(load_convert_config(resume), resume=True)
-        return
-    if out is None:
+    if out is None and resume is None:
         raise InvalidInput("give --out FOLDER for the adapter, or --resume FOLDER to go on")
-    values = with_overrides(
-        {
-            "out": str(out),
-            "prompts": prompts,
-            "max_tokens": max_tokens,
-            "max_minutes": max_minutes,
-            "num_replicas": replicas,
-            "seed": seed,
-            "policy": {"path": policy, "device": device},
-            "draft": {"conversion": conversion},
-        },
-        options or [],
-    )
-    run_conversion(from_mapping(ConvertConfig, values))
+    if resume is not None and out is not None and out.resolve() != resume.resolve():
+        raise InvalidInput(
+            f"--resume {resume} goes on in that folder, got --out {out}: leave one of them out"
+        )
+    values = {} if resume is None else to_mapping(load_convert_config(resume))
+    values["out"] = str(resume or out)
+    for name, key in OPTIONS.items():
+        if resume is None or _is_given(ctx, name):
+            _set(values, key, ctx.params[name])
+    config = from_mapping(ConvertConfig, with_overrides(values, options or []))
+    run_conversion(config, resume=resume is not None)
+
+
+def _is_given(ctx: typer.Context, name: str) -> bool:
+    """Whether the option stands on the command line."""
+    source = ctx.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
+def _set(values: dict[str, Any], key: str, value: Any) -> None:
+    """Write an option by its dotted name."""
+    *sections, leaf = key.split(".")
+    for section in sections:
+        values = values.setdefault(section, {})
+    values[leaf] = str(value) if isinstance(value, Path) else value

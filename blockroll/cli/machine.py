@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 import blockroll
-from blockroll.cli.options import DeviceOption, load_policy
+from blockroll.cli.options import AdapterOption, DeviceOption, load_policy
 from blockroll.cli.texts import counts, engine_for, stream
 from blockroll.errors import BlockrollError, InvalidInput
 from blockroll.types import RolloutStats, Sampling
@@ -33,7 +33,7 @@ def doctor(
         Path | None,
         typer.Option(help="A checkpoint folder to check: are its rollouts lossless? Loaded in float32."),
     ] = None,
-    adapter: Annotated[Path | None, typer.Option(help="The folder of its draft adapter.")] = None,
+    adapter: AdapterOption = None,
     device: DeviceOption = "auto",
 ) -> None:
     """Say what this machine has and whether the tiny policy generates; with --model, check a checkpoint."""

@@ -1,5 +1,6 @@
 """Options that commands share, and loading the policy they name."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
@@ -9,6 +10,12 @@ if TYPE_CHECKING:
 
 PolicyOption = Annotated[
     str, typer.Option(help="A Hugging Face checkpoint folder, or 'tiny' for the policy that ships.")
+]
+AdapterOption = Annotated[
+    Path | None,
+    typer.Option(
+        help="The folder of a draft adapter, as convert makes it; one beside the policy is used unasked."
+    ),
 ]
 DeviceOption = Annotated[
     str, typer.Option(help="torch device; 'auto' takes the accelerator if there is one.")
@@ -22,11 +29,11 @@ BackendOption = Annotated[
 WandbOption = Annotated[bool, typer.Option("--wandb", help="Also log to Weights & Biases.")]
 
 
-def load_policy(path: str, device: str, threads: int) -> "HFPolicy":
+def load_policy(path: str, device: str, threads: int, adapter: Path | None = None) -> "HFPolicy":
     import torch
 
     from blockroll.policies.hf import HFPolicy
 
     if threads:
         torch.set_num_threads(threads)
-    return HFPolicy.from_pretrained(path, device=device)
+    return HFPolicy.from_pretrained(path, device=device, adapter=adapter)

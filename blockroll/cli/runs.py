@@ -1,6 +1,7 @@
 """Training runs: demo, train, report."""
 
 import dataclasses
+import json
 import shutil
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -10,7 +11,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from blockroll.cli.options import BackendOption, WandbOption, load_policy
+from blockroll.cli.options import AdapterOption, BackendOption, WandbOption, load_policy
 from blockroll.cli.speed import arithmetic_prompts, print_table, write_rows
 from blockroll.config import RolloutConfig, RunConfig, TrainConfig, load_config
 from blockroll.errors import InvalidInput, RunExists
@@ -64,6 +65,7 @@ def train(
     resume: Annotated[
         Path | None, typer.Option(help="A run folder, to go on from its newest checkpoint.")
     ] = None,
+    adapter: AdapterOption = None,
     wandb: WandbOption = False,
 ) -> None:
     """Train as a config says: collect, advantages, update, publish."""
@@ -73,6 +75,8 @@ def train(
     path, overrides = _split_config(config or [])
     if wandb:
         overrides.append("wandb=true")
+    if adapter is not None:
+        overrides.append(f"policy.adapter={json.dumps(str(adapter.resolve()))}")
     if resume is None:
         run_training(load_config(path, overrides))
         return

@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 from rich.console import Console
 
-from blockroll.cli.options import DeviceOption, PolicyOption, SeedOption, ThreadsOption, load_policy
+from blockroll.cli.options import (
+    AdapterOption,
+    DeviceOption,
+    PolicyOption,
+    SeedOption,
+    ThreadsOption,
+    load_policy,
+)
 from blockroll.errors import InvalidInput
 from blockroll.types import PLAIN
 
@@ -23,6 +30,7 @@ WIDEST_TABLE = 250  # characters
 
 def bench(
     policy: PolicyOption = "tiny",
+    adapter: AdapterOption = None,
     plans: Annotated[
         str,
         typer.Option(
@@ -94,7 +102,7 @@ def bench(
         seed=seed,
     )
     _check_outputs(json_file, picture)
-    hf_policy = load_policy(policy, device, threads)
+    hf_policy = load_policy(policy, device, threads, adapter)
     parsed = [read_plan(text, hf_policy) for text in split_plans(plans)]
     if picture is not None and PLAIN not in parsed:
         raise InvalidInput(f"--picture draws speed-ups over plain: add 'plain' to --plans, got {plans!r}")

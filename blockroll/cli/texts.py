@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 from blockroll.cli.options import (
+    AdapterOption,
     DeviceOption,
     PolicyOption,
     SeedOption,
@@ -30,6 +31,7 @@ DRAFTED_STYLE = "bold green underline"
 def generate(
     prompt: Annotated[str, typer.Argument(help="Text to go on from.")],
     policy: PolicyOption = "tiny",
+    adapter: AdapterOption = None,
     temperature: TemperatureOption = 1.0,
     seed: SeedOption = 0,
     max_tokens: Annotated[int, typer.Option(help="Tokens at most.")] = 64,
@@ -77,7 +79,7 @@ def generate(
     )
     if task == "arithmetic" or (task == "auto" and policy == "tiny"):
         prompt = prompt.rstrip("\n") + "\n"
-    hf_policy = load_policy(policy, device, threads)
+    hf_policy = load_policy(policy, device, threads, adapter)
     chosen = plan or ("two_forward" if hf_policy.trained_drafts else "plain")
     engine, requests = engine_for(hf_policy, chosen, prompt, sampling, seed=seed, num_samples=num_samples)
     console = Console(highlight=False, soft_wrap=True)

@@ -9,42 +9,64 @@ answers of the weights in training would let them drift.
 
 import contextlib
 import copy
-import json
 import logging
 import math
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
-from blockroll.config import ConvertConfig, RolloutConfig, from_mapping
-from blockroll.errors import CheckpointError, RunExists
+from blockroll.config import ConvertConfig, RolloutConfig
+from blockroll.errors import RunExists
 from blockroll.policies.hf import HFPolicy
+from blockroll.rl_loops.convert_report import (
+    BATCHES,
+    COST_CONTEXT,
+    how_to_go_on,
+    how_to_use,
+    plan_table,
+    plans_of,
+    report,
+)
+from blockroll.rl_loops.convert_state import (
+    CONFIG_FILE,
+    METRICS_FILE,
+    STATE_FILE,
+    KindMetrics,
+    Progressed,
+    by_kind,
+    check_fingerprint,
+    check_resumed,
+    cut_metrics,
+    fingerprint,
+    load_convert_config,
+    load_state,
+    resolved,
+    save_config,
+    save_state,
+    scores,
+    stop_reason,
+    writing,
+)
 from blockroll.rl_loops.draft_trainer import DraftMetrics, DraftTrainer
 from blockroll.rl_loops.prompts import Prompts, load_prompts
-from blockroll.rl_loops.signals import interrupts_held
+from blockroll.rl_loops.signals import exit_code, interrupts_held, stop_signals
 from blockroll.rl_loops.step_costs import step_costs
-from blockroll.rl_loops.tracking import JsonLines, read_lines, truncate_lines
+from blockroll.rl_loops.tracking import JsonLines, read_lines
 from blockroll.rollout.engine.engine import Engine
 from blockroll.rollout.engine.requests import check_request, derive_seed
 from blockroll.rollout.pool.pool import RolloutPool, make_pool
 from blockroll.rollout.pool.replica import LocalReplica
 from blockroll.types import Plan, Request, Rollout, Sampling
 
+__all__ = ["METRICS_FILE", "STATE_FILE", "ConvertResult", "convert", "load_convert_config"]
+
 log = logging.getLogger(__name__)
 
-STATE_FILE = "convert_state.pt"
-METRICS_FILE = "convert.jsonl"
-BATCHES = (1, 4, 16, 64)  # whose speed-up is predicted
-COST_CONTEXT = 32  # tokens behind which steps are timed: short, because every batch is prefilled
-SMOOTHING = 3  # rounds averaged before they are compared
 REPORT_EVERY_S = 60.0
 
 
@@ -58,16 +80,6 @@ class ConvertResult:
     metrics: tuple[Mapping[str, Any], ...]  # one object per fresh step, as in convert.jsonl
 
 
-@dataclass(slots=True)
-class Progressed:
-    """Where a conversion stands; saved after every round."""
-
-    round: int = 0
-    num_tokens: int = 0
-    minutes: float = 0.0
-    scores: tuple[float, ...] = ()  # tokens per step, one per round, over all kinds
-
-
 def convert(
     config: ConvertConfig,
     *,
@@ -76,31 +88,26 @@ def convert(
     console: Console | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> ConvertResult:
-    """Generate and step until acceptance stops rising or the budget is spent; `resume` goes on in `out`.
+    """Generate and step until no acceptance rises or the budget is spent; `resume` goes on in `out`.
 
     A `policy` that is given is converted in place of loading one; to resume, it is what it was at the start.
-    Ctrl-C keeps what the finished rounds taught, says how to go on and exits with status 130.
+    Of a conversion that goes on, options that say how far it goes or on what it runs may change
+    (`convert_state.MAY_CHANGE`); others raise ConfigError. CheckpointError for a state that is damaged, and
+    for a policy or prompts that are not those it was begun with.
+    Ctrl-C and SIGTERM keep what the finished rounds taught, say how to go on and exit with 130 or 143.
     """
     console = console or Console()
-    out = Path(config.out)
+    config = resolved(config)
     try:
-        with contextlib.ExitStack() as stack:
+        with stop_signals(), contextlib.ExitStack() as stack:
             return _convert(config, resume, policy, console, clock, stack)
-    except KeyboardInterrupt:
-        if (out / STATE_FILE).is_file():
-            advice = f"To go on from here: blockroll convert --resume {out}"
+    except KeyboardInterrupt as stop:
+        if (Path(config.out) / CONFIG_FILE).is_file():
+            advice = f"To go on from here: blockroll convert --resume {config.out}"
         else:
-            advice = "No round was finished, and nothing is kept."
+            advice = "The conversion had not started, and left nothing."
         console.print(f"Interrupted. {advice}", soft_wrap=True, highlight=False)
-        raise SystemExit(130) from None
-
-
-def load_convert_config(out: str | Path) -> ConvertConfig:
-    """The config of a conversion that was begun: what `convert --resume` goes on with."""
-    path = Path(out) / "convert.json"
-    if not path.is_file():
-        raise CheckpointError(f"{out} holds no convert.json: no conversion was begun there")
-    return replace(from_mapping(ConvertConfig, json.loads(path.read_text())), out=str(out))
+        raise SystemExit(exit_code(stop)) from None
 
 
 def _convert(
@@ -114,70 +121,99 @@ def _convert(
     out = Path(config.out)
     if out.exists() and not resume:
         raise RunExists(f"{out} exists: go on with it by --resume {out}, or choose another folder")
-    if policy is None:
-        policy = HFPolicy.from_pretrained(
-            config.policy.path,
-            device=config.policy.device,
-            dtype=config.policy.dtype,
-            adapter=config.policy.adapter,
-        )
+    policy_path = "POLICY" if policy is not None else config.policy.path
+    state = None
+    if resume:
+        check_resumed(config)
+        state = load_state(out)
+    done = Progressed() if state is None else state["progress"]
+    reason = stop_reason(config, done)
+    if reason is None:
+        if policy is None:
+            policy = HFPolicy.from_pretrained(
+                config.policy.path,
+                device=config.policy.device,
+                dtype=config.policy.dtype,
+                adapter=config.policy.adapter,
+            )
+        reason, done = _rounds(config, policy, state, done, console, clock, stack)
+    what = "draft adapter" if config.draft.conversion == "adapter" else "policy"
+    for line in (
+        f"Stopped: {reason}. The {what} is in {out}",
+        f"To go on all the same: {how_to_go_on(config, reason)}",
+        how_to_use(config, policy_path),
+    ):
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
+    return ConvertResult(
+        out=out, stop_reason=reason, num_tokens=done.num_tokens, metrics=tuple(read_lines(out / METRICS_FILE))
+    )
+
+
+def _rounds(
+    config: ConvertConfig,
+    policy: HFPolicy,
+    state: Mapping[str, Any] | None,
+    done: Progressed,
+    console: Console,
+    clock: Callable[[], float],
+    stack: contextlib.ExitStack,
+) -> tuple[str, Progressed]:
+    """Rounds until there is a reason to stop."""
+    out = Path(config.out)
+    found = fingerprint(config, policy)
     original = None
     if config.draft.conversion == "full":
         original = HFPolicy(copy.deepcopy(policy.model), policy.tokenizer)
     trainer = DraftTrainer(policy, config.draft, teacher=original, seed=config.seed)
-    state = _load_state(out) if resume else None
-    done = Progressed()
     if state is not None:
+        check_fingerprint(state, config, found)
         trainer.load_state_dict(state["trainer"])
-        done = Progressed(**state["progress"])
     prompts = load_prompts(config.prompts, policy, config.chat_template_kwargs)
     pool = _make_pool(config, original or policy)
     stack.callback(pool.close)
     for request in _requests(config, prompts, done.round):
         check_request(request, pool.limits)  # a prompt that does not fit is named before hours are spent
 
-    costs = step_costs(policy, _plans(config), BATCHES, context=COST_CONTEXT, repeats=2)
+    costs = step_costs(policy, plans_of(config), BATCHES, context=COST_CONTEXT, repeats=2)
     if state is None:
-        console.print(_plan_table(config, trainer, costs))
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "convert.json").write_text(json.dumps(asdict(config), indent=2))
-    truncate_lines(out / METRICS_FILE, done.round, key="round")
+        console.print(plan_table(config, trainer, costs))
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+        save_config(config)
+        cut_metrics(out, done)
     tracker = JsonLines(out / METRICS_FILE)
     stack.callback(tracker.close)
 
     start = clock() - 60 * done.minutes
     reported = clock()
-    reason = _stop_reason(config, done)
+    reason = None
     with _progress(console) as progress:
         task = progress.add_task("convert", total=1.0, live="")
         progress.update(task, completed=_share_spent(config, done))
         while reason is None:
             rollouts = _answers(pool, _requests(config, prompts, done.round))
             trainer.lr_scale = _lr_scale(_share_spent(config, done))
-            with interrupts_held():
+            with interrupts_held(), writing(out):
                 fresh = _round(trainer, rollouts, config)
-                num_tokens = sum(len(rollout.token_ids) for rollout in rollouts)
-                score = sum(metrics.tokens_per_step for metrics in fresh) / len(fresh)
+                kinds = by_kind(fresh)
                 done = Progressed(
                     round=done.round + 1,
-                    num_tokens=done.num_tokens + num_tokens,
+                    num_tokens=done.num_tokens + sum(len(rollout.token_ids) for rollout in rollouts),
                     minutes=(clock() - start) / 60,
-                    scores=(*done.scores, score),
+                    scores=(*done.scores, scores(kinds)),
                 )
                 for metrics in fresh:
                     tracker.log({"round": done.round, "num_tokens": done.num_tokens, **_record(metrics)})
-                _save(out, trainer, done, prompts, fresh)
-            live = f"{score:.2f} tokens per step · {done.num_tokens:,} tokens"
+                save_state(out, trainer.state_dict(), done, found)
+                _save(out, trainer, prompts, kinds)
+            live = " · ".join(f"{kind.name} {kind.tokens_per_step:.2f}" for kind in kinds)
+            live = f"{live} tokens per step · {done.num_tokens:,} tokens"
             progress.update(task, completed=_share_spent(config, done), live=live)
-            reason = _stop_reason(config, done)
+            reason = stop_reason(config, done)
             if clock() - reported >= REPORT_EVERY_S or reason is not None:
                 reported = clock()
-                progress.console.print(_report(fresh, costs), highlight=False)
-    what = "draft adapter" if config.draft.conversion == "adapter" else "policy"
-    console.print(f"Stopped: {reason}. The {what} is in {out}", soft_wrap=True, highlight=False)
-    return ConvertResult(
-        out=out, stop_reason=reason, num_tokens=done.num_tokens, metrics=tuple(read_lines(out / METRICS_FILE))
-    )
+                progress.console.print(report(kinds, costs), highlight=False, markup=False, soft_wrap=True)
+    return reason, done
 
 
 def _make_pool(config: ConvertConfig, policy: HFPolicy) -> RolloutPool:
@@ -230,19 +266,6 @@ def _round(trainer: DraftTrainer, rollouts: Sequence[Rollout], config: ConvertCo
     return fresh
 
 
-def _stop_reason(config: ConvertConfig, done: Progressed) -> str | None:
-    """Why no further round follows, if none does."""
-    if done.num_tokens >= config.max_tokens:
-        return f"{done.num_tokens:,} tokens were used (max_tokens is {config.max_tokens:,})"
-    if config.max_minutes and done.minutes >= config.max_minutes:
-        return f"{done.minutes:.1f} minutes were used (max_minutes is {config.max_minutes:g})"
-    smooth = [sum(done.scores[i - SMOOTHING : i]) / SMOOTHING for i in range(SMOOTHING, len(done.scores) + 1)]
-    earlier, recent = smooth[: -config.patience], smooth[-config.patience :]
-    if earlier and max(recent) < max(earlier) + config.min_gain:
-        return f"acceptance stopped rising at {max(smooth):.2f} tokens per step"
-    return None
-
-
 def _share_spent(config: ConvertConfig, done: Progressed) -> float:
     share = done.num_tokens / config.max_tokens
     if config.max_minutes:
@@ -253,97 +276,6 @@ def _share_spent(config: ConvertConfig, done: Progressed) -> float:
 def _lr_scale(share_spent: float) -> float:
     """Cosine from 1 to 0.1 over the budget."""
     return 0.1 + 0.45 * (1 + math.cos(math.pi * share_spent))
-
-
-def _plans(config: ConvertConfig) -> list[Plan]:
-    """Plain, and the plans that the trained kinds of blocks serve."""
-    kinds = [(layout, k) for k in config.draft.block_sizes for layout in config.draft.layouts]
-    return [Plan(0), *(_plan(layout, num_drafts) for layout, num_drafts in kinds)]
-
-
-def _plan(layout: str, num_drafts: int) -> Plan:
-    return Plan(num_drafts, (0, num_drafts) if layout == "fused" else ())
-
-
-def _save(
-    out: Path, trainer: DraftTrainer, done: Progressed, prompts: Prompts, fresh: Sequence[DraftMetrics]
-) -> None:
-    """The state to resume from, in one file, and then what users load."""
-    partial = out / f"{STATE_FILE}.partial"
-    torch.save({"trainer": trainer.state_dict(), "progress": asdict(done)}, partial)
-    os.replace(partial, out / STATE_FILE)
-    trainer.describe(
-        tokens_per_step={f"{m.layout}({m.num_drafts})": round(m.tokens_per_step, 3) for m in fresh}
-    )
-    adapter = trainer.policy.adapter
-    if adapter is not None and trainer.config.conversion == "adapter":
-        adapter.config = replace(
-            adapter.config,
-            chat_template_hash=prompts.chat_template_hash,
-            chat_template_kwargs=prompts.chat_template_kwargs,
-        )
-        adapter.save_pretrained(out)
-    else:
-        trainer.policy.save_pretrained(out)
-
-
-def _load_state(out: Path) -> dict[str, Any]:
-    path = out / STATE_FILE
-    if not path.is_file():
-        raise CheckpointError(
-            f"{out} holds no {STATE_FILE}: no round was finished; delete it and start again"
-        )
-    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    return state
-
-
-def _record(metrics: DraftMetrics) -> dict[str, Any]:
-    record = asdict(metrics)
-    return {**record, "acceptance_K": list(metrics.acceptance_K), "acceptance": metrics.acceptance}
-
-
-def _plan_table(
-    config: ConvertConfig, trainer: DraftTrainer, costs: Mapping[tuple[Plan, int], float]
-) -> Table:
-    """What will be trained, on how much, and about how long it takes."""
-    model_bytes = sum(p.numel() * p.element_size() for p in trainer.policy.model.parameters())
-    trained_bytes = 16 * trainer.num_parameters  # weights, gradient and two moments in float32
-    rounds = math.ceil(config.max_tokens / (config.prompts_per_round * config.completion_tokens))
-    nearest = min(BATCHES, key=lambda batch: abs(batch - config.max_batch_size))
-    answering_s = config.max_tokens / config.num_replicas * costs[Plan(0), nearest] / nearest
-    table = Table(show_header=False, box=None)
-    for name, value in (
-        ("trainable parameters", f"{trainer.num_parameters:,} ({config.draft.conversion})"),
-        ("tokens", f"at most {config.max_tokens:,} of the policy's own, {rounds:,} rounds"),
-        ("memory", f"{(model_bytes + trained_bytes) / 2**30:.2f} GiB for weights and optimizer"),
-        ("time", f"at most {answering_s / 60:.0f} minutes for the answers; training about as long again"),
-        ("blocks", ", ".join(plan.name for plan in _plans(config)[1:])),
-    ):
-        table.add_row(name, value)
-    return table
-
-
-def _report(fresh: Sequence[DraftMetrics], costs: Mapping[tuple[Plan, int], float]) -> str:
-    """Acceptance by position, tokens per forward, and the speed-up over plain that the costs predict.
-
-    All on answers that were not yet trained on. For fused blocks these are upper bounds: where no level fits
-    what was accepted, a step has fewer drafts.
-    """
-    latest = {(metrics.layout, metrics.num_drafts): metrics for metrics in fresh}
-    lines = []
-    for (layout, num_drafts), metrics in sorted(latest.items()):
-        plan = _plan(layout, num_drafts)
-        gains = [metrics.tokens_per_step * costs[Plan(0), b] / costs[plan, b] for b in BATCHES]
-        per_forward = metrics.tokens_per_step / plan.forwards_per_step
-        lines += [
-            f"{layout}({num_drafts}): {per_forward:.2f} tokens per forward",
-            "  acceptance by position  " + " ".join(f"{value:.2f}" for value in metrics.acceptance_K),
-            f"  predicted speed-up      {' '.join(f'{gain:.2f}x' for gain in gains)}  "
-            f"at batch {', '.join(map(str, BATCHES))}",
-        ]
-        if not math.isnan(metrics.policy_kl):
-            lines.append(f"  the policy has moved    {metrics.policy_kl:.4f} nats per token (KL)")
-    return "\n".join(lines)
 
 
 @contextlib.contextmanager
@@ -357,3 +289,30 @@ def _progress(console: Console) -> Iterator[Progress]:
         console=console,
     ) as progress:
         yield progress
+
+
+def _save(out: Path, trainer: DraftTrainer, prompts: Prompts, kinds: Sequence[KindMetrics]) -> None:
+    """What users load; OSError if there is no room."""
+    trainer.describe(tokens_per_step={kind.name: round(kind.tokens_per_step, 3) for kind in kinds})
+    adapter = trainer.policy.adapter
+    if adapter is not None and trainer.config.conversion == "adapter":
+        adapter.config = replace(
+            adapter.config,
+            chat_template_hash=prompts.chat_template_hash,
+            chat_template_kwargs=prompts.chat_template_kwargs,
+        )
+        adapter.save_pretrained(out)
+    else:
+        trainer.policy.save_pretrained(out)
+
+
+def _record(metrics: DraftMetrics) -> dict[str, Any]:
+    """A line of convert.jsonl. Tokens per step are of a whole block, two forwards each under two_forward."""
+    record = asdict(metrics)
+    forwards = 2 if metrics.layout == "two_forward" else 1
+    return {
+        **record,
+        "acceptance_K": list(metrics.acceptance_K),
+        "acceptance": metrics.acceptance,
+        "tokens_per_forward": metrics.tokens_per_step / forwards,
+    }

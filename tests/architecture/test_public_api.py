@@ -9,12 +9,15 @@ import blockroll
 
 PUBLIC = [
     "AlignmentConfig",
+    "ConvertConfig",
+    "DraftConfig",
     "DraftTrainer",
     "Engine",
     "HFPolicy",
     "JsonSchema",
     "Law",
     "Plan",
+    "PolicyConfig",
     "Regex",
     "Request",
     "Rollout",
@@ -22,8 +25,10 @@ PUBLIC = [
     "RolloutPool",
     "RunConfig",
     "Sampling",
+    "TrainConfig",
     "__version__",
     "check_policy",
+    "convert",
     "load_config",
     "train",
 ]
@@ -53,5 +58,5 @@ def test_type_checkers_see_every_name_that_is_imported_on_first_use():
 
 
 def test_a_name_that_is_not_public_is_refused_with_the_list_of_those_that_are():
-    with pytest.raises(AttributeError, match=r"'Enigne'; public are AlignmentConfig, DraftTrainer"):
+    with pytest.raises(AttributeError, match=r"'Enigne'; public are AlignmentConfig, ConvertConfig"):
         _ = blockroll.Enigne
