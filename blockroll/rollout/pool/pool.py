@@ -1,13 +1,13 @@
 """All replicas behind one `generate`: routing, weight updates, and what happens when a replica fails.
 
-Invariant: a rollout is delivered once; a replica that is not READY at the pool's version serves nothing.
+Invariant: a rollout is delivered once, to the call that asked for it; a replica that is not READY at the
+pool's version serves nothing.
 """
 
 import logging
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from contextlib import ExitStack
 from types import TracebackType
 from typing import Any, Self
 
@@ -16,8 +16,10 @@ from blockroll.errors import InvalidInput, ReplicaError, WeightSyncError
 from blockroll.policies.loading import load_tokenizer
 from blockroll.policies.prompts import Messages, OverlongRule, PromptInput, check_messages
 from blockroll.rollout.engine.requests import check_request
+from blockroll.rollout.pool.calls import Member, Rollouts
 from blockroll.rollout.pool.prompted import make_requests
 from blockroll.rollout.pool.replica import LocalReplica, Replica
+from blockroll.rollout.pool.router import Router
 from blockroll.types import (
     ReplicaHealth,
     ReplicaState,
@@ -31,15 +33,6 @@ from blockroll.types import (
 logger = logging.getLogger(__name__)
 
 Transport = Callable[[WeightUpdate], WeightUpdate]
-
-
-@dataclass(slots=True)
-class _Member:
-    """A replica as the pool sees it."""
-
-    replica: Replica
-    state: ReplicaState = "READY"
-    in_flight: dict[str, Request] = field(default_factory=dict)
 
 
 class RolloutPool:
@@ -57,18 +50,14 @@ class RolloutPool:
         """`requests_per_replica` are handed out at a time; `transport` moves an update's buckets."""
         if not replicas:
             raise InvalidInput("a pool needs at least one replica")
-        self._members = [_Member(replica) for replica in replicas]
-        self._requests_per_replica = requests_per_replica
+        self._router = Router(replicas, requests_per_replica=requests_per_replica)
+        self._members = self._router.members
         self._transport = transport
         self._on_close = on_close
         self._is_closed = False
         self.limits = replicas[0].limits
         self.tokenizer = tokenizer
-        self.version = 0
         self.num_refused_updates = 0
-        self.num_redispatched = 0
-        self._homes: dict[str, _Member] = {}  # by group: who holds its keys and values
-        self._homes_version = 0
 
     @classmethod
     def from_pretrained(cls, path: str = "tiny", **options: Any) -> Self:
@@ -85,6 +74,20 @@ class RolloutPool:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    @property
+    def version(self) -> int:
+        """Of the weights that READY replicas serve. Who changes weights in place sets it."""
+        return self._router.version
+
+    @version.setter
+    def version(self, version: int) -> None:
+        self._router.version = version
+
+    @property
+    def num_redispatched(self) -> int:
+        """Requests that went to other replicas, because theirs died or became stale."""
+        return self._router.num_redispatched
 
     @property
     def states(self) -> tuple[ReplicaState, ...]:
@@ -160,60 +163,101 @@ class RolloutPool:
             raise InvalidInput("this pool has no tokenizer: read `token_ids` of the rollout")
         return str(self.tokenizer.decode(rollout.token_ids, skip_special_tokens=skip_special_tokens))
 
-    def generate(self, requests: Iterable[Request]) -> Iterator[Rollout]:
-        """Yield rollouts as they finish, in any order; all requests are checked before the first starts.
+    def generate(self, requests: Iterable[Request]) -> Rollouts:
+        """The rollouts, as they finish, in any order; all requests are checked before the first starts.
 
-        A group stays on one replica, and goes there again while weights stay the same: what it holds of the
-        group's texts is not computed twice. If the caller stops early, what still runs is aborted.
+        Calls are separate: each gets its own rollouts, all of them, once, whatever other calls ask under the
+        same ids, nested, in turns or in other threads. A group stays on one replica, and goes there again
+        while weights stay the same: what it holds of the group's texts is not computed twice. A caller who
+        stops early closes the iterator, which gives what was committed; dropping it aborts what still runs.
+        An update between two rollouts, or from another thread, is safe: what runs goes on by the new weights.
+        ReplicaError if no replica is ready: what was committed stays with the iterator.
         """
         requests = tuple(requests)
         if len({request.request_id for request in requests}) < len(requests):
             raise InvalidInput("request ids must be unique within one generate call")
         for request in requests:
             check_request(request, self.limits)
-        return self._generate(requests)
+        return Rollouts(self._router, self._router.open_call(requests))
 
-    def _generate(self, requests: tuple[Request, ...]) -> Iterator[Rollout]:
-        waiting = deque(_groups(requests))
-        if self._homes_version != self.version:
-            self._homes_version = self.version
-            self._homes.clear()
-        try:
-            while waiting or any(member.in_flight for member in self._members):
-                self._dispatch(waiting)
-                for member in self._members:
-                    if member.in_flight:
-                        yield from self._poll(member, waiting)
-        finally:
-            for member in self._members:
-                if member.in_flight and member.state != "DEAD":
-                    member.replica.abort(tuple(member.in_flight))
-                member.in_flight.clear()
+    def abort(self) -> tuple[Rollout, ...]:
+        """End every call of this pool now: its iterators give nothing more.
+
+        Gives each rollout that was not delivered, call by call, as it was asked: finished ones as they are,
+        others with what they had committed and finish reason `abort`.
+        """
+        return self._router.end_all()
 
     def update(self, update: WeightUpdate) -> tuple[UpdateReceipt, ...]:
         """Hand a new version to every living replica; one that refuses gets it once more.
 
-        If none accepts, the old version goes on serving and WeightSyncError is raised. If some accept, the
-        others are STALE and serve nothing until an update succeeds.
+        Calls wait meanwhile. If no replica accepts, the old version goes on serving and WeightSyncError is
+        raised. If some accept, the others are STALE and serve nothing until an update succeeds: what they had
+        in flight goes on elsewhere from its last committed token.
         """
         sent = self._transport(update) if self._transport else update
-        members = [member for member in self._members if member.state != "DEAD"]
-        if not members:
-            raise ReplicaError(f"no replica is left to take version {update.version}: all are dead")
-        with ThreadPoolExecutor(max_workers=len(members)) as executor:
-            receipts = list(executor.map(lambda member: self._update_member(member, sent), members))
+        with self._router.alone():
+            living = [member for member in self._members if member.state != "DEAD"]
+            if not living:
+                raise ReplicaError(f"no replica is left to take version {update.version}: all are dead")
+            receipts = self._send(sent, living)
+            with ExitStack() as stack:
+                for member in self._members:
+                    if member.state != "READY":
+                        stack.callback(self._router.empty, member)
         if not any(receipt.accepted for receipt in receipts):
             raise WeightSyncError(
                 f"version {update.version} was refused by every replica, "
                 f"version {self.version} goes on serving: "
                 + "; ".join(f"replica {receipt.replica_id}: {receipt.error}" for receipt in receipts)
             )
-        self.version = update.version
-        for member, receipt in zip(members, receipts, strict=True):
+        return tuple(receipts)
+
+    def release_memory(self) -> None:
+        """Give back what living replicas hold between two `generate` calls: keys and values."""
+        with self._router.alone():
+            for member in self._members:
+                if member.state != "DEAD":
+                    member.replica.release_memory()
+
+    def health(self) -> tuple[ReplicaHealth, ...]:
+        """What every living replica says of itself."""
+        with self._router.alone():
+            return tuple(member.replica.health() for member in self._members if member.state != "DEAD")
+
+    def close(self) -> None:
+        """Stop every replica, whatever one of them raises; calling it again changes nothing."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        with self._router.alone(), ExitStack() as stack:
+            if self._on_close:
+                stack.callback(self._on_close)
+            for member in self._members:
+                stack.callback(member.replica.close)
+
+    def _send(self, update: WeightUpdate, living: Sequence[Member]) -> list[UpdateReceipt]:
+        """Hand an update to the living replicas; their states say afterwards what they hold."""
+        before = {member: member.state for member in living}
+        for member in living:
+            member.state = "STALE"
+        try:
+            with ThreadPoolExecutor(max_workers=len(living)) as executor:
+                receipts = list(executor.map(lambda member: self._update_member(member, update), living))
+        except BaseException:
+            self.version = update.version  # who has it is not known: all are stale until the next one
+            raise
+        is_published = any(receipt.accepted for receipt in receipts)
+        if is_published:
+            self.version = update.version
+        expected = (update.version, update.manifest.checksum)
+        for member, receipt in zip(living, receipts, strict=True):
             if member.state == "DEAD":
                 continue
-            is_current = receipt.version == update.version and receipt.checksum == update.manifest.checksum
-            member.state = "READY" if receipt.accepted and is_current else "STALE"
+            if not is_published:
+                member.state = before[member] if receipt.version >= 0 else "STALE"
+            elif receipt.accepted and (receipt.version, receipt.checksum) == expected:
+                member.state = "READY"
             if member.state == "STALE":
                 logger.error(
                     "replica %d is stale at version %d: %s",
@@ -221,29 +265,9 @@ class RolloutPool:
                     receipt.version,
                     receipt.error,
                 )
-        return tuple(receipts)
+        return receipts
 
-    def release_memory(self) -> None:
-        """Give back what living replicas hold between two `generate` calls: keys and values."""
-        for member in self._members:
-            if member.state != "DEAD":
-                member.replica.release_memory()
-
-    def health(self) -> tuple[ReplicaHealth, ...]:
-        """What every living replica says of itself."""
-        return tuple(member.replica.health() for member in self._members if member.state != "DEAD")
-
-    def close(self) -> None:
-        """Stop every replica; calling it again changes nothing."""
-        if self._is_closed:
-            return
-        self._is_closed = True
-        for member in self._members:
-            member.replica.close()
-        if self._on_close:
-            self._on_close()
-
-    def _update_member(self, member: _Member, update: WeightUpdate) -> UpdateReceipt:
+    def _update_member(self, member: Member, update: WeightUpdate) -> UpdateReceipt:
         try:
             receipt = member.replica.update(update)
             if not receipt.accepted:
@@ -262,52 +286,6 @@ class RolloutPool:
             )
         return receipt
 
-    def _dispatch(self, waiting: deque[list[Request]]) -> None:
-        """Hand groups to READY replicas, up to their share: where one was before, or to the least loaded."""
-        while waiting:
-            ready = [member for member in self._members if member.state == "READY"]
-            if not ready:
-                raise ReplicaError(f"no replica is ready at version {self.version}; states are {self.states}")
-            group_id = waiting[0][0].group_id
-            home = self._homes.get(group_id) if group_id is not None else None
-            member = min(ready, key=lambda each: len(each.in_flight))
-            if home is not None and home.state == "READY" and self._has_room(home, waiting[0]):
-                member = home
-            elif not self._has_room(member, waiting[0]):
-                return
-            group = waiting.popleft()
-            if group_id is not None:
-                self._homes[group_id] = member
-            try:
-                member.replica.submit(group)
-            except ReplicaError as death:
-                waiting.appendleft(group)
-                self._bury(member, death, waiting)
-            else:
-                member.in_flight.update((request.request_id, request) for request in group)
-
-    def _has_room(self, member: _Member, group: list[Request]) -> bool:
-        return not member.in_flight or len(member.in_flight) + len(group) <= self._requests_per_replica
-
-    def _poll(self, member: _Member, waiting: deque[list[Request]]) -> Iterator[Rollout]:
-        try:
-            finished = member.replica.poll()
-        except ReplicaError as death:
-            self._bury(member, death, waiting)
-            return
-        for rollout in finished:
-            del member.in_flight[rollout.request.request_id]
-            yield rollout
-
-    def _bury(self, member: _Member, death: ReplicaError, waiting: deque[list[Request]]) -> None:
-        """Give a dead replica's requests to the others; their seeds make them the same rollouts."""
-        member.state = "DEAD"
-        lost = list(member.in_flight.values())
-        member.in_flight.clear()
-        logger.error("%s; %d requests go to other replicas", death, len(lost))
-        self.num_redispatched += len(lost)
-        waiting.extendleft(reversed(list(_groups(lost))))
-
 
 def make_pool(policy: PolicyConfig, config: RolloutConfig) -> RolloutPool:
     """The pool that a config asks for: engines in this process, or Ray actors."""
@@ -321,12 +299,3 @@ def make_pool(policy: PolicyConfig, config: RolloutConfig) -> RolloutPool:
         requests_per_replica=2 * config.max_batch_size,
         tokenizer=load_tokenizer(policy.path),
     )
-
-
-def _groups(requests: Iterable[Request]) -> Iterator[list[Request]]:
-    """Requests by group, in order of first appearance; a request without a group is one of its own."""
-    groups: dict[str, list[Request]] = {}
-    for request in requests:
-        key = f"group {request.group_id}" if request.group_id is not None else f"request {request.request_id}"
-        groups.setdefault(key, []).append(request)
-    yield from groups.values()

@@ -93,6 +93,7 @@ class RayReplica:
         self._is_own = is_own
         self._client = uuid.uuid4().hex
         self._pending: ray.ObjectRef[Any] | None = None
+        self._arrived: tuple[Rollout, ...] = ()  # finished by a poll whose result an abort had to wait for
         self.limits: Limits
 
     @classmethod
@@ -129,9 +130,10 @@ class RayReplica:
         ready, _ = ray.wait([self._pending], timeout=_POLL_WAIT_S)
         if not ready:
             return ()
+        arrived, self._arrived = self._arrived, ()
         pending, self._pending = self._pending, self.actor.poll.remote(self._client)
         finished: tuple[Rollout, ...] = self._get(pending)
-        return finished
+        return arrived + finished
 
     def update(self, update: WeightUpdate) -> UpdateReceipt:
         """Swap weights between two polls."""
@@ -139,12 +141,15 @@ class RayReplica:
         return receipt
 
     def abort(self, request_ids: Sequence[str]) -> tuple[Rollout, ...]:
-        """End requests now; rollouts that a poll under way has finished are dropped with them."""
+        """End requests now; those of them that a poll under way has finished come back too."""
+        finished = self._arrived
         if self._pending is not None:
-            self._get(self._pending)
+            finished += self._get(self._pending)
             self._pending = None
         aborted: tuple[Rollout, ...] = self._get(self.actor.abort.remote(request_ids))
-        return aborted
+        ended = set(request_ids)
+        self._arrived = tuple(each for each in finished if each.request.request_id not in ended)
+        return (*(each for each in finished if each.request.request_id in ended), *aborted)
 
     def release_memory(self) -> None:
         """Give the memory of keys and values back while nothing is served."""
