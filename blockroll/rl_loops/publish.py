@@ -26,6 +26,20 @@ def publish(
         require_equal_weights(pool, update)
 
 
+def publish_or_keep(pool: RolloutPool, tensors: Iterable[tuple[str, Tensor]], *, after: int = -1) -> int:
+    """Send the weights as the pool's next version above `after`; gives the version they are served as.
+
+    A pool that was never updated and holds these very weights keeps its version 0.
+    """
+    update = make_update(tensors, version=max(pool.version, after) + 1, base_version=pool.version)
+    if pool.version == 0 and after < 0:
+        held = {health.checksum for health in pool.health()}
+        if held == {update.manifest.checksum}:
+            return 0
+    require_accepted(pool.update(update), update)
+    return update.version
+
+
 def require_accepted(receipts: Iterable[UpdateReceipt], update: WeightUpdate) -> None:
     """WeightSyncError, naming replica and cause, unless every replica holds just this update."""
     expected = (update.version, update.manifest.checksum)

@@ -32,15 +32,17 @@ def save_rollout_state(checkpoint: Path, placement: Placement, *, version: int) 
     partial.replace(folder / STATE_FILE)
 
 
-def load_rollout_state(checkpoint: Path, placement: Placement, *, audit: Path | None = None) -> None:
+def load_rollout_state(checkpoint: Path, placement: Placement, *, audit: Path | None = None) -> int:
     """Go on from a trainer's checkpoint; CheckpointError if alignment has nothing to go on from.
+
+    Gives the policy version that it was written at, -1 if no blockroll wrote it: what is drawn now is later.
 
     Of `audit`, the folder that the run writes to, rows of later versions go: those versions are made again.
     """
     path = checkpoint / FOLDER / STATE_FILE
     if not path.is_file():
         if placement.alignment is None:
-            return  # a stock trainer's checkpoint: its policy is all there is to go on from
+            return -1  # a stock trainer's checkpoint: its policy is all there is to go on from
         raise CheckpointError(
             f"{checkpoint} has no {FOLDER}/{STATE_FILE}: it was written without blockroll, and alignment "
             "cannot go on from it; resume with alignment=None"
@@ -54,3 +56,4 @@ def load_rollout_state(checkpoint: Path, placement: Placement, *, audit: Path | 
         drop_audit(audit, state["policy_version"])
     if placement.planner is not None and "planner" in state:
         placement.planner.load_state_dict(state["planner"])
+    return int(state["policy_version"])

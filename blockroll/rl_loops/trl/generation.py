@@ -1,8 +1,11 @@
 """What a TRL trainer generates with: the two methods that it calls, over a pool of replicas.
 
-TRL asks for completions of prompts that are token ids already, and tells when its weights have changed. A
-policy version is the trainer's global step. Seeds derive from the trainer's seed, the step, the rank, which
-call of the step it is and the place in the batch, so a resumed run draws what the interrupted one would have.
+TRL asks for completions of prompts that are token ids already. Before each batch the trainer's weights are
+compared with those that the replicas got last, bit by bit: a policy version is the pool's own, and grows
+whenever they differ, whatever the trainer's step is. A checkpoint begins a version too, so that what was
+drawn after it can be told from what was drawn before. Seeds derive from the trainer's seed, the step, the
+rank, which call of the step it is and the place in the batch, so a resumed run draws what the interrupted one
+would have.
 """
 
 import time
@@ -15,8 +18,9 @@ from blockroll.config import RolloutConfig
 from blockroll.errors import BlockrollError, InvalidInput, ReplicaError
 from blockroll.rl_loops.advantages import FAILED_REASONS
 from blockroll.rl_loops.trl.contract import TRAINER_PARTS
+from blockroll.rl_loops.trl.fingerprint import Fingerprint
 from blockroll.rl_loops.trl.placement import Placement
-from blockroll.rl_loops.trl.together import raise_together
+from blockroll.rl_loops.trl.together import on_any, raise_together, together
 from blockroll.rollout.engine.requests import derive_seed
 from blockroll.types import Request, Rollout, Sampling, SamplingOptions
 from blockroll.types.bounds import hints_of
@@ -39,6 +43,7 @@ class TrainerRollouts:
     def __init__(self, trainer: Any, placement: Placement, sampling: Sampling) -> None:
         self.placement = placement
         self.sampling = sampling
+        self.version = -1  # of the trainer's weights, as the pool serves them; -1 before the first sync
         self.rollouts: list[Rollout] = []  # of the round under way, in the order of their requests
         self.duration_s = 0.0  # that the round has generated for
         self.weight_sync_s = 0.0
@@ -46,6 +51,9 @@ class TrainerRollouts:
         self._calls: Counter[tuple[str, int]] = Counter()  # by mode and step
         self.trained: list[Rollout] = []  # of the latest batch that the trainer learns from
         self._is_first_call = True
+        self._after = -1  # versions up to this one are those of a checkpoint
+        self._served: Fingerprint = ()
+        self._compared: tuple[Any, bool] = ((), False)
 
     def note_trained(self) -> None:
         """The round that ends here is one to learn from. All ranks call it."""
@@ -62,11 +70,33 @@ class TrainerRollouts:
         self.placement.end_round()
 
     def sync_weights(self) -> None:
-        """Every replica decodes with the trainer's weights from now on. All ranks call it."""
+        """Every replica decodes with the trainer's weights from now on. All ranks call it.
+
+        Nothing is sent if the replicas hold them already.
+        """
         start = time.perf_counter()
-        step = self._trainer.state.global_step
-        self.placement.sync(step)
+        accelerator = self._trainer.accelerator
+        now: Fingerprint = ()
+        with together(accelerator, "comparing weights"):
+            now = self.placement.fingerprint()
+        pool = self.placement.pool
+        differs = now != self._served or pool.version != self.version or self.version <= self._after
+        if on_any(accelerator, differs):
+            self.version = self.placement.sync(after=self._after)
+            self._served = now
         self.weight_sync_s = time.perf_counter() - start
+
+    def begin_version(self, after: int) -> None:
+        """The next batch is drawn as a version above this one, with weights that may be the same."""
+        self._after = after
+
+    def are_weights_served(self) -> bool:
+        """Whether the trainer's weights, of this rank, are now those that the replicas got last."""
+        counters = tuple(each._version for each in self._trainer.model.parameters())
+        key = (self._trainer.state.global_step, self.version, counters)
+        if self._compared[0] != key:
+            self._compared = (key, self.placement.fingerprint() == self._served)
+        return self._compared[1]
 
     def generate(
         self,

@@ -12,21 +12,25 @@ from typing import Any, Protocol
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from blockroll.config import AlignmentConfig, PolicyConfig, RolloutConfig
 from blockroll.errors import BlockrollError, InvalidInput
 from blockroll.policies.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, DraftAdapter, has_adapter
 from blockroll.policies.hf import HFPolicy
-from blockroll.rl_loops.publish import publish
+from blockroll.rl_loops.publish import publish, publish_or_keep
 from blockroll.rl_loops.trl.alignment import Alignment
-from blockroll.rl_loops.trl.together import raise_together
+from blockroll.rl_loops.trl.fingerprint import Fingerprint, fingerprint
+from blockroll.rl_loops.trl.modules import base_model
+from blockroll.rl_loops.trl.together import on_any, raise_together, together
 from blockroll.rl_loops.trl.weights import (
     are_whole,
-    base_model,
+    bare_architecture,
     check_supported,
     copy_weights,
     copying_policy,
     full_weights,
+    share_again,
     sharing_policy,
 )
 from blockroll.rollout.planning.planner import Planner
@@ -48,8 +52,15 @@ class Placement(Protocol):
         """One with the trainer's weights, if this process has it."""
         ...
 
-    def sync(self, version: int) -> None:
-        """Bring every replica to the trainer's weights, as this version. All ranks call it."""
+    def fingerprint(self) -> Fingerprint:
+        """Of everything on this rank that a sync brings to the replicas."""
+        ...
+
+    def sync(self, *, after: int) -> int:
+        """Bring every replica to the trainer's weights; gives the version they are served as, above `after`.
+
+        All ranks call it.
+        """
         ...
 
     def generate(self, requests: Sequence[Request]) -> Iterator[Rollout]:
@@ -93,13 +104,23 @@ class Colocated:
         self.pool = RolloutPool(
             [self._replica], requests_per_replica=2 * config.max_batch_size, tokenizer=tokenizer
         )
+        self._is_synced = False  # version 0, or the one behind a checkpoint's, is the first
 
-    def sync(self, version: int) -> None:
+    def fingerprint(self) -> Fingerprint:
+        """Of the trainer's weights."""
+        return fingerprint(self._trainer.model)
+
+    def sync(self, *, after: int) -> int:
         """Shared weights have moved with the trainer's; others are gathered and copied."""
-        if not self._shares:
-            copy_weights(self._trainer, self.policy)
-        self._replica.weights_changed(version)
-        self.pool.version = version
+        with together(self._trainer.accelerator, "bringing weights to the replica"):
+            if self._shares:
+                share_again(self.policy, base_model(self._trainer.model))
+            else:
+                copy_weights(self._trainer, self.policy)
+            version = max(self.pool.version, after) + 1 if self._is_synced else after + 1
+            self._replica.weights_changed(version)
+            self.pool.version, self._is_synced = version, True
+        return self.pool.version
 
     def generate(self, requests: Sequence[Request]) -> Iterator[Rollout]:
         """Rollouts in any order."""
@@ -146,8 +167,10 @@ class Separate:
             self.alignment = Alignment(trainer, self.policy, alignment, shares=True)
         accelerator = trainer.accelerator
         self._dtype = forward_dtype(trainer)
+        self._bare = bare_architecture(base_model(trainer.model))
         folder = Path(trainer.args.output_dir) / "blockroll" / "policy"
-        _write_policy(trainer, folder, adapter)
+        _write_policy(trainer, self._bare, folder, adapter)
+        self._made_from = self.fingerprint()
         if accelerator.is_main_process and self.policy is not None and self.policy.adapter is not None:
             self.policy.adapter.save_pretrained(folder)
         policy = PolicyConfig(path=str(folder), dtype=_name(self._dtype))
@@ -175,24 +198,33 @@ class Separate:
 
             self.pool = join_ray_pool(str(where[0]), policy, config, address=str(where[1]))
 
-    def sync(self, version: int) -> None:
+    def fingerprint(self) -> Fingerprint:
+        """Of the trainer's weights, and of the drafts that alignment moves."""
+        policy = self.policy
+        drafts = policy.adapter.parameters() if policy is not None and policy.adapter is not None else ()
+        return fingerprint(self._trainer.model, beside=drafts)
+
+    def sync(self, *, after: int) -> int:
         """Rank 0 publishes what all ranks gather; nobody goes on before every replica has it."""
-        error: BlockrollError | None = None
-        weights = self._weights(with_drafts=version > self.pool.version)
-        if self._trainer.accelerator.is_main_process:
-            try:
-                publish(self.pool, weights, version=version)
-            except BlockrollError as failure:
-                error = failure
-        else:
-            for _ in weights:
-                pass
-        raise_together(self._trainer.accelerator, error, "sending weights to the replicas")
-        self.pool.version = version
+        accelerator = self._trainer.accelerator
+        is_as_made = self.fingerprint() == self._made_from and self.pool.version == 0 and after < 0
+        with_drafts = on_any(accelerator, not is_as_made)
+        version = max(self.pool.version, after) + 1 if with_drafts else 0
+        with together(accelerator, "sending weights to the replicas"):
+            weights = self._weights(with_drafts=with_drafts)
+            if accelerator.is_main_process:
+                try:
+                    publish(self.pool, weights, version=version)
+                finally:
+                    _drain(weights)
+            else:
+                _drain(weights)
+            self.pool.version = version
+        return version
 
     def _weights(self, *, with_drafts: bool) -> Iterator[tuple[str, Tensor]]:
         """In the replicas' precision; drafts keep their own. Replicas start with the drafts as they are."""
-        for name, tensor in full_weights(self._trainer):
+        for name, tensor in full_weights(self._trainer, self._bare):
             yield name, tensor.to(self._dtype) if tensor.is_floating_point() else tensor
         if with_drafts and self.alignment is not None and self.policy is not None:
             assert self.policy.adapter is not None, "alignment gives a policy without drafts an adapter"
@@ -220,11 +252,22 @@ class Given:
     def __init__(self, trainer: Any, pool: RolloutPool) -> None:
         check_supported(trainer)
         self._trainer = trainer
+        self._bare = bare_architecture(base_model(trainer.model))
         self.pool = pool
 
-    def sync(self, version: int) -> None:
-        """Publish the weights; before the first update the pool must hold them already."""
-        publish(self.pool, full_weights(self._trainer), version=version)
+    def fingerprint(self) -> Fingerprint:
+        """Of the trainer's weights."""
+        return fingerprint(self._trainer.model)
+
+    def sync(self, *, after: int) -> int:
+        """Publish the weights, unless the pool was never updated and holds them already."""
+        with together(self._trainer.accelerator, "sending weights to the pool"):
+            weights = full_weights(self._trainer, self._bare)
+            try:
+                self.pool.version = publish_or_keep(self.pool, weights, after=after)
+            finally:
+                _drain(weights)
+        return self.pool.version
 
     def generate(self, requests: Sequence[Request]) -> Iterator[Rollout]:
         """Rollouts in any order."""
@@ -307,19 +350,25 @@ def _hidden(owned: Sequence[str]) -> Iterator[None]:
             del os.environ["CUDA_VISIBLE_DEVICES"]
 
 
-def _write_policy(trainer: Any, folder: Path, adapter: str | Path | None) -> None:
+def _write_policy(trainer: Any, bare: PreTrainedModel, folder: Path, adapter: str | Path | None) -> None:
     """The trainer's weights as a checkpoint for replicas to start from. All ranks call it."""
-    model = base_model(trainer.model)
     is_main = trainer.accelerator.is_main_process
-    weights = {name: tensor.cpu().clone() for name, tensor in full_weights(trainer) if is_main}
-    if is_main:
-        model.save_pretrained(folder, state_dict=weights)
-        trainer.processing_class.save_pretrained(folder)
-        source = adapter_folder(adapter, model.config._name_or_path)
-        if source is not None:
-            for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
-                shutil.copyfile(source / name, folder / name)
-    trainer.accelerator.wait_for_everyone()
+    with together(trainer.accelerator, "writing a checkpoint for the replicas"):
+        gathered = full_weights(trainer, bare)
+        weights = {name: tensor.cpu().clone() for name, tensor in gathered if is_main}
+        if is_main:
+            bare.save_pretrained(folder, state_dict=weights)
+            trainer.processing_class.save_pretrained(folder)
+            source = adapter_folder(adapter, bare.config._name_or_path)
+            if source is not None:
+                for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
+                    shutil.copyfile(source / name, folder / name)
+
+
+def _drain(weights: Iterator[Any]) -> None:
+    """Take part in gathering what is left: other ranks wait in each tensor's gather."""
+    for _ in weights:
+        pass
 
 
 def _name(dtype: torch.dtype) -> Any:

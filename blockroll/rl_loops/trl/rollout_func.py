@@ -1,7 +1,7 @@
 """A `rollout_func` for `trl.GRPOTrainer` itself, for scripts that do not want another trainer class.
 
 Its limits are TRL's: importance-sampling correction and its metrics stay off, and with tools or environments
-the turns after the first are generated without it. Weights are published when the trainer's step has moved.
+the turns after the first are generated without it. Weights are published when they have changed.
 """
 
 from collections.abc import Callable
@@ -21,22 +21,19 @@ RolloutFunc = Callable[[list[Any], Any], dict[str, Any]]
 def make_rollout_func(pool: RolloutPool) -> RolloutFunc:
     """What `trl.GRPOTrainer(rollout_func=...)` takes: completions of the pool, drawn from the policy itself.
 
-    The pool must start from the trainer's checkpoint, and serves one trainer.
+    It serves one trainer. The pool may serve others too, and gets this one's weights when it is asked.
     """
     engine: TrainerRollouts | None = None
     owner: Any = None
-    synced_step = -1
 
     def rollout_func(prompts: list[Any], trainer: Any) -> dict[str, Any]:
-        nonlocal engine, owner, synced_step
+        nonlocal engine, owner
         if engine is None:
             sampling = trainer_sampling(trainer, RolloutConfig())
             engine, owner = TrainerRollouts(trainer, Given(trainer, pool), sampling), trainer
         if trainer is not owner:
             raise InvalidInput("a rollout_func serves one trainer; make another for another trainer")
-        if synced_step != trainer.state.global_step:
-            engine.sync_weights()
-            synced_step = trainer.state.global_step
+        engine.sync_weights()
         engine.begin_round()
         prompt_ids, images, _ = trainer._tokenize_prompts(prompts)
         done = engine.generate(prompt_ids, images, num_generations=1, profiler=nullcontext())

@@ -4,6 +4,8 @@ A rank that is gone cannot report. Gloo notices at once that its connection is c
 timeout has passed, so there it is the launcher that ends the others.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from accelerate.utils import gather_object
@@ -11,7 +13,23 @@ from accelerate.utils import gather_object
 from blockroll.errors import RankError
 
 
-def raise_together(accelerator: Any, error: Exception | None, doing: str) -> None:
+@contextmanager
+def together(accelerator: Any, doing: str) -> Iterator[None]:
+    """All ranks run the body, in which no rank waits for another; whatever one raises reaches all of them."""
+    error: BaseException | None = None
+    try:
+        yield
+    except BaseException as failure:  # noqa: BLE001 raised below, on every rank: out of memory, Ctrl-C too
+        error = failure
+    raise_together(accelerator, error, doing)
+
+
+def on_any(accelerator: Any, here: bool) -> bool:
+    """Whether it is so on any rank. All ranks call it."""
+    return here if accelerator.num_processes == 1 else any(gather_object([here]))
+
+
+def raise_together(accelerator: Any, error: BaseException | None, doing: str) -> None:
     """All ranks call it at the same place; each raises its own error, or the error of another rank."""
     if accelerator.num_processes > 1:
         own = None if error is None else f"{type(error).__name__}: {error}"

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import trl
 from torch import Tensor
 from transformers.trainer_utils import get_last_checkpoint
+from trl.extras.profiling import profiling_context
 
 from blockroll.config import AlignmentConfig, RolloutConfig
 from blockroll.errors import ConfigError, InvalidInput
@@ -75,7 +76,10 @@ class _DraftedRollouts(_Trainer):
             if folder is not None:
                 audit = Path(self.args.output_dir) / "blockroll" / "audit"
                 is_main = self.accelerator.is_main_process
-                load_rollout_state(Path(folder), self.rollouts.placement, audit=audit if is_main else None)
+                version = load_rollout_state(
+                    Path(folder), self.rollouts.placement, audit=audit if is_main else None
+                )
+                self.rollouts.begin_version(after=version)
         done = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         if self.accelerator.is_main_process:
             self._record.write_report()
@@ -85,15 +89,19 @@ class _DraftedRollouts(_Trainer):
         super()._save_checkpoint(model, trial)
         if self.args.should_save:
             folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
-            save_rollout_state(folder, self.rollouts.placement, version=self.state.global_step)
+            save_rollout_state(folder, self.rollouts.placement, version=self.rollouts.version)
+        self.rollouts.begin_version(after=self.rollouts.version)
 
     def _generate(self, prompts: list[Any]) -> Any:
         mode = "train" if self.model.training else "eval"
+        with profiling_context(self, "sync_weights"):
+            self.rollouts.sync_weights()
+        self._last_loaded_step = self.state.global_step  # TRL's own condition for a sync, met
         self.rollouts.begin_round()
         generated = super()._generate(prompts)
         self.rollouts.end_round()
         metrics = round_metrics(self.accelerator, self.rollouts.rollouts, self.rollouts.duration_s)
-        metrics["rollout/weight_version"] = float(self.state.global_step)
+        metrics["rollout/weight_version"] = float(self.rollouts.version)
         metrics["perf/weight_sync_s"] = self.rollouts.weight_sync_s
         self._append(mode, metrics)
         if mode == "train":
@@ -120,7 +128,7 @@ class _DraftedRollouts(_Trainer):
     @property
     def _is_on_policy(self) -> bool:
         """Whether the weights are still those that drew the tokens of the batch."""
-        return bool(self._last_loaded_step == self.state.global_step)
+        return self.rollouts.are_weights_served()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As TRL's, with what was gathered since the last time."""

@@ -1,37 +1,39 @@
 """A policy that decodes with a trainer's weights, while the trainer's model stays as it is.
 
 Where the trainer's parameters lie whole on this device (one process, DDP, ZeRO 1 and 2) the policy's modules
-hold the very same tensors. Where they are sharded, or a base and a LoRA beside it (FSDP2, ZeRO 3, PEFT), the
-policy has weights of its own; every sync gathers the trainer's, one after the other, on all ranks.
+hold the very same tensors. Where they are sharded, or a base and an update beside it (FSDP2, ZeRO 3, PEFT),
+the policy has weights of its own; every sync gathers the trainer's, one after the other, on all ranks.
+
+Both are shells of the bare architecture: the trainer's config, with embeddings and head tied only if the
+trained model really multiplies with the same weights.
 """
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from itertools import groupby
 from typing import Any
 
 import torch
-from accelerate.utils import is_peft_model
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from blockroll.errors import InvalidInput, ManifestMismatch
+from blockroll.errors import InvalidInput
 from blockroll.policies.hf import HFPolicy
+from blockroll.rl_loops.trl.modules import (
+    base_model,
+    find_places,
+    gathered,
+    has_tuners,
+    is_tied,
+    with_updates,
+)
 from blockroll.rollout.pool.weight_sync import named_weights
-
-
-def base_model(model: nn.Module) -> PreTrainedModel:
-    """The causal LM itself, out of a PEFT wrapper if there is one."""
-    if is_peft_model(model):
-        model = model.get_base_model()  # type: ignore[operator]
-    assert isinstance(model, PreTrainedModel), f"a trainer's model is a PreTrainedModel, not {type(model)}"
-    return model
 
 
 def are_whole(trainer: Any) -> bool:
     """Whether the parameters of the trainer's model are what a forward multiplies with, on this device."""
-    return not (is_peft_model(trainer.model) or trainer._dist.is_fsdp or trainer._dist.is_zero3)
+    return not (has_tuners(trainer.model) or trainer._dist.is_fsdp or trainer._dist.is_zero3)
 
 
 def check_supported(trainer: Any) -> None:
@@ -42,17 +44,49 @@ def check_supported(trainer: Any) -> None:
         )
     if trainer._dist.is_fsdp and trainer._dist.fsdp_version != 2:
         raise InvalidInput("FSDP version 1 is not supported; set fsdp_version: 2 in the accelerate config")
-    if trainer._dist.is_fsdp and is_peft_model(trainer.model):
+    if trainer._dist.is_fsdp and has_tuners(trainer.model):
         raise InvalidInput(
             "PEFT under FSDP is not supported: adapters cannot be merged in shards; use DDP for LoRA, or "
             "FSDP2 without PEFT"
         )
+    for config in getattr(trainer.model, "peft_config", {}).values():
+        if config.is_prompt_learning or config.is_adaption_prompt:
+            raise InvalidInput(
+                f"PEFT's {config.peft_type.value} puts learned states in front of every text, which are no "
+                "weights of the model and cannot be decoded from; use LoRA or another method that changes "
+                "weights"
+            )
+        if getattr(config, "alora_invocation_tokens", None):
+            raise InvalidInput(
+                "an activated LoRA (alora_invocation_tokens) changes weights for a part of each text, and "
+                "cannot be merged into them; leave alora_invocation_tokens out"
+            )
 
 
 def sharing_policy(model: PreTrainedModel, tokenizer: Any) -> HFPolicy:
     """A policy on the very parameters and buffers of `model`; what an optimizer changes, it decodes with."""
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    return HFPolicy(_shell_of(model, lambda name, _: parameters[name]), tokenizer)
+    bare = bare_architecture(model)
+    held: dict[str, Any] = {place.name: place.tensor for place in find_places(bare, model)}
+    return HFPolicy(_filled(bare, model, lambda name, _: held[name]), tokenizer)
+
+
+def share_again(policy: HFPolicy, model: PreTrainedModel) -> None:
+    """After whatever happened to `model`: a sharing policy holds its parameters, not ones it had before.
+
+    InvalidInput if embeddings and head were tied and are not now.
+    """
+    if policy.model.config.tie_word_embeddings and not is_tied(model):
+        raise InvalidInput(
+            "the trainer's embeddings and output head were tied when the trainer was made and are not now; "
+            "make the trainer after changing the model"
+        )
+    for place in find_places(policy.model, model):
+        path, _, attribute = place.name.rpartition(".")
+        owner = policy.model.get_submodule(path)
+        if getattr(owner, attribute) is not place.tensor:
+            setattr(owner, attribute, place.tensor)
+    if policy.model.config.tie_word_embeddings:
+        policy.model.tie_weights()
 
 
 def copying_policy(model: PreTrainedModel, tokenizer: Any, dtype: torch.dtype) -> HFPolicy:
@@ -68,52 +102,64 @@ def copying_policy(model: PreTrainedModel, tokenizer: Any, dtype: torch.dtype) -
                 "holds the whole policy, there is no tensor parallelism; use placement='separate'"
             ) from full
 
-    return HFPolicy(_shell_of(model, own), tokenizer)
+    return HFPolicy(_filled(bare_architecture(model), model, own), tokenizer)
 
 
-def full_weights(trainer: Any) -> Iterator[tuple[str, Tensor]]:
-    """What `named_weights` gives of the bare model: gathered, LoRA merged. All ranks must iterate.
+def full_weights(trainer: Any, bare: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """What `named_weights(bare)` names, as the trainer's forward multiplies with it: gathered, updates added.
 
-    A tensor is good until the next one is asked for.
+    `bare` is a module of `bare_architecture(model)`. All ranks must iterate. A tensor is good until the next
+    one is asked for.
     """
-    model = base_model(trainer.model)
-    adapted = _tuner_layers(model) if is_peft_model(trainer.model) else {}
-    for name, tensor in named_weights(model):
-        owner = next((owner for owner in adapted if name.startswith(f"{owner}.")), None)
-        if ".original_module." in f".{name}" or (
-            owner is not None and not name.startswith(f"{owner}.base_layer.")
-        ):
-            continue
-        bare_name = name.replace(".base_layer", "").replace(".modules_to_save.default", "")
-        with trainer._dist.gather_params([tensor]), _merged(adapted[owner] if owner else None):
-            whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-            yield bare_name, whole.detach()
+    places = find_places(bare, base_model(trainer.model))
+    for _, together in groupby(places, key=lambda place: id(place.owner)):
+        group = list(together)
+        with gathered(trainer, group), with_updates(group[0].tuners, group[0].owner):
+            for place in group:
+                tensor = place.tensor
+                whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+                yield place.name, whole.detach()
 
 
 @torch.no_grad()
 def copy_weights(trainer: Any, policy: HFPolicy) -> None:
-    """Bring a copying policy to the trainer's weights. All ranks must call it."""
+    """Bring a copying policy to the trainer's weights. All ranks must call it.
+
+    InvalidInput if embeddings and head were one tensor when the policy was made, and are two now. An error
+    of this rank alone is raised once every tensor was gathered, so that no other rank waits for it.
+    """
+    if policy.model.config.tie_word_embeddings and not is_tied(base_model(trainer.model)):
+        raise InvalidInput(
+            "the trainer's embeddings and output head multiplied with the same weights when the trainer was "
+            "made and do not now; make the trainer after changing the model and its PEFT adapters"
+        )
+    error: Exception | None = None
     own = dict(named_weights(policy.model))
-    for name, tensor in full_weights(trainer):
-        target = own.pop(name, None)
-        if target is None or target.shape != tensor.shape:
-            raise ManifestMismatch(
-                f"the trainer's {name} {tuple(tensor.shape)} has no place in a bare "
-                f"{type(policy.model).__name__}; blockroll decodes with the model's own architecture only"
-            )
-        target.copy_(tensor)
-    if own:
-        raise ManifestMismatch(f"the trainer's model has no {', '.join(own)}")
+    for name, tensor in full_weights(trainer, policy.model):
+        if error is None:
+            try:
+                own[name].copy_(tensor)
+            except Exception as failure:  # noqa: BLE001 raised below, once the other ranks are served
+                error = failure
+    if error is not None:
+        raise error
 
 
-def _shell_of(
-    model: PreTrainedModel, parameter_for: Callable[[str, nn.Parameter], nn.Parameter]
-) -> PreTrainedModel:
-    """Another module of the same architecture: parameters from the function, buffers the model's own."""
+def bare_architecture(model: PreTrainedModel) -> PreTrainedModel:
+    """The model's architecture on the meta device, tied only if the model is tied in fact."""
     config = copy.deepcopy(model.config)
-    buffers = dict(model.named_buffers())
+    config.tie_word_embeddings = bool(config.tie_word_embeddings) and is_tied(model)
     with torch.device("meta"):
-        shell = _architecture(model)(config)
+        shell: PreTrainedModel = _architecture(model)(config)
+    shell.generation_config = model.generation_config
+    return shell
+
+
+def _filled(
+    shell: PreTrainedModel, model: PreTrainedModel, parameter_for: Callable[[str, nn.Parameter], Any]
+) -> PreTrainedModel:
+    """The bare architecture with parameters from the function, and the model's own buffers."""
+    buffers = dict(model.named_buffers())
     made: dict[int, nn.Parameter] = {}  # tied parameters stay tied
     for name, module in shell.named_modules():
         prefix = f"{name}." if name else ""
@@ -123,34 +169,9 @@ def _shell_of(
             setattr(module, key, made[id(placeholder)])
         for key, _ in list(module.named_buffers(recurse=False)):
             module._buffers[key] = buffers[prefix + key]
-    shell.generation_config = model.generation_config
     return shell
 
 
 def _architecture(model: PreTrainedModel) -> type[PreTrainedModel]:
     """The class as transformers wrote it: FSDP puts one of its own in front."""
     return next(cls for cls in type(model).__mro__ if cls.__module__.startswith("transformers."))
-
-
-def _tuner_layers(model: nn.Module) -> dict[str, Any]:
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    return {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
-
-
-@contextmanager
-def _merged(layer: Any) -> Iterator[None]:
-    """A PEFT layer's update inside its base weights, which afterwards are bit for bit what they were."""
-    if layer is None:
-        yield
-        return
-    base = layer.get_base_layer()
-    before = {name: parameter.detach().clone() for name, parameter in base.named_parameters(recurse=False)}
-    layer.merge()
-    try:
-        yield
-    finally:
-        layer.unmerge()
-        with torch.no_grad():
-            for name, parameter in base.named_parameters(recurse=False):
-                parameter.copy_(before[name])

@@ -1,0 +1,73 @@
+"""What a TRL trainer with our rollouts leaves: checkpoints, metrics, report, audit."""
+
+import pytest
+import torch
+
+from blockroll.config import RolloutConfig
+from blockroll.rl_loops.tracking import read_lines
+from blockroll.rollout.audit.check import check_audit
+from blockroll.rollout.audit.writer import audit_files
+from tests.trl_trainers import aligned, trainer
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:`.*gradient_checkpointing.*` is deprecated:FutureWarning",  # what TRL itself calls
+)
+
+
+def test_a_resumed_run_draws_what_the_uninterrupted_one_draws(tmp_path):
+    def drawing(made):
+        drawn = {}
+        generate = made.rollouts.generate
+
+        def recording(**arguments):
+            done = generate(**arguments)
+            drawn[made.state.global_step] = done.completion_ids
+            return done
+
+        made.rollouts.generate = recording
+        return drawn
+
+    whole = aligned(tmp_path / "whole")
+    want = drawing(whole)
+    whole.train()
+    folder = tmp_path / "whole" / "checkpoint-2"
+    assert {path.name for path in (folder / "blockroll").iterdir()} == {
+        "draft_adapter.json",
+        "draft_adapter.safetensors",
+        "rollout_state.pt",
+    }
+    resumed = aligned(tmp_path / "resumed")
+    got = drawing(resumed)
+    resumed.train(resume_from_checkpoint=str(folder))
+    assert sorted(got) == [2, 3]
+    assert got == {step: want[step] for step in (2, 3)}
+    mine, theirs = (made.rollouts.placement.policy.adapter for made in (resumed, whole))
+    assert all(torch.equal(a, b) for a, b in zip(mine.parameters(), theirs.parameters(), strict=True))
+
+
+def test_the_output_folder_holds_every_logged_step_and_a_page(tmp_path):
+    trainer(tmp_path).train()
+    lines = read_lines(tmp_path / "blockroll" / "metrics.jsonl")
+    assert [row["step"] for row in lines if "reward" in row] == [1, 2]
+    page = (tmp_path / "blockroll" / "report.html").read_text()
+    assert "GRPOTrainer on" in page
+    assert "Reward against acceptance" in page
+
+
+def test_the_audit_of_a_trainers_rollouts_lies_beside_its_report_and_passes(tmp_path):
+    config = RolloutConfig(plan="two_forward", audit="all")
+    made = trainer(tmp_path, rollout=config, options={"save_strategy": "steps", "save_steps": 1})
+    made.train()
+    audit = tmp_path / "blockroll" / "audit"
+    report = check_audit(audit_files(audit))
+    assert report.passed, report.problem
+    assert report.num_rows > 500
+    assert {path.name[:14] for path in audit.iterdir()} == {"version-000000", "version-000001"}
+    assert not [path for path in audit.iterdir() if "version-000002" in path.name]
+    (audit / "version-000002-replica-0-00001.parquet").touch()  # of a version that is made again
+    resumed = trainer(tmp_path, rollout=config)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    again = check_audit(audit_files(audit))
+    assert again.passed, again.problem
+    # What was drawn behind the checkpoint is dropped, drawn again, and stands there once.
+    assert again.rows_by_version == report.rows_by_version
