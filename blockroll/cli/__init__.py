@@ -1,57 +1,39 @@
 """The command line: demo, generate, train, convert, bench, report, doctor, audit.
 
 A thin edge: it reads options, calls the library and prints. Everything heavy is imported inside the
-commands, so that help is quick. A BlockrollError becomes one line on stderr and exit code 2.
+commands, so that help is quick. `errors` says what becomes of an error, `options` has what commands share.
 """
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.text import Text
 
 import blockroll
 from blockroll.cli.audit import audit
 from blockroll.cli.conversion import convert
+from blockroll.cli.errors import Commands
+from blockroll.cli.examples import epilog
 from blockroll.cli.machine import doctor
 from blockroll.cli.runs import demo, report, train
 from blockroll.cli.speed import bench
 from blockroll.cli.texts import generate
-from blockroll.errors import BlockrollError
-
-INTERRUPTED = 130  # exit code after Ctrl-C, as shells have it
-
-
-class _Commands(typer.core.TyperGroup):
-    """Turns the library's own errors into one line and an exit code."""
-
-    def invoke(self, ctx: Any) -> Any:
-        """Run the command; `--debug` lets the traceback through."""
-        try:
-            return super().invoke(ctx)
-        except BlockrollError as error:
-            if ctx.params.get("debug"):
-                raise
-            line = Text(f"Error: {error}", style="red")
-            Console(stderr=True, soft_wrap=True).print(line)
-            raise typer.Exit(2) from None
-        except KeyboardInterrupt:
-            Console(stderr=True, soft_wrap=True).print("Interrupted.")
-            raise typer.Exit(INTERRUPTED) from None
-
 
 app = typer.Typer(
-    cls=_Commands,
+    name="blockroll",
+    cls=Commands,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # else [levels] in a help text is taken for a style and disappears
+    epilog=epilog(""),
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 
 @app.callback()
 def root(
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", envvar="BLOCKROLL_DEBUG", help="Show the traceback of an error.")
+    ] = False,
     show_version: Annotated[
         bool, typer.Option("--version", is_eager=True, help="Print the version.")
     ] = False,
@@ -63,5 +45,8 @@ def root(
 
 
 for command in (demo, generate, train, convert, bench, report, doctor):
-    app.command()(command)
+    app.command(epilog=epilog(command.__name__))(command)
+for registered in audit.registered_commands:
+    name = registered.name or getattr(registered.callback, "__name__", "")
+    registered.epilog = epilog(f"audit {name}")
 app.add_typer(audit, name="audit")

@@ -2,4 +2,4 @@
 
 from blockroll.cli import app
 
-app()
+app(prog_name="blockroll")

@@ -1,12 +1,14 @@
 """What works here: doctor."""
 
+import json
 import os
 import platform
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
+from math import isfinite
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich import box
@@ -15,10 +17,15 @@ from rich.table import Table
 from rich.text import Text
 
 import blockroll
-from blockroll.cli.options import AdapterOption, DeviceOption, load_policy
+from blockroll.cli.errors import FAILED
+from blockroll.cli.options import AdapterOption, DeviceOption, JsonOption, load_policy
+from blockroll.cli.prompts import PromptsOption, prompts_from
 from blockroll.cli.texts import counts, engine_for, stream
 from blockroll.errors import BlockrollError, InvalidInput
-from blockroll.types import RolloutStats, Sampling
+from blockroll.types import Rollout, Sampling
+
+if TYPE_CHECKING:
+    from blockroll.policy_check.check import PolicyReport
 
 EXTRAS = {  # optional package: what it gives
     "ray": "replicas in processes of their own",
@@ -30,50 +37,92 @@ EXTRAS = {  # optional package: what it gives
 
 def doctor(
     model: Annotated[
-        Path | None,
+        str | None,
         typer.Option(help="A checkpoint folder to check: are its rollouts lossless? Loaded in float32."),
     ] = None,
     adapter: AdapterOption = None,
+    prompts: PromptsOption = None,
+    as_json: JsonOption = False,
     device: DeviceOption = "auto",
 ) -> None:
-    """Say what this machine has and whether the tiny policy generates; with --model, check a checkpoint."""
-    import torch
+    """Say what this machine has and whether the tiny policy generates; with --model, check a checkpoint.
 
-    if adapter is not None and model is None:
-        raise InvalidInput(f"--adapter {adapter} needs the checkpoint it drafts for: give --model too")
+    With --prompts the check runs on texts of yours: long ones reach sliding windows and scaled positions.
+    """
+    for option, given in (("--adapter", adapter), ("--prompts", prompts)):
+        if given is not None and model is None:
+            raise InvalidInput(f"{option} {given} is for the check of a checkpoint: give --model too")
+    console = Console(highlight=False, soft_wrap=True, quiet=as_json)
+    facts: dict[str, Any] = {"machine": dict(_machine()), "versions": dict(_versions())}
     table = Table(show_header=False, box=None)
-    for name, value in (*_machine(), *_versions()):
+    for name, value in (*facts["machine"].items(), *facts["versions"].items()):
         table.add_row(name, value)
-    console = Console(highlight=False, soft_wrap=True)
     console.print(table)
     for package, gives in EXTRAS.items():
         if find_spec(package) is None:
             advice = "" if package == "triton" else f"; pip install 'blockroll[{package}]'"
             console.print(f"without {package}: no {gives}{advice}", style="yellow", markup=False)
+    facts["tiny_policy"] = _trial_in_words(console)
+    passed = facts["tiny_policy"]["works"]
+    if passed and model is not None:
+        report = _check(model, adapter, prompts, device)
+        _print_report(model, report, console)
+        facts["check"] = _report_fields(report)
+        passed = report.passed
+    if as_json:
+        typer.echo(json.dumps({"passed": passed, **facts}))
+    if not passed:
+        raise typer.Exit(FAILED)
+
+
+def _trial_in_words(console: Console) -> dict[str, Any]:
+    """Whether the shipped policy generates here, printed and as fields."""
+    import torch
+
     threads = torch.get_num_threads()
     try:
-        stats, num_tokens = _trial()
+        rollout = _trial()
     except (BlockrollError, OSError, RuntimeError) as error:
-        console.print(
-            f"tiny policy: does not work: {type(error).__name__}: {error}", style="red", markup=False
-        )
-        raise typer.Exit(1) from error
+        found = f"{type(error).__name__}: {error}"
+        console.print(f"tiny policy: does not work: {found}", style="red", markup=False)
+        return {"works": False, "error": found}
     finally:
         torch.set_num_threads(threads)
-    console.print(f"tiny policy: generates ({counts(stats, num_tokens)})", style="green")
-    if model is not None and not _checks_out(model, adapter, device, console):
-        raise typer.Exit(1)
+    console.print(f"tiny policy: generates ({counts(rollout)})", style="green")
+    return {"works": True, "tokens": len(rollout.token_ids), "forwards": rollout.stats.num_forwards}
 
 
-def _checks_out(model: Path, adapter: Path | None, device: str, console: Console) -> bool:
-    """Print the contract check of a checkpoint; whether it passed."""
+def _check(model: str, adapter: Path | None, prompts: Path | None, device: str) -> "PolicyReport":
     from blockroll.policies.hf import HFPolicy
     from blockroll.policies.loading import resolve_checkpoint
     from blockroll.policy_check.check import check_policy
 
     has_tokenizer = (resolve_checkpoint(model) / "tokenizer_config.json").is_file()
     policy = HFPolicy.from_pretrained(model, device=device, with_tokenizer=has_tokenizer, adapter=adapter)
-    report = check_policy(policy)
+    return check_policy(policy, prompts=() if prompts is None else prompts_from(prompts, policy))
+
+
+def _report_fields(report: "PolicyReport") -> dict[str, Any]:
+    return {
+        "subject": report.subject,
+        "passed": report.passed,
+        "checks": [
+            {
+                "name": each.name,
+                "passed": each.passed,
+                "measured": each.measured if each.measured is None or isfinite(each.measured) else None,
+                "allowed": each.allowed,
+                "is_minimum": each.is_minimum,
+                "detail": each.detail,
+            }
+            for each in report.results
+        ],
+        "not_checked": list(report.not_checked),
+        "conclusion": report.conclusion,
+    }
+
+
+def _print_report(model: str, report: "PolicyReport", console: Console) -> None:
     title = Text(f"{model}: {report.subject}")
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("check")
@@ -87,7 +136,6 @@ def _checks_out(model: Path, adapter: Path | None, device: str, console: Console
     for sentence in report.not_checked:
         console.print(f"not checked: {sentence}", style="yellow", markup=False)
     console.print(report.conclusion, style="green" if report.passed else "red", markup=False)
-    return report.passed
 
 
 def _machine() -> Iterator[tuple[str, str]]:
@@ -111,10 +159,9 @@ def _versions() -> Iterator[tuple[str, str]]:
             yield package, "missing"
 
 
-def _trial() -> tuple[RolloutStats, int]:
+def _trial() -> Rollout:
     """One short greedy rollout of the shipped policy."""
     policy = load_policy("tiny", "auto", threads=1)
     sampling = Sampling(temperature=0.0, max_tokens=16)
     engine, requests = engine_for(policy, "two_forward", "12+35-7=?\n", sampling, seed=0, num_samples=1)
-    with open(os.devnull, "w") as nowhere:
-        return stream(engine, policy, requests[0], Console(file=nowhere), is_styled=False, mark=False)
+    return stream(engine, policy, requests[0], Console(quiet=True), is_styled=False, mark=False)

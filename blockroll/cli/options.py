@@ -1,15 +1,24 @@
 """Options that commands share, and loading the policy they name."""
 
+import functools
+import inspect
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import typer
+
+from blockroll.types import SamplingOptions
+from blockroll.types.bounds import hints_of, sentence_of
 
 if TYPE_CHECKING:
     from blockroll.policies.hf import HFPolicy
 
 PolicyOption = Annotated[
-    str, typer.Option(help="A Hugging Face checkpoint folder, or 'tiny' for the policy that ships.")
+    str,
+    typer.Option(
+        help="A Hugging Face checkpoint folder, or 'tiny' for the policy that ships, an untrained start."
+    ),
 ]
 AdapterOption = Annotated[
     Path | None,
@@ -21,12 +30,48 @@ DeviceOption = Annotated[
     str, typer.Option(help="torch device; 'auto' takes the accelerator if there is one.")
 ]
 SeedOption = Annotated[int, typer.Option(help="Equal seeds give equal tokens under one plan.")]
-TemperatureOption = Annotated[float, typer.Option(help="Sampling temperature; 0 is greedy.")]
 ThreadsOption = Annotated[int, typer.Option(min=0, help="torch threads; 0 leaves torch's own choice.")]
 BackendOption = Annotated[
     Literal["ray", "local"], typer.Option(help="Replicas as Ray actors, or in this process.")
 ]
 WandbOption = Annotated[bool, typer.Option("--wandb", help="Also log to Weights & Biases.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead, one object a line.")]
+
+
+def with_sampling(**defaults: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command every option of `SamplingOptions`; it takes the values as `sampling`, a mapping.
+
+    Help is the sentence of the field, and `Sampling` itself refuses what is out of bounds.
+    """
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        added = [
+            inspect.Parameter(
+                name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=defaults.get(name, getattr(SamplingOptions(), name)),
+                annotation=Annotated[get_args(hint)[0], typer.Option(help=_as_help(hint))],
+            )
+            for name, hint in hints_of(SamplingOptions).items()
+        ]
+
+        @functools.wraps(command)
+        def with_options(**values: Any) -> None:
+            sampling = {each.name: values.pop(each.name) for each in added}
+            command(**values, sampling=sampling)
+
+        own = inspect.signature(command).parameters.values()
+        kept = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in own if each.name != "sampling"]
+        with_options.__signature__ = inspect.Signature([*kept, *added])  # type: ignore[attr-defined]
+        with_options.__annotations__ = {each.name: each.annotation for each in (*kept, *added)}
+        return with_options
+
+    return decorate
+
+
+def _as_help(hint: Any) -> str:
+    sentence = sentence_of(hint)
+    return f"{sentence[:1].upper()}{sentence[1:]}."
 
 
 def load_policy(path: str, device: str, threads: int, adapter: Path | None = None) -> "HFPolicy":

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+import yaml
 from rich.console import Console
 
 from blockroll.cli.options import AdapterOption, BackendOption, WandbOption, load_policy
 from blockroll.cli.speed import arithmetic_prompts, print_table, write_rows
-from blockroll.config import RolloutConfig, RunConfig, TrainConfig, load_config
+from blockroll.config import RolloutConfig, RunConfig, TrainConfig, load_config, to_mapping
 from blockroll.errors import InvalidInput, RunExists
 from blockroll.types import PLAIN
 
@@ -21,6 +22,11 @@ DEMO = RunConfig(
     name="demo",
     rollout=RolloutConfig(temperature=1.5, audit="all"),
     train=TrainConfig(steps=25, eval_every=5),
+)
+WHAT_TO_TRAIN = (
+    "say what to train: a YAML file, options such as policy.path=DIR task=my_module:task, or --resume RUN "
+    "(`blockroll train --help` has examples, `blockroll train --show-config` all options with their "
+    "defaults, and `blockroll demo` trains the shipped policy)"
 )
 DEMO_BATCHES = (1, 16)  # of the speed measured at the end of the demo
 
@@ -66,17 +72,25 @@ def train(
         Path | None, typer.Option(help="A run folder, to go on from its newest checkpoint.")
     ] = None,
     adapter: AdapterOption = None,
+    show_config: Annotated[
+        bool, typer.Option("--show-config", help="Print every option with its value as YAML, and stop.")
+    ] = False,
     wandb: WandbOption = False,
 ) -> None:
     """Train as a config says: collect, advantages, update, publish."""
-    from blockroll.rl_loops.loop import load_run_config
-    from blockroll.rl_loops.loop import train as run_training
-
     path, overrides = _split_config(config or [])
     if wandb:
         overrides.append("wandb=true")
     if adapter is not None:
         overrides.append(f"policy.adapter={json.dumps(str(adapter.resolve()))}")
+    if show_config and resume is None:
+        typer.echo(yaml.safe_dump(to_mapping(load_config(path, overrides)), sort_keys=False), nl=False)
+        return
+    if resume is None and not config:
+        raise InvalidInput(WHAT_TO_TRAIN)
+    from blockroll.rl_loops.loop import load_run_config
+    from blockroll.rl_loops.loop import train as run_training
+
     if resume is None:
         run_training(load_config(path, overrides))
         return
@@ -91,8 +105,8 @@ def report(run_dir: Annotated[Path, typer.Argument(help="The folder of a run.")]
     """Write report.html into a run's folder."""
     from blockroll.rl_loops.report import write_report
 
-    if not run_dir.is_dir():
-        raise InvalidInput(f"no run folder at {run_dir}")
+    if not (run_dir / "config.yaml").is_file():
+        raise InvalidInput(f"no run folder at {run_dir}: give the folder of a run, as runs/demo")
     Console(soft_wrap=True, highlight=False).print(f"Report: {write_report(run_dir)}")
 
 

@@ -17,6 +17,7 @@ from blockroll.cli.options import (
     ThreadsOption,
     load_policy,
 )
+from blockroll.cli.prompts import FILE_HELP, prompts_from
 from blockroll.errors import InvalidInput
 from blockroll.types import PLAIN
 
@@ -46,11 +47,14 @@ def bench(
         str, typer.Option(help="Sampling temperatures, separated by commas; 0 is greedy.")
     ] = "1",
     prompts: Annotated[
-        Literal["text", "random"], typer.Option(help="Arithmetic problems, or token ids drawn at random.")
+        str,
+        typer.Option(
+            help=f"'text': arithmetic problems; 'random': token ids drawn at random; else {FILE_HELP}."
+        ),
     ] = "text",
     prompt_tokens: Annotated[
         str | None,
-        typer.Option(help="Exact prompt lengths, separated by commas; left out: as long as each problem is."),
+        typer.Option(help="Exact prompt lengths, separated by commas; left out: as long as each prompt is."),
     ] = None,
     max_tokens: Annotated[str, typer.Option(help="Completion lengths at most, separated by commas.")] = "64",
     ignore_eos: Annotated[
@@ -94,7 +98,7 @@ def bench(
         prompt_tokens=(None,) if prompt_tokens is None else whole_numbers("--prompt-tokens", prompt_tokens),
         max_tokens=whole_numbers("--max-tokens", max_tokens),
         mix_weights=numbers("--mix-weight", mix_weight),
-        prompt_source=prompts,
+        prompt_source="random" if prompts == "random" else "text",
         ignore_eos=ignore_eos,
         repeats=repeats,
         rollouts=rollouts,
@@ -102,15 +106,22 @@ def bench(
         seed=seed,
     )
     _check_outputs(json_file, picture)
+    is_own = prompts not in ("text", "random")
+    if is_own and task != "none":
+        raise InvalidInput(f"--task {task} judges its own problems: leave out --prompts {prompts}, or --task")
     hf_policy = load_policy(policy, device, threads, adapter)
     parsed = [read_plan(text, hf_policy) for text in split_plans(plans)]
     if picture is not None and PLAIN not in parsed:
         raise InvalidInput(f"--picture draws speed-ups over plain: add 'plain' to --plans, got {plans!r}")
+    if prompts == "random":
+        chosen = []
+    else:
+        chosen = prompts_from(Path(prompts), hf_policy) if is_own else arithmetic_prompts(hf_policy)
     console = Console()
     with console.status("measuring ...") as status:
         rows = run_bench(
             hf_policy,
-            arithmetic_prompts(hf_policy) if prompts == "text" else [],
+            chosen,
             parsed,
             options,
             policy_path=policy,

@@ -1,9 +1,11 @@
 """One sample at a time, as it is decoded: generate."""
 
 import itertools
-from collections.abc import Sequence
+import json
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -12,14 +14,15 @@ from rich.text import Text
 from blockroll.cli.options import (
     AdapterOption,
     DeviceOption,
+    JsonOption,
     PolicyOption,
     SeedOption,
-    TemperatureOption,
     ThreadsOption,
     load_policy,
+    with_sampling,
 )
-from blockroll.errors import InvalidInput
-from blockroll.types import Constraint, Plan, Request, RolloutStats, Sampling
+from blockroll.errors import BlockrollError, InvalidInput
+from blockroll.types import Constraint, Plan, Request, Rollout, Sampling
 
 if TYPE_CHECKING:
     from blockroll.policies.hf import HFPolicy
@@ -28,27 +31,22 @@ if TYPE_CHECKING:
 DRAFTED_STYLE = "bold green underline"
 
 
+@with_sampling(max_tokens=64)
 def generate(
     prompt: Annotated[str, typer.Argument(help="Text to go on from.")],
+    sampling: Mapping[str, Any],
     policy: PolicyOption = "tiny",
     adapter: AdapterOption = None,
-    temperature: TemperatureOption = 1.0,
     seed: SeedOption = 0,
-    max_tokens: Annotated[int, typer.Option(help="Tokens at most.")] = 64,
     plan: Annotated[
         str | None,
         typer.Option(
             help="'auto', 'plain', 'two_forward(K)' or 'fused(K,[levels])'; left out: what it drafts by."
         ),
     ] = None,
-    top_k: Annotated[int, typer.Option(min=0, help="Best tokens that stay; 0 keeps all.")] = 0,
-    top_p: Annotated[float, typer.Option(help="Mass of the best tokens that stay; 1 keeps all.")] = 1.0,
-    min_p: Annotated[
-        float, typer.Option(help="Share of the best token's probability that a token needs; 0 keeps all.")
-    ] = 0.0,
-    repetition_penalty: Annotated[
-        float, typer.Option(help="Divides logits of tokens already in the text; 1 changes nothing.")
-    ] = 1.0,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="The prompt is a user's message, for the chat template to frame.")
+    ] = False,
     regex: Annotated[str | None, typer.Option(help="What the whole completion must match.")] = None,
     json_schema: Annotated[
         Path | None, typer.Option(help="A file with the JSON schema that the completion must satisfy.")
@@ -64,26 +62,25 @@ def generate(
     mark: Annotated[
         bool, typer.Option("--mark", help="Mark drafted tokens as [text] where there is no color.")
     ] = False,
+    as_json: JsonOption = False,
     device: DeviceOption = "auto",
     threads: ThreadsOption = 1,
 ) -> None:
     """Stream samples token by token; drafted and accepted tokens are marked."""
-    sampling = Sampling(
-        temperature=temperature,
-        max_tokens=max_tokens,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        constraint=_constraint(regex, json_schema),
-    )
-    if task == "arithmetic" or (task == "auto" and policy == "tiny"):
+    options = Sampling(**sampling, constraint=_constraint(regex, json_schema))
+    if not chat and (task == "arithmetic" or (task == "auto" and policy == "tiny")):
         prompt = prompt.rstrip("\n") + "\n"
     hf_policy = load_policy(policy, device, threads, adapter)
     chosen = plan or ("two_forward" if hf_policy.trained_drafts else "plain")
-    engine, requests = engine_for(hf_policy, chosen, prompt, sampling, seed=seed, num_samples=num_samples)
+    given = [{"role": "user", "content": prompt}] if chat else prompt
+    engine, requests = engine_for(hf_policy, chosen, given, options, seed=seed, num_samples=num_samples)
     console = Console(highlight=False, soft_wrap=True)
     is_styled = console.is_terminal and not console.no_color
+    if as_json:
+        for request in requests:
+            rollout = stream(engine, hf_policy, request, Console(quiet=True), is_styled=False, mark=False)
+            typer.echo(json.dumps(_record(rollout, hf_policy, engine.plan)))
+        return
     if is_styled or mark:
         sign = Text("green", style=DRAFTED_STYLE) if is_styled else Text("[brackets]")
         console.print(
@@ -92,10 +89,33 @@ def generate(
     for index, request in enumerate(requests):
         if num_samples > 1:
             console.print(f"--- sample {index + 1}", style="dim")
-        stats, num_tokens = stream(engine, hf_policy, request, console, is_styled=is_styled, mark=mark)
+        rollout = stream(engine, hf_policy, request, console, is_styled=is_styled, mark=mark)
         Console(stderr=not console.is_terminal, highlight=False, soft_wrap=True).print(
-            _counts_line(stats, num_tokens, engine.plan), style="dim"
+            Text(f"{engine.plan.name}: {counts(rollout)}"), style="dim"
         )
+
+
+def _record(rollout: Rollout, policy: "HFPolicy", plan: Plan) -> dict[str, Any]:
+    """A sample as JSON; a log-probability that is not finite is null."""
+    stats = rollout.stats
+    return {
+        "text": policy.decode(list(rollout.token_ids)),
+        "finish_reason": rollout.finish_reason,
+        "law": rollout.law.name,
+        "plan": plan.name,
+        "seed": rollout.request.seed,
+        "prompt_ids": list(rollout.request.prompt_ids),
+        "token_ids": list(rollout.token_ids),
+        "policy_logprobs": _finite(rollout.policy_logprobs),
+        "behavior_logprobs": _finite(rollout.behavior_logprobs),
+        "num_forwards": stats.num_forwards,
+        "num_drafted": stats.num_drafted,
+        "num_accepted": stats.num_accepted,
+    }
+
+
+def _finite(numbers: Sequence[float]) -> list[float | None]:
+    return [number if math.isfinite(number) else None for number in numbers]
 
 
 def _constraint(regex: str | None, json_schema: Path | None) -> Constraint | None:
@@ -105,11 +125,22 @@ def _constraint(regex: str | None, json_schema: Path | None) -> Constraint | Non
         raise InvalidInput("give --regex or --json-schema, not both")
     if regex is not None:
         return Regex(regex)
-    return None if json_schema is None else JsonSchema(json_schema.read_text())
+    if json_schema is None:
+        return None
+    try:
+        return JsonSchema(json_schema.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidInput(f"--json-schema {json_schema} cannot be read as text: {error}") from None
 
 
 def engine_for(
-    policy: "HFPolicy", plan: str, prompt: str, sampling: Sampling, *, seed: int, num_samples: int
+    policy: "HFPolicy",
+    plan: str,
+    prompt: str | list[dict[str, str]],
+    sampling: Sampling,
+    *,
+    seed: int,
+    num_samples: int,
 ) -> tuple["Engine", list[Request]]:
     """An engine that decodes one request at a time, and the requests, as a pool would make them."""
     from blockroll.rollout.engine.engine import Engine
@@ -124,8 +155,8 @@ def engine_for(
 
 def stream(
     engine: "Engine", policy: "HFPolicy", request: Request, console: Console, *, is_styled: bool, mark: bool
-) -> tuple[RolloutStats, int]:
-    """Print one sample while it is decoded; its counts, and how many tokens it has."""
+) -> Rollout:
+    """Print one sample while it is decoded."""
     token_ids: list[int] = []
     shown = ""
 
@@ -150,8 +181,8 @@ def stream(
     console.print()
     (rollout,) = result.finished
     if rollout.error is not None:
-        raise InvalidInput(f"generation failed: {rollout.error}")
-    return rollout.stats, len(rollout.token_ids)
+        raise BlockrollError(f"generation failed: {rollout.error}")
+    return rollout
 
 
 def _styled(text: str, is_drafted: bool, *, is_styled: bool, mark: bool) -> Text:
@@ -164,14 +195,12 @@ def _styled(text: str, is_drafted: bool, *, is_styled: bool, mark: bool) -> Text
     return Text(text)
 
 
-def counts(stats: RolloutStats, num_tokens: int) -> str:
+def counts(rollout: Rollout) -> str:
+    """What a sample took, for people."""
+    stats, num_tokens = rollout.stats, len(rollout.token_ids)
     rate = num_tokens / stats.num_forwards
     line = f"{num_tokens} tokens, {stats.num_forwards} forwards, {rate:.2f} tokens per forward"
     if stats.num_drafted:
         drafts = f"{stats.num_accepted} of {stats.num_drafted} drafts"
         line += f", acceptance {stats.acceptance_rate:.2f} ({drafts})"
     return line
-
-
-def _counts_line(stats: RolloutStats, num_tokens: int, plan: Plan) -> Text:
-    return Text(f"{plan.name}: {counts(stats, num_tokens)}")

@@ -7,7 +7,7 @@ samplers are not its business. The policy is left bit for bit as it was.
 Shapes: B prompts, K drafted tokens, L = K + 1 rows of a block (an anchor and its drafts), V vocabulary.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -80,18 +80,26 @@ class PolicyReport:
 
 
 @torch.inference_mode()
-def check_policy(policy: HFPolicy, *, num_drafts: int | None = None, seed: int = 0) -> PolicyReport:
+def check_policy(
+    policy: HFPolicy,
+    *,
+    num_drafts: int | None = None,
+    prompts: Sequence[Sequence[int]] = (),
+    seed: int = 0,
+) -> PolicyReport:
     """Measure whether a policy's forwards let rollouts be lossless, on its own device and in its own dtype.
 
-    `num_drafts` is K of the blocks; None takes what the policy was trained for. Equal seeds give equal
-    prompts. A check that raises has failed. Equal log-probabilities may lie 1e-4 apart in float32; below
+    `num_drafts` is K of the blocks; None takes what the policy was trained for. `prompts` are token ids to
+    check it on in place of random ones: the longest, the shortest and some between, six at most; they decide
+    whether windows and scaled positions are reached. Equal seeds give equal random tokens. A check
+    that raises has failed. Equal log-probabilities may lie 1e-4 apart in float32; below
     float32 0.25, and there rare tokens are left out. Where rounding alone moves the model's own forward by a
     third of that or more, three times its rounding is allowed. Nothing may decode with the policy meanwhile.
-    InvalidInput: K is below 1, or the context has no room for a prompt and two blocks.
+    InvalidInput: K is below 1, or the context has no room for the longest prompt and two blocks.
     """
     if num_drafts is None:
         num_drafts = policy.trained_drafts or DEFAULT_DRAFTS
-    probe = make_probe(policy, num_drafts=num_drafts, seed=seed)
+    probe = make_probe(policy, num_drafts=num_drafts, prompts=prompts, seed=seed)
     checks = _CHECKS | (_DRAFT_CHECKS if policy.can_draft else {})
     return PolicyReport(
         subject=f"{policy.model.config.model_type} in {probe.dtype_name} on {policy.device}, "

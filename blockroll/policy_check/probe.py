@@ -23,6 +23,7 @@ from blockroll.policies.rounding import nudged_inputs
 from blockroll.rollout.engine.cache import SlotCache
 
 LONGEST_WINDOW = 256  # sliding windows up to this are filled; beyond, prompts would cost too much
+MOST_PROMPTS = 6  # of those given
 LONGEST_PREFIX = 12  # cached tokens of the longest prompt, where no window asks for more
 ROUNDING_MARGIN = 3  # times a model's own rounding, where that is more than the bound of its dtype
 LIKELY = 1e-3  # below float32 the logits of rare tokens round coarsely: only tokens above this are compared
@@ -153,8 +154,10 @@ class PolicyProbe:
         return float(gaps.max())
 
 
-def make_probe(policy: HFPolicy, *, num_drafts: int, seed: int) -> PolicyProbe:
-    """Equal seeds give equal prompts. InvalidInput: K is below 1, or the context holds no two such blocks."""
+def make_probe(
+    policy: HFPolicy, *, num_drafts: int, seed: int, prompts: Sequence[Sequence[int]] = ()
+) -> PolicyProbe:
+    """Equal arguments give equal probes. InvalidInput: K is below 1, or the context is too short."""
     if num_drafts < 1:
         raise InvalidInput(f"num_drafts must be at least 1, got {num_drafts}")
     width = num_drafts + 1
@@ -164,25 +167,46 @@ def make_probe(policy: HFPolicy, *, num_drafts: int, seed: int) -> PolicyProbe:
             f"blocks of {num_drafts} drafts do not fit a context of {policy.max_length} positions; "
             "check with a smaller num_drafts"
         )
-    window = _sliding_window(policy)
-    longest = min(room, LONGEST_PREFIX)
-    if window is not None and window <= LONGEST_WINDOW:
-        longest = min(room, max(longest, window + width + 3))
-    # One ends just below a window that is reached, so that its block crosses the edge.
-    lengths = (0, 1, longest // 2, longest - width - 4, longest - 1, longest)
     generator = torch.Generator().manual_seed(seed)
     tokens_T = torch.tensor(_plain_tokens(policy))
 
     def draw(*shape: int) -> Tensor:
         return tokens_T[torch.randint(len(tokens_T), shape, generator=generator)]
 
+    window = _sliding_window(policy)
+    if prompts:
+        prefixes = _spread(prompts, room)
+    else:
+        lengths = _lengths(window, width, room)
+        prefixes = tuple(tuple(draw(max(0, length)).tolist()) for length in lengths)
     return PolicyProbe(
         policy=policy,
         num_drafts=num_drafts,
-        prefixes=tuple(tuple(draw(max(0, length)).tolist()) for length in lengths),
-        blocks_SBL=draw(2, len(lengths), width).to(policy.device),
+        prefixes=prefixes,
+        blocks_SBL=draw(2, len(prefixes), width).to(policy.device),
         window=window,
     )
+
+
+def _spread(prompts: Sequence[Sequence[int]], room: int) -> tuple[tuple[int, ...], ...]:
+    """The shortest, the longest and those between at equal steps of rank."""
+    ranked = sorted((tuple(prompt) for prompt in prompts), key=len)
+    if len(ranked[-1]) > room:
+        raise InvalidInput(
+            f"the longest prompt has {len(ranked[-1])} tokens, and the context has room for {room} before "
+            "the two blocks that are checked behind it; leave it out or cut it"
+        )
+    steps = min(MOST_PROMPTS, len(ranked)) - 1
+    between = (ranked[round(step * (len(ranked) - 1) / steps)] for step in range(steps))
+    return (*between, ranked[-1])
+
+
+def _lengths(window: int | None, width: int, room: int) -> tuple[int, ...]:
+    """Of random prompts. One ends just below a window that is reached, so that its block crosses the edge."""
+    longest = min(room, LONGEST_PREFIX)
+    if window is not None and window <= LONGEST_WINDOW:
+        longest = min(room, max(longest, window + width + 3))
+    return (0, 1, longest // 2, longest - width - 4, longest - 1, longest)
 
 
 def _plain_tokens(policy: HFPolicy) -> list[int]:

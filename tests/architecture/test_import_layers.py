@@ -20,6 +20,7 @@ ROWS = (
     ("bench", "policy_check"),
     ("rl_loops",),
     ("cli",),
+    ("__main__",),
 )
 RANKS = {unit: rank for rank, units in enumerate(ROWS) for unit in units}
 

@@ -311,7 +311,7 @@ def test_doctor_fails_a_policy_that_decodes_another_law(policy_path, monkeypatch
         (["doctor", "--model", "nowhere"], "give a folder with config.json"),
         (["doctor", "--model", "POLICY", "--adapter", "nowhere"], "no draft adapter in nowhere"),
         (["doctor", "--adapter", "nowhere"], "give --model too"),
-        (["bench", "--bogus"], "No such option"),
+        (["bench", "--bogus"], "blockroll bench has no option --bogus"),
     ],
 )
 def test_bad_input_is_one_line_with_advice_and_exit_code_2(
