@@ -54,7 +54,9 @@ class Policy(Protocol):
 
     vocab_size: int  # rows of the logits
     tokenizer: Any | None  # of transformers; constraints on text need it
-    max_length: int  # positions the model was built for
+    max_length: int  # positions the model serves
+    # Ascending; no text may go from at most so many tokens to more, because rotary factors change there.
+    length_boundaries: tuple[int, ...]
     eos_token_ids: tuple[int, ...]
     mask_token_id: int | None  # None: its masks are no token, or it cannot draft
     trained_drafts: int  # largest K it was trained to draft; 0: none

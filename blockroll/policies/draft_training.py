@@ -158,6 +158,7 @@ def draft_pass(
             positions_BR=clean_S,
             attention_mask=lambda **kind: _causal_mask(clean_S, **kind),
             window=window,
+            num_tokens_B=texts.lengths_B,
         )
 
     if is_full:
@@ -167,6 +168,7 @@ def draft_pass(
             positions_BR=torch.cat([clean_S, blocks.positions_BM], dim=1),
             attention_mask=lambda **kind: blocks.attention_mask(num_tokens, num_clean=num_tokens, **kind),
             window=_Keys(),
+            num_tokens_B=texts.lengths_B,
         )
         clean_BSW, masks_BMW = hidden_BRW[:, :num_tokens], hidden_BRW[:, num_tokens:]
     else:
@@ -179,6 +181,7 @@ def draft_pass(
             positions_BR=blocks.positions_BM,
             attention_mask=lambda **kind: blocks.attention_mask(num_tokens, num_clean=0, **kind),
             window=_Keys(clean_keys.layers),
+            num_tokens_B=texts.lengths_B,
         )
 
     is_scored_BM = blocks.is_scored_BM(texts)

@@ -34,6 +34,7 @@ from blockroll.policies.loading import (
     no_progress_bar,
     resolve_checkpoint,
 )
+from blockroll.policies.positions import context_of, use_text_rotary
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -67,7 +68,9 @@ class HFPolicy:
         self.tokenizer = tokenizer
         self.device = model.device
         self.vocab_size = int(model.config.vocab_size)
-        self.max_length = int(model.config.max_position_embeddings)
+        context = context_of(model.config)
+        self.max_length, self.length_boundaries = context.max_length, context.boundaries
+        self._rotary = use_text_rotary(model)
         self.eos_token_ids = end_token_ids(model, tokenizer)
         self.adapter: DraftAdapter | None = None
         section: dict[str, Any] = getattr(model.config, "blockroll", None) or {}
@@ -172,18 +175,27 @@ class HFPolicy:
     @_without_gradients
     def prefill(self, ids_BR: Tensor, window: KVWindow) -> None:
         """Write keys and values of prompt rows; no logits are computed."""
-        self.hidden(ids_BR, causal_rows(ids_BR.shape[1], self.device), window)
+        num_rows = ids_BR.shape[1]
+        num_tokens_B = window.lengths_B + num_rows + 1  # with the anchor
+        self.hidden(ids_BR, causal_rows(num_rows, self.device), window, num_tokens_B=num_tokens_B)
 
     @_without_gradients
-    def verify_logits(self, ids_BR: Tensor, window: KVWindow) -> Tensor:
-        """Causal logits, float32 (B, R, V): row i is the law of the token after row i."""
-        return self.logits(self.hidden(ids_BR, causal_rows(ids_BR.shape[1], self.device), window))
+    def verify_logits(
+        self, ids_BR: Tensor, window: KVWindow, *, num_tokens_B: Tensor | None = None
+    ) -> Tensor:
+        """Causal logits, float32 (B, R, V): row i is the law of the token after row i.
+
+        Row 0 is the last token that is settled, unless the texts are said to have `num_tokens_B` tokens.
+        """
+        layout = causal_rows(ids_BR.shape[1], self.device)
+        return self.logits(self.hidden(ids_BR, layout, window, num_tokens_B=num_tokens_B))
 
     @_without_gradients
     def draft_logits(self, ids_BC: Tensor, num_drafts: int, window: KVWindow) -> Tensor:
         """Float32 (B, K + 1, V): the causal law of the token after the anchor, then the law of each draft."""
         num_clean = ids_BC.shape[1]
-        hidden_BRW = self.hidden(ids_BC, two_forward_rows(num_clean, num_drafts, self.device), window)
+        layout = two_forward_rows(num_clean, num_drafts, self.device)
+        hidden_BRW = self.hidden(ids_BC, layout, window, num_tokens_B=window.lengths_B + num_clean)
         return self.logits(hidden_BRW[:, num_clean - 1 :])
 
     @_without_gradients
@@ -201,8 +213,21 @@ class HFPolicy:
         """Logits of the chosen proposal's states, float32 (B, K, V)."""
         return self.logits(states_BKW)
 
-    def hidden(self, ids_BC: Tensor, layout: RowLayout, window: KVWindow) -> Tensor:
-        """States (B, R, W) of the clean rows' tokens and of the masks behind them."""
+    def hidden(
+        self,
+        ids_BC: Tensor,
+        layout: RowLayout,
+        window: KVWindow,
+        *,
+        num_tokens_B: Tensor | None = None,
+    ) -> Tensor:
+        """States (B, R, W) of the clean rows' tokens and of the masks behind them.
+
+        `num_tokens_B` are the tokens of each text that are settled, which decide its rotary factors where
+        they depend on its length; None: those behind which the window stands, and one more.
+        """
+        if num_tokens_B is None:
+            num_tokens_B = window.lengths_B + 1
         # Rows past the context are never committed, and must not stretch a scaled rotary embedding.
         positions_BR = layout.positions(window.lengths_B).clamp(max=self.max_length - 1)
         return self.forward_rows(
@@ -211,6 +236,7 @@ class HFPolicy:
             positions_BR=positions_BR,
             attention_mask=partial(layout.attention_mask, window.lengths_B, window.extent),
             window=window,
+            num_tokens_B=num_tokens_B,
         )
 
     def forward_rows(
@@ -221,9 +247,11 @@ class HFPolicy:
         positions_BR: Tensor,
         attention_mask: Callable[..., Tensor],
         window: KVWindow,
+        num_tokens_B: Tensor | None = None,
     ) -> Tensor:
         """States (B, R, W) of C tokens and `num_masks` masks; `attention_mask(sliding_window=...)` is asked
-        for the mask (B, 1, R, S) of each kind of layer the family has."""
+        for the mask (B, 1, R, S) of each kind of layer the family has. The texts have `num_tokens_B` tokens;
+        None: as many as their positions say."""
         num_clean = ids_BC.shape[1]
         adapter = self.adapter if num_masks else None
         mask_id = (
@@ -239,7 +267,11 @@ class HFPolicy:
         if adapter is not None:
             embeddings_BRW = self.model.get_input_embeddings()(ids_BR)
             inputs = {"inputs_embeds": adapter.embed(embeddings_BRW, num_clean)}
-        with adapter.on_rows(num_clean) if adapter is not None else contextlib.nullcontext():
+        with contextlib.ExitStack() as stack:
+            if adapter is not None:
+                stack.enter_context(adapter.on_rows(num_clean))
+            if self._rotary is not None:
+                stack.enter_context(self._rotary.of_texts(num_tokens_B))
             output = self.model.base_model(
                 **inputs,
                 position_ids=positions_BR,

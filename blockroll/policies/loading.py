@@ -18,6 +18,7 @@ from transformers import (
 from transformers.utils import logging as hf_logging
 
 from blockroll.errors import CheckpointError, InvalidInput
+from blockroll.policies.positions import context_of
 
 TINY_POLICY_DIR = Path(__file__).parent / "tiny_policy"
 
@@ -51,8 +52,9 @@ def resolve_checkpoint(path: str | Path) -> Path:
             f"no checkpoint at {str(path)!r}: give a folder with config.json, or 'tiny' for the shipped one"
         )
     with _named(folder, "config.json"):
-        family = str(AutoConfig.from_pretrained(folder).model_type)
-    check_family(family)
+        config = AutoConfig.from_pretrained(folder)
+    check_family(config.model_type)
+    context_of(config)
     return folder
 
 

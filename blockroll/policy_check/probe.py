@@ -161,10 +161,11 @@ def make_probe(
     if num_drafts < 1:
         raise InvalidInput(f"num_drafts must be at least 1, got {num_drafts}")
     width = num_drafts + 1
-    room = policy.max_length - 2 * width - 1
+    context = min((policy.max_length, *policy.length_boundaries))
+    room = context - 2 * width - 1
     if room < 1:
         raise InvalidInput(
-            f"blocks of {num_drafts} drafts do not fit a context of {policy.max_length} positions; "
+            f"blocks of {num_drafts} drafts do not fit a context of {context} positions; "
             "check with a smaller num_drafts"
         )
     generator = torch.Generator().manual_seed(seed)

@@ -220,10 +220,12 @@ class Learner:
         for b, (row, start) in enumerate(zip(rows, starts, strict=True)):
             mask_BS[b, : len(row)] = 1
             is_scored_BS[b, start : len(row)] = True
+        positions_S = torch.arange(ids_BS.shape[1], device=device)
         output = self.model.base_model(
             input_ids=ids_BS,
             attention_mask=mask_BS,
-            position_ids=torch.arange(ids_BS.shape[1], device=device)[None].expand_as(ids_BS),
+            # Padding stays on a text's last position: how long it is may decide its rotary factors.
+            position_ids=positions_S.minimum(mask_BS.sum(dim=1, keepdim=True) - 1),
             use_cache=False,
         )
         hidden_NW = output.last_hidden_state[is_scored_BS]

@@ -428,7 +428,7 @@ def test_plans_outside_the_policys_reach_are_refused_or_named():
     policy.mask_token_id = None
     with pytest.raises(InvalidInput, match="needs a policy that drafts"):
         Engine(policy, plan=Plan(4))
-    with pytest.raises(InvalidInput, match="built for 96 positions"):
+    with pytest.raises(InvalidInput, match="serves 96 positions"):
         Engine(policy, plan=PLAIN, max_length=97)
 
 

@@ -50,6 +50,7 @@ class TablePolicy:
         self.can_draft = True
         self.trained_drafts = num_drafts
         self.trained_layouts = ("two_forward", "fused")
+        self.length_boundaries = ()
         self.device = torch.device("cpu")
         self.kv_shape = KVShape(num_layers=1, num_heads=1, width=1, dtype=torch.float64)
 

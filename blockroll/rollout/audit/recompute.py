@@ -136,7 +136,11 @@ def _causal_logits(policy: HFPolicy, texts: Sequence[Sequence[int]]) -> list[tor
     for row, text in enumerate(texts):
         ids_BT[row, : len(text)] = torch.tensor(text)
     cache = SlotCache(policy, num_slots=len(texts), capacity=longest)
-    logits_BTV = policy.verify_logits(ids_BT.to(policy.device), cache.window(0, len(texts), longest)).cpu()
+    logits_BTV = policy.verify_logits(
+        ids_BT.to(policy.device),
+        cache.window(0, len(texts), longest),
+        num_tokens_B=torch.tensor([len(text) for text in texts], device=policy.device),
+    ).cpu()
     return [logits_TV[: len(text)] for logits_TV, text in zip(logits_BTV, texts, strict=True)]
 
 

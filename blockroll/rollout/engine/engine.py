@@ -61,7 +61,7 @@ class Engine:
             check_plan(each, policy)
         if max_length > policy.max_length:
             raise InvalidInput(
-                f"max_length is {max_length}, but the policy was built for {policy.max_length} positions"
+                f"max_length is {max_length}, but the policy serves {policy.max_length} positions"
             )
         self.policy = policy
         self.plan = plans[0]  # of the latest step
@@ -69,6 +69,7 @@ class Engine:
         self.limits = Limits(
             vocab_size=policy.vocab_size,
             max_length=max_length or policy.max_length,
+            boundaries=policy.length_boundaries,
         )
         self._scheduler = Scheduler(max_batch_size=max_batch_size)
         self._max_batch_size, self._max_cache_rows = max_batch_size, max_cache_rows
@@ -320,7 +321,7 @@ class Engine:
         return StopRule(
             stop_token_ids=frozenset((*ends, *request.sampling.stop_token_ids)),
             stop=request.sampling.stop,
-            max_tokens=min(request.sampling.max_tokens, self.limits.max_length - len(request.prompt_ids)),
+            max_tokens=min(request.sampling.max_tokens, self.limits.room(len(request.prompt_ids))),
             decode=self._decode,
         )
 

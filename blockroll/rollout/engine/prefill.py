@@ -26,7 +26,9 @@ def prefill(
     With `num_drafts`, it returns `Policy.draft_logits` of anchors and as many masks as well, (B, K + 1, V),
     where one forward for all of it has no more rows than two: then the anchors' rows are there, uncommitted.
     """
-    prefixes = {text: cache.longest_prefix(text[:-1]) for text in texts}
+    # Where rotary factors depend on a text's length, so do the rows of its beginning.
+    is_shared = not policy.length_boundaries
+    prefixes = {text: cache.longest_prefix(text[:-1]) if is_shared else (start, 0) for text in texts}
     if num_drafts is not None and not _is_one_forward(prefixes, len(texts), num_drafts):
         num_drafts = None
     num_behind = 0 if num_drafts is None else 1 + num_drafts

@@ -20,6 +20,12 @@ class Limits:
 
     vocab_size: int
     max_length: int  # tokens of prompt and completion
+    boundaries: tuple[int, ...] = ()  # as `Policy.length_boundaries`
+
+    def room(self, num_prompt_tokens: int) -> int:
+        """Completion tokens that a prompt leaves room for: up to the end of the context or a boundary."""
+        ends = [end for end in (*self.boundaries, self.max_length) if end >= num_prompt_tokens]
+        return min(ends) - num_prompt_tokens if ends else 0
 
 
 def derive_seed(*words: object) -> int:
@@ -37,7 +43,12 @@ def check_request(request: Request, limits: Limits) -> None:
         )
     committed = request.prefix.token_ids if request.prefix else ()
     length = len(request.prompt_ids) + len(committed)
-    if length >= limits.max_length:
+    if len(request.prompt_ids) in limits.boundaries and length < limits.max_length:
+        raise InvalidInput(
+            f"{name} has a prompt of {length} tokens, exactly as many as a text of this policy may have "
+            "before the factors of its positions change (longrope); give a prompt one token shorter or longer"
+        )
+    if len(committed) >= limits.room(len(request.prompt_ids)):
         raise InvalidInput(
             f"{name} has {length} tokens, but the context holds {limits.max_length} and at least one must be "
             "free for the completion; shorten the prompt or raise max_length if the policy was built for more"
