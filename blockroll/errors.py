@@ -5,6 +5,7 @@
     │   ├── ConfigError                      an unknown key or a value outside its range in a config
     │   └── AdapterMismatch                  a draft adapter is missing or of another architecture
     ├── RunExists (FileExistsError)          the run folder is already there
+    ├── RunInUse (RuntimeError)              another process works in the run folder
     ├── CheckpointError (RuntimeError)       a checkpoint is missing, incomplete or of another run
     ├── MissingDependency (ImportError)      an optional package is needed for what was asked
     ├── WeightSyncError (RuntimeError)       a weight update was refused; the old version goes on serving
@@ -40,6 +41,10 @@ class AdapterMismatch(InvalidInput):
 
 class RunExists(BlockrollError, FileExistsError):
     """The run folder is already there."""
+
+
+class RunInUse(BlockrollError, RuntimeError):
+    """Another process works in the run folder."""
 
 
 class CheckpointError(BlockrollError, RuntimeError):

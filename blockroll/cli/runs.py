@@ -75,9 +75,19 @@ def train(
     show_config: Annotated[
         bool, typer.Option("--show-config", help="Print every option with its value as YAML, and stop.")
     ] = False,
+    from_checkpoint: Annotated[
+        str | None,
+        typer.Option(
+            "--from",
+            metavar="CHECKPOINT",
+            help="With --resume: an older checkpoint, such as step_000010; what the run did after it goes.",
+        ),
+    ] = None,
     wandb: WandbOption = False,
 ) -> None:
     """Train as a config says: collect, advantages, update, publish."""
+    if from_checkpoint is not None and resume is None:
+        raise InvalidInput("--from says which checkpoint of a run to go on from: name the run by --resume")
     path, overrides = _split_config(config or [])
     if wandb:
         overrides.append("wandb=true")
@@ -98,7 +108,7 @@ def train(
         raise InvalidInput(
             f"--resume goes on with the config in {resume}; leave out {path}, overrides are allowed"
         )
-    run_training(load_run_config(resume, overrides), resume=True)
+    run_training(load_run_config(resume, overrides), resume=True, resume_from=from_checkpoint)
 
 
 def report(run_dir: Annotated[Path, typer.Argument(help="The folder of a run.")]) -> None:
@@ -125,12 +135,15 @@ def _split_config(arguments: Sequence[str]) -> tuple[Path | None, list[str]]:
 
 def _remove_run(run_dir: Path, console: Console) -> None:
     """The demo is run again and again: its last run makes room. Anything that is no run stays."""
+    from blockroll.rl_loops.run_lock import run_lock
+
     if not run_dir.exists():
         return
     if not (run_dir / "config.yaml").is_file():
         raise RunExists(f"{run_dir} is in the way and is not the folder of a run; move it elsewhere")
-    console.print(f"Replacing the earlier {run_dir}", highlight=False, soft_wrap=True)
-    shutil.rmtree(run_dir)
+    with run_lock(run_dir):
+        console.print(f"Replacing the earlier {run_dir}", highlight=False, soft_wrap=True)
+        shutil.rmtree(run_dir)
 
 
 def _finish_with_speed(config: RunConfig, console: Console) -> None:

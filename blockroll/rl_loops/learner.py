@@ -144,13 +144,36 @@ class Learner:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from `state_dict()`; the weights must be those it was taken with."""
+        """Go on from `state_dict()`; the weights must be those it was taken with.
+
+        CheckpointError if a part is missing or the optimizer's state is of other shapes.
+        """
         missing = [key for key in SAVED if key not in state]
         if missing:
             raise CheckpointError(f"the learner's state lacks {', '.join(missing)}; use another checkpoint")
+        self._check_optimizer(state["optimizer"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.num_optimizer_steps = int(state["num_optimizer_steps"])
         self.num_skipped = int(state["num_skipped"])
+
+    def _check_optimizer(self, state: Mapping[str, Any]) -> None:
+        """CheckpointError unless every moment has its parameter's shape, which torch does not compare."""
+        parameters = dict(enumerate(self.model.parameters()))
+        groups = [len(group["params"]) for group in state["param_groups"]]
+        if groups != [len(parameters)]:
+            raise CheckpointError(
+                f"the optimizer's state is of {sum(groups)} tensors, and the policy has {len(parameters)}: "
+                "it belongs to another policy; use another checkpoint"
+            )
+        for index, moments in state["state"].items():
+            for name, moment in moments.items():
+                expected = parameters[index].shape
+                if torch.is_tensor(moment) and moment.dim() and moment.shape != expected:
+                    raise CheckpointError(
+                        f"the optimizer's {name} of tensor {index} has shape {tuple(moment.shape)}, and the "
+                        f"policy's tensor has {tuple(expected)}: it belongs to another policy; use another "
+                        "checkpoint"
+                    )
 
     def _optimizer_step(
         self,
@@ -195,12 +218,12 @@ class Learner:
         for gradient in gradients:
             gradient.div_(max(num_tokens, 1))
         norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm))
+        self.num_optimizer_steps += 1  # before the weights move, so that a step cut off is seen
         if math.isfinite(norm):
             self.optimizer.step()
         else:
             self.num_skipped += 1
             log.warning("NonFiniteGradient: gradient norm %s; the optimizer step is skipped", norm)
-        self.num_optimizer_steps += 1
         return _StepResult(
             loss=loss_sum / num_tokens if num_tokens else math.nan,
             clip_ratio=clipped / num_tokens if num_tokens else math.nan,

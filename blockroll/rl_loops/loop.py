@@ -16,15 +16,16 @@ import yaml
 from rich.console import Console
 
 from blockroll.config import RunConfig, load_config, to_mapping
-from blockroll.errors import BlockrollError, CheckpointError, ConfigError, RunExists
+from blockroll.errors import CheckpointError, ConfigError, RunExists
 from blockroll.policies.hf import HFPolicy
-from blockroll.rl_loops.checkpoint import checkpoints, latest_checkpoint, load_trainer_state
+from blockroll.rl_loops.checkpoint import Checkpoint, checkpoints, discard, load_checkpoint, step_of
 from blockroll.rl_loops.display import StepProgress, summary_table
 from blockroll.rl_loops.grpo import ALGORITHMS
 from blockroll.rl_loops.learner import Learner
 from blockroll.rl_loops.report import write_report
-from blockroll.rl_loops.run import Run, rollout_sampling
-from blockroll.rl_loops.signals import interrupts_held
+from blockroll.rl_loops.run import Run, StepRecord, rollout_sampling
+from blockroll.rl_loops.run_lock import run_lock
+from blockroll.rl_loops.signals import exit_code, interrupts_held, stop_signals
 from blockroll.rl_loops.tasks import Task, load_task
 from blockroll.rl_loops.tracking import JsonLines, Wandb, read_lines, require_wandb, truncate_lines
 from blockroll.rollout.audit.writer import drop_audit
@@ -64,24 +65,30 @@ def train(
     *,
     task: Task | None = None,
     resume: bool = False,
+    resume_from: str | None = None,
     callbacks: Iterable[Callback] = (),
     pool: RolloutPool | None = None,
     console: Console | None = None,
 ) -> RunResult:
     """Run to `config.train.steps` and leave a report; `resume` goes on from the newest checkpoint.
 
+    `resume_from` goes on from the checkpoint of that name, such as `step_000010`, and discards what the run
+    did after it: newer checkpoints, metrics, samples and audit rows; the console says so first.
     Callbacks get the metrics of every step. A `pool` that is given must hold the policy that the run
     starts from; it is closed at the end like one made here. Sets the seeds of torch and random.
-    Ctrl-C closes the pool, keeps a checkpoint, says how to resume and exits with status 130; while weights
-    change it waits for the end of the step, unless it is pressed twice.
+    Ctrl-C, SIGTERM, SIGHUP and every exception close the pool, keep a checkpoint of the last whole step and
+    say how to resume; a signal exits with status 128 and its number. While weights change a signal waits for
+    the end of the step, unless another one follows. RunInUse if another process works in the folder.
     """
     console = console or Console()
     run_dir = config.run_dir
-    try:
-        policy_version = _run_to_the_end(config, task, resume, tuple(callbacks), pool, console)
-    except KeyboardInterrupt:
-        console.print(f"Interrupted. {_what_now(run_dir)}", soft_wrap=True, highlight=False)
-        raise SystemExit(130) from None
+    with stop_signals():
+        try:
+            source = _Source(run_dir=run_dir, resume=resume or resume_from is not None, name=resume_from)
+            policy_version = _run_to_the_end(config, task, source, tuple(callbacks), pool, console)
+        except KeyboardInterrupt as stop:
+            console.print(f"Interrupted. {_what_now(run_dir)}", soft_wrap=True, highlight=False)
+            raise SystemExit(exit_code(stop)) from None
     rows = read_lines(run_dir / METRICS_FILE)
     report = write_report(run_dir)
     if rows:
@@ -89,10 +96,29 @@ def train(
     return RunResult(run_dir=run_dir, report=report, metrics=tuple(rows), policy_version=policy_version)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Source:
+    """Where a run starts from."""
+
+    run_dir: Path
+    resume: bool
+    name: str | None  # of a checkpoint; None: the newest
+
+    def load(self) -> Checkpoint | None:
+        """The checkpoint to go on from; None for a new run, whose folder must not be there."""
+        if self.resume:
+            return load_checkpoint(self.run_dir, self.name)
+        if self.run_dir.exists():
+            raise RunExists(
+                f"{self.run_dir} exists: go on with it by --resume {self.run_dir}, or choose another name"
+            )
+        return None
+
+
 def _run_to_the_end(
     config: RunConfig,
     task: Task | None,
-    resume: bool,
+    source: _Source,
     callbacks: tuple[Callback, ...],
     pool: RolloutPool | None,
     console: Console,
@@ -107,65 +133,135 @@ def _run_to_the_end(
                     f"rollout.audit is {config.rollout.audit!r}, but the pool was given and records what it "
                     "was made to: make it with audit and audit_dir, and leave rollout.audit off"
                 )
-        state = _state_to_start_from(config, resume=resume)
+        if source.resume and run_dir.is_dir():
+            stack.enter_context(run_lock(run_dir))
+        checkpoint = source.load()
+        if checkpoint is not None:
+            _check_fixed(config, checkpoint)
         rollout_sampling(config)  # refuses what it must before anything is loaded
         task = task or load_task(config.task)
         if config.wandb:
             require_wandb()
-        source = config.policy.path if state is None else str(latest_checkpoint(run_dir))
+        path = config.policy.path if checkpoint is None else str(checkpoint.folder)
         policy = HFPolicy.from_pretrained(
-            source, device=config.policy.device, dtype=torch.float32, adapter=config.policy.adapter
+            path, device=config.policy.device, dtype=torch.float32, adapter=config.policy.adapter
         )
         learner = Learner(policy, config.train, ALGORITHMS[config.train.algorithm])
+        if checkpoint is not None:
+            learner.load_state_dict(checkpoint.state["learner"])
+        audit_dir = Path(config.rollout.audit_dir or run_dir.resolve() / "audit")
         if pool is None:
-            audit_dir = config.rollout.audit_dir or str(run_dir.resolve() / "audit")
-            rollout = dataclasses.replace(config.rollout, audit_dir=audit_dir)
-            if state is not None:
-                drop_audit(Path(audit_dir), int(state["step"]))
-            pool = make_pool(dataclasses.replace(config.policy, path=source), rollout)
+            rollout = dataclasses.replace(config.rollout, audit_dir=str(audit_dir))
+            pool = make_pool(dataclasses.replace(config.policy, path=path), rollout)
+            stack.enter_context(stop_signals())  # again: Ray has put a handler of its own in the place
             stack.callback(pool.close)
-
-        # Only now, so that a run that could not start leaves no folder behind.
-        run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / "config.yaml").write_text(yaml.safe_dump(to_mapping(config), sort_keys=False))
-        for name in (METRICS_FILE, SAMPLES_FILE):
-            truncate_lines(run_dir / name, 0 if state is None else int(state["step"]))
-        trackers: list[JsonLines | Wandb] = [JsonLines(run_dir / METRICS_FILE)]
-        if config.wandb:
-            trackers.append(Wandb(name=config.name, run_dir=run_dir, config=to_mapping(config)))
-        samples = JsonLines(run_dir / SAMPLES_FILE)
-        for tracker in (*trackers, samples):
-            stack.callback(tracker.close)
-
         random.seed(config.seed)
         torch.manual_seed(config.seed)
         run = Run(config, task, pool, learner)
+
+        # Only now, so that a run that could not start leaves no folder behind, and loses nothing.
+        if checkpoint is None:
+            _make_folder(run_dir)
+            stack.enter_context(run_lock(run_dir))
+        else:
+            _discard_after(checkpoint, run_dir, audit_dir, console)
+        (run_dir / "config.yaml").write_text(yaml.safe_dump(to_mapping(config), sort_keys=False))
+        records = Records(config, stack)
         try:
-            run.start(state)
-            with StepProgress(console, name=config.name, done=run.step, total=config.train.steps) as progress:
-                while run.step < config.train.steps:
-                    drawn = run.draw()
-                    with interrupts_held():
-                        metrics, texts = run.learn(drawn)
-                        for tracker in trackers:
-                            tracker.log(metrics)
-                        for text in texts:
-                            samples.log(text)
-                        run.settle()
-                    progress.show(metrics)
-                    for callback in callbacks:
-                        callback(metrics)
-        except (KeyboardInterrupt, BlockrollError):
-            run.save_if_settled()
+            with stop_signals():
+                run.start(None if checkpoint is None else checkpoint.state)
+                _steps(run, records, callbacks, console)
+        except BaseException as error:
+            _save_after(error, run, console)
             raise
-        run.save_if_settled()
+        run.save()
         return run.step
+
+
+def _steps(run: Run, records: "Records", callbacks: tuple[Callback, ...], console: Console) -> None:
+    config = run.config
+    with StepProgress(console, name=config.name, done=run.step, total=config.train.steps) as progress:
+        while run.step < config.train.steps or run.has_unfinished_step:
+            drawn = None if run.has_unfinished_step else run.draw()
+            with interrupts_held():
+                if drawn is not None:
+                    run.learn(drawn)
+                record = run.finish()
+                records.log(record)
+                run.settle()
+            progress.show(record.metrics)
+            for callback in callbacks:
+                callback(record.metrics)
+
+
+class Records:
+    """Where the records of steps go: metrics.jsonl, rollouts.jsonl, and Weights & Biases when asked."""
+
+    def __init__(self, config: RunConfig, stack: contextlib.ExitStack) -> None:
+        """Open everything; `stack` closes it."""
+        run_dir = config.run_dir
+        self._trackers: list[JsonLines | Wandb] = [JsonLines(run_dir / METRICS_FILE)]
+        if config.wandb:
+            self._trackers.append(Wandb(name=config.name, run_dir=run_dir, config=to_mapping(config)))
+        self._samples = JsonLines(run_dir / SAMPLES_FILE)
+        for tracker in (*self._trackers, self._samples):
+            stack.callback(tracker.close)
+
+    def log(self, record: StepRecord) -> None:
+        """Write one step."""
+        for sample in record.samples:
+            self._samples.log(sample)
+        for tracker in self._trackers:
+            tracker.log(record.metrics)
+
+
+def _make_folder(run_dir: Path) -> None:
+    try:
+        run_dir.mkdir(parents=True)
+    except FileExistsError:
+        raise RunExists(f"{run_dir} was made by another process just now: choose another name") from None
+
+
+def _discard_after(checkpoint: Checkpoint, run_dir: Path, audit_dir: Path, console: Console) -> None:
+    """What the run did after a checkpoint goes, newest first, so that it may be cut off at any point."""
+    newer = [path for path in checkpoints(run_dir) if step_of(path) > checkpoint.step]
+    is_finished = checkpoint.state["unfinished"] is None
+    last = checkpoint.step if is_finished else checkpoint.step - 1
+    rows = read_lines(run_dir / METRICS_FILE)
+    lost = [str(row["step"]) for row in rows if row["step"] > last]
+    gone = [path.name for path in newer]
+    gone += [f"metrics, samples and audit of steps {lost[0]} to {lost[-1]}"] if lost else []
+    what = f"; discarding {', '.join(gone)}" if gone else ""
+    console.print(f"Going on from step {checkpoint.step}{what}.", soft_wrap=True, highlight=False)
+    for path in reversed(newer):
+        discard(path)
+    for name in (METRICS_FILE, SAMPLES_FILE):
+        truncate_lines(run_dir / name, last)
+    if audit_dir.is_dir():
+        drop_audit(audit_dir, checkpoint.step)
+
+
+def _save_after(error: BaseException, run: Run, console: Console) -> None:
+    """Keep the last whole step of a run that `error` ends, and say how to go on, unless a signal did."""
+    try:
+        run.save()
+    except CheckpointError as failure:
+        console.print(f"No checkpoint of step {run.step}: {failure}", soft_wrap=True, highlight=False)
+    if run.is_torn:
+        console.print(f"Step {run.step + 1} was cut off in its update.", soft_wrap=True, highlight=False)
+    if isinstance(error, Exception):
+        what = f"Stopped by {type(error).__name__}. {_what_now(run.config.run_dir)}"
+        console.print(what, soft_wrap=True, highlight=False)
+    elif error.__cause__ is not None:
+        what = f"The step failed after the signal: {type(error.__cause__).__name__}: {error.__cause__}"
+        console.print(what, soft_wrap=True, highlight=False)
 
 
 def _what_now(run_dir: Path) -> str:
     """How to go on after an interrupt."""
-    if checkpoints(run_dir):
-        return f"To go on from here: blockroll train --resume {run_dir}"
+    found = checkpoints(run_dir)
+    if found:
+        return f"To go on from step {step_of(found[-1])}: blockroll train --resume {run_dir}"
     if run_dir.exists():
         return f"There is no checkpoint to resume from: delete {run_dir} to use its name again."
     return "The run had not started, and left nothing."
@@ -180,21 +276,15 @@ def load_run_config(run_dir: str | Path, overrides: Iterable[str] = ()) -> RunCo
     return dataclasses.replace(config, name=folder.resolve().name, runs_dir=str(folder.resolve().parent))
 
 
-def _state_to_start_from(config: RunConfig, *, resume: bool) -> dict[str, Any] | None:
-    run_dir = config.run_dir
-    if not resume:
-        if run_dir.exists():
-            raise RunExists(f"{run_dir} exists: go on with it by --resume {run_dir}, or choose another name")
-        return None
-    state = load_trainer_state(latest_checkpoint(run_dir))
+def _check_fixed(config: RunConfig, checkpoint: Checkpoint) -> None:
+    """CheckpointError if an option differs that makes it another run."""
     now = to_mapping(config)
     for path in FIXED_ON_RESUME:
-        given, saved = now, state["config"]
+        given, saved = now, checkpoint.state["config"]
         for key in path:
             given, saved = given[key], saved[key]
         if given != saved:
             raise CheckpointError(
-                f"{'.'.join(path)} is {given!r}, but {run_dir} was started with {saved!r}; "
+                f"{'.'.join(path)} is {given!r}, but {config.run_dir} was started with {saved!r}; "
                 "resume with that, or start another run"
             )
-    return state

@@ -52,8 +52,20 @@ def rollout_sampling(config: RunConfig) -> Sampling:
     return sampling
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepRecord:
+    """What a step leaves: its row of metrics, and a few rollouts to read."""
+
+    metrics: dict[str, Any]
+    samples: list[dict[str, Any]]
+
+
 class Run:
-    """The state of a run. Invariant: when settled, learner, replicas and metrics are all at `step`."""
+    """The state of a run, step by step: `draw`, `learn`, `finish`, `settle`.
+
+    Invariant: but for the weights' own movement inside `learn`, the learner is always at the end of `step`,
+    and what of that step is still to do is in `_unfinished`; so a checkpoint can be taken at any time.
+    """
 
     def __init__(self, config: RunConfig, task: Task, pool: RolloutPool, learner: Learner) -> None:
         self.config = config
@@ -61,30 +73,53 @@ class Run:
         self.pool = pool
         self.learner = learner
         self.step = 0
-        self._is_settled = False
+        self._has_started = False
         self._saved_step = -1
+        self._num_optimizer_steps = -1  # of the learner at the end of `step`
+        self._unfinished: dict[str, Any] | None = (
+            None  # the updated, not yet published step: its record so far
+        )
         self._counters = dict.fromkeys(COUNTERS, 0.0)
         self._extra: dict[str, Any] = {}
+        self._rng: dict[str, Any] = {}  # at the end of `step`: what a step cut off drew is drawn again
         self._sampling = rollout_sampling(config)
         self._eval_rows = tuple(task.eval_rows(config.train.eval_prompts)) if config.train.eval_every else ()
         self._plan_name = read_plan(config.rollout.plan, learner.policy).name
 
+    @property
+    def has_unfinished_step(self) -> bool:
+        """Whether `finish` and `settle` come next, not `draw`."""
+        return self._unfinished is not None
+
+    @property
+    def is_torn(self) -> bool:
+        """Whether an update was cut off: the weights are those of no step."""
+        return self._has_started and self.learner.num_optimizer_steps != self._num_optimizer_steps
+
     def start(self, state: Mapping[str, Any] | None) -> None:
-        """Take over a checkpoint's state, bring every replica to the learner's weights, and evaluate once."""
+        """Take over a checkpoint's state, bring every replica to the learner's weights, and evaluate once.
+
+        The learner is that of the checkpoint already.
+        """
         if state is not None:
-            self.learner.load_state_dict(state["learner"])
-            self.step = self._saved_step = int(state["step"])
+            self.step = int(state["step"])
             self._counters = {name: float(state["counters"][name]) for name in COUNTERS}
-            self._publish(self.step)
+            self._extra = dict(state["extra"])
+            self._unfinished = state["unfinished"]
+            if self._unfinished is None:
+                self._saved_step = self.step
+                self._publish(self.step)
             _load_rng_state(state["rng"])
         else:
             self._publish(self.pool.version)
             if self._eval_rows:
                 self._extra = {"eval/initial_reward": self._evaluate()["eval/reward"]}
-        self._is_settled = True
+        self._num_optimizer_steps = self.learner.num_optimizer_steps
+        self._rng = _rng_state()
+        self._has_started = True
 
     def draw(self) -> Drawn:
-        """Rollouts and rewards of the next step; the run stays settled, so this may be interrupted."""
+        """Rollouts and rewards of the next step; nothing of the run changes, so this may be interrupted."""
         start = time.perf_counter()
         count = self.config.train.prompts_per_step
         batch = collect(
@@ -98,60 +133,72 @@ class Run:
         scores = score_rollouts(self.task.reward_fn, batch.rows, batch.rollouts, batch.completions)
         return Drawn(batch=batch, scores=scores, start=start)
 
-    def learn(self, drawn: Drawn) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        """One policy update. Returns the step's metrics and a few rollouts to read; `settle` follows."""
-        config, step = self.config.train, self.step + 1
+    def learn(self, drawn: Drawn) -> None:
+        """One policy update. `finish` follows; whoever resumes before that finishes the step then."""
         batch, scores = drawn.batch, drawn.scores
         advantages = self.learner.algorithm.advantages(scores.rewards_B, batch.group_ids)
-
-        self._is_settled = False
         update_start = time.perf_counter()
         learner_metrics = self.learner.update(batch.rollouts, advantages)
-        update_s = time.perf_counter() - update_start
-        sync_metrics = self._publish(step)
-        step_time = time.perf_counter() - drawn.start
-
-        self.step = step
+        now, step = time.perf_counter(), self.step + 1
+        self._unfinished = {
+            "metrics": {
+                "step": step,
+                "reward": advantages.reward_mean,
+                "reward_std": advantages.reward_std,
+                "frac_reward_zero_std": advantages.frac_zero_std,
+                "policy_version": step - 1,
+                "plan": self._plan_name,
+                **rollout_metrics(batch),
+                **learner_metrics,
+                "perf/update_s": now - update_start,
+            },
+            "samples": _samples(batch, scores.rewards_B.tolist(), step),
+            "elapsed_s": now - drawn.start,
+        }
         self._counters["rollout/failed_total"] += scores.num_rollouts_failed
         self._counters["reward/failed_total"] += scores.num_rewards_failed
-        metrics: dict[str, Any] = {
-            "step": step,
-            "reward": advantages.reward_mean,
-            "reward_std": advantages.reward_std,
-            "frac_reward_zero_std": advantages.frac_zero_std,
-            "policy_version": step - 1,
-            "plan": self._plan_name,
-            **rollout_metrics(batch),
-            **learner_metrics,
+        self._rng = _rng_state()
+        self.step = step
+        self._num_optimizer_steps = self.learner.num_optimizer_steps
+
+    def finish(self) -> StepRecord:
+        """Publish the update, and evaluate when it is time; `settle` follows once the record is written."""
+        assert self._unfinished is not None, "no step is unfinished"
+        config, so_far = self.config.train, self._unfinished
+        start = time.perf_counter()
+        sync_metrics = self._publish(self.step)
+        metrics = {
+            **so_far["metrics"],
             **sync_metrics,
             **self._totals(),
-            "perf/update_s": update_s,
-            "step_time": step_time,
+            "step_time": so_far["elapsed_s"] + time.perf_counter() - start,
             **self._extra,
         }
-        self._extra = {}
-        if self._eval_rows and (step % config.eval_every == 0 or step == config.steps):
+        if self._eval_rows and (self.step % config.eval_every == 0 or self.step == config.steps):
             metrics.update(self._evaluate())
-        return metrics, _samples(batch, scores.rewards_B.tolist(), step)
+        return StepRecord(metrics=metrics, samples=so_far["samples"])
 
     def settle(self) -> None:
-        """The step's metrics are written: from here the run can be resumed. Saves when it is time."""
-        self._is_settled = True
+        """The step's record is written. Saves when it is time."""
+        self._unfinished, self._extra = None, {}
+        self._rng = _rng_state()
         every = self.config.train.checkpoint_every
         if every and self.step % every == 0:
-            self.save_if_settled()
+            self.save()
 
-    def save_if_settled(self) -> None:
-        """Write a checkpoint of this step, unless it is there or the step is half done."""
-        if not self._is_settled or self._saved_step == self.step:
+    def save(self) -> None:
+        """Write a checkpoint of `step`, unless it is there, or the weights are those of no step."""
+        if not self._has_started or self.is_torn or self._saved_step == self.step:
             return
         state = {
             "step": self.step,
             "policy_version": self.step,
             "config": to_mapping(self.config),
             "learner": self.learner.state_dict(),
-            "rng": _rng_state(),
+            "rng": self._rng,
             "counters": self._totals(),
+            "extra": self._extra,
+            "unfinished": self._unfinished,
         }
         keep = self.config.train.keep_checkpoints
         save_checkpoint(self.config.run_dir, self.learner.policy, state, keep=keep)

@@ -27,29 +27,45 @@ def exit_code(stop: KeyboardInterrupt) -> int:
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[None]:
-    """Within, each of these signals raises Stopped in the main thread; other threads get none."""
+    """Within, each of these signals raises Stopped in the main thread; other threads get none.
 
-    def stop(number: int, frame: object) -> None:
-        raise Stopped(number)
-
-    with _handler(stop):
+    A block that fails after a signal, as when a scheduler sends it to replicas too, ends by the signal, with
+    the failure as its cause.
+    """
+    with _stopped_by(raises_at=1):
         yield
 
 
 @contextlib.contextmanager
 def interrupts_held() -> Iterator[None]:
-    """These signals wait for the end of this block, so that no step is torn apart; a second one does not."""
+    """The same, but the first signal waits for the end of the block, so that no step is torn apart."""
+    with _stopped_by(raises_at=2) as caught:
+        yield
+    if caught:
+        raise Stopped(caught[0])
+
+
+@contextlib.contextmanager
+def _stopped_by(*, raises_at: int) -> Iterator[list[int]]:
+    """The numbers of the signals that came; from the one counted `raises_at` on they raise Stopped."""
     caught: list[int] = []
 
     def note(number: int, frame: object) -> None:
         caught.append(number)
-        if len(caught) > 1:
+        if len(caught) >= raises_at:
             raise Stopped(number)
 
-    with _handler(note):
-        yield
-    if caught:
-        raise Stopped(caught[0])
+    try:
+        with _handler(note):
+            yield caught
+    except KeyboardInterrupt:
+        if caught:  # Ray raises a plain one in its place
+            raise Stopped(caught[0]) from None
+        raise
+    except Exception as error:
+        if caught:
+            raise Stopped(caught[0]) from error
+        raise
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Ctrl-C on a real run: the command in a process of its own, two Ray replicas, a real signal."""
+"""Signals to a real run: the command in a process of its own, two Ray replicas that get the signal too."""
 
 import os
 import signal
@@ -41,15 +41,30 @@ def run(tmp_path):
     process.communicate()
 
 
-def test_ctrl_c_ends_a_run_within_ten_seconds_leaves_no_process_and_says_how_to_resume(run):
-    family = psutil.Process(run.pid).children(recursive=True)
-    assert sum("ReplicaActor" in " ".join(process.cmdline()) for process in family) == 2
+def family_of(process):
+    """Its descendants, two of which are replicas."""
+    family = psutil.Process(process.pid).children(recursive=True)
+    assert sum("ReplicaActor" in " ".join(each.cmdline()) for each in family) == 2
+    return family
 
-    os.killpg(run.pid, signal.SIGINT)
-    output, _ = run.communicate(timeout=10)
 
-    assert run.returncode == 130, output
+def assert_ended(process, folder, family, *, number, timeout):
+    output, _ = process.communicate(timeout=timeout)
+    assert process.returncode == 128 + number, output
     assert "blockroll train --resume runs/long" in output
     assert "Traceback" not in output
+    assert list((folder / "runs/long/checkpoints").glob("step_*"))
     _, alive = psutil.wait_procs(family, timeout=5)
     assert alive == []
+
+
+def test_ctrl_c_ends_a_run_within_ten_seconds_leaves_no_process_and_says_how_to_resume(run, tmp_path):
+    family = family_of(run)
+    os.killpg(run.pid, signal.SIGINT)
+    assert_ended(run, tmp_path, family, number=signal.SIGINT, timeout=10)
+
+
+def test_a_scheduler_that_terminates_replicas_as_well_ends_a_run_in_the_same_way(run, tmp_path):
+    family = family_of(run)
+    os.killpg(run.pid, signal.SIGTERM)
+    assert_ended(run, tmp_path, family, number=signal.SIGTERM, timeout=60)

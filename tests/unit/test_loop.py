@@ -1,4 +1,4 @@
-"""Whole runs on a tiny random policy: what they leave, how they resume, and what stops them."""
+"""Whole runs on a tiny random policy: what they leave, and what stops them."""
 
 import dataclasses
 import io
@@ -6,27 +6,21 @@ import json
 import signal
 
 import pytest
-import torch
 from rich.console import Console
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from blockroll.config import PolicyConfig, RolloutConfig, RunConfig, TrainConfig
+from blockroll.config import PolicyConfig
 from blockroll.errors import CheckpointError, RunExists, WeightSyncError
-from blockroll.policies.hf import HFPolicy
-from blockroll.policies.loading import load_tokenizer
-from blockroll.rl_loops.checkpoint import STATE_FILE, checkpoints, latest_checkpoint, load_trainer_state
+from blockroll.policies.hf import HFPolicy, load_tokenizer
+from blockroll.rl_loops.checkpoint import checkpoints, latest_checkpoint
 from blockroll.rl_loops.learner import Learner
 from blockroll.rl_loops.loop import load_run_config, train
 from blockroll.rl_loops.signals import interrupts_held
-from blockroll.rl_loops.tasks import from_rows
 from blockroll.rl_loops.tracking import read_lines
 from blockroll.rollout.engine.requests import derive_seed
 from blockroll.rollout.pool.pool import RolloutPool, make_pool
 from blockroll.rollout.pool.replica import LocalReplica
+from tests.runs import TASK, config_for, run, save_policy, stop_after
 
-ROWS = [{"prompt": f"{i}+{i}=?"} for i in range(7)]
-# Everything of a step but what the clock decides.
-TIMES = {"rollout/duration_s", "rollout/generated_tok_s", "perf/update_s", "perf/weight_sync_s", "step_time"}
 REQUIRED = [
     "step",
     "reward",
@@ -56,75 +50,6 @@ REQUIRED = [
     "rollout_corr/applied/rollout_is_mean",
     "sampling/sampling_logp_difference/max",
 ]
-
-
-def even_share(*, completion_ids, **_):
-    """Rewards tokens of even id: easy to learn from random weights."""
-    return [sum(token % 2 == 0 for token in ids) / len(ids) for ids in completion_ids]
-
-
-TASK = from_rows(name="even", train=ROWS, held_out=ROWS[:3], reward_fn=even_share)
-
-
-@pytest.fixture(scope="module")
-def policy_path(tmp_path_factory):
-    return save_policy(tmp_path_factory.mktemp("policy"), seed=0)
-
-
-def save_policy(folder, seed):
-    torch.manual_seed(seed)
-    tokenizer = load_tokenizer("tiny")
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-        max_position_embeddings=64,
-        tie_word_embeddings=True,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-        blockroll={"mask_token_id": 3, "block_sizes": [3], "layouts": ["two_forward"], "conversion": "full"},
-    )
-    HFPolicy(LlamaForCausalLM(config), tokenizer).save_pretrained(folder)
-    return folder
-
-
-def config_for(tmp_path, policy_path, *, name="run", plan="two_forward", **options):
-    options = {
-        "steps": 4, "prompts_per_step": 3, "group_size": 4, "learning_rate": 1e-2, "learner_threads": 1,
-        "eval_every": 2, "eval_prompts": 3, "checkpoint_every": 2, **options,
-    }  # fmt: skip
-    return RunConfig(
-        name=name,
-        runs_dir=str(tmp_path),
-        policy=PolicyConfig(path=str(policy_path), device="cpu"),
-        rollout=RolloutConfig(backend="local", num_replicas=2, plan=plan, max_tokens=10, max_batch_size=8),
-        train=TrainConfig(**options),
-    )
-
-
-def run(config, **arguments):
-    return train(config, task=arguments.pop("task", TASK), console=Console(file=io.StringIO()), **arguments)
-
-
-def untimed(rows):
-    return [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
-
-
-def weights_of(run_dir):
-    return HFPolicy.from_pretrained(latest_checkpoint(run_dir), device="cpu").model.state_dict()
-
-
-def stop_after(step, error):
-    def callback(metrics):
-        if metrics["step"] == step:
-            raise error
-
-    return callback
 
 
 def test_a_run_leaves_config_metrics_samples_checkpoints_and_report(tmp_path, policy_path):
@@ -168,25 +93,6 @@ def test_reward_rises_on_a_task_that_random_weights_can_learn(tmp_path, policy_p
     options = {"prompts_per_step": 4, "group_size": 16, "learning_rate": 2e-2, "lr_scheduler": "constant"}
     rows = run(config_for(tmp_path, policy_path, plan=plan, steps=16, eval_every=0, **options)).metrics
     assert sum(row["reward"] for row in rows[-3:]) / 3 > rows[0]["reward"] + 0.25
-
-
-@pytest.mark.parametrize(("error", "resumes_after"), [(KeyboardInterrupt(), 3), (RuntimeError("crash"), 2)])
-def test_resumed_equals_uninterrupted_token_for_token(tmp_path, policy_path, error, resumes_after):
-    whole = config_for(tmp_path, policy_path, name="whole", steps=5)
-    broken = config_for(tmp_path, policy_path, name="broken", steps=5)
-    run(whole)
-    with pytest.raises((SystemExit, RuntimeError)):
-        run(broken, callbacks=[stop_after(3, error)])
-    assert latest_checkpoint(broken.run_dir).name == f"step_{resumes_after:06d}"
-    run(broken, resume=True)
-    for name in ("metrics.jsonl", "rollouts.jsonl"):
-        assert untimed(read_lines(broken.run_dir / name)) == untimed(read_lines(whole.run_dir / name))
-    expected = weights_of(whole.run_dir)
-    for name, tensor in weights_of(broken.run_dir).items():
-        assert torch.equal(tensor, expected[name]), name
-    states = [load_trainer_state(latest_checkpoint(each.run_dir)) for each in (whole, broken)]
-    assert torch.equal(states[0]["rng"]["torch"], states[1]["rng"]["torch"])
-    assert states[0]["learner"]["num_optimizer_steps"] == states[1]["learner"]["num_optimizer_steps"] == 5
 
 
 def test_an_interrupt_says_how_to_go_on_and_closes_the_pool(tmp_path, policy_path):
@@ -277,27 +183,6 @@ def test_resuming_what_never_ran_or_another_run_is_refused(tmp_path, policy_path
         run(dataclasses.replace(config, seed=7), resume=True)
     with pytest.raises(CheckpointError, match=r"train\.group_size is 8"):
         run(dataclasses.replace(config, train=dataclasses.replace(config.train, group_size=8)), resume=True)
-
-
-@pytest.mark.parametrize("lost", [STATE_FILE, "config.json", "model.safetensors"])
-def test_a_checkpoint_that_lacks_a_file_names_it(tmp_path, policy_path, lost):
-    config = config_for(tmp_path, policy_path, steps=1)
-    run(config)
-    (latest_checkpoint(config.run_dir) / lost).unlink()
-    with pytest.raises(CheckpointError, match="safetensors" if "model" in lost else lost):
-        run(config, resume=True)
-
-
-@pytest.mark.parametrize("component", ["rng", "learner", "counters"])
-def test_a_checkpoint_that_lacks_a_component_names_it(tmp_path, policy_path, component):
-    config = config_for(tmp_path, policy_path, steps=1)
-    run(config)
-    path = latest_checkpoint(config.run_dir) / STATE_FILE
-    state = torch.load(path, weights_only=True)
-    del state[component]
-    torch.save(state, path)
-    with pytest.raises(CheckpointError, match=f"lacks {component}"):
-        run(config, resume=True)
 
 
 def test_a_reward_that_raises_is_counted_and_the_run_goes_on(tmp_path, policy_path):
