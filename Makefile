@@ -2,9 +2,10 @@
 # nothing is installed and no network is needed.
 
 PYTHON ?= python3
-PART ?= 1
+SUBJECT ?= law
 # Processes that run the tests, each with one torch thread.
 WORKERS ?= 2
+PARALLEL := -n $(WORKERS) --dist loadfile
 EXTRAS := dev,ray,trl,wandb,env,constraints
 # Steps of the demo that `wheel-test` runs from the installed wheel.
 WHEEL_DEMO_ARGS ?= --steps 2
@@ -12,14 +13,16 @@ WHEEL_DEMO_ARGS ?= --steps 2
 INSTALLED := .venv/.installed
 INSTALLED_LOWEST := .venv-lowest/.installed
 
-.PHONY: help demo test check evidence test-lowest wheel-test clean
+.PHONY: help demo test machines check evidence test-lowest wheel-test clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo           train the tiny policy with GRPO on drafted rollouts; ends with a report"
-	@echo "make test           every test that needs no GPU"
+	@echo "make test           every test that needs no GPU, and the core tests as another machine runs them"
+	@echo "make machines       the core tests as every other machine runs them: instruction sets, threads, rounding"
 	@echo "make check          ruff, formatter, mypy, architecture tests"
-	@echo "make evidence PART=1  the long experiments of a part, resumable; writes their rows"
+	@echo "make evidence SUBJECT=law  the long experiments of a subject (law, speed, drafts, learning, constraints,"
+	@echo "                    audit, trl), resumable; writes their rows"
 	@echo "make test-lowest    the tests on the lowest versions pyproject.toml promises"
 	@echo "make wheel-test     build the wheel and run the demo from it in an empty environment"
 	@echo "make clean          remove caches and build products; environments and runs stay"
@@ -28,7 +31,11 @@ demo: $(INSTALLED)
 	.venv/bin/blockroll demo
 
 test: $(INSTALLED)
-	.venv/bin/python -m pytest -n $(WORKERS) --dist loadfile
+	.venv/bin/python -m pytest $(PARALLEL) --durations=10
+	.venv/bin/python -m tests.machines next -- $(PARALLEL)
+
+machines: $(INSTALLED)
+	.venv/bin/python -m tests.machines all -- $(PARALLEL)
 
 check: $(INSTALLED)
 	.venv/bin/ruff check .
@@ -37,11 +44,11 @@ check: $(INSTALLED)
 	.venv/bin/python -m pytest tests/architecture
 
 evidence: $(INSTALLED)
-	.venv/bin/python -m benchmarks.evidence_part$(PART)
+	.venv/bin/python -m benchmarks.evidence $(SUBJECT)
 
 # Old Ray leaves files and its own processes to the garbage collector; `make test` forgives no such warning.
 test-lowest: $(INSTALLED_LOWEST)
-	.venv-lowest/bin/python -m pytest -n $(WORKERS) --dist loadfile -W ignore::ResourceWarning
+	.venv-lowest/bin/python -m pytest $(PARALLEL) -W ignore::ResourceWarning
 
 wheel-test: $(INSTALLED)
 	rm -rf build dist

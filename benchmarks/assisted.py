@@ -1,12 +1,13 @@
 """The verdict on transformers' assisted generation, written from its committed rows into the page on the kit.
 
-    python examples/check_assisted_generation.py --tokens 8192 --out benchmarks/results/part3_assisted.jsonl
+    python examples/check_assisted_generation.py --tokens 8192 --out benchmarks/results/law_assisted.jsonl
     python -m benchmarks.assisted        rewrite the table of docs/correctness-kit.md
 
 A test holds the page against the rows.
 """
 
-from benchmarks.readme import BEGIN, END, ROOT, Row, read
+from benchmarks.readme import BEGIN, END
+from benchmarks.rows import ROOT, Row, read
 
 PAGE = ROOT / "docs" / "correctness-kit.md"
 
@@ -15,7 +16,7 @@ def with_table(page: str) -> str:
     """The page with its table as the rows have it."""
     before, _, rest = page.partition(BEGIN)
     _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}\n\n{table(read('part3_assisted'))}\n\n{END}{after}"
+    return f"{before}{BEGIN}\n\n{table(read('law_assisted'))}\n\n{END}{after}"
 
 
 def table(rows: list[Row]) -> str:

@@ -1,11 +1,13 @@
-"""What the GRPO runs of parts 1 and 2 gave, for the README and docs/measured.md."""
+"""What the GRPO runs gave, for the README and docs/measured.md."""
 
+import itertools
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from benchmarks.ranges import overlap
 from benchmarks.rows import read
 
 WINDOW = 5  # steps whose rewards are averaged at either end of a run
@@ -14,7 +16,7 @@ WINDOW = 5  # steps whose rewards are averaged at either end of a run
 def rewards_by_run() -> dict[str, dict[int, list[float]]]:
     """Reward of every step, by plan and seed."""
     rewards: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for row in read("part1_learning"):
+    for row in read("learning_plans"):
         rewards[row["plan_config"]][row["seed"]].append(row["reward"])
     return rewards
 
@@ -40,7 +42,7 @@ def band_overlap() -> float:
 
 def learning_table() -> str:
     """Where GRPO starts and ends, per plan."""
-    rows = read("part1_learning")
+    rows = read("learning_plans")
     lines = [
         f"| rollouts | reward, first {WINDOW} steps | reward, last {WINDOW} steps | least rise of a seed |",
         "| --- | ---: | ---: | ---: |",
@@ -56,13 +58,13 @@ def learning_table() -> str:
         f"means of {seeds} seeds. The rate falls to 0 in each of {len(stages)} stages. "
         f"The bands of the two plans overlap in {band_overlap():.0%} of the steps."
     )
-    picture = "![Reward of GRPO on plain and on drafted rollouts](images/part1_learning.png)"
+    picture = "![Reward of GRPO on plain and on drafted rollouts](images/learning_plans.png)"
     return "\n".join((picture, "", *lines, "", caption))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LawSummary:
-    """The runs of one law of part 2, seed by seed."""
+    """The runs of one law, seed by seed."""
 
     rewards: list[list[float]]  # by step
     acceptance: list[list[float]]  # by step; none for plain
@@ -78,7 +80,7 @@ class LawSummary:
 
 def laws_summary() -> dict[str, LawSummary]:
     """By variant, in the order of the runs."""
-    rows = read("part2_learning")
+    rows = read("learning_laws")
     found = {}
     for variant in dict.fromkeys(row["variant"] for row in rows):
         own = [row for row in rows if row["variant"] == variant]
@@ -115,14 +117,14 @@ def laws_table() -> str:
             f"| {accepted[0]} | {accepted[1]} | {law.effective:.4f} | {law.held_out} |"
         )
     plain = laws["plain"]
-    problems = next(row["held_out_problems"] for row in read("part2_learning") if "held_out_problems" in row)
+    problems = next(row["held_out_problems"] for row in read("learning_laws") if "held_out_problems" in row)
     caption = (
         f"GRPO on arithmetic, {len(plain.rewards[0])} steps, {len(plain.rewards)} seeds, temperature 1.5. "
         "The rewards of the first columns are those of the rollouts, under the law they were drawn from: "
         "mixed rollouts score differently from the policy they train. The last column is the policy: plain "
         f"decoding of {problems:,} held-out problems at temperature 1, mean (and range) of the seeds."
     )
-    picture = "![Reward and acceptance of GRPO under both laws](images/part2_learning.png)"
+    picture = "![Reward and acceptance of GRPO under both laws](images/learning_laws.png)"
     return "\n".join((picture, "", *lines, "", caption))
 
 
@@ -135,6 +137,11 @@ def laws_finding() -> str:
         f"{laws['lossless'].held_out} on lossless drafts; on drafts mixed in by half "
         f"{laws['mixed, corrected'].held_out} with importance weights and "
         f"{laws['mixed, uncorrected'].held_out} without."
+        + "".join(
+            f" The ranges of {a} and {b} overlap: no difference was shown."
+            for (a, left), (b, right) in itertools.combinations(laws.items(), 2)
+            if overlap(left.held_out_rewards, right.held_out_rewards)
+        )
     )
 
 

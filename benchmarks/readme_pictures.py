@@ -18,15 +18,15 @@ COLOURS |= {"left alone": "#6b7280", "aligned": "#0f766e"}
 def draw_all() -> None:
     """Those whose rows are there."""
     draw_learning()
-    if has_rows("part2_learning"):
+    if has_rows("learning_laws"):
         draw_laws()
-    if has_rows("part4_alignment"):
+    if has_rows("trl_alignment"):
         draw_alignment()
 
 
 def draw_learning() -> None:
     """Reward over steps: the mean of the seeds and the band they span, per plan."""
-    with _picture("part1_learning", width=8) as (axes,):
+    with _picture("learning_plans", width=8) as (axes,):
         for plan, seeds in sorted(rewards_by_run().items()):
             _band(axes, plan, [values for _, values in sorted(seeds.items())], label=plan.replace("_", "-"))
         axes.set(xlabel="step", ylabel="reward", title=f"GRPO, mean and band of {len(seeds)} seeds")
@@ -35,7 +35,7 @@ def draw_learning() -> None:
 
 def draw_laws() -> None:
     """Reward and acceptance over steps, per law: how far they move together."""
-    with _picture("part2_learning", width=10, panels=2) as (left, right):
+    with _picture("learning_laws", width=10, panels=2) as (left, right):
         for variant, law in laws_summary().items():
             _band(left, variant, law.rewards)
             if all(law.acceptance):
@@ -50,8 +50,8 @@ def draw_laws() -> None:
 
 def draw_alignment() -> None:
     """Acceptance and reward over updates, with drafts that follow the policy and drafts left alone."""
-    rows = read("part4_alignment")
-    with _picture("part4_alignment", width=10, panels=2) as (left, right):
+    rows = read("trl_alignment")
+    with _picture("trl_alignment", width=10, panels=2) as (left, right):
         for is_aligned, kind in ((False, "left alone"), (True, "aligned")):
             runs = [row for row in rows if row["is_aligned"] == is_aligned]
             _band(left, kind, [row["rollout/acceptance_rate"] for row in runs])

@@ -1,11 +1,12 @@
-"""What part 4 measured, for the README and docs/measured.md: written from the rows it is given."""
+"""What was measured through TRL, for the README and docs/measured.md: written from the rows it is given."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
-Row = dict[str, Any]
+from benchmarks.ranges import listed, median_and_range, overlap, ratio
+from benchmarks.rows import Row
+
 ENDS = 10  # steps averaged at either end of a run
 
 
@@ -46,19 +47,20 @@ def stock_table(rows: Sequence[Row], precision: str) -> str:
 
 
 def stock_finding(rows: Sequence[Row], bf16_rows: Sequence[Row]) -> str:
-    """A line for the README."""
+    """A line for the README: what generating takes, and beside it what a whole step does."""
     batches = sorted({row["batch"] for row in rows})
 
-    def ratios(of: Sequence[Row]) -> str:
-        by_batch = [[row["generate_ratio"] for row in of if row["batch"] == batch] for batch in batches]
-        *others, last = (f"{np.median(values):.2f}x" for values in by_batch)
-        return f"{', '.join(others)} and {last}"
+    def times(of: Sequence[Row]) -> str:
+        generating, stepping = (
+            listed([ratio([row[name] for row in of if row["batch"] == batch]) for batch in batches])
+            for name in ("generate_ratio", "step_ratio")
+        )
+        return f"generating takes {generating} of the stock trainer's time, a whole step {stepping}"
 
-    *others, last = map(str, batches)
     return (
-        f"- **In a TRL script.** Generating takes {ratios(bf16_rows)} of the stock trainer's time at batch "
-        f"{', '.join(others)} and {last} in TRL's default precision, {ratios(rows)} in float32 (tiny "
-        f"policy after {rows[0]['conversion']['minutes']:.0f} minutes of `convert`, CPU)."
+        f"- **In a TRL script.** At batch {listed([str(batch) for batch in batches])} {times(bf16_rows)} in "
+        f"TRL's default precision; in float32 {times(rows)} (tiny policy after "
+        f"{rows[0]['conversion']['minutes']:.0f} minutes of `convert`, CPU)."
     )
 
 
@@ -88,7 +90,7 @@ def alignment_table(rows: Sequence[Row]) -> str:
         f"causal part with an adapter: median (and range) of {len(rows) // 2} seeds, means of {ENDS} steps "
         "at either end. KL is TRL's estimate from the first policy, per token."
     )
-    picture = "![Acceptance and reward, with drafts aligned and left alone](images/part4_alignment.png)"
+    picture = "![Acceptance and reward, with drafts aligned and left alone](images/trl_alignment.png)"
     return "\n".join((picture, "", *lines, "", caption))
 
 
@@ -103,10 +105,12 @@ def alignment_finding(rows: Sequence[Row]) -> str:
         ]
         for is_aligned in (False, True)
     }
+    title, verdict = "Drafts can follow the policy.", ""
+    if overlap(kept[True], kept[False]):
+        title, verdict = "Alignment made no difference here.", ": ranges that overlap"
     return (
-        f"- **Drafts can follow the policy.** Over {rows[0]['steps']} updates acceptance goes to "
-        f"{median_and_range(kept[True])} of its start with alignment, {median_and_range(kept[False])} "
-        "without."
+        f"- **{title}** Over {rows[0]['steps']} updates acceptance goes to {median_and_range(kept[True])} of "
+        f"its start with alignment, {median_and_range(kept[False])} without{verdict}."
     )
 
 
@@ -145,11 +149,3 @@ def over(values: Sequence[float], base: Sequence[float]) -> float:
     """Ratio of medians; a first step alone is all there is of a run of one."""
     tails = [each[1:] or each for each in (values, base)]
     return float(np.median(tails[0]) / np.median(tails[1]))
-
-
-def median_and_range(values: Sequence[float], *, digits: int = 2) -> str:
-    """Median, and range where there is more than one."""
-    median = f"{np.median(values):.{digits}f}"
-    if len(values) < 2:
-        return median
-    return f"{median} ({min(values):.{digits}f} to {max(values):.{digits}f})"

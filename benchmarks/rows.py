@@ -1,8 +1,14 @@
-"""Committed rows of the experiments."""
+"""Committed rows of the experiments: `results/SUBJECT_EXPERIMENT.jsonl`, an object a line."""
 
 import json
+import os
+import platform
+import subprocess
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+import torch
 
 Row = dict[str, Any]
 
@@ -18,3 +24,47 @@ def read(name: str) -> list[Row]:
 def has_rows(name: str) -> bool:
     """Whether an experiment's rows are committed."""
     return (RESULTS / f"{name}.jsonl").is_file()
+
+
+def write(name: str, rows: Iterable[Row]) -> None:
+    """Rows with their provenance, the whole file or nothing."""
+    RESULTS.mkdir(exist_ok=True)
+    partial = RESULTS / f"{name}.partial"
+    partial.write_text("".join(json.dumps({**row, **provenance()}) + "\n" for row in rows))
+    partial.rename(RESULTS / f"{name}.jsonl")
+
+
+def provenance() -> Row:
+    """Where and from what a row was measured; changes of the rows themselves do not count as changes.
+
+    `commit` is the whole tree's, `package_commit` the last one that touched `blockroll/`.
+    """
+    commit = git("rev-parse", "--short=12", "HEAD")
+    changes = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results")
+    package, package_changes = last_commit("blockroll"), git("status", "--porcelain", "--", "blockroll")
+    return {
+        "commit": f"{commit}+changes" if changes else commit or None,
+        "package_commit": f"{package}+changes" if package_changes else package or None,
+        "machine": machine(),
+        "torch": torch.__version__,
+    }
+
+
+def machine() -> str:
+    """The processor by its name, and how many cores this process may use."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores"
+
+
+def last_commit(path: str, commit: str = "HEAD") -> str:
+    """The last commit up to `commit` that changed a path; empty outside a repository."""
+    return git("log", "-1", "--format=%h", "--abbrev=12", commit, "--", path)
+
+
+def git(*arguments: str) -> str:
+    """What git says in this source tree; empty if it fails or is none."""
+    return subprocess.run(
+        ["git", *arguments], capture_output=True, text=True, check=False, cwd=ROOT
+    ).stdout.strip()

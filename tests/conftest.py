@@ -8,7 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-torch.set_num_threads(1)
+from tests import machines, rounding
+
+torch.set_num_threads(int(os.environ.get(machines.THREADS, "1")))
+if machines.ROUNDING in os.environ:
+    rounding.disturb()
 # Ray's workers are nice by default, and starve where another process runs tests on every core.
 os.environ.setdefault("RAY_worker_niceness", "0")
 # A shell starts what runs in its background with SIGINT ignored, and children inherit that.

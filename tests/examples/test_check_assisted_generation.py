@@ -1,4 +1,4 @@
-"""The example of the correctness kit runs in a short form, and its page is held against its rows."""
+"""The example of the correctness kit runs in a short form, and so does what its page shows."""
 
 import json
 import re
@@ -10,9 +10,8 @@ import pytest
 import transformers
 from packaging.version import Version
 
-from benchmarks import assisted
-
 EXAMPLE = Path(__file__).parents[2] / "examples" / "check_assisted_generation.py"
+PAGE = Path(__file__).parents[2] / "docs" / "correctness-kit.md"
 VERSION = Version(transformers.__version__)
 
 
@@ -63,22 +62,7 @@ def test_of_the_returned_draft_laws_only_that_of_gemmas_assistant_is_not_the_law
     assert printed.splitlines()[-1].endswith("'Gemma 4 assistant, top_k 4: returned draft law']")
 
 
-def test_the_page_on_the_kit_has_the_figures_of_the_committed_rows():
-    page = assisted.PAGE.read_text()
-    assert assisted.with_table(page) == page
-
-
 def test_the_first_python_block_of_the_page_runs(capsys):
-    block = re.search(r"```python\n(.*?)```", assisted.PAGE.read_text(), re.DOTALL)[1]
-    exec(compile(block, assisted.PAGE.name, "exec"), {})
+    block = re.search(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)[1]
+    exec(compile(block, PAGE.name, "exec"), {})
     assert capsys.readouterr().out.startswith("pass  exact law on tables, 2 drafts: the law of 3 tokens")
-
-
-def test_the_committed_verdict_is_the_one_the_page_tells():
-    rows = assisted.read("part3_assisted")
-    broken = {
-        row["check"].partition(":")[0] for row in rows if not row["passed"] and row["claim"] == "target"
-    }
-    assert broken == {"Gemma 4 assistant", "Gemma 4 assistant, top_k 4"}
-    assert {row["transformers"] for row in rows} == {"5.24.0"}
-    assert all(row["detectable"] < 0.05 for row in rows if row["check"].endswith(": tokens"))
