@@ -51,7 +51,7 @@ def run(policy, requests: Iterable[Request], plan: Plan | PlansInTurn, **options
         for rollout in engine.step().finished:
             assert rollout.request.request_id not in finished
             finished[rollout.request.request_id] = rollout
-        engine._scheduler.check_integrity()
+        engine.check_integrity()
     return finished
 
 

@@ -212,9 +212,10 @@ def _cache_equals_recompute(probe: PolicyProbe) -> _Evidence:
         else:
             policy.fused_rows(block_BL, (0, probe.num_drafts), cache.window(0, size, 3 * width))
         kept = [(row + step * probe.num_drafts) % width + 1 for row in range(size)]
-        cache.commit(0, size, torch.tensor(kept, device=policy.device))
-        for text, row, num_kept in zip(texts, block_BL.tolist(), kept, strict=True):
-            text += row[:num_kept]
+        rows = [row[:num_kept] for row, num_kept in zip(block_BL.tolist(), kept, strict=True)]
+        cache.commit(0, rows)
+        for text, row in zip(texts, rows, strict=True):
+            text += row
     return _Evidence(
         measured=cache_gap(cache, probe.prefilled(texts)),
         allowed=probe.cache_bound,
@@ -286,7 +287,7 @@ def _anchor_keys_see_no_mask(probe: PolicyProbe) -> _Evidence:
     probe.draft(drafted, anchors_B1[:, 0], probe.num_drafts)
     probe.verify(causal, anchors_B1)
     for cache in (drafted, causal):
-        cache.commit(0, len(anchors_B1), torch.ones_like(anchors_B1[:, 0]))
+        cache.commit(0, anchors_B1.tolist())
     detail = "keys and values a draft forward writes for it, as a share of the layer's largest"
     return _Evidence(measured=cache_gap(drafted, causal), allowed=probe.cache_bound, detail=detail)
 
@@ -326,11 +327,12 @@ def _proposals_equal_fresh_drafts(probe: PolicyProbe) -> _Evidence:
     fused = policy.fused_rows(block_BL, levels, window)
     cache = probe.prefilled()
     probe.verify(cache, block_BL)
-    cache.commit(0, size, torch.full_like(block_BL[:, 0], width))
+    cache.commit(0, block_BL.tolist())
     proposals, fresh_drafts = [], []
     # From the last level down: a draft forward overwrites the rows from its anchor on.
     for level in reversed(levels):
-        cache.commit(0, size, torch.full_like(block_BL[:, 0], -1))
+        for slot, prefix in enumerate(probe.prefixes):
+            cache.keep(slot, len(prefix) + level)
         fresh_drafts.append(probe.draft(cache, block_BL[:, level], width)[:, 1:])
         proposals.append(policy.proposal_logits(fused.proposal_states_BPLW[:, level]))
     detail = f"log-probabilities of {width} masks after 0 to {probe.num_drafts} accepted drafts"

@@ -100,7 +100,7 @@ class PolicyProbe:
             ids_BR[row, : len(piece)] = torch.tensor(piece, dtype=torch.int64)
         window = cache.window(0, len(pieces), ids_BR.shape[1])
         self.policy.prefill(ids_BR.to(self.policy.device), window)
-        cache.commit(0, len(pieces), torch.tensor(lengths, device=self.policy.device))
+        cache.commit(0, pieces)
 
     def verify(self, cache: SlotCache, block_BL: Tensor) -> Tensor:
         """Verify logits (B, L, V) behind all slots."""
@@ -119,8 +119,7 @@ class PolicyProbe:
         for row, text in enumerate(texts):
             ids_BC[row, longest - len(text) :] = torch.tensor(text, dtype=torch.int64)
         cache = self.empty_cache(len(texts))
-        begins = [len(text) - longest for text in texts]
-        cache.commit(0, len(texts), torch.tensor(begins, device=self.policy.device))
+        cache.share(0, [0] * len(texts), [len(text) - longest for text in texts])
         window = cache.window(0, len(texts), longest + num_drafts)
         return self.policy.draft_logits(ids_BC.to(self.policy.device), num_drafts, window)
 

@@ -445,12 +445,12 @@ def test_requests_join_several_at_a_time_but_never_wait_for_what_does_not_come()
         scheduler.submit(f"r{index}", 5)
     assert len(scheduler.admit()) == 16
     scheduler.release(3)
-    assert scheduler.admit() == []  # one of 16 slots is free, and four wait
+    assert scheduler.admit() == ()  # one of 16 slots is free, and four wait
     scheduler.release(3)
-    assert scheduler.admit() == ["r16", "r17"]
-    scheduler.drop_waiting("r18")
+    assert scheduler.admit() == ("r16", "r17")
+    scheduler.drop("r18")
     scheduler.release(0)
-    assert scheduler.admit() == ["r19"]  # the last does not wait for company
+    assert scheduler.admit() == ("r19",)  # the last does not wait for company
 
 
 def test_every_scheduled_request_runs_once_and_slots_have_no_holes():

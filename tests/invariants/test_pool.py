@@ -238,7 +238,7 @@ def test_the_next_turn_of_a_group_goes_where_its_texts_are_until_weights_change(
         return {rollout.request.group_id: rollout.stats for rollout in finished}
 
     turn(range(4), "first")
-    assert [len(member.replica.engine._cache._held_NS) for member in pool._members] == [2, 2]
+    assert [member.replica.engine._cache.num_slots for member in pool._members] == [2, 2]
     later = turn((1, 3), "second")  # both on one replica; by load they would be one on each
     assert {name: stats.num_prefilled for name, stats in later.items()} == {"g1": 3, "g3": 3}
     pool.update(moved_update())

@@ -58,8 +58,8 @@ def finish(engine, requests):
 def assert_cache_is_cold(policy, engine):
     """What every slot holds equals a fresh prefill of the same tokens."""
     cache = engine._cache
-    for slot, held_S in enumerate(cache._held_NS):
-        ids = held_S[held_S >= 0]
+    for slot in range(cache.num_slots):
+        ids = torch.tensor(cache.tokens(slot))
         if not len(ids):
             continue
         fresh = SlotCache(policy, num_slots=1, capacity=len(ids))

@@ -125,8 +125,8 @@ def a_correction_that_truncation_would_bias_is_refused():
 def loses_a_logprob(monkeypatch):
     commit = RunningRequest.commit
 
-    def forgetful(running, token_ids, is_draft, policy, behavior, version):
-        return commit(running, token_ids, is_draft, policy[: max(1, len(policy) - 1)], behavior, version)
+    def forgetful(running, token_ids, is_draft, policy, *others, **step):
+        return commit(running, token_ids, is_draft, policy[: max(1, len(policy) - 1)], *others, **step)
 
     monkeypatch.setattr(RunningRequest, "commit", forgetful)
 

@@ -92,11 +92,11 @@ def forgets_the_draft_temperature(logits, temperature, uniforms, num_drafts, **k
     return dataclasses.replace(draft, probs_BKV=logits.double().softmax(-1))
 
 
-def keeps_a_slot_too_early(decoder, batch, plan, states, num_accepted):
-    keep_proposals(decoder, batch, plan, states.roll(1, dims=2), num_accepted)
+def keeps_a_slot_too_early(decoder, batch, plan, states, verdict):
+    return proposals_of(decoder, batch, plan, states.roll(1, dims=2), verdict)
 
 
-keep_proposals = decoding.Decoder._keep_proposals
+proposals_of = decoding.Decoder._proposals
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,7 @@ keep_proposals = decoding.Decoder._keep_proposals
     [
         (laws_module, "mixed_logits", mixes_the_extra_row, 0.5),
         (laws_module, "draw_draft", forgets_the_draft_temperature, 1.0),
-        (decoding.Decoder, "_keep_proposals", keeps_a_slot_too_early, 1.0),
+        (decoding.Decoder, "_proposals", keeps_a_slot_too_early, 1.0),
     ],
 )
 def test_a_planted_bug_of_the_engine_breaks_the_law(monkeypatch, where, name, bug, weight):

@@ -102,7 +102,7 @@ def test_the_proposal_of_a_level_equals_a_fresh_draft_forward_after_as_many_acce
     levels = tuple(sorted({0, level}))
     fused = policy.fused_rows(ids, levels, cache.window(0, len(texts), (NUM_DRAFTS + 1) * (len(levels) + 1)))
     got = policy.proposal_logits(fused.proposal_states_BPLW[:, levels.index(level)])
-    cache.commit(0, len(texts), torch.full((len(texts),), level))
+    cache.commit(0, ids[:, :level].tolist())
     fresh = policy.draft_logits(
         ids[:, level, None], NUM_DRAFTS + 1, cache.window(0, len(texts), NUM_DRAFTS + 2)
     )

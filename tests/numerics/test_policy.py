@@ -24,12 +24,12 @@ def policy(request):
 def prefilled(policy, texts, *, capacity=64):
     """A cache that holds everything of the texts but their last tokens, and those (the anchors)."""
     cache = SlotCache(policy, num_slots=len(texts), capacity=capacity)
-    lengths = torch.tensor([len(text) - 1 for text in texts])
-    ids = torch.zeros(len(texts), max(int(lengths.max()), 1), dtype=torch.int64)
+    longest = max(len(text) - 1 for text in texts)
+    ids = torch.zeros(len(texts), max(longest, 1), dtype=torch.int64)
     for row, text in enumerate(texts):
         ids[row, : len(text) - 1] = torch.tensor(text[:-1], dtype=torch.int64)
     policy.prefill(ids, cache.window(0, len(texts), ids.shape[1]))
-    cache.commit(0, len(texts), lengths)
+    cache.commit(0, [text[:-1] for text in texts])
     return cache, torch.tensor([text[-1] for text in texts])
 
 
@@ -158,11 +158,11 @@ def test_draft_logits_of_whole_texts_equal_those_behind_their_cached_rows(policy
     whole.window(0, 1, 1)
     whole.fill_stale(stale)
     ids = torch.tensor([[*[7] * (longest - len(text)), *text] for text in texts])
-    whole.commit(0, len(texts), torch.tensor([len(text) - longest for text in texts]))
+    whole.share(0, [0] * len(texts), [len(text) - longest for text in texts])
     got = policy.draft_logits(ids, NUM_DRAFTS, whole.window(0, len(texts), longest + NUM_DRAFTS))
     torch.testing.assert_close(got, want, atol=TOLERANCE, rtol=0)
-    whole.commit(0, len(texts), longest)
-    cache.commit(0, len(texts), 1)
+    whole.commit(0, texts)
+    cache.commit(0, anchors[:, None].tolist())
     for row in range(len(texts)):
         for mine, other in zip(whole.committed(row), cache.committed(row), strict=True):
             torch.testing.assert_close(mine, other, atol=1e-4, rtol=1e-4)
@@ -257,16 +257,16 @@ def test_cache_after_every_pattern_of_accepts_equals_recompute(policy):
         ids = torch.cat([anchors[:, None], drafts], dim=1)
         policy.verify_logits(ids, cache.window(0, len(texts), NUM_DRAFTS + 1))
         accepted = torch.tensor([pattern[step] for pattern in patterns])
-        cache.commit(0, len(texts), accepted + 1)
+        cache.commit(0, [row[: n + 1] for row, n in zip(ids.tolist(), accepted.tolist(), strict=True)])
         anchors = torch.randint(
             4, VOCAB_SIZE, (len(texts),), generator=torch.Generator().manual_seed(step + 9)
         )
         for row, text in enumerate(texts):
             text += [*drafts[row, : accepted[row]].tolist(), int(anchors[row])]
     fresh, _ = prefilled(policy, [tuple(text) for text in texts])
-    assert torch.equal(cache.lengths_N, fresh.lengths_N)
+    assert [cache.tokens(slot) for slot in range(len(texts))] == [text[:-1] for text in texts]
     for mine, recomputed in zip((*cache._keys, *cache._values), (*fresh._keys, *fresh._values), strict=True):
-        for row, length in enumerate(fresh.lengths_N.tolist()):
+        for row, length in enumerate(fresh.lengths(0, len(texts))):
             torch.testing.assert_close(
                 mine[row, :, :length], recomputed[row, :, :length], atol=1e-4, rtol=1e-4
             )

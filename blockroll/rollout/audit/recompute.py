@@ -255,7 +255,7 @@ def _fresh_drafts(policy: HFPolicy, texts: Sequence[Sequence[int]], num_masks: i
         for row, text in enumerate(texts):
             ids_BR[row, : len(text) - 1] = torch.tensor(text[:-1])
         policy.prefill(ids_BR.to(policy.device), cache.window(0, len(texts), max(lengths)))
-        cache.commit(0, len(texts), torch.tensor(lengths, device=policy.device))
+        cache.commit(0, [text[:-1] for text in texts])
     anchors_B = torch.tensor([text[-1] for text in texts], device=policy.device)
     window = cache.window(0, len(texts), num_masks + 1)
     return policy.draft_logits(anchors_B[:, None], num_masks, window)[:, 1:].cpu()

@@ -1,11 +1,22 @@
-"""Keys and values of the running requests, one slot each, committed per slot.
+"""Keys and values of texts, one slot each: the one owner of what a slot holds.
 
-A forward writes its rows behind a slot's committed length and reads everything up to them; only
-`commit` makes rows final. Rejected and mask rows are overwritten by the next forward, and no row ever sees
-a row that is neither committed nor new, so stale contents can't matter.
+Contract:
 
-A slot also remembers which tokens its first rows were made from, after its request has ended too: a text that
-begins with the same tokens takes them over. Only causal rows of committed tokens are ever remembered.
+1. A row is *valid* once the forward that wrote it has returned and `commit` has named its token. Only valid
+   rows are read as keys by a later step, or taken over by another text. A forward that raises has committed
+   nothing: its slots hold what they held before.
+2. Slots 0..`num_open`-1 belong to running texts. Only they have windows, and a window writes behind the valid
+   rows of its slots alone. The others keep the rows of texts that have ended, until `share` opens them for
+   another text.
+3. Every row holds causal keys of a token behind exactly the tokens before it. So whoever begins with the same
+   tokens may read them (`longest_prefix`, `share`), until the weights change (`close(0)` and `forget`).
+4. `tokens(slot)` is the only answer to what a slot holds. Callers keep no second copy.
+
+`check_integrity` says whether this still holds as far as counts and indices can tell. It runs whenever an
+engine becomes idle.
+
+Life of a slot: `reserve` (memory) - `share` (open, with the rows of another slot or none) - `window` and
+`commit` (each step) - `release` (closed; its rows may be shared).
 
 Shapes: N slots, B slots of one window, H key-value heads, R new rows, S keys, D head width.
 """
@@ -17,106 +28,151 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from blockroll.policies.base import Policy
+from blockroll.rollout.engine.held import SlotTexts
 
 ROW_STEP = 16  # keys handed to attention come in multiples of this, so that few shapes occur
-_NOTHING = -1  # no token: stands behind the last one a slot remembers
 
 
 class SlotCache:
-    """Invariant: rows below `lengths_N[slot]` are the keys and values of that slot's committed tokens."""
+    """Keys and values by slot, under the contract above. Not thread-safe."""
 
     def __init__(self, policy: Policy, *, num_slots: int = 0, capacity: int = 0) -> None:
+        """So many slots, all of them open and empty, with room for `capacity` rows each."""
         self._policy = policy
-        self.num_slots = num_slots
         self.capacity = capacity  # rows of one slot: committed tokens and the widest block behind them
-        self.lengths_N = torch.zeros(num_slots, dtype=torch.int64, device=policy.device)
-        self._held_NS = torch.full((num_slots, capacity), _NOTHING)  # int64, on the host: token of each row
+        self.num_open = num_slots
+        self._texts = SlotTexts(num_slots)
+        self._missing = [0] * num_slots  # rows by which a text begins later than its slot's first column
         self._keys: list[Tensor] = []  # per layer (N, H, capacity, D), allocated at the first window
         self._values: list[Tensor] = []
 
-    def window(self, start: int, stop: int, num_rows: int) -> "SlotWindow":
-        """The slots start..stop-1, opened for `num_rows` new rows each."""
-        return SlotWindow(self, start, stop, num_rows)
+    @property
+    def num_slots(self) -> int:
+        """Open ones and others."""
+        return len(self._texts)
+
+    def tokens(self, slot: int) -> list[int]:
+        """The tokens of a slot's valid rows, in order; not to be changed."""
+        return self._texts.tokens(slot)
+
+    def lengths(self, start: int, stop: int) -> list[int]:
+        """Valid rows of the slots start..stop-1; below 0 for a text that begins so many rows later."""
+        lengths, missing = self._texts.lengths(start, stop), self._missing[start:stop]
+        return [length - number for length, number in zip(lengths, missing, strict=True)]
+
+    def window(self, start: int, stop: int, num_rows: int, *, num_pending: int = 0) -> "SlotWindow":
+        """The open slots start..stop-1, for `num_rows` new rows each, behind their valid ones.
+
+        `num_pending` rows that an earlier forward of the same step wrote there stand before the new ones.
+        """
+        assert stop <= self.num_open, (
+            f"slots {start} to {stop - 1} are not open, only the first {self.num_open}"
+        )
+        return SlotWindow(self, start, stop, num_rows, num_pending)
+
+    def commit(self, start: int, token_ids: Sequence[Sequence[int]]) -> None:
+        """The rows behind those of slots start.. are these tokens': the forwards that wrote them are done."""
+        for slot, tokens in enumerate(token_ids, start=start):
+            assert slot < self.num_open, f"slot {slot} is not open"
+            self._missing[slot] = 0
+            self._texts.extend(slot, tokens)
+
+    def keep(self, slot: int, num_rows: int) -> None:
+        """Only the first rows of an open slot, so many, are its text's."""
+        self._texts.cut(slot, num_rows)
 
     def reserve(self, *, num_slots: int, capacity: int) -> None:
-        """Have so many slots, with room for so many rows at least; what is committed in them stays."""
+        """Have so many slots, with room for so many rows at least; what the first of them hold stays."""
         is_of_another = bool(self._keys) and self._keys[0].dtype != self._policy.kv_shape.dtype
-        if is_of_another and not self.lengths_N.any():
-            self.release()  # what earlier texts left under another precision is no use in this one
+        if is_of_another and not self.num_open:
+            self.clear()  # what earlier texts left under another precision is no use in this one
         capacity = max(capacity, self.capacity)
         if (num_slots, capacity) == (self.num_slots, self.capacity):
             return
-        more = (0, 0, 0, capacity - self.capacity, 0, 0, 0, num_slots - self.num_slots)  # negative cuts off
         with torch.inference_mode(False):
-            for storage in (self._keys, self._values):
-                storage[:] = [F.pad(tensor, more) for tensor in storage]
-            self.lengths_N = F.pad(self.lengths_N, more[-2:])
-        added = (0, capacity - self.capacity, 0, num_slots - self.num_slots)
-        self._held_NS = F.pad(self._held_NS, added, value=_NOTHING)
-        self.num_slots, self.capacity = num_slots, capacity
+            keys, values = (
+                # Negative numbers cut off.
+                [
+                    F.pad(each, (0, 0, 0, capacity - each.shape[2], 0, 0, 0, num_slots - len(each)))
+                    for each in part
+                ]
+                for part in (self._keys, self._values)
+            )
+        # All memory is there: nothing below can fail.
+        self._keys, self._values = keys, values
+        self._texts.resize(num_slots)
+        self._missing = [*self._missing[:num_slots], *[0] * (num_slots - len(self._missing))]
+        self.num_open = min(self.num_open, num_slots)
+        self.capacity = capacity
 
-    def release(self) -> None:
+    def clear(self) -> None:
         """Give the memory back and forget everything; a window after the next `reserve` allocates anew."""
         self._keys, self._values = [], []
-        self.num_slots = self.capacity = 0
-        self.lengths_N, self._held_NS = self.lengths_N[:0], self._held_NS[:0, :0]
-
-    def commit(self, start: int, stop: int, num_rows_B: Tensor | int) -> None:
-        """Make the first `num_rows_B` of the rows just written final, per slot."""
-        self.lengths_N[start:stop] += num_rows_B
-
-    def hold(self, slot: int, token_ids: Sequence[int]) -> None:
-        """The first rows of a slot are the causal rows of these tokens, until a forward overwrites them."""
-        self._held_NS[slot] = _NOTHING
-        self._held_NS[slot, : len(token_ids)] = torch.tensor(token_ids, dtype=torch.int64)
+        self._texts, self._missing = SlotTexts(), []
+        self.num_open = self.capacity = 0
 
     def forget(self) -> None:
-        """No row may be taken over any more: the weights that made them have changed."""
-        self._held_NS.fill_(_NOTHING)
+        """No row of a text that has ended may be taken over any more."""
+        for slot in range(self.num_open, self.num_slots):
+            self._texts.cut(slot, 0)
 
     def longest_prefix(self, token_ids: Sequence[int]) -> tuple[int, int]:
-        """The slot that holds most of a text's first rows, and how many."""
-        text_S = torch.tensor(token_ids, dtype=torch.int64)
-        differs_NS = self._held_NS[:, : len(token_ids)] != text_S
-        ends_NS = F.pad(differs_NS, (0, 1), value=True)
-        num_rows, slot = ends_NS.int().argmax(dim=1).max(dim=0)
-        return int(slot), int(num_rows)
+        """The slot that holds most of a text's first rows, and how many; (0, 0) if none does."""
+        return self._texts.longest_prefix(token_ids)
 
-    def take_over(
-        self, start: int, sources: Sequence[int], num_rows: Sequence[int], *, num_behind: int = 0
+    def share(
+        self, start: int, sources: Sequence[int], num_rows: Sequence[int], *, num_pending: int = 0
     ) -> None:
-        """Commit to slots start.. the first rows of `sources`, so many each. They hold nothing until told.
+        """Open slots start.. with the first valid rows of `sources`, so many each; slots behind them close.
 
-        As many as `num_behind` rows behind them come along. A number of rows below 0 is of a text that begins
-        so many rows later.
+        As many as `num_pending` rows that a forward of this step wrote behind them come along. A number of
+        rows below 0 is of a text that begins so many rows later.
         """
-        targets = range(start, start + len(sources))
-        most = max(num_rows, default=0) + num_behind
-        if most > 0 and list(sources) != list(targets):
-            sources_B = torch.tensor(sources, device=self.lengths_N.device)
+        stop = start + len(sources)
+        tokens = [self.tokens(source)[: max(n, 0)] for source, n in zip(sources, num_rows, strict=True)]
+        self.num_open = min(self.num_open, start)
+        for slot in range(start, stop):
+            if slot != sources[slot - start]:
+                self._texts.cut(slot, 0)
+        most = max(num_rows, default=0) + num_pending
+        if most > 0 and list(sources) != list(range(start, stop)):
+            sources_B = torch.tensor(sources, device=self._policy.device)
             for tensor in (*self._keys, *self._values):
                 # The right side is a copy, made before any row is overwritten.
-                tensor[start : targets.stop, :, :most] = tensor[:, :, :most][sources_B]
-        self.lengths_N[start : targets.stop] = torch.tensor(num_rows, device=self.lengths_N.device)
-        self._held_NS[start : targets.stop] = _NOTHING
+                tensor[start:stop, :, :most] = tensor[:, :, :most][sources_B]
+        for slot, (taken, number) in enumerate(zip(tokens, num_rows, strict=True), start=start):
+            self._texts.cut(slot, 0)
+            self._texts.extend(slot, taken)
+            self._missing[slot] = max(-number, 0)
+        self.num_open = stop
 
-    def swap(self, first: int, second: int) -> None:
-        """Exchange two slots."""
-        pair = torch.tensor([first, second], device=self.lengths_N.device)
-        held = (self._held_NS[pair.cpu()] != _NOTHING).sum(dim=1)
-        rows = int(max(self.lengths_N[pair].max(), held.max()))
-        for tensor in (*self._keys, *self._values):
-            tensor[pair, :, :rows] = tensor[:, :, :rows][pair.flip(0)]
-        self.lengths_N[pair] = self.lengths_N[pair.flip(0)]
-        self._held_NS[pair.cpu()] = self._held_NS[pair.flip(0).cpu()]
+    def release(self, slot: int) -> None:
+        """Close a slot: the last open one takes its place, and its rows may be taken over."""
+        last = self.num_open - 1
+        if slot != last:
+            self._exchange(slot, last)
+        self.num_open = last
 
-    def clear(self, slot: int) -> None:
-        """Nothing is committed in a slot any more; what it holds may still be taken over."""
-        self.lengths_N[slot] = 0
+    def _exchange(self, first: int, second: int) -> None:
+        """Two slots change places; if that fails half-way, neither holds anything."""
+        pair = torch.tensor([first, second], device=self._policy.device)
+        rows = max(len(self.tokens(slot)) for slot in (first, second))
+        try:
+            for tensor in (*self._keys, *self._values):
+                tensor[pair, :, :rows] = tensor[:, :, :rows][pair.flip(0)]
+            self._texts.swap(first, second)
+        except BaseException:
+            for slot in (first, second):
+                self._texts.cut(slot, 0)
+            raise
+
+    def close(self, num_open: int) -> None:
+        """Only so many slots are open any more; what the others hold may be taken over."""
+        self.num_open = min(self.num_open, num_open)
 
     def scrub(self, slot: int) -> None:
         """Zero a slot whose forward went wrong: hidden NaN would still reach its next request, as 0 * NaN."""
-        self.hold(slot, ())
+        self._texts.cut(slot, 0)
         for tensor in (*self._keys, *self._values):
             tensor[slot] = 0
 
@@ -132,40 +188,51 @@ class SlotCache:
         row = self._policy.kv_shape
         shape = (self.num_slots, row.num_heads, self.capacity, row.width)
         with torch.inference_mode(False):  # ordinary tensors, for code in that mode and outside of it
-            for storage in (self._keys, self._values):
-                storage.extend(
-                    torch.zeros(shape, dtype=row.dtype, device=self._policy.device)
-                    for _ in range(row.num_layers)
-                )
+            tensors = [
+                torch.zeros(shape, dtype=row.dtype, device=self._policy.device)
+                for _ in range(2 * row.num_layers)
+            ]
+        self._keys, self._values = tensors[: row.num_layers], tensors[row.num_layers :]
 
     def committed(self, slot: int) -> tuple[Tensor, ...]:
-        """Keys and then values of a slot's committed rows (H, S, D), layer by layer."""
-        length = int(self.lengths_N[slot])
+        """Keys and then values of a slot's valid rows (H, S, D), layer by layer."""
+        length = len(self.tokens(slot))
         return tuple(tensor[slot, :, :length] for tensor in (*self._keys, *self._values))
 
     def fill_stale(self, value: float) -> None:
-        """Overwrite every row that is not committed: what attention may not see must not matter."""
+        """Overwrite every row that is not valid: what attention may not see must not matter."""
         for tensor in (*self._keys, *self._values):
-            for slot, length in enumerate(self.lengths_N.tolist()):
-                tensor[slot, :, length:] = value
-                self._held_NS[slot, length:] = _NOTHING
+            for slot in range(self.num_slots):
+                tensor[slot, :, len(self.tokens(slot)) :] = value
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError where counts, indices or memory contradict the contract."""
+        assert 0 <= self.num_open <= self.num_slots, f"{self.num_open} of {self.num_slots} slots are open"
+        assert len(self._missing) == self.num_slots
+        longest = max(self._texts.lengths(0, self.num_slots), default=0)
+        assert longest <= self.capacity, f"a slot of {self.capacity} rows holds {longest} tokens"
+        assert len(self._keys) == len(self._values), "a layer has keys and no values, or the reverse"
+        for tensor in (*self._keys, *self._values):
+            size = (tensor.shape[0], tensor.shape[2])
+            assert size == (self.num_slots, self.capacity), f"memory of {size} slots and rows"
+        self._texts.check_integrity()
 
 
 class SlotWindow:
     """What one forward sees of the cache; stands in for transformers' cache object."""
 
-    def __init__(self, cache: SlotCache, start: int, stop: int, num_rows: int) -> None:
-        # A copy: commits move the cache's own lengths on.
-        self.lengths_B = cache.lengths_N[start:stop].clone()
-        shortest, longest = (int(length) for length in self.lengths_B.aminmax())
-        needed = longest + num_rows
+    def __init__(self, cache: SlotCache, start: int, stop: int, num_rows: int, num_pending: int) -> None:
+        lengths = [length + num_pending for length in cache.lengths(start, stop)]
+        needed = max(lengths) + num_rows
         assert needed <= cache.capacity, f"{needed} rows do not fit a slot of {cache.capacity}"
-        self.extent = min(-(-needed // ROW_STEP) * ROW_STEP, cache.capacity)
-        index_BR = self.lengths_B[:, None] + torch.arange(num_rows, device=self.lengths_B.device)
-        if shortest < 0:  # rows before a text go behind it
+        self._keys, self._values = cache.first_rows(start, stop, extent := _extent(needed, cache.capacity))
+        self.extent = extent
+        device = self._keys[0].device
+        self.lengths_B = torch.tensor(lengths, device=device)
+        index_BR = self.lengths_B[:, None] + torch.arange(num_rows, device=device)
+        if min(lengths) < 0:  # rows before a text go behind it
             index_BR = torch.where(index_BR < 0, index_BR + num_rows, index_BR)
         self._index_B1R1 = index_BR[:, None, :, None]
-        self._keys, self._values = cache.first_rows(start, stop, self.extent)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object
@@ -177,3 +244,7 @@ class SlotWindow:
         keys.scatter_(2, index_BHRD, key_states.to(keys.dtype))
         values.scatter_(2, index_BHRD, value_states.to(values.dtype))
         return keys, values
+
+
+def _extent(num_rows: int, capacity: int) -> int:
+    return min(-(-num_rows // ROW_STEP) * ROW_STEP, capacity)

@@ -7,7 +7,8 @@ owns the cache and the per-request state; it knows neither processes nor weights
 
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -78,6 +79,10 @@ class Engine:
         self._rows_per_slot = 0  # that the cache has once the requests at hand have joined
         self._decoder = Decoder(policy, self._cache, clock)
         self._requests: dict[str, RunningRequest] = {}
+        # What a step has made final stands here until a step returns: an exception on the way loses nothing.
+        self._commits: list[Commit] = []
+        self._finished: dict[str, Rollout] = {}
+        self._is_interrupted = False  # a change of what runs has begun and not ended
         self._decode = decode
         self._observer = observer
         self.audit = audit
@@ -85,8 +90,8 @@ class Engine:
 
     @property
     def num_requests(self) -> int:
-        """Requests waiting and running."""
-        return len(self._requests)
+        """Requests waiting and running, and those whose rollouts no step has returned yet."""
+        return len(self._requests) + len(self._finished)
 
     @property
     def times(self) -> EngineTimes:
@@ -100,7 +105,7 @@ class Engine:
     def submit(self, requests: Iterable[Request]) -> None:
         """Queue requests; all of them are checked before the first is queued."""
         requests = tuple(requests)
-        taken = set(self._requests)
+        taken = {*self._requests, *self._finished}
         for request in requests:
             check_request(request, self.limits)
             if request.sampling.stop and self._decode is None:
@@ -115,40 +120,48 @@ class Engine:
         joining = [
             RunningRequest(request, self._stop_rule(request), self._guide(request)) for request in requests
         ]
-        self._make_room(requests)
-        for request, running in zip(requests, joining, strict=True):
-            self._requests[request.request_id] = running
-            self._scheduler.submit(request.request_id, len(running.cached_ids))
+        with self._change():
+            self._make_room(requests)
+            self._requests |= {running.request.request_id: running for running in joining}
+            for running in joining:
+                self._scheduler.submit(running.request.request_id, running.num_tokens - 1)
 
     def abort(self, request_ids: Iterable[str]) -> tuple[Rollout, ...]:
-        """End requests now; what each had committed comes back with finish reason `abort`."""
-        aborted = []
-        for request_id in request_ids:
-            running = self._requests.pop(request_id, None)
-            if running is None:
-                continue
-            if not self._scheduler.drop_waiting(request_id):
-                self._release(self._scheduler.running.index(request_id), running.cached_ids)
-            aborted.append(running.rollout("abort"))
-        return tuple(aborted)
+        """End requests now; what each had committed comes back with finish reason `abort`.
+
+        One that had ended in a step that then raised comes back as it ended. Unknown ids are left out.
+        """
+        served = {each: None for each in request_ids if each in self._requests or each in self._finished}
+        with self._change():
+            for request_id in served:
+                if request_id in self._requests:
+                    self._finished[request_id] = self._requests[request_id].rollout()
+                    self._leave(request_id)
+        aborted = tuple(self._finished[request_id] for request_id in served)
+        kept = {name: rollout for name, rollout in self._finished.items() if name not in served}
+        self._finished = kept
+        return aborted
 
     def release_memory(self) -> None:
         """Give the cache's memory back while nothing runs; the next request takes it again."""
         if self._requests:
             raise InvalidInput(f"{self.num_requests} requests are being served: their cache is in use")
-        self._cache.release()
+        self._cache.clear()
         self._rows_per_slot = 0
 
     def forget_prefixes(self) -> None:
-        """No text starts from keys and values of an earlier one: benchmarks repeat their prompts."""
+        """No text starts from keys and values of one that has ended: benchmarks repeat their prompts."""
         self._cache.forget()
 
     def recompute_cache(self) -> None:
-        """The policy's weights have changed: rebuild the keys and values of what runs, forget all others."""
-        self._cache.forget()
-        running = [self._requests[request_id] for request_id in self._scheduler.running]
-        if running:
-            self._prefill(0, running)
+        """The policy's weights have changed: rebuild the keys and values of what runs, forget all others.
+
+        If a forward raises, the next step begins with what is missing.
+        """
+        with self._change():
+            self._cache.close(0)
+            self._cache.forget()
+            self._prefill_missing()
 
     def _make_room(self, requests: Iterable[Request]) -> None:
         """Plan the cache for requests that join, or refuse them. What runs is never driven out."""
@@ -168,33 +181,95 @@ class Engine:
         self._rows_per_slot = rows
 
     def step(self) -> StepResult:
-        """Decode one step for every running request; joins waiting requests first."""
-        admitted = self._scheduler.admit()
-        batch = [self._requests[request_id] for request_id in self._scheduler.running]
+        """Decode one step for every running request; joins waiting requests first.
+
+        If it raises, nothing is lost: what it had made final comes with the next step, and all else is as it
+        was before. Call it again, or abort requests.
+        """
+        with self._change():
+            self._prefill_missing()
+            num_running = len(self._scheduler.running)
+            batch = [
+                self._requests[request_id]
+                for request_id in (*self._scheduler.running, *self._scheduler.joining())
+            ]
+            if batch:
+                self._decode_batch(batch, num_running)
+        if not self._requests:
+            self.check_integrity()
+        result = StepResult(commits=tuple(self._commits), finished=tuple(reversed(self._finished.values())))
+        self._commits, self._finished = [], {}
+        return result
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError where requests, slots and cache contradict each other."""
+        self._scheduler.check_integrity()
+        self._cache.check_integrity()
+        running = self._scheduler.running
+        assert self._requests.keys() == {*running, *self._scheduler.waiting}, "a request is nowhere scheduled"
+        if self._is_interrupted:
+            return  # the next call puts it right
+        assert self._cache.num_open == len(running), (
+            f"{self._cache.num_open} slots for {len(running)} requests"
+        )
+        for slot, request_id in enumerate(running):
+            is_held = tuple(self._cache.tokens(slot)) == self._requests[request_id].token_ids[:-1]
+            assert is_held, f"slot {slot} does not hold the text of request {request_id!r}"
+
+    @contextmanager
+    def _change(self) -> Iterator[None]:
+        """Around all that changes what runs: begins by putting right what an exception left half done."""
+        if self._is_interrupted:
+            self._restore()
+        self._is_interrupted = True
+        yield
+        self._is_interrupted = False
+
+    def _restore(self) -> None:
+        """Requests say what was committed: all else follows from them."""
+        for request_id, running in tuple(self._requests.items()):
+            if not running.is_running:
+                self._finished[request_id] = running.rollout()
+            if request_id in self._finished:
+                self._scheduler.drop(request_id)
+                del self._requests[request_id]
+            else:
+                running.restart(self._guide(running.request))
+        scheduled = {*self._scheduler.running, *self._scheduler.waiting}
+        for request_id, running in self._requests.items():
+            if request_id not in scheduled:
+                self._scheduler.submit(request_id, running.num_tokens - 1)
+        for slot, request_id in enumerate(self._scheduler.running):
+            cached = self._requests[request_id].token_ids[:-1]
+            if slot >= self._cache.num_open or tuple(self._cache.tokens(slot)[: len(cached)]) != cached:
+                self._cache.close(slot)
+                break
+            self._cache.keep(slot, len(cached))
+        self._cache.close(len(self._scheduler.running))
+
+    def _decode_batch(self, batch: list[RunningRequest], num_running: int) -> None:
+        """One step of those that run and, behind them, those that join."""
         context = 0
-        if self.planner is not None and batch:
+        if self.planner is not None:
             context = max(running.num_tokens for running in batch)
             self._change_plan(self.planner.choose(len(batch), context), batch)
         first_logits = None
-        if admitted:
-            num_running = len(self._scheduler.running)
+        if num_running < len(batch):
             # Growing copies the cache, so it grows by powers of two.
-            num_slots = max(1 << (num_running - 1).bit_length(), self._cache.num_slots)
+            num_slots = max(1 << (len(batch) - 1).bit_length(), self._cache.num_slots)
             self._cache.reserve(
                 num_slots=min(num_slots, self._scheduler.max_batch_size), capacity=self._rows_per_slot
             )
-            start = num_running - len(admitted)
-            num_drafts = None if start else self.plan.num_drafts
-            first_logits = self._prefill(start, batch[start:], num_drafts)
-        if not batch:
-            return StepResult(commits=(), finished=())
-        started, start_s = self._clock(), self.times.start_s
-        result = self._decode_step(batch, first_logits)
+            num_drafts = None if num_running else self.plan.num_drafts
+            first_logits = self._prefill(num_running, batch[num_running:], num_drafts)
+            self._scheduler.admit()
+        started, start_s, num_commits = self._clock(), self.times.start_s, len(self._commits)
+        self._decode_step(batch, first_logits)
         seconds = self._clock() - started
         self.times.step_s += seconds
         self.times.num_steps += 1
         if self.planner is not None and first_logits is None:
-            num_tokens = sum(len(commit.token_ids) for commit in result.commits)
+            num_tokens = sum(len(commit.token_ids) for commit in self._commits[num_commits:])
             self.planner.observe(
                 self.plan,
                 len(batch),
@@ -203,7 +278,6 @@ class Engine:
                 num_tokens,
                 start_seconds=self.times.start_s - start_s,
             )
-        return result
 
     def _change_plan(self, plan: Plan, batch: list[RunningRequest]) -> None:
         """Decode by this plan from now on; proposals of another number of drafts would not fit it."""
@@ -212,12 +286,12 @@ class Engine:
                 running.proposal = None
         self.plan = plan
 
-    def _decode_step(self, batch: list[RunningRequest], first_logits: Tensor | None) -> StepResult:
+    def _decode_step(self, batch: list[RunningRequest], first_logits: Tensor | None) -> None:
         decoded = self._decoder.decode(batch, self.plan, first_logits)
         if self._observer is not None:
-            self._observer(decoded.record(self._scheduler.running))
+            self._observer(decoded.record(tuple(running.request.request_id for running in batch)))
         before = self._audited(batch) if self.audit is not None else None
-        result = self._commit(batch, decoded)
+        self._commit(batch, decoded)
         if self.audit is not None and before is not None:
             num_before, origins = before
             self.audit.record(
@@ -236,8 +310,6 @@ class Engine:
             )
             if not self._requests:
                 self.audit.flush(is_idle=True)
-        self._decoder.propose(batch, self.plan, decoded)
-        return result
 
     def _audited(self, batch: list[RunningRequest]) -> tuple[list[int], list[tuple[int, int, int]]]:
         """Tokens of each text before the step commits, and where its draft rows come from."""
@@ -249,7 +321,7 @@ class Engine:
         proposals = [running.proposal for running in batch]
         return num_before, [each.origin for each in proposals if each is not None]
 
-    def _commit(self, batch: list[RunningRequest], decoded: Decoded) -> StepResult:
+    def _commit(self, batch: list[RunningRequest], decoded: Decoded) -> None:
         """Make tokens final and let finished requests leave."""
         verdict, failed = decoded.verified.verdict, decoded.failed
         num_drafts, committed = decoded.draft.num_drafts_B.tolist(), verdict.num_committed_B.tolist()
@@ -262,33 +334,39 @@ class Engine:
                 verdict.behavior_logprobs_BL,
             )
         )
-        commits, finished = [], []
+        # The rows of the anchor and of all new tokens but the last, which is the next anchor.
+        rows = [
+            () if slot in failed else (running.anchor, *tokens[slot][: committed[slot] - 1])
+            for slot, running in enumerate(batch)
+        ]
+        self._cache.commit(0, rows)
+        num_commits = len(self._commits)
         for slot in reversed(range(len(batch))):  # from the last slot, so that moves touch none still to come
-            running = batch[slot]
-            running.count_step(self.plan, num_drafts[slot])
+            running, kept = batch[slot], committed[slot]
             if slot in failed:
-                error = f"{failed[slot]} for request {running.request.request_id!r}"
-                running.finish_reason = "error"
-                finished.append(running.rollout("error", error=error))
+                running.fail(f"{failed[slot]} for request {running.request.request_id!r}")
                 self._cache.scrub(slot)
-                held: tuple[int, ...] = ()
             else:
-                kept = committed[slot]
                 commit = running.commit(
                     tokens[slot][:kept],
                     is_draft[slot][:kept],
                     policy[slot][:kept],
                     behavior[slot][:kept],
                     self.policy_version,
+                    plan=self.plan,
+                    num_drafts=num_drafts[slot],
+                    proposal=decoded.proposals[slot],
                 )
-                commits.append(commit)
-                if running.finish_reason is None:
-                    continue
-                finished.append(running.rollout(running.finish_reason))
-                held = running.cached_ids
-            del self._requests[running.request.request_id]
-            self._release(slot, held)
-        return StepResult(commits=tuple(reversed(commits)), finished=tuple(reversed(finished)))
+                self._commits.insert(num_commits, commit)
+            if not running.is_running:
+                self._finished[running.request.request_id] = running.rollout()
+                self._leave(running.request.request_id)
+
+    def _prefill_missing(self) -> None:
+        """Rows of running texts that the cache does not hold: weights have changed, or a step raised."""
+        start, running = self._cache.num_open, self._scheduler.running
+        if start < len(running):
+            self._prefill(start, [self._requests[request_id] for request_id in running[start:]])
 
     def _prefill(
         self, start: int, joining: list[RunningRequest], num_drafts: int | None = None
@@ -300,13 +378,13 @@ class Engine:
             running.count_prefill(running.num_tokens - 1 - taken, taken)
         return first_logits
 
-    def _release(self, slot: int, token_ids: tuple[int, ...]) -> None:
-        """Free a slot, which goes on holding the rows of these tokens."""
-        self._cache.hold(slot, token_ids)
-        move = self._scheduler.release(slot)
-        if move is not None:
-            self._cache.swap(move.source, move.target)
-        self._cache.clear(len(self._scheduler.running))
+    def _leave(self, request_id: str) -> None:
+        """A request is served no more; the rows of its text may be taken over."""
+        slot = self._scheduler.drop(request_id)
+        if slot is not None and slot < self._cache.num_open:
+            self._cache.keep(slot, self._requests[request_id].num_tokens - 1)
+            self._cache.release(slot)
+        del self._requests[request_id]
 
     def _guide(self, request: Request) -> Guide | None:
         """A walk through the constraint of its own, from its first token."""

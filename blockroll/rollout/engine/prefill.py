@@ -22,7 +22,8 @@ def prefill(
 ) -> tuple[list[int], Tensor | None]:
     """Commit the rows of `texts` before their last tokens, the anchors, to slots start.., in their order.
 
-    Returns how many rows each took over; a text that stands there twice takes over all rows of the first.
+    Returns how many rows each took over; a text that stands there twice takes over all rows of the first. If
+    a forward raises, the slots before `start` are as they were, and all others hold valid rows or none.
     With `num_drafts`, it returns `Policy.draft_logits` of anchors and as many masks as well, (B, K + 1, V),
     where one forward for all of it has no more rows than two: then the anchors' rows are there, uncommitted.
     """
@@ -31,16 +32,14 @@ def prefill(
     prefixes = {text: cache.longest_prefix(text[:-1]) if is_shared else (start, 0) for text in texts}
     if num_drafts is not None and not _is_one_forward(prefixes, len(texts), num_drafts):
         num_drafts = None
-    num_behind = 0 if num_drafts is None else 1 + num_drafts
+    num_pending = 0 if num_drafts is None else 1 + num_drafts
     bodies = [text[:-1] for text in texts] if num_drafts is None else list(texts)
     found = {body: prefixes[text] for body, text in zip(bodies, texts, strict=True)}
     num_reused, logits = _fill(policy, cache, start, found, num_drafts)
     order = list(num_reused)
     sources = [order.index(body) for body in bodies]
     lengths = [len(text) - 1 for text in texts]
-    cache.take_over(start, [start + source for source in sources], lengths, num_behind=num_behind)
-    for slot, text in enumerate(texts, start=start):
-        cache.hold(slot, text[:-1])
+    cache.share(start, [start + source for source in sources], lengths, num_pending=num_pending)
     if logits is not None:
         logits = logits[sources]
     return [num_reused.pop(body, length) for body, length in zip(bodies, lengths, strict=True)], logits
@@ -75,7 +74,7 @@ def _fill(
     # In one forward all get as many rows as the text that lacks most: where a text is shorter than that, rows
     # before its first token, behind a length below 0.
     begins = [len(text) - widest if row < num_computed else len(text) for row, text in enumerate(texts)]
-    cache.take_over(start, [found[text][0] for text in texts], begins)
+    cache.share(start, [found[text][0] for text in texts], begins)
     logits = None
     if num_computed:
         slots = (start, start + num_computed)
@@ -86,5 +85,11 @@ def _fill(
             policy.prefill(ids_BC, window)
         else:
             logits = policy.draft_logits(ids_BC, num_drafts, window)
-        cache.commit(*slots, widest - num_anchors)
+        cache.commit(
+            start,
+            [
+                text[max(begin, 0) : len(text) - num_anchors]
+                for text, begin in zip(texts[:num_computed], begins, strict=False)
+            ],
+        )
     return {text: found[text][1] for text in texts}, logits

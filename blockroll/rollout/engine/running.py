@@ -1,6 +1,5 @@
 """A request while it runs: its committed tokens, their records, and when it ends."""
 
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -53,17 +52,16 @@ class RunningRequest:
         prefix = request.prefix
         self.request = request
         self.finish_reason: FinishReason | None = None
+        self.error: str | None = None
         self._stop_rule = stop_rule
         self._token_ids = list(prefix.token_ids) if prefix else []
-        if guide is not None:
-            guide.advance(self._token_ids)
         self.text = Text(
             sampling=request.sampling,
             prompt_ids=request.prompt_ids,
             token_ids=self._token_ids,
             end_token_ids=stop_rule.stop_token_ids,
-            guide=guide,
         )
+        self.restart(guide)
         self._policy_logprobs = list(prefix.policy_logprobs) if prefix else []
         self._behavior_logprobs = list(prefix.behavior_logprobs) if prefix else []
         self._policy_versions = list(prefix.policy_versions) if prefix else []
@@ -73,7 +71,7 @@ class RunningRequest:
         self._num_verify_steps = stats.num_verify_steps
         self._num_drafted = stats.num_drafted
         self._num_accepted = stats.num_accepted
-        self._steps_by_plan = Counter(dict(stats.steps_by_plan))
+        self._steps_by_plan = dict(stats.steps_by_plan)
         self.proposal: Proposal | None = None  # for the position behind the anchor; kept by fused plans only
 
     @property
@@ -87,34 +85,30 @@ class RunningRequest:
         return (*self.request.prompt_ids, *self._token_ids)
 
     @property
-    def cached_ids(self) -> tuple[int, ...]:
-        """Those before the anchor: the tokens with keys and values in the cache."""
-        return self.token_ids[:-1]
-
-    @property
     def num_tokens(self) -> int:
         """Prompt and committed tokens: the context of its next step."""
         return len(self.request.prompt_ids) + len(self._token_ids)
 
     @property
+    def anchor(self) -> int:
+        """The last token: it has no row in the cache yet."""
+        return self._token_ids[-1] if self._token_ids else self.request.prompt_ids[-1]
+
+    @property
     def state(self) -> tuple[int, int, int]:
         """Anchor, seed, attempt: what the next step needs besides the cache."""
-        anchor = self._token_ids[-1] if self._token_ids else self.request.prompt_ids[-1]
-        return anchor, self.request.seed, self._num_forwards
+        return self.anchor, self.request.seed, self._num_forwards
+
+    def restart(self, guide: Guide | None) -> None:
+        """Go on with this guide, which stands before the first token, behind what was committed."""
+        if guide is not None:
+            guide.advance(self._token_ids)
+        self.text.guide = guide
 
     def count_prefill(self, num_prefilled: int, num_reused: int) -> None:
         """So many rows before its anchor were computed, and so many taken over from other texts."""
         self._num_prefilled += num_prefilled
         self._num_reused += num_reused
-
-    def count_step(self, plan: Plan, num_drafts: int) -> None:
-        """One decoding step has run for this request, with this many drafts to verify."""
-        self._num_forwards += plan.forwards_per_step
-        self._steps_by_plan[plan] += 1
-        self.proposal = None  # the anchor moves
-        if num_drafts:
-            self._num_verify_steps += 1
-            self._num_drafted += num_drafts
 
     def start_proposal(self, proposal: Proposal) -> None:
         """Take the drafts of a draft forward of its own, which counts."""
@@ -128,24 +122,43 @@ class RunningRequest:
         policy_logprobs: list[float],
         behavior_logprobs: list[float],
         version: int,
+        *,
+        plan: Plan,
+        num_drafts: int,
+        proposal: Proposal | None,
     ) -> Commit:
-        """Append the verdict's tokens up to the end of the request."""
-        kept, self.finish_reason = self._stop_rule.cut(self._token_ids, token_ids)
-        self._num_accepted += sum(is_draft[:kept])
-        self._token_ids += token_ids[:kept]
-        if self.text.guide is not None and self.is_running:
-            self.text.guide.advance(token_ids[:kept])
+        """One step has run, with so many drafts to verify: append its tokens up to the end of the request.
+
+        `proposal` is for the position behind the new anchor. If it raises, nothing has changed.
+        """
+        kept, finish_reason = self._stop_rule.cut(self._token_ids, token_ids)
+        kept_ids, kept_drafts = token_ids[:kept], is_draft[:kept]
+        if self.text.guide is not None and finish_reason is None:
+            self.text.guide.advance(kept_ids)
+        num_accepted, steps_by_plan = sum(kept_drafts), {**self._steps_by_plan}
+        steps_by_plan[plan] = steps_by_plan.get(plan, 0) + 1
+        num_forwards = plan.forwards_per_step
+        commit = Commit(
+            request_id=self.request.request_id, token_ids=tuple(kept_ids), is_draft=tuple(kept_drafts)
+        )
+        # No calls from here on: an interrupt finds all of it as it was, or all of it changed.
+        self.finish_reason, self.proposal, self._steps_by_plan = finish_reason, proposal, steps_by_plan
+        self._num_forwards += num_forwards
+        self._num_verify_steps += num_drafts > 0
+        self._num_drafted += num_drafts
+        self._num_accepted += num_accepted
+        self._token_ids += kept_ids
         self._policy_logprobs += policy_logprobs[:kept]
         self._behavior_logprobs += behavior_logprobs[:kept]
         self._policy_versions += [version] * kept
-        return Commit(
-            request_id=self.request.request_id,
-            token_ids=tuple(token_ids[:kept]),
-            is_draft=tuple(is_draft[:kept]),
-        )
+        return commit
 
-    def rollout(self, finish_reason: FinishReason, *, error: str | None = None) -> Rollout:
-        """The finished sample."""
+    def fail(self, error: str) -> None:
+        """It ends with what was committed so far, and with this error."""
+        self.finish_reason, self.error = "error", error
+
+    def rollout(self) -> Rollout:
+        """The finished sample; of a request that goes on, what an abort now gives."""
         return Rollout(
             request=self.request,
             token_ids=tuple(self._token_ids),
@@ -153,7 +166,7 @@ class RunningRequest:
             behavior_logprobs=tuple(self._behavior_logprobs),
             policy_versions=tuple(self._policy_versions),
             law=self.request.sampling.law,
-            finish_reason=finish_reason,
+            finish_reason=self.finish_reason or "abort",
             stats=RolloutStats(
                 num_prefilled=self._num_prefilled,
                 num_reused=self._num_reused,
@@ -163,5 +176,5 @@ class RunningRequest:
                 num_accepted=self._num_accepted,
                 steps_by_plan=tuple(self._steps_by_plan.items()),
             ),
-            error=error,
+            error=self.error,
         )

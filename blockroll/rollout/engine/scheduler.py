@@ -6,6 +6,7 @@ cache: when a request leaves, the last one moves into its slot.
 
 from collections import deque
 from dataclasses import dataclass
+from itertools import islice
 
 _SLOTS_PER_JOINING = 8  # requests join when one slot in so many is free
 
@@ -42,40 +43,49 @@ class Scheduler:
         """Queue a request whose prefill has `num_tokens` tokens."""
         self._waiting.append((request_id, num_tokens))
 
-    def admit(self) -> list[str]:
-        """Move waiting requests into free slots behind the running ones; returns them in slot order.
+    def joining(self) -> tuple[str, ...]:
+        """Waiting requests that fit behind the running ones now, in slot order; they go on waiting.
 
         Few at a time would each cost a forward of their own, so they wait until a share of the slots is free.
         """
         num_free = self.max_batch_size - len(self._running)
         if num_free < min(len(self._waiting), self.max_batch_size // _SLOTS_PER_JOINING):
-            return []
-        admitted: list[str] = []
+            return ()
+        joining: list[str] = []
         widest = 0
-        while self._waiting and len(self._running) < self.max_batch_size:
-            request_id, num_tokens = self._waiting[0]
+        for request_id, num_tokens in islice(self._waiting, max(num_free, 0)):
             widest = max(widest, num_tokens)
-            if admitted and widest * (len(admitted) + 1) > self.max_prefill_tokens:
+            if joining and widest * (len(joining) + 1) > self.max_prefill_tokens:
                 break
-            self._waiting.popleft()
-            self._running.append(request_id)
-            admitted.append(request_id)
-        return admitted
+            joining.append(request_id)
+        return tuple(joining)
+
+    def admit(self) -> tuple[str, ...]:
+        """Those that join run from now on, in the slots behind the running ones."""
+        joining = self.joining()
+        waiting = deque(islice(self._waiting, len(joining), None)) if joining else self._waiting
+        running = [*self._running, *joining]
+        # At once: an interrupt finds a request here or there, and never twice.
+        self._waiting, self._running = waiting, running
+        return joining
 
     def release(self, slot: int) -> Move | None:
         """Free a slot; the move that closes the hole, if there is one."""
         last = len(self._running) - 1
-        moved = self._running.pop()
-        if slot == last:
-            return None
-        self._running[slot] = moved
-        return Move(source=last, target=slot)
+        running = self._running[:last]
+        if slot != last:
+            running[slot] = self._running[last]
+        self._running = running
+        return None if slot == last else Move(source=last, target=slot)
 
-    def drop_waiting(self, request_id: str) -> bool:
-        """Remove a request that has not started; False if it is not waiting."""
-        before = len(self._waiting)
+    def drop(self, request_id: str) -> int | None:
+        """Remove a request, waiting or running; the slot it ran in, which the last one now has, if it ran."""
+        if request_id in self._running:
+            slot = self._running.index(request_id)
+            self.release(slot)
+            return slot
         self._waiting = deque(entry for entry in self._waiting if entry[0] != request_id)
-        return len(self._waiting) < before
+        return None
 
     def check_integrity(self) -> None:
         """No request twice, no more running than slots."""

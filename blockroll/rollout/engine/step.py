@@ -62,7 +62,7 @@ class StepRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verified:
-    """A verdict and what it was made from; the cache rows it keeps are committed."""
+    """A verdict and what it was made from; its cache rows are written, and not committed."""
 
     verdict: Verdict
     logits: tuple[Tensor, ...]  # float32, causal; the rows of one forward, or of two
@@ -84,6 +84,7 @@ class Decoded:
     verify_uniforms: Tensor  # (B, L), and one column more where the first position was settled
     attempts_B: Tensor
     failed: dict[int, str]  # by slot, what is wrong with its rows
+    proposals: Sequence[Proposal | None]  # for what each request accepted; None: it has to start anew
 
     def record(self, request_ids: tuple[str, ...]) -> StepRecord:
         """For an observer."""
@@ -112,7 +113,7 @@ class Decoder:
     def decode(
         self, batch: Sequence[RunningRequest], plan: Plan, first_logits: Tensor | None = None
     ) -> Decoded:
-        """Decode slots 0.. by a plan; the cache has committed what the verdict keeps.
+        """Decode slots 0.. by a plan. All forwards are done then; what they gave is for the caller to commit.
 
         `first_logits` (B, K + 1, V) are the anchors' and the masks' rows of a batch whose prefill had both.
         """
@@ -122,7 +123,7 @@ class Decoder:
         state = torch.tensor([running.state for running in batch], device=device)
         anchors_B, seeds_B, attempts_B = state.unbind(dim=1)
         laws = Laws.of([running.text for running in batch], vocab_size=self._policy.vocab_size, device=device)
-        positions_B = self._cache.lengths_N[: len(batch)] + 1
+        positions_B = torch.tensor([running.num_tokens for running in batch], device=device)
 
         clock = self._clock()
         settles = plan.num_drafts > 0 and not plan.levels
@@ -143,7 +144,11 @@ class Decoder:
 
         clock = self._clock()
         policy_logprobs_BL = laws.policy_logprobs(verified.logits, verified.verdict)
-        self._charge("sampler_s", clock)
+        clock = self._charge("sampler_s", clock)
+        proposals: Sequence[Proposal | None] = [None] * len(batch)
+        if verified.states_BPLW is not None:
+            proposals = self._proposals(batch, plan, verified.states_BPLW, verified.verdict)
+            self._charge("forward_s", clock)
         return Decoded(
             draft=draft,
             verified=verified,
@@ -152,13 +157,8 @@ class Decoder:
             verify_uniforms=verify_uniforms,
             attempts_B=attempts_B,
             failed=_failures(bad_drafts_B, verified),
+            proposals=proposals,
         )
-
-    def propose(self, batch: Sequence[RunningRequest], plan: Plan, decoded: Decoded) -> None:
-        """After a fused step, give each request that goes on the proposal made for what was accepted."""
-        verified = decoded.verified
-        if verified.states_BPLW is not None:
-            self._keep_proposals(batch, plan, verified.states_BPLW, verified.verdict.num_accepted_B)
 
     def _verify(
         self,
@@ -187,7 +187,6 @@ class Decoder:
         targets = laws.target_rows(logits_BLV, draft.token_ids_BK, draft_logits_BKV, draft.num_drafts_B)
         verdict = verify_block(draft, targets.probs_BLV, uniforms_BL)
         self._charge("sampler_s", clock)
-        self._cache.commit(0, len(ids_BL), verdict.num_committed_B)
         return Verified(
             verdict=verdict,
             logits=(logits_BLV,),
@@ -203,8 +202,9 @@ class Decoder:
     ) -> Verified:
         """The first position from the draft forward's own anchor row, the others behind what stands there.
 
-        That row saw no mask: its keys stay in the cache, and its logits are the first target row. No draft
-        but the first decides what is settled, so the others are still draws from their recorded law.
+        That row saw no mask: its keys stand before those of the others, and its logits are the first target
+        row. No draft but the first decides what is settled, so the others are still draws from their recorded
+        law.
         """
         clock = self._clock()
         size, num_drafts = len(draft_logits), draft_logits.shape[1] - 1
@@ -213,7 +213,6 @@ class Decoder:
             anchor_logits_B1V, draft.token_ids_BK[:, :0], draft_logits_BKV[:, :1], draft.num_drafts_B
         )
         settled = settle_first(draft, first.probs_BLV, uniforms[:, [0, -1]])
-        self._cache.commit(0, size, settled.num_committed_B)
         rest = Draft(
             token_ids_BK=draft.token_ids_BK[:, 1:],
             probs_BKV=draft.probs_BKV[:, 1:],
@@ -221,13 +220,13 @@ class Decoder:
         )
         ids_BK = torch.cat([settled.token_ids_BL, rest.token_ids_BK], dim=1)
         clock = self._charge("sampler_s", clock)
-        logits_BKV = self._policy.verify_logits(ids_BK, self._cache.window(0, size, num_drafts))
+        window = self._cache.window(0, size, num_drafts, num_pending=1)
+        logits_BKV = self._policy.verify_logits(ids_BK, window)
         clock = self._charge("forward_s", clock)
         logits_BKV, bad_targets_B = _without_non_finite(logits_BKV)
         others = laws.target_rows(logits_BKV, ids_BK, draft_logits_BKV[:, 1:], rest.num_drafts_B)
         verified = verify_block(rest, others.probs_BLV, uniforms[:, 1 : num_drafts + 1])
         self._charge("sampler_s", clock)
-        self._cache.commit(0, size, verified.num_committed_B)
         return Verified(
             verdict=join_verdicts(settled, verified),
             logits=(anchor_logits_B1V, logits_BKV),
@@ -278,33 +277,32 @@ class Decoder:
                 running.start_proposal(Proposal(logits_KV=logits_KV, num_drafts=num_drafts, origin=origin))
         self.times.start_s += self._charge("forward_s", clock) - clock
 
-    def _keep_proposals(
-        self, batch: Sequence[RunningRequest], plan: Plan, states_BPLW: Tensor, num_accepted_B: Tensor
-    ) -> None:
-        """Give each request that goes on the proposal made for what was accepted.
+    def _proposals(
+        self, batch: Sequence[RunningRequest], plan: Plan, states_BPLW: Tensor, verdict: Verdict
+    ) -> list[Proposal]:
+        """The proposals made for what each request accepted.
 
         That is the one of the largest level p at or below the n accepted drafts. Its slot j stands p + 1 + j
         positions behind the old anchor, so slots n - p + 1 and up stand on those of the next drafts.
         """
-        rows = [row for row, running in enumerate(batch) if running.is_running]
-        if not rows:
-            return
-        clock = self._clock()
         num_drafts, device = plan.num_drafts, self._policy.device
         levels_P = torch.tensor(plan.levels, device=device)
-        accepted_B = num_accepted_B[rows]
+        accepted_B = verdict.num_accepted_B
         chosen_B = (levels_P <= accepted_B[:, None]).sum(dim=1) - 1
         shift_B = accepted_B - levels_P[chosen_B]
         slots_BK = (shift_B[:, None] + 1 + torch.arange(num_drafts, device=device)).clamp(max=num_drafts)
-        rows_B1 = torch.tensor(rows, device=device)[:, None]
-        states_BKW = states_BPLW[rows_B1, chosen_B[:, None], slots_BK]
-        logits_BKV = self._policy.proposal_logits(states_BKW)
-        shifts = shift_B.tolist()
-        for row, logits_KV, shift in zip(rows, logits_BKV, shifts, strict=True):
-            # It knows all but the drafts past its level and the token that the verdict added.
-            origin = (batch[row].num_tokens - shift - 1, shift + 1, num_drafts + 1)
-            batch[row].proposal = Proposal(logits_KV=logits_KV, num_drafts=num_drafts - shift, origin=origin)
-        self._charge("forward_s", clock)
+        rows_B1 = torch.arange(len(batch), device=device)[:, None]
+        logits_BKV = self._policy.proposal_logits(states_BPLW[rows_B1, chosen_B[:, None], slots_BK])
+        steps = zip(batch, logits_BKV, shift_B.tolist(), verdict.num_committed_B.tolist(), strict=True)
+        return [
+            Proposal(
+                logits_KV=logits_KV,
+                num_drafts=num_drafts - shift,
+                # It knows all but the drafts past its level and the token that the verdict added.
+                origin=(running.num_tokens + num_committed - shift - 1, shift + 1, num_drafts + 1),
+            )
+            for running, logits_KV, shift, num_committed in steps
+        ]
 
     def _charge(self, part: str, since: float) -> float:
         now = self._clock()

@@ -1,0 +1,321 @@
+"""A forward that raises, or an interrupt anywhere, leaves an engine that goes on as if nothing were."""
+
+import dataclasses
+import itertools
+import random
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.equality import CoinMargins, count_coin_differences
+from blockroll.rollout import engine as engine_package
+from blockroll.rollout.engine.cache import SlotCache
+from blockroll.rollout.engine.engine import Engine
+from blockroll.rollout.engine.running import RunningRequest
+from blockroll.types import Plan, Request, Sampling
+from tests.engines import make_requests
+from tests.models import adapted_policy
+
+PLAIN, TWO_FORWARD, FUSED = Plan(0), Plan(4), Plan(4, (0, 2, 4))
+PLANS = pytest.mark.parametrize("plan", [PLAIN, TWO_FORWARD, FUSED], ids=lambda plan: plan.name)
+ERRORS = (torch.OutOfMemoryError, KeyboardInterrupt, RuntimeError)
+SAMPLING = Sampling(max_tokens=14)
+SOURCES = str(Path(engine_package.__file__).parent)
+
+
+@pytest.fixture(scope="module")
+def policy():
+    return adapted_policy()
+
+
+def text(length: int, *, seed: int) -> tuple[int, ...]:
+    rng = random.Random(seed)
+    return tuple(rng.choice(range(4, 24)) for _ in range(length))
+
+
+def first_requests() -> list[Request]:
+    """Groups of one prompt, prompts that begin alike, short ones; more than run together."""
+    root = text(30, seed=1)
+    prompts = [root, root, (*root[:20], 5, 6), text(3, seed=2), text(25, seed=3), root, text(9, seed=4), (7,)]
+    return make_requests(prompts, SAMPLING)
+
+
+def later_requests(rollouts) -> list[Request]:
+    """What would take over whatever rows the first ones left: their texts, whole, cut, and gone on with."""
+    prompts = []
+    for rollout in rollouts.values():
+        whole = (*rollout.request.prompt_ids, *rollout.token_ids)
+        prompts += [whole, whole[: max(len(whole) - 3, 1)], (*whole, 9, 8)]
+    requests = make_requests(prompts, SAMPLING, seed=5)
+    return [dataclasses.replace(each, request_id=f"later {each.request_id}") for each in requests]
+
+
+def make_engine(policy, plan, **options) -> Engine:
+    return Engine(policy, plan=plan, max_batch_size=4, **options)
+
+
+def finish(engine: Engine, requests=()) -> dict:
+    """Step to the end; whatever raises is met by another step, and the engine is whole after each."""
+    engine.submit(requests)
+    finished = {}
+    while engine.num_requests:
+        try:
+            ended = engine.step().finished
+        except ERRORS:
+            engine.check_integrity()
+            continue
+        engine.check_integrity()
+        assert finished.keys().isdisjoint(rollout.request.request_id for rollout in ended)
+        finished.update((rollout.request.request_id, rollout) for rollout in ended)
+    return finished
+
+
+class Expected:
+    """Rollouts of engines to which nothing happens, and how close their coins came to a boundary."""
+
+    def __init__(self, policy, plan) -> None:
+        self.margins = CoinMargins()
+        self.first = finish(make_engine(policy, plan, observer=self.margins), first_requests())
+        self.later = finish(make_engine(policy, plan, observer=self.margins), later_requests(self.first))
+
+    def check(self, engine: Engine, first: dict) -> None:
+        """These are the first rollouts, and the engine's later ones are those of a fresh engine."""
+        assert count_coin_differences(self.first, first, self.margins) <= 1
+        later = finish(engine, later_requests(self.first))
+        assert count_coin_differences(self.later, later, self.margins) <= 1
+        for want, got in ((self.first, first), (self.later, later)):
+            for name, rollout in want.items():
+                if rollout.token_ids == got[name].token_ids:
+                    assert got[name].policy_logprobs == pytest.approx(rollout.policy_logprobs, abs=1e-4)
+                    assert got[name].stats.num_forwards == rollout.stats.num_forwards
+
+
+@pytest.fixture(scope="module")
+def expected(policy):
+    return {plan: Expected(policy, plan) for plan in (PLAIN, TWO_FORWARD, FUSED)}
+
+
+class Breaking:
+    """The n-th forward of a model raises half-way: its first layer has written keys and values, poisoned."""
+
+    def __init__(self, policy, number: int, error: type[BaseException]) -> None:
+        self.policy, self.number, self.error, self.count = policy, number, error, 0
+        layers = policy.model.base_model.layers
+        self.hooks = [
+            layers[-1].register_forward_pre_hook(self.meet),
+            policy.output_head.register_forward_pre_hook(self.meet),
+        ]
+
+    def meet(self, module, inputs) -> None:
+        self.count += 1
+        if self.count == self.number:
+            raise self.error("the forward broke")
+
+    def __enter__(self) -> "Breaking":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        for hook in self.hooks:
+            hook.remove()
+
+
+def num_forwards(policy, plan) -> int:
+    with Breaking(policy, 0, RuntimeError) as counting:
+        finish(make_engine(policy, plan), first_requests())
+    return counting.count
+
+
+@PLANS
+def test_a_step_whose_forward_raised_can_be_repeated_whichever_it_was(policy, plan, expected):
+    """Prefill, draft, verify, fused or the head alone: out of memory, Ctrl-C, anything."""
+    total = num_forwards(policy, plan)
+    for number in (*range(1, 12), *range(12, total, 5)):
+        engine = make_engine(policy, plan)
+        with Breaking(policy, number, ERRORS[number % len(ERRORS)]) as breaking:
+            first = finish(engine, first_requests())
+            assert breaking.count > number
+        expected[plan].check(engine, first)
+
+
+def abort_after_a_broken_forward(policy, plan, expected, number: int) -> None:
+    """What was committed comes back, goes on elsewhere, and the engine serves others as a fresh one would."""
+    engine, finished = make_engine(policy, plan), {}
+    engine.submit(first_requests())
+    names = [request.request_id for request in first_requests()]
+    with Breaking(policy, number, RuntimeError):
+        while engine.num_requests:
+            try:
+                finished |= {rollout.request.request_id: rollout for rollout in engine.step().finished}
+            except RuntimeError:
+                for rollout in engine.abort(names):
+                    finished[rollout.request.request_id] = rollout
+    engine.check_integrity()
+    assert finished.keys() == set(names)
+    aborted = {name for name, rollout in finished.items() if rollout.finish_reason == "abort"}
+    assert aborted
+    resumed = [
+        dataclasses.replace(request, prefix=finished[request.request_id].as_prefix())
+        for request in first_requests()
+        if request.request_id in aborted
+    ]
+    whole = {name: rollout for name, rollout in finished.items() if name not in aborted}
+    expected[plan].check(engine, whole | finish(engine, resumed))
+
+
+@pytest.mark.parametrize("plan", [PLAIN, TWO_FORWARD], ids=lambda plan: plan.name)
+def test_after_a_broken_forward_requests_can_be_aborted_and_lose_nothing(policy, plan, expected):
+    """Under a fused plan those that resume start with a draft forward of their own, and with other coins."""
+    for number in (*range(1, 8), 11, 17, 23):
+        abort_after_a_broken_forward(policy, plan, expected, number)
+
+
+def rows_named_without_a_forward(monkeypatch):
+    """A request that is given up leaves a slot that counts as holding its whole text."""
+    leave = Engine._leave
+    turns = itertools.count()
+
+    def wrong(engine, request_id):
+        tokens = engine._requests[request_id].token_ids[:-1]
+        slot = next(turns) % engine._cache.num_slots
+        leave(engine, request_id)
+        if slot >= engine._cache.num_open:
+            engine._cache._texts.cut(slot, 0)
+            engine._cache._texts.extend(slot, tokens)
+
+    monkeypatch.setattr(Engine, "_leave", wrong)
+
+
+def rows_committed_before_the_forward(monkeypatch):
+    window = SlotCache.window
+
+    def wrong(cache, start, stop, num_rows, *, num_pending=0):
+        opened = window(cache, start, stop, num_rows, num_pending=num_pending)
+        cache._texts.extend(start, [5] * num_rows)
+        return opened
+
+    monkeypatch.setattr(SlotCache, "window", wrong)
+
+
+@pytest.mark.parametrize("plant", [rows_named_without_a_forward, rows_committed_before_the_forward])
+def test_rows_that_no_forward_finished_would_be_noticed(policy, expected, monkeypatch, plant):
+    plant(monkeypatch)
+    with pytest.raises(AssertionError):
+        abort_after_a_broken_forward(policy, TWO_FORWARD, expected, number=1)
+
+
+@PLANS
+def test_an_interrupt_between_the_commits_of_cache_and_request_loses_nothing(
+    policy, plan, expected, monkeypatch
+):
+    commit = RunningRequest.commit
+    for number in range(1, 20, 3):
+        count = 0
+
+        def interrupted(*arguments, number=number, **step):
+            nonlocal count
+            count += 1
+            if count == number:
+                raise KeyboardInterrupt
+            return commit(*arguments, **step)
+
+        engine = make_engine(policy, plan)
+        monkeypatch.setattr(RunningRequest, "commit", interrupted)
+        first = finish(engine, first_requests())
+        monkeypatch.setattr(RunningRequest, "commit", commit)
+        assert count > number
+        expected[plan].check(engine, first)
+
+
+class Interrupted:
+    """Raises KeyboardInterrupt at the n-th call that the engine makes, or behind one: as signals do."""
+
+    def __init__(self, number: int) -> None:
+        self.number, self.count, self.place = number, 0, ""
+
+    def __call__(self, frame, event, argument) -> None:
+        if event != "return" and frame.f_code.co_filename.startswith(SOURCES):
+            self.count += 1
+            if self.count == self.number:
+                self.place = f"{event} in {frame.f_code.co_name}, line {frame.f_lineno}"
+                raise KeyboardInterrupt
+
+    def run(self, call, *arguments):
+        """A call until it has returned once without an interrupt."""
+        while True:
+            sys.setprofile(self)
+            try:
+                return call(*arguments)
+            except KeyboardInterrupt:
+                continue
+            finally:
+                sys.setprofile(None)
+
+
+def serve(engine: Engine, interrupted: Interrupted) -> dict:
+    """Steps, aborts in their middle, and goes on with what was aborted."""
+    finished = {}
+    engine.submit(first_requests())
+    for _ in range(3):
+        finished |= by_name(interrupted.run(engine.step).finished)
+    aborted = by_name(interrupted.run(engine.abort, [f"r{index}" for index in (1, 2, 6)]))
+    while engine.num_requests:
+        finished |= by_name(interrupted.run(engine.step).finished)
+    resumed = [
+        dataclasses.replace(rollout.request, prefix=rollout.as_prefix())
+        for rollout in aborted.values()
+        if rollout.finish_reason == "abort"
+    ]
+    ended = {name: rollout for name, rollout in aborted.items() if rollout.finish_reason != "abort"}
+    return finished | ended | finish(engine, resumed)
+
+
+def by_name(rollouts) -> dict:
+    return {rollout.request.request_id: rollout for rollout in rollouts}
+
+
+def interrupt_anywhere(policy, plan, expected, *, count: int, seed: int) -> None:
+    counting = Interrupted(0)
+    serve(make_engine(policy, plan), counting)
+    rng = random.Random(f"{plan.name} {seed}")
+    for _ in range(count):
+        engine, interrupted = make_engine(policy, plan), Interrupted(rng.randrange(1, counting.count))
+        first = serve(engine, interrupted)
+        assert interrupted.count > interrupted.number
+        assert count_coin_differences(expected.first, first, expected.margins) <= 1, (
+            f"interrupted at {interrupted.place}"
+        )
+        engine.check_integrity()
+
+
+@pytest.mark.parametrize("plan", [PLAIN, TWO_FORWARD], ids=lambda plan: plan.name)
+def test_an_interrupt_at_any_call_changes_no_token(policy, plan, expected):
+    interrupt_anywhere(policy, plan, expected[plan], count=25, seed=0)
+
+
+def test_memory_that_cannot_be_had_changes_nothing(policy, expected, monkeypatch):
+    """Growing, allocating and moving rows each fail once, at every use in turn."""
+    real = {"zeros": torch.zeros, "pad": torch.nn.functional.pad}
+    for name, module in (("zeros", torch), ("pad", torch.nn.functional)):
+        for number in (1, 2, 4):
+            count = 0
+
+            def scarce(*arguments, real=real[name], number=number, **options):
+                nonlocal count
+                count += sys._getframe(1).f_code.co_filename.endswith("cache.py") or (
+                    sys._getframe(2).f_code.co_filename.endswith("cache.py")
+                )
+                if count == number:
+                    count += 1
+                    raise torch.OutOfMemoryError
+                return real(*arguments, **options)
+
+            engine = make_engine(policy, PLAIN)
+            monkeypatch.setattr(module, name, scarce)
+            engine.submit(first_requests()[:1])
+            assert finish(engine)
+            first = finish(engine, first_requests())
+            monkeypatch.setattr(module, name, real[name])
+            assert count > number
+            expected[PLAIN].check(engine, first)
