@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.equality import CoinMargins, count_coin_differences
 from blockroll.rollout import engine as engine_package
 from blockroll.rollout.engine.cache import SlotCache
 from blockroll.rollout.engine.engine import Engine
 from blockroll.rollout.engine.running import RunningRequest
 from blockroll.types import Plan, Request, Sampling
 from tests.engines import make_requests
+from tests.equality import assert_same_rollouts
 from tests.models import adapted_policy
 
 PLAIN, TWO_FORWARD, FUSED = Plan(0), Plan(4), Plan(4, (0, 2, 4))
@@ -73,23 +73,27 @@ def finish(engine: Engine, requests=()) -> dict:
 
 
 class Expected:
-    """Rollouts of engines to which nothing happens, and how close their coins came to a boundary."""
+    """Rollouts of engines to which nothing happens."""
 
     def __init__(self, policy, plan) -> None:
-        self.margins = CoinMargins()
-        self.first = finish(make_engine(policy, plan, observer=self.margins), first_requests())
-        self.later = finish(make_engine(policy, plan, observer=self.margins), later_requests(self.first))
+        self.policy = policy
+        self.first = finish(make_engine(policy, plan), first_requests())
+        self.later = finish(make_engine(policy, plan), later_requests(self.first))
 
     def check(self, engine: Engine, first: dict) -> None:
         """These are the first rollouts, and the engine's later ones are those of a fresh engine."""
-        assert count_coin_differences(self.first, first, self.margins) <= 1
-        later = finish(engine, later_requests(self.first))
-        assert count_coin_differences(self.later, later, self.margins) <= 1
-        for want, got in ((self.first, first), (self.later, later)):
+        for want, got in ((self.first, first), (self.later, finish(engine, later_requests(self.first)))):
+            assert_same_rollouts(self.without_prefixes(want), self.without_prefixes(got), self.policy)
             for name, rollout in want.items():
                 if rollout.token_ids == got[name].token_ids:
-                    assert got[name].policy_logprobs == pytest.approx(rollout.policy_logprobs, abs=1e-4)
                     assert got[name].stats.num_forwards == rollout.stats.num_forwards
+
+    def without_prefixes(self, rollouts: dict) -> list:
+        """As if none had been aborted and had gone on."""
+        return [
+            dataclasses.replace(each, request=dataclasses.replace(each.request, prefix=None))
+            for each in rollouts.values()
+        ]
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +135,7 @@ def num_forwards(policy, plan) -> int:
 def test_a_step_whose_forward_raised_can_be_repeated_whichever_it_was(policy, plan, expected):
     """Prefill, draft, verify, fused or the head alone: out of memory, Ctrl-C, anything."""
     total = num_forwards(policy, plan)
-    for number in (*range(1, 12), *range(12, total, 5)):
+    for number in (*range(1, 7), *range(9, total, 13)):
         engine = make_engine(policy, plan)
         with Breaking(policy, number, ERRORS[number % len(ERRORS)]) as breaking:
             first = finish(engine, first_requests())
@@ -167,7 +171,7 @@ def abort_after_a_broken_forward(policy, plan, expected, number: int) -> None:
 @pytest.mark.parametrize("plan", [PLAIN, TWO_FORWARD], ids=lambda plan: plan.name)
 def test_after_a_broken_forward_requests_can_be_aborted_and_lose_nothing(policy, plan, expected):
     """Under a fused plan those that resume start with a draft forward of their own, and with other coins."""
-    for number in (*range(1, 8), 11, 17, 23):
+    for number in (1, 2, 3, 6, 11, 23):
         abort_after_a_broken_forward(policy, plan, expected, number)
 
 
@@ -210,7 +214,7 @@ def test_an_interrupt_between_the_commits_of_cache_and_request_loses_nothing(
     policy, plan, expected, monkeypatch
 ):
     commit = RunningRequest.commit
-    for number in range(1, 20, 3):
+    for number in range(1, 20, 6):
         count = 0
 
         def interrupted(*arguments, number=number, **step):
@@ -283,15 +287,13 @@ def interrupt_anywhere(policy, plan, expected, *, count: int, seed: int) -> None
         engine, interrupted = make_engine(policy, plan), Interrupted(rng.randrange(1, counting.count))
         first = serve(engine, interrupted)
         assert interrupted.count > interrupted.number
-        assert count_coin_differences(expected.first, first, expected.margins) <= 1, (
-            f"interrupted at {interrupted.place}"
-        )
+        expected.check(engine, first)
         engine.check_integrity()
 
 
 @pytest.mark.parametrize("plan", [PLAIN, TWO_FORWARD], ids=lambda plan: plan.name)
 def test_an_interrupt_at_any_call_changes_no_token(policy, plan, expected):
-    interrupt_anywhere(policy, plan, expected[plan], count=25, seed=0)
+    interrupt_anywhere(policy, plan, expected[plan], count=8, seed=0)
 
 
 def test_memory_that_cannot_be_had_changes_nothing(policy, expected, monkeypatch):
