@@ -57,6 +57,8 @@ class RolloutConfig(SamplingOptions):
     memory_fraction: Share = 0.3  # of the device's memory that keys and values may take, per replica
     mix_weight: Weight = 1.0  # of the policy in the law: 1 is lossless, below 1 mixes draft rows in
     max_tokens: Positive = 64  # completion length at most
+    # Of a TRL trainer: at which weights the generating policy's law is compared with the trained one's.
+    check_sync: Literal["off", "first", "every"] = "first"  # "first": as they begin, and once they have moved
     audit: Literal["off", "share", "all"] = "off"  # of which requests every token is recorded
     audit_share: Share = 0.05  # of the requests, whole, chosen by a hash of their ids
     audit_dir: PathText = ""  # where; a run writes to its own folder unless this says otherwise

@@ -8,6 +8,7 @@ rank, which call of the step it is and the place in the batch, so a resumed run 
 would have.
 """
 
+import math
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -17,9 +18,10 @@ from typing import Any, NamedTuple
 from blockroll.config import RolloutConfig
 from blockroll.errors import BlockrollError, InvalidInput, ReplicaError
 from blockroll.rl_loops.advantages import FAILED_REASONS
+from blockroll.rl_loops.trl.agreement import require_agreement
 from blockroll.rl_loops.trl.contract import TRAINER_PARTS
 from blockroll.rl_loops.trl.fingerprint import Fingerprint
-from blockroll.rl_loops.trl.placement import Placement
+from blockroll.rl_loops.trl.placement import Placement, forward_dtype
 from blockroll.rl_loops.trl.together import on_any, raise_together, together
 from blockroll.rollout.engine.requests import derive_seed
 from blockroll.types import Request, Rollout, Sampling, SamplingOptions
@@ -40,7 +42,10 @@ class Completions(NamedTuple):
 class TrainerRollouts:
     """Stands where TRL's trainers keep their vLLM engine. One per rank."""
 
-    def __init__(self, trainer: Any, placement: Placement, sampling: Sampling) -> None:
+    def __init__(
+        self, trainer: Any, placement: Placement, sampling: Sampling, *, check_sync: str = "first"
+    ) -> None:
+        """`check_sync` as in `RolloutConfig`."""
         self.placement = placement
         self.sampling = sampling
         self.version = -1  # of the trainer's weights, as the pool serves them; -1 before the first sync
@@ -53,6 +58,7 @@ class TrainerRollouts:
         self._is_first_call = True
         self._after = -1  # versions up to this one are those of a checkpoint
         self._served: Fingerprint = ()
+        self._checks_left = {"off": 0, "first": 2, "every": math.inf}[check_sync]
         self._compared: tuple[Any, bool] = ((), False)
 
     def note_trained(self) -> None:
@@ -82,9 +88,20 @@ class TrainerRollouts:
         pool = self.placement.pool
         differs = now != self._served or pool.version != self.version or self.version <= self._after
         if on_any(accelerator, differs):
+            has_moved = on_any(accelerator, now != self._served)
             self.version = self.placement.sync(after=self._after)
+            if has_moved and self._checks_left:
+                self._checks_left -= 1
+                self._require_agreement()
             self._served = now
         self.weight_sync_s = time.perf_counter() - start
+
+    def _require_agreement(self) -> None:
+        """Twice at least: an update that PEFT begins with is zero, and left out would not be missed."""
+        gap = math.inf
+        with together(self._trainer.accelerator, "comparing the generating policy with the trained one"):
+            gap = self.placement.gap()
+            require_agreement(gap, dtype=forward_dtype(self._trainer), version=self.version)
 
     def begin_version(self, after: int) -> None:
         """The next batch is drawn as a version above this one, with weights that may be the same."""

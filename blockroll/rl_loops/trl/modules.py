@@ -7,6 +7,7 @@ spells them.
 """
 
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -113,9 +114,11 @@ def with_updates(tuners: Sequence[Any], owner: nn.Module) -> Iterator[None]:
                 _merge(tuner)
         yield
     finally:
-        for tuner in merged:
-            if tuner.merged:
-                tuner.unmerge()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that it is inexact: the weights are put back below
+            for tuner in merged:
+                if tuner.merged:
+                    tuner.unmerge()
         for tuner, names in taken_out:
             tuner.merge(adapter_names=names)
         for parameter, storage, values in before:

@@ -19,6 +19,7 @@ from blockroll.errors import BlockrollError, InvalidInput
 from blockroll.policies.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, DraftAdapter, has_adapter
 from blockroll.policies.hf import HFPolicy
 from blockroll.rl_loops.publish import publish, publish_or_keep
+from blockroll.rl_loops.trl.agreement import policy_gap, pool_gap
 from blockroll.rl_loops.trl.alignment import Alignment
 from blockroll.rl_loops.trl.fingerprint import Fingerprint, fingerprint
 from blockroll.rl_loops.trl.modules import base_model
@@ -61,6 +62,10 @@ class Placement(Protocol):
 
         All ranks call it.
         """
+        ...
+
+    def gap(self) -> float:
+        """How far the law that generates on this rank is from the one that is trained. All ranks call it."""
         ...
 
     def generate(self, requests: Sequence[Request]) -> Iterator[Rollout]:
@@ -121,6 +126,10 @@ class Colocated:
             self._replica.weights_changed(version)
             self.pool.version, self._is_synced = version, True
         return self.pool.version
+
+    def gap(self) -> float:
+        """By logits of the policy in this process."""
+        return policy_gap(self._trainer, self.policy)
 
     def generate(self, requests: Sequence[Request]) -> Iterator[Rollout]:
         """Rollouts in any order."""
@@ -230,6 +239,10 @@ class Separate:
             assert self.policy.adapter is not None, "alignment gives a policy without drafts an adapter"
             yield from named_adapter_weights(self.policy.adapter)
 
+    def gap(self) -> float:
+        """By what the replicas draw and report."""
+        return pool_gap(self._trainer, self.pool)
+
     def generate(self, requests: Sequence[Request]) -> Iterator[Rollout]:
         """Rollouts in any order."""
         return self.pool.generate(requests)
@@ -268,6 +281,10 @@ class Given:
             finally:
                 _drain(weights)
         return self.pool.version
+
+    def gap(self) -> float:
+        """By what the pool draws and reports."""
+        return pool_gap(self._trainer, self.pool)
 
     def generate(self, requests: Sequence[Request]) -> Iterator[Rollout]:
         """Rollouts in any order."""

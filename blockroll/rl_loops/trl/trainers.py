@@ -52,7 +52,7 @@ class _DraftedRollouts(_Trainer):
         sampling = trainer_sampling(self, config)
         self._check_law(sampling)
         placement = place(self, rollout, adapter, alignment)
-        self.rollouts = TrainerRollouts(self, placement, sampling)
+        self.rollouts = TrainerRollouts(self, placement, sampling, check_sync=config.check_sync)
         if placement.alignment is not None:
             self.add_callback(AfterUpdate(self))
         self._record = Record(self)
