@@ -18,7 +18,8 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 def read(name: str) -> list[Row]:
     """Rows of one result file."""
-    return [json.loads(line) for line in (RESULTS / f"{name}.jsonl").read_text().splitlines()]
+    text = (RESULTS / f"{name}.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.split("\n") if line]
 
 
 def has_rows(name: str) -> bool:

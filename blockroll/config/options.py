@@ -88,6 +88,11 @@ class TrainConfig:
     # Under top_k, top_p or min_p those weights average to the mass that is left, not to 1: ask by name.
     truncated_rollouts: Literal["refuse", "allow"] = "refuse"
     learner_threads: Positive = 2  # torch threads of the learner; replicas idle while it works
+    logits_memory_mb: Positive = (
+        256  # that the learner's logits may take at once; longer batches go in pieces
+    )
+    # Prompts that leave the context no room: other rows in their place, their last tokens, or no run at all.
+    overlong_prompts: Literal["skip", "truncate", "error"] = "skip"
     eval_every: Count = 10  # steps between evaluations; 0: never
     eval_prompts: Count = 128  # held-out prompts of one evaluation
     checkpoint_every: Count = 10  # steps between checkpoints; 0: only at the end

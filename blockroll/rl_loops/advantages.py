@@ -54,9 +54,11 @@ def score_rollouts(
 ) -> Scores:
     """Reward of every rollout; `rows` and `completions` are parallel to `rollouts`.
 
-    The function sees the whole batch in one call. If it raises, it is called for each rollout alone, so
+    The function gets every column that any row of the batch has, None where a row lacks it, and sees the
+    whole batch in one call. If it raises, it is called for each rollout alone, so
     that only those that raise are lost. A result of the wrong length is a bug in the function and raises.
     """
+    columns = [key for key in dict.fromkeys(key for row in rows for key in row) if key != "prompt"]
     sound = [i for i, rollout in enumerate(rollouts) if rollout.finish_reason not in FAILED_REASONS]
     rewards_B = torch.full((len(rollouts),), math.nan, dtype=torch.float64)
     errors: list[str] = []
@@ -67,7 +69,7 @@ def score_rollouts(
             "prompts": [rows[i]["prompt"] for i in indices],
             "completions": [completions[i] for i in indices],
             "completion_ids": [list(rollouts[i].token_ids) for i in indices],
-            **{key: [rows[i][key] for i in indices] for key in rows[indices[0]] if key != "prompt"},
+            **{key: [rows[i].get(key) for i in indices] for key in columns},
         }
         try:
             values = reward_fn(**arguments)

@@ -30,22 +30,30 @@ class Batch:
 
 
 def collect(
-    pool: RolloutPool, rows: Sequence[Row], *, label: str, seed: int, group_size: int, sampling: Sampling
+    pool: RolloutPool,
+    rows: Sequence[Row],
+    *,
+    name: str,
+    seed_words: Sequence[object],
+    group_size: int,
+    sampling: Sampling,
+    max_prompt_tokens: int,
 ) -> Batch:
     """`group_size` rollouts of every row. Equal arguments and weights give equal batches under a fixed plan.
 
-    `label` says what the batch is for, such as `step 3`; it enters the seeds and the request ids.
+    Request ids are `name/row/sample`, as in `train step 3/0/1`; seeds are derived from `seed_words`, row and
+    sample. Of a longer prompt the last `max_prompt_tokens` are what the policy goes on from.
     """
     prompts = [
-        encode_prompt(pool.tokenizer, row["prompt"], name=f"the prompt of row {index} of {label}")
+        encode_prompt(pool.tokenizer, row["prompt"], name=f"the prompt of row {index} of {name}")
         for index, row in enumerate(rows)
     ]
     requests = [
         Request(
-            request_id=f"{label}/{index}/{sample}",
-            group_id=f"{label}/{index}",
-            prompt_ids=prompt_ids,
-            seed=derive_seed(seed, label, index, sample),
+            request_id=f"{name}/{index}/{sample}",
+            group_id=f"{name}/{index}",
+            prompt_ids=prompt_ids[-max_prompt_tokens:],
+            seed=derive_seed(*seed_words, index, sample),
             sampling=sampling,
         )
         for index, prompt_ids in enumerate(prompts)
@@ -72,10 +80,25 @@ def collect(
 
 
 def evaluate(
-    pool: RolloutPool, rows: Sequence[Row], reward_fn: RewardFunction, *, seed: int, sampling: Sampling
+    pool: RolloutPool,
+    rows: Sequence[Row],
+    reward_fn: RewardFunction,
+    *,
+    name: str,
+    seed_words: Sequence[object],
+    sampling: Sampling,
+    max_prompt_tokens: int,
 ) -> dict[str, float]:
-    """One rollout per held-out row, with the same seeds every time; the mean is over valid rewards."""
-    batch = collect(pool, rows, label="eval", seed=seed, group_size=1, sampling=sampling)
+    """One rollout per held-out row; the mean is over valid rewards. Arguments as in `collect`."""
+    batch = collect(
+        pool,
+        rows,
+        name=name,
+        seed_words=seed_words,
+        group_size=1,
+        sampling=sampling,
+        max_prompt_tokens=max_prompt_tokens,
+    )
     scores = score_rollouts(reward_fn, batch.rows, batch.rollouts, batch.completions)
     valid = scores.rewards_B[scores.is_valid_B]
     return {

@@ -45,6 +45,7 @@ FIXED_ON_RESUME = (
     ("rollout", "mix_weight"),
     *(("rollout", name) for name in hints_of(SamplingOptions)),
     ("train", "algorithm"),
+    ("train", "overlong_prompts"),
     ("train", "prompts_per_step"),
     ("train", "group_size"),
 )

@@ -5,7 +5,6 @@ tokenizer's chat template.
 """
 
 import json
-import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +14,8 @@ from blockroll.errors import InvalidInput
 from blockroll.policies.adapter import chat_template_hash
 from blockroll.policies.hf import HFPolicy
 from blockroll.policies.prompts import encode_prompt
-from blockroll.rl_loops.tasks import load_task
+from blockroll.rl_loops.tasks import load_task, shuffled
+from blockroll.rl_loops.tracking import split_lines
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,7 +50,7 @@ def load_prompts(source: str, policy: HFPolicy, chat_template_kwargs: Mapping[st
 
     def of_file(seed: int, index: int) -> tuple[int, ...]:
         epoch, within = divmod(index, len(rows))
-        prompt = rows[random.Random(f"{seed}-{epoch}").sample(range(len(rows)), len(rows))[within]]
+        prompt = rows[shuffled(f"{seed}-{epoch}", len(rows))[within]]
         return encode_prompt(tokenizer, prompt, chat_template_kwargs=chat_template_kwargs)
 
     return Prompts(
@@ -65,13 +65,14 @@ def read_prompts(path: Path) -> list[str | list[dict[str, str]]]:
     if not path.is_file():
         raise InvalidInput(f"no prompts file at {path}")
     prompts: list[str | list[dict[str, str]]] = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    lines, rest = split_lines(path)
+    for number, line in enumerate([*lines, rest], start=1):
         if not line.strip():
             continue
         where = f"line {number} of {path}"
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
+            row = json.loads(line.decode("utf-8-sig"))
+        except ValueError as error:
             raise InvalidInput(f"{where} is not JSON ({error}); expected {_EXPECTED}") from None
         prompt: Any = row.get("prompt") if isinstance(row, dict) else None
         if not _is_prompt(prompt):

@@ -18,6 +18,7 @@ from blockroll.rl_loops.advantages import Scores, score_rollouts
 from blockroll.rl_loops.checkpoint import save_checkpoint
 from blockroll.rl_loops.collect import Batch, collect, evaluate, rollout_metrics
 from blockroll.rl_loops.learner import Learner
+from blockroll.rl_loops.prompt_order import PromptOrder
 from blockroll.rl_loops.publish import publish
 from blockroll.rl_loops.tasks import Task
 from blockroll.rollout.planning.planner import read_plan
@@ -35,6 +36,16 @@ class Drawn:
     batch: Batch
     scores: Scores
     start: float  # of the step, by time.perf_counter
+
+
+def train_name(step: int) -> str:
+    """What the request ids of a step's rollouts begin with: no two of a run are equal."""
+    return f"train step {step}"
+
+
+def eval_name(step: int) -> str:
+    """The same for the evaluation that follows a step; step 0 is before the first."""
+    return f"eval step {step}"
 
 
 def rollout_sampling(config: RunConfig) -> Sampling:
@@ -83,7 +94,8 @@ class Run:
         self._extra: dict[str, Any] = {}
         self._rng: dict[str, Any] = {}  # at the end of `step`: what a step cut off drew is drawn again
         self._sampling = rollout_sampling(config)
-        self._eval_rows = tuple(task.eval_rows(config.train.eval_prompts)) if config.train.eval_every else ()
+        self._prompts = PromptOrder(config, task, pool)
+        self._eval_rows = self._prompts.eval_rows
         self._plan_name = read_plan(config.rollout.plan, learner.policy).name
 
     @property
@@ -124,11 +136,12 @@ class Run:
         count = self.config.train.prompts_per_step
         batch = collect(
             self.pool,
-            self.task.train_rows(self.config.seed, self.step * count, count),
-            label=f"step {self.step + 1}",
-            seed=self.config.seed,
+            self._prompts.rows(self.step * count, count),
+            name=train_name(self.step + 1),
+            seed_words=(self.config.seed, f"step {self.step + 1}"),
             group_size=self.config.train.group_size,
             sampling=self._sampling,
+            max_prompt_tokens=self._prompts.max_prompt_tokens,
         )
         scores = score_rollouts(self.task.reward_fn, batch.rows, batch.rollouts, batch.completions)
         return Drawn(batch=batch, scores=scores, start=start)
@@ -205,8 +218,15 @@ class Run:
         self._saved_step = self.step
 
     def _evaluate(self) -> dict[str, float]:
+        """With the same seeds every time."""
         return evaluate(
-            self.pool, self._eval_rows, self.task.reward_fn, seed=self.config.seed, sampling=self._sampling
+            self.pool,
+            self._eval_rows,
+            self.task.reward_fn,
+            name=eval_name(self.step),
+            seed_words=(self.config.seed, "eval"),
+            sampling=self._sampling,
+            max_prompt_tokens=self._prompts.max_prompt_tokens,
         )
 
     def _totals(self) -> dict[str, float]:

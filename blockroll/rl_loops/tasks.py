@@ -16,6 +16,7 @@ from blockroll.errors import InvalidInput
 from blockroll.rl_loops import arithmetic
 
 Row = Mapping[str, Any]
+RESERVED_COLUMNS = ("prompts", "completions", "completion_ids")  # what reward functions get besides columns
 EVAL_SEED = 1_000_003  # of arithmetic's held-out problems: the same ones for every run
 
 
@@ -47,19 +48,28 @@ class Task:
 
 
 def from_rows(*, name: str, train: Sequence[Row], held_out: Sequence[Row], reward_fn: RewardFunction) -> Task:
-    """A task over a finite data set: one permutation per epoch, from seed and epoch alone."""
+    """A task over a finite data set: one permutation per epoch, from seed and epoch alone.
+
+    A column that some rows lack is None there, so that the reward function always gets the same ones.
+    """
     if not train:
         raise InvalidInput(f"task {name!r} needs at least one training row, got none")
-
-    @functools.lru_cache(maxsize=2)
-    def order(seed: int, epoch: int) -> list[int]:
-        return random.Random(f"{name}-{seed}-{epoch}").sample(range(len(train)), len(train))
+    columns = dict.fromkeys(key for row in (*train, *held_out) for key in row)
+    train_rows, held_out_rows = ([{**columns, **row} for row in rows] for rows in (train, held_out))
 
     def train_row(seed: int, index: int) -> Row:
-        epoch, within = divmod(index, len(train))
-        return train[order(seed, epoch)[within]]
+        epoch, within = divmod(index, len(train_rows))
+        return train_rows[shuffled(f"{name}-{seed}-{epoch}", len(train_rows))[within]]
 
-    return Task(name=name, train_row=train_row, eval_rows=lambda count: held_out[:count], reward_fn=reward_fn)
+    return Task(
+        name=name, train_row=train_row, eval_rows=lambda count: held_out_rows[:count], reward_fn=reward_fn
+    )
+
+
+@functools.lru_cache(maxsize=4)
+def shuffled(label: str, count: int) -> tuple[int, ...]:
+    """A permutation of `range(count)` that depends on the label alone; made once for a whole epoch."""
+    return tuple(random.Random(label).sample(range(count), count))
 
 
 def load_task(name: str) -> Task:
@@ -83,12 +93,18 @@ def load_task(name: str) -> Task:
 
 
 def checked_row(row: Row, task_name: str) -> Row:
-    """The row, if it holds a prompt that is text."""
+    """The row, if it holds a prompt that is text, and no column called like another argument of rewards."""
     prompt = row.get("prompt")
     if not isinstance(prompt, str) or not prompt:
         raise InvalidInput(
             f"a row of task {task_name!r} needs a 'prompt' that is text and not empty, got {prompt!r}"
         )
+    for name in RESERVED_COLUMNS:
+        if name in row:
+            raise InvalidInput(
+                f"a row of task {task_name!r} has a column {name!r}, which reward functions get from the "
+                "rollouts; give it another name"
+            )
     return row
 
 

@@ -15,6 +15,7 @@ from blockroll.rl_loops.checkpoint import checkpoints, latest_checkpoint
 from blockroll.rl_loops.learner import Learner
 from blockroll.rl_loops.loop import load_run_config, train
 from blockroll.rl_loops.signals import interrupts_held
+from blockroll.rl_loops.tasks import Task, from_rows
 from blockroll.rl_loops.tracking import read_lines
 from blockroll.rollout.engine.requests import derive_seed
 from blockroll.rollout.pool.pool import RolloutPool, make_pool
@@ -197,6 +198,50 @@ def test_a_reward_that_raises_is_counted_and_the_run_goes_on(tmp_path, policy_pa
     assert rows[-1]["rollout/failed_total"] == 0
 
 
+def test_rewards_get_the_columns_that_any_row_has_and_none_where_one_lacks_it(tmp_path, policy_path):
+    seen = []
+
+    def reward(*, completions, **columns):
+        seen.append((len(completions), columns))
+        return [float(len(text)) for text in completions]
+
+    rows = [{"prompt": f"{i}=?", **({"hint": "add"} if i == 2 else {})} for i in range(3)]
+    config = config_for(tmp_path, policy_path, plan="plain", steps=3, prompts_per_step=1, eval_every=0)
+    for name, task in {
+        "rows": from_rows(name="ragged", train=rows, held_out=[], reward_fn=reward),
+        "own": Task(
+            name="own", train_row=lambda _, index: rows[index], eval_rows=lambda _: [], reward_fn=reward
+        ),
+    }.items():
+        seen.clear()
+        run(dataclasses.replace(config, name=name), task=task)
+        assert all(len(column) == count for count, columns in seen for column in columns.values())
+        hints = [hint for _, columns in seen for hint in columns.get("hint", ())]
+        num_none = 8 if name == "rows" else 0  # a task that is no list of rows knows those of its batch
+        assert sorted(map(str, hints)) == sorted(["add"] * 4 + ["None"] * num_none)
+
+
+def test_evaluations_have_request_ids_of_their_own_and_the_same_seeds(tmp_path, policy_path, monkeypatch):
+    asked = []
+    generate = RolloutPool.generate
+
+    def noting(self, requests):
+        requests = tuple(requests)
+        asked.extend(requests)
+        return generate(self, requests)
+
+    monkeypatch.setattr(RolloutPool, "generate", noting)
+    run(config_for(tmp_path, policy_path, plan="plain"))
+    names = [request.request_id for request in asked]
+    assert len(names) == len(set(names))
+    assert {name.split("/")[0] for name in names} == {
+        *(f"train step {step}" for step in (1, 2, 3, 4)),
+        *(f"eval step {step}" for step in (0, 2, 4)),
+    }
+    seeds = [{r.seed for r in asked if r.request_id.startswith(f"eval step {step}/")} for step in (0, 2, 4)]
+    assert seeds[0] == seeds[1] == seeds[2]
+
+
 class DeafReplica(LocalReplica):
     """Loses the last bucket of every update."""
 
@@ -236,13 +281,16 @@ def test_a_pool_with_other_weights_than_the_learner_serves_nothing(tmp_path, pol
         run(config, pool=pool)
 
 
-def test_wandb_offline_logs_every_step(tmp_path, policy_path, monkeypatch):
+def test_wandb_goes_on_with_one_run_across_a_resume(tmp_path, policy_path, monkeypatch):
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     config = dataclasses.replace(config_for(tmp_path, policy_path, steps=1), wandb=True)
     run(config)
-    assert list((config.run_dir / "wandb").glob("offline-run-*/run-*.wandb"))
+    run(dataclasses.replace(config, train=dataclasses.replace(config.train, steps=2)), resume=True)
+    runs = [path.name for path in (config.run_dir / "wandb").glob("offline-run-*/run-*.wandb")]
+    assert len(runs) == 2
+    assert set(runs) == {f"run-{(config.run_dir / 'wandb_run_id').read_text().strip()}.wandb"}
 
 
 def test_seeds_are_63_bits_and_depend_on_every_word():

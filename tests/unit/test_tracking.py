@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from blockroll.errors import MissingDependency
+from blockroll.errors import InvalidInput, MissingDependency
 from blockroll.rl_loops.tracking import JsonLines, read_lines, require_wandb, truncate_lines
 
 
@@ -14,7 +14,7 @@ def test_a_line_is_on_disk_as_soon_as_it_is_logged(tmp_path):
     path = tmp_path / "metrics.jsonl"
     log = JsonLines(path)
     log.log({"step": 1, "reward": 0.5, "plan": "plain"})
-    assert [json.loads(line) for line in path.read_text().splitlines()] == [
+    assert [json.loads(line) for line in path.read_text().split("\n") if line] == [
         {"step": 1, "reward": 0.5, "plan": "plain"}
     ]
     log.close()
@@ -44,6 +44,40 @@ def test_resuming_cuts_back_to_the_step_and_drops_a_line_cut_short(tmp_path):
     truncate_lines(path, 2)
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
     assert [each.name for each in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+@pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\x1c", "\r\n"])
+def test_a_line_ends_at_a_newline_alone(tmp_path, separator):
+    path = tmp_path / "metrics.jsonl"
+    ending = "\r\n" if separator == "\r\n" else "\n"
+    text = "ab" if separator == "\r\n" else f"a{separator}b"
+    path.write_bytes(
+        "".join(
+            json.dumps({"step": step, "text": text}, ensure_ascii=ord(text[1]) < 32) + ending
+            for step in (1, 2)
+        ).encode()
+    )
+    assert read_lines(path) == [{"step": 1, "text": text}, {"step": 2, "text": text}]
+    truncate_lines(path, 1)
+    assert read_lines(path) == [{"step": 1, "text": text}]
+
+
+def test_a_line_cut_short_is_named_left_out_and_gone_once_the_log_goes_on(tmp_path, caplog):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes('{"step": 1}\n{"step": 2, "text": "é'.encode()[:-1])
+    assert read_lines(path) == [{"step": 1}]
+    assert f"{path} ends in a line that was cut short" in caplog.text
+    log = JsonLines(path)
+    log.log({"step": 2})
+    log.close()
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
+def test_a_damaged_line_in_the_middle_is_named(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": \n{"step": 3}\n')
+    with pytest.raises(InvalidInput, match=r"line 2 of .*metrics\.jsonl is not JSON"):
+        read_lines(path)
 
 
 def test_a_file_that_is_not_there_has_no_lines(tmp_path):
