@@ -59,7 +59,8 @@ from blockroll.rl_loops.step_costs import step_costs
 from blockroll.rl_loops.tracking import JsonLines, read_lines
 from blockroll.rollout.engine.engine import Engine
 from blockroll.rollout.engine.requests import check_request, derive_seed
-from blockroll.rollout.pool.pool import RolloutPool, make_pool
+from blockroll.rollout.pool.makers import make_pool
+from blockroll.rollout.pool.pool import RolloutPool
 from blockroll.rollout.pool.replica import LocalReplica
 from blockroll.types import Plan, Request, Rollout, Sampling
 

@@ -33,7 +33,7 @@ HOMES = {
     "pydantic": ("config.*",),
     "pydantic_core": ("config.*",),
     "pyarrow": ("rollout.audit.*",),
-    "ray": ("rollout.pool.ray_pool", "rollout.pool.weight_sync.*"),
+    "ray": ("rollout.pool.ray_*", "rollout.pool.weight_sync.*"),
     "reasoning_gym": ("rl_loops.envs*",),
     "transformers": ("policies.*", "bench.reference", "rl_loops.trl.*"),
     "triton": ("kernels.*.fused",),
@@ -168,7 +168,7 @@ def test_a_planted_import_is_reported_by_name(module, source, sentence):
     ("module", "source"),
     [
         ("cli", "import typer\nimport blockroll\nblockroll.__version__\nimport blockroll.rl_loops.loop"),
-        ("rollout.pool.ray_pool", "import ray\nfrom blockroll.rollout.pool.pool import RolloutPool"),
+        ("rollout.pool.ray_replica", "import ray\nfrom blockroll.rollout.pool.pool import RolloutPool"),
         ("rollout.pool.weight_sync.object_store", "import ray"),
         ("policies.hf", "import torch\nfrom transformers import Cache"),
         ("kernels.block_verify.fused", "import triton.language as tl"),

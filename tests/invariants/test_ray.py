@@ -11,7 +11,7 @@ from blockroll.config import PolicyConfig, RolloutConfig
 from blockroll.errors import InvalidInput, WeightSyncError
 from blockroll.policies.hf import HFPolicy
 from blockroll.policies.loading import load_tokenizer
-from blockroll.rollout.pool.ray_pool import make_ray_pool
+from blockroll.rollout.pool.makers import make_ray_pool
 from blockroll.rollout.pool.weight_sync import make_update, named_weights
 from blockroll.types import Plan, Sampling
 from tests.engines import make_requests, run

@@ -10,7 +10,7 @@ import time
 import pytest
 
 from blockroll.errors import InvalidInput
-from blockroll.rollout.pool.ray_pool import check_disjoint
+from blockroll.rollout.pool.ray_replica import check_disjoint
 
 STEPS = 3
 

@@ -18,7 +18,8 @@ from blockroll.rl_loops.signals import interrupts_held
 from blockroll.rl_loops.tasks import Task, from_rows
 from blockroll.rl_loops.tracking import read_lines
 from blockroll.rollout.engine.requests import derive_seed
-from blockroll.rollout.pool.pool import RolloutPool, make_pool
+from blockroll.rollout.pool.makers import build_replica, make_pool
+from blockroll.rollout.pool.pool import RolloutPool
 from blockroll.rollout.pool.replica import LocalReplica
 from tests.runs import TASK, config_for, run, save_policy, stop_after
 
@@ -100,7 +101,7 @@ def test_an_interrupt_says_how_to_go_on_and_closes_the_pool(tmp_path, policy_pat
     config = config_for(tmp_path, policy_path)
     output = io.StringIO()
     closed = []
-    replicas = [LocalReplica.build(config.policy, config.rollout)]
+    replicas = [build_replica(config.policy, config.rollout)]
     pool = RolloutPool(replicas, tokenizer=load_tokenizer(policy_path), on_close=lambda: closed.append(True))
     with pytest.raises(SystemExit) as end:
         train(
@@ -251,9 +252,7 @@ class DeafReplica(LocalReplica):
 
 def test_a_run_stops_by_name_when_one_replica_misses_an_update(tmp_path, policy_path):
     config = config_for(tmp_path, policy_path)
-    classes = (LocalReplica, DeafReplica)
-    replicas = [each.build(config.policy, config.rollout, replica_id=i) for i, each in enumerate(classes)]
-    # The classes' common constructor makes plain replicas: the second one is given its fault here.
+    replicas = [build_replica(config.policy, config.rollout, replica_id=index) for index in range(2)]
     replicas[1] = DeafReplica(replicas[1].engine, replicas[1].engine.policy.model, replica_id=1)
     pool = RolloutPool(replicas, tokenizer=load_tokenizer(policy_path))
     with pytest.raises(WeightSyncError, match=r"version 1 .* replica 1 holds version 0.*BucketMissing"):
@@ -266,7 +265,7 @@ def test_a_run_stops_by_name_when_a_bucket_is_corrupted_for_all(tmp_path, policy
         return dataclasses.replace(update, buckets=tuple(bucket ^ 1 for bucket in update.buckets))
 
     config = config_for(tmp_path, policy_path)
-    replicas = [LocalReplica.build(config.policy, config.rollout)]
+    replicas = [build_replica(config.policy, config.rollout)]
     pool = RolloutPool(replicas, tokenizer=load_tokenizer(policy_path), transport=corrupt)
     with pytest.raises(WeightSyncError, match="ChecksumMismatch"):
         run(config, pool=pool)

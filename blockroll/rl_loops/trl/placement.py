@@ -35,8 +35,8 @@ from blockroll.rl_loops.trl.weights import (
     sharing_policy,
 )
 from blockroll.rollout.planning.planner import Planner
+from blockroll.rollout.pool.makers import join_ray_pool, make_ray_pool, replica_around
 from blockroll.rollout.pool.pool import RolloutPool
-from blockroll.rollout.pool.replica import LocalReplica
 from blockroll.rollout.pool.weight_sync import named_adapter_weights
 from blockroll.types import Request, Rollout
 
@@ -104,7 +104,7 @@ class Colocated:
         if alignment is not None:
             self.alignment = Alignment(trainer, self.policy, alignment, shares=self._shares)
         rank = trainer.accelerator.process_index
-        self._replica = LocalReplica.around(self.policy, config, replica_id=rank)
+        self._replica = replica_around(self.policy, config, replica_id=rank)
         self.planner = self._replica.engine.planner
         self.pool = RolloutPool(
             [self._replica], requests_per_replica=2 * config.max_batch_size, tokenizer=tokenizer
@@ -189,7 +189,7 @@ class Separate:
         where: list[str | None] = [None, None, None]  # name, address, and how Ray lets processes in
         if accelerator.is_main_process:
             try:
-                from blockroll.rollout.pool.ray_pool import make_ray_pool, ray_address
+                from blockroll.rollout.pool.ray_cluster import ray_address
 
                 name = f"blockroll-{os.getpid()}"
                 with _hidden(owned):
@@ -203,8 +203,6 @@ class Separate:
         if not accelerator.is_main_process:
             if where[2] is not None:  # read when ray is imported
                 os.environ["RAY_AUTH_MODE"] = where[2]
-            from blockroll.rollout.pool.ray_pool import join_ray_pool
-
             self.pool = join_ray_pool(str(where[0]), policy, config, address=str(where[1]))
 
     def fingerprint(self) -> Fingerprint:

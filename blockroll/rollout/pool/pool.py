@@ -13,12 +13,11 @@ from typing import Any, Self
 
 from blockroll.config import PolicyConfig, RolloutConfig
 from blockroll.errors import InvalidInput, ReplicaError, WeightSyncError
-from blockroll.policies.loading import load_tokenizer
 from blockroll.policies.prompts import Messages, OverlongRule, PromptInput, check_messages
 from blockroll.rollout.engine.requests import check_request
 from blockroll.rollout.pool.calls import Member, Rollouts
 from blockroll.rollout.pool.prompted import make_requests
-from blockroll.rollout.pool.replica import LocalReplica, Replica
+from blockroll.rollout.pool.replica import Replica
 from blockroll.rollout.pool.router import Router
 from blockroll.types import (
     ReplicaHealth,
@@ -62,6 +61,8 @@ class RolloutPool:
     @classmethod
     def from_pretrained(cls, path: str = "tiny", **options: Any) -> Self:
         """A pool of one replica in this process, unless options of `RolloutConfig` say otherwise."""
+        from blockroll.rollout.pool.makers import make_pool  # they make pools: only this asks them
+
         config = RolloutConfig(**{"backend": "local", "num_replicas": 1, "threads_per_replica": 1, **options})
         pool = make_pool(PolicyConfig(path=path), config)
         assert isinstance(pool, cls)
@@ -285,17 +286,3 @@ class RolloutPool:
                 error=str(death),
             )
         return receipt
-
-
-def make_pool(policy: PolicyConfig, config: RolloutConfig) -> RolloutPool:
-    """The pool that a config asks for: engines in this process, or Ray actors."""
-    if config.backend == "ray":
-        from blockroll.rollout.pool.ray_pool import make_ray_pool
-
-        return make_ray_pool(policy, config)
-    replicas = [LocalReplica.build(policy, config, replica_id=index) for index in range(config.num_replicas)]
-    return RolloutPool(
-        replicas,
-        requests_per_replica=2 * config.max_batch_size,
-        tokenizer=load_tokenizer(policy.path),
-    )

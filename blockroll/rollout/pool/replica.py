@@ -10,13 +10,9 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from blockroll.config import PolicyConfig, RolloutConfig
 from blockroll.errors import InvalidInput, VersionMismatch, WeightSyncError
-from blockroll.policies.hf import HFPolicy
-from blockroll.rollout.audit.writer import AuditWriter
 from blockroll.rollout.engine.engine import Engine
 from blockroll.rollout.engine.requests import Limits
-from blockroll.rollout.planning.planner import read_plan
 from blockroll.rollout.pool.weight_sync.buckets import (
     ADAPTER_PREFIX,
     check_update,
@@ -77,33 +73,6 @@ class LocalReplica:
         self.limits = engine.limits
         self._weights: list[tuple[str, Tensor]] = list(named_weights(model))
         self._adapter_weights = [] if adapter is None else list(named_adapter_weights(adapter))
-
-    @classmethod
-    def build(
-        cls, policy_config: PolicyConfig, config: RolloutConfig, *, replica_id: int = 0
-    ) -> "LocalReplica":
-        """Load the policy and put an engine around it."""
-        policy = HFPolicy.from_pretrained(
-            policy_config.path,
-            device=policy_config.device,
-            dtype=policy_config.dtype,
-            adapter=policy_config.adapter,
-        )
-        return cls.around(policy, config, replica_id=replica_id)
-
-    @classmethod
-    def around(cls, policy: HFPolicy, config: RolloutConfig, *, replica_id: int = 0) -> "LocalReplica":
-        """Put an engine around a policy that is there already."""
-        engine = Engine(
-            policy,
-            plan=read_plan(config.plan, policy),
-            max_batch_size=config.max_batch_size,
-            max_length=config.max_length,
-            max_cache_rows=cache_rows(policy, config.memory_fraction),
-            decode=policy.decode,
-            audit=_audit(config, replica_id),
-        )
-        return cls(engine, policy.model, adapter=policy.adapter, replica_id=replica_id)
 
     def submit(self, requests: Sequence[Request]) -> None:
         """Queue requests."""
@@ -175,21 +144,3 @@ class LocalReplica:
             raise VersionMismatch(
                 f"version {update.version} does not follow version {self.engine.policy_version}, served now"
             )
-
-
-def cache_rows(policy: HFPolicy, memory_fraction: float) -> int:
-    """Rows of keys and values that this share of the device's memory holds; of the machine's on a CPU."""
-    if policy.device.type == "cuda":
-        memory = torch.cuda.get_device_properties(policy.device).total_memory
-    else:
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return int(memory * memory_fraction / policy.kv_shape.num_bytes)
-
-
-def _audit(config: RolloutConfig, replica_id: int) -> AuditWriter | None:
-    if config.audit == "off":
-        return None
-    if not config.audit_dir:
-        raise InvalidInput(f"audit is {config.audit!r}, but audit_dir names no folder to write to")
-    share = config.audit_share if config.audit == "share" else 1.0
-    return AuditWriter(config.audit_dir, share=share, replica_id=replica_id)

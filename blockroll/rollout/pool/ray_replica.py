@@ -1,26 +1,21 @@
-"""Replicas as Ray actors: the same LocalReplica, one process each, weights through the object store.
+"""A replica in a process of its own: a Ray actor, and its handle in the pool's process.
 
-One process makes the actors. Others may join them by name: each has a pool of its own over the same actors,
-and gets its own rollouts back. Weights come from the process that made them.
+Weights travel through the object store. Processes that know an actor's name share it: each has a pool of its
+own over the same actors, and gets its own rollouts back. Weights come from the process that made them.
 """
 
 import dataclasses
-import logging
-import os
 import socket
 import uuid
-from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import numpy as np
 
-from blockroll.config import PolicyConfig, RolloutConfig
 from blockroll.errors import InvalidInput, MissingDependency, ReplicaError
-from blockroll.policies.loading import load_tokenizer, resolve_checkpoint, resolve_device
 from blockroll.rollout.engine.requests import Limits
-from blockroll.rollout.pool.pool import RolloutPool
-from blockroll.rollout.pool.replica import LocalReplica
+from blockroll.rollout.pool.replica import Replica
+from blockroll.rollout.pool.shared import SharedReplica
 from blockroll.types import ReplicaHealth, Request, Rollout, UpdateReceipt, WeightUpdate
 
 try:
@@ -33,45 +28,40 @@ except ImportError as missing:
 
 _POLL_WAIT_S = 0.02
 _START_TIMEOUT_S = 120.0
-_CLOSE_TIMEOUT_S = 5.0
-
 
 NAMESPACE = "blockroll"
 
 
 class ReplicaActor:
-    """What runs inside the actor's process: threads set, buckets fetched, everything else is LocalReplica.
+    """What runs inside the actor's process: threads set, buckets fetched, clients kept apart."""
 
-    Any poll lets the engine work for all clients; what it finishes for another one waits for that one's poll.
-    """
-
-    def __init__(self, replica_id: int, policy: PolicyConfig, config: RolloutConfig) -> None:
+    def __init__(self, build: Callable[[], Replica], *, num_threads: int, client_timeout_s: float) -> None:
         import torch
 
-        torch.set_num_threads(config.threads_per_replica)
-        self._replica = LocalReplica.build(policy, config, replica_id=replica_id)
-        self._clients: dict[str, str] = {}  # by request id
-        self._finished: defaultdict[str, list[Rollout]] = defaultdict(list)  # by client
+        torch.set_num_threads(num_threads)
+        self._replica = build()
+        self._shared = SharedReplica(self._replica, client_timeout_s=client_timeout_s)
 
     def limits(self) -> Limits:
         return self._replica.limits
 
-    def submit(self, requests: Sequence[Request], client: str) -> None:
-        self._replica.submit(requests)
-        self._clients.update((request.request_id, client) for request in requests)
+    def enter(self, client: str) -> None:
+        self._shared.enter(client)
 
-    def poll(self, client: str) -> tuple[Rollout, ...]:
-        for rollout in self._replica.poll():
-            self._finished[self._clients.pop(rollout.request.request_id)].append(rollout)
-        return tuple(self._finished.pop(client, ()))
+    def submit(self, requests: Sequence[Request], client: str) -> bool:
+        return self._shared.submit(requests, client)
+
+    def poll(self, client: str) -> tuple[Rollout, ...] | None:
+        return self._shared.poll(client)
+
+    def abort(self, request_ids: Sequence[str], client: str) -> tuple[Rollout, ...]:
+        return self._shared.abort(request_ids, client)
+
+    def leave(self, client: str) -> None:
+        self._shared.leave(client)
 
     def update(self, update: WeightUpdate) -> UpdateReceipt:
         return self._replica.update(dataclasses.replace(update, buckets=tuple(map(_fetch, update.buckets))))
-
-    def abort(self, request_ids: Sequence[str]) -> tuple[Rollout, ...]:
-        for request_id in request_ids:
-            self._clients.pop(request_id, None)
-        return self._replica.abort(request_ids)
 
     def devices(self) -> tuple[str, ...]:
         return tuple(f"{socket.gethostname()}:{index}" for index in ray.get_gpu_ids())
@@ -92,36 +82,57 @@ class RayReplica:
         self.actor = actor  # its methods are made at run time
         self._is_own = is_own
         self._client = uuid.uuid4().hex
+        self._held: dict[str, Request] = {}  # submitted, and not back yet
         self._pending: ray.ObjectRef[Any] | None = None
         self._arrived: tuple[Rollout, ...] = ()  # finished by a poll whose result an abort had to wait for
         self.limits: Limits
 
     @classmethod
     def start(
-        cls, replica_id: int, policy: PolicyConfig, config: RolloutConfig, *, name: str | None = None
+        cls,
+        replica_id: int,
+        build: Callable[[], Replica],
+        *,
+        num_threads: int,
+        num_gpus: float = 0,
+        name: str | None = None,
+        client_timeout_s: float = 600,
     ) -> Self:
-        """A new actor, which others can find by `name`."""
-        threads = str(config.threads_per_replica)
+        """A new actor around what `build` makes there; others can find it by `name`."""
+        threads = str(num_threads)
         options: dict[str, Any] = {} if name is None else {"name": name, "namespace": NAMESPACE}
         actor = (
             ray.remote(ReplicaActor)
             .options(
                 num_cpus=0,  # cores are shared by explicit thread counts, not by Ray's bookkeeping
-                num_gpus=config.gpus_per_replica if resolve_device(policy.device).type == "cuda" else 0,
+                num_gpus=num_gpus,
                 runtime_env={"env_vars": {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}},
                 **options,
             )
-            .remote(replica_id, policy, config)
+            .remote(build, num_threads=num_threads, client_timeout_s=client_timeout_s)
         )
         return cls(replica_id, actor)
+
+    @classmethod
+    def join(cls, replica_id: int, name: str) -> Self:
+        """The actor of this name, which another process has made."""
+        try:
+            actor = ray.get_actor(name, namespace=NAMESPACE)
+        except ValueError as error:
+            raise ReplicaError(f"there is no replica of the name {name!r}: {error}") from error
+        return cls(replica_id, actor, is_own=False)
 
     def wait_until_ready(self) -> None:
         """Block until the policy is loaded; raises what its construction raised."""
         self.limits = self._get(self.actor.limits.remote(), timeout=_START_TIMEOUT_S)
+        self._get(self.actor.enter.remote(self._client))
 
     def submit(self, requests: Sequence[Request]) -> None:
         """Queue requests in the actor."""
-        self._get(self.actor.submit.remote(requests, self._client))
+        if not self._get(self.actor.submit.remote(requests, self._client)):
+            self._enter_again()
+            self._get(self.actor.submit.remote(requests, self._client))
+        self._held.update((request.request_id, request) for request in requests)
 
     def poll(self) -> tuple[Rollout, ...]:
         """Rollouts of the poll under way, if it has ended; waits for it only briefly."""
@@ -130,10 +141,9 @@ class RayReplica:
         ready, _ = ray.wait([self._pending], timeout=_POLL_WAIT_S)
         if not ready:
             return ()
-        arrived, self._arrived = self._arrived, ()
-        pending, self._pending = self._pending, self.actor.poll.remote(self._client)
-        finished: tuple[Rollout, ...] = self._get(pending)
-        return arrived + finished
+        finished = self._result_of_poll()
+        self._pending = self.actor.poll.remote(self._client)
+        return finished
 
     def update(self, update: WeightUpdate) -> UpdateReceipt:
         """Swap weights between two polls."""
@@ -142,13 +152,12 @@ class RayReplica:
 
     def abort(self, request_ids: Sequence[str]) -> tuple[Rollout, ...]:
         """End requests now; those of them that a poll under way has finished come back too."""
-        finished = self._arrived
-        if self._pending is not None:
-            finished += self._get(self._pending)
-            self._pending = None
-        aborted: tuple[Rollout, ...] = self._get(self.actor.abort.remote(request_ids))
+        finished = self._result_of_poll()
+        aborted: tuple[Rollout, ...] = self._get(self.actor.abort.remote(request_ids, self._client))
         ended = set(request_ids)
         self._arrived = tuple(each for each in finished if each.request.request_id not in ended)
+        for request_id in request_ids:
+            self._held.pop(request_id, None)
         return (*(each for each in finished if each.request.request_id in ended), *aborted)
 
     def release_memory(self) -> None:
@@ -166,9 +175,31 @@ class RayReplica:
         return devices
 
     def close(self) -> None:
-        """Kill the actor's process, if it is one's own."""
+        """Kill the actor's process, if it is one's own; leave it otherwise."""
         if self._is_own:
             ray.kill(self.actor)
+        else:
+            self.actor.leave.remote(self._client)
+
+    def _result_of_poll(self) -> tuple[Rollout, ...]:
+        """What the poll under way finished, behind what an earlier one did."""
+        finished, self._arrived = self._arrived, ()
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            polled = self._get(pending)
+            if polled is None:
+                self._enter_again()
+            else:
+                finished += polled
+        for rollout in finished:
+            self._held.pop(rollout.request.request_id, None)
+        return finished
+
+    def _enter_again(self) -> None:
+        """The actor has not heard of this process for too long, and ended what it had submitted."""
+        self._client, self._pending = uuid.uuid4().hex, None
+        self._get(self.actor.enter.remote(self._client))
+        self._get(self.actor.submit.remote(list(self._held.values()), self._client))
 
     def _get(self, reference: "ray.ObjectRef[Any]", timeout: float | None = None) -> Any:
         try:
@@ -177,50 +208,6 @@ class RayReplica:
             raise ReplicaError(f"replica {self.replica_id} died: {death}") from death
         except GetTimeoutError as late:
             raise ReplicaError(f"replica {self.replica_id} did not answer within {timeout:g} s") from late
-
-
-def make_ray_pool(
-    policy: PolicyConfig,
-    config: RolloutConfig,
-    *,
-    name: str | None = None,
-    taken_devices: Sequence[str] = (),
-) -> RolloutPool:
-    """One actor per replica. Ray is started if it is not running, and then stopped with the pool.
-
-    With a `name` other processes can join: `join_ray_pool(name, ...)`. InvalidInput if Ray gives a replica
-    one of the `taken_devices`, which are named host:index.
-    """
-    policy = dataclasses.replace(policy, path=str(resolve_checkpoint(policy.path).resolve()))
-    started = not ray.is_initialized()
-    if started:
-        ray.init(
-            num_cpus=max(1, os.cpu_count() or 1),
-            include_dashboard=False,
-            logging_level=logging.ERROR,
-            log_to_driver=False,
-            configure_logging=True,
-        )
-    on_close = ray.shutdown if started else None
-    try:
-        replicas = [
-            RayReplica.start(index, policy, config, name=name and f"{name}-{index}")
-            for index in range(config.num_replicas)
-        ]
-        for replica in replicas:
-            replica.wait_until_ready()
-        check_disjoint(taken_devices, [each for replica in replicas for each in replica.devices()])
-    except BaseException:
-        if on_close:
-            on_close()
-        raise
-    return RolloutPool(
-        replicas,
-        requests_per_replica=2 * config.max_batch_size,
-        transport=put_buckets,
-        on_close=on_close,
-        tokenizer=load_tokenizer(policy.path),
-    )
 
 
 def check_disjoint(trainer_devices: Sequence[str], replica_devices: Sequence[str]) -> None:
@@ -232,30 +219,6 @@ def check_disjoint(trainer_devices: Sequence[str], replica_devices: Sequence[str
             f"Ray gave the replicas {sorted(replica_devices)}; start Ray with the others only, or use "
             "placement='colocated'"
         )
-
-
-def ray_address() -> str:
-    """Where other processes find the Ray of this one, as host:port."""
-    address: str = ray.get_runtime_context().gcs_address
-    return address
-
-
-def join_ray_pool(name: str, policy: PolicyConfig, config: RolloutConfig, *, address: str) -> RolloutPool:
-    """A pool over actors that another process has made; it sends them requests, and no weights."""
-    started = not ray.is_initialized()
-    if started:
-        ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
-    replicas = []
-    for index in range(config.num_replicas):
-        actor = ray.get_actor(f"{name}-{index}", namespace=NAMESPACE)
-        replicas.append(RayReplica(index, actor, is_own=False))
-        replicas[-1].wait_until_ready()
-    return RolloutPool(
-        replicas,
-        requests_per_replica=2 * config.max_batch_size,
-        on_close=ray.shutdown if started else None,
-        tokenizer=load_tokenizer(policy.path),
-    )
 
 
 def put_buckets(update: WeightUpdate) -> WeightUpdate:

@@ -1,0 +1,148 @@
+"""Pools and replicas from options: the one place here that knows how policies and tokenizers are loaded."""
+
+import dataclasses
+import functools
+import logging
+import os
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+
+from blockroll.config import PolicyConfig, RolloutConfig
+from blockroll.errors import InvalidInput
+from blockroll.policies.hf import HFPolicy
+from blockroll.policies.loading import load_tokenizer, resolve_checkpoint, resolve_device
+from blockroll.rollout.audit.writer import AuditWriter
+from blockroll.rollout.engine.engine import Engine
+from blockroll.rollout.planning.planner import read_plan
+from blockroll.rollout.pool.pool import RolloutPool
+from blockroll.rollout.pool.replica import LocalReplica, Replica
+
+logger = logging.getLogger(__name__)
+
+CLIENT_TIMEOUT_S = 600.0  # of a process that shares a replica: longer than anybody learns between two polls
+
+
+def make_pool(policy: PolicyConfig, config: RolloutConfig) -> RolloutPool:
+    """The pool that a config asks for: engines in this process, or Ray actors."""
+    if config.backend == "ray":
+        return make_ray_pool(policy, config)
+    replicas = [build_replica(policy, config, replica_id=index) for index in range(config.num_replicas)]
+    return _pool(replicas, policy, config)
+
+
+def make_ray_pool(
+    policy: PolicyConfig,
+    config: RolloutConfig,
+    *,
+    name: str | None = None,
+    taken_devices: Sequence[str] = (),
+    client_timeout_s: float = CLIENT_TIMEOUT_S,
+) -> RolloutPool:
+    """One actor per replica, in the Ray that `ray_cluster.connect` finds or starts.
+
+    With a `name` other processes can join: `join_ray_pool(name, ...)`. What one of them leaves behind ends
+    when it has asked nothing for `client_timeout_s`. Closing the pool ends its actors, and Ray if it was
+    started for them. InvalidInput if Ray gives a replica one of the `taken_devices`, named host:index.
+    """
+    from blockroll.rollout.pool.ray_cluster import connect
+    from blockroll.rollout.pool.ray_replica import RayReplica, check_disjoint, put_buckets
+
+    policy = dataclasses.replace(policy, path=str(resolve_checkpoint(policy.path).resolve()))
+    num_gpus = config.gpus_per_replica if resolve_device(policy.device).type == "cuda" else 0
+    with ExitStack() as undo:
+        disconnect = connect()
+        undo.callback(disconnect)
+        replicas = []
+        for index in range(config.num_replicas):
+            replica = RayReplica.start(
+                index,
+                functools.partial(build_replica, policy, config, replica_id=index),
+                num_threads=config.threads_per_replica,
+                num_gpus=num_gpus,
+                name=name and f"{name}-{index}",
+                client_timeout_s=client_timeout_s,
+            )
+            undo.callback(replica.close)
+            replicas.append(replica)
+        for replica in replicas:
+            replica.wait_until_ready()
+        check_disjoint(taken_devices, [each for replica in replicas for each in replica.devices()])
+        pool = _pool(replicas, policy, config, transport=put_buckets, on_close=disconnect)
+        undo.pop_all()
+    return pool
+
+
+def join_ray_pool(name: str, policy: PolicyConfig, config: RolloutConfig, *, address: str) -> RolloutPool:
+    """A pool over actors that another process has made; it sends them requests, and no weights."""
+    from blockroll.rollout.pool.ray_cluster import connect
+    from blockroll.rollout.pool.ray_replica import RayReplica
+
+    with ExitStack() as undo:
+        disconnect = connect(address)
+        undo.callback(disconnect)
+        replicas = [RayReplica.join(index, f"{name}-{index}") for index in range(config.num_replicas)]
+        for replica in replicas:
+            replica.wait_until_ready()
+        pool = _pool(replicas, policy, config, on_close=disconnect)
+        undo.pop_all()
+    return pool
+
+
+def build_replica(policy: PolicyConfig, config: RolloutConfig, *, replica_id: int = 0) -> LocalReplica:
+    """Load the policy and put an engine around it."""
+    loaded = HFPolicy.from_pretrained(
+        policy.path, device=policy.device, dtype=policy.dtype, adapter=policy.adapter
+    )
+    return replica_around(loaded, config, replica_id=replica_id)
+
+
+def replica_around(policy: HFPolicy, config: RolloutConfig, *, replica_id: int = 0) -> LocalReplica:
+    """Put an engine around a policy that is there already."""
+    engine = Engine(
+        policy,
+        plan=read_plan(config.plan, policy),
+        max_batch_size=config.max_batch_size,
+        max_length=config.max_length,
+        max_cache_rows=cache_rows(policy, config.memory_fraction),
+        decode=policy.decode,
+        audit=_audit(config, replica_id),
+    )
+    return LocalReplica(engine, policy.model, adapter=policy.adapter, replica_id=replica_id)
+
+
+def cache_rows(policy: HFPolicy, memory_fraction: float) -> int:
+    """Rows of keys and values that this share of the device's memory holds; of the machine's on a CPU."""
+    if policy.device.type == "cuda":
+        memory = torch.cuda.get_device_properties(policy.device).total_memory
+    else:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return int(memory * memory_fraction / policy.kv_shape.num_bytes)
+
+
+def _pool(
+    replicas: Sequence[Replica],
+    policy: PolicyConfig,
+    config: RolloutConfig,
+    *,
+    transport: Callable[..., Any] | None = None,
+    on_close: Callable[[], None] | None = None,
+) -> RolloutPool:
+    return RolloutPool(
+        replicas,
+        requests_per_replica=2 * config.max_batch_size,
+        transport=transport,
+        on_close=on_close,
+        tokenizer=load_tokenizer(policy.path),
+    )
+
+
+def _audit(config: RolloutConfig, replica_id: int) -> AuditWriter | None:
+    if config.audit == "off":
+        return None
+    if not config.audit_dir:
+        raise InvalidInput(f"audit is {config.audit!r}, but audit_dir names no folder to write to")
+    share = config.audit_share if config.audit == "share" else 1.0
+    return AuditWriter(config.audit_dir, share=share, replica_id=replica_id)

@@ -1,0 +1,99 @@
+"""The Ray that this process uses: one that it has, one that runs already, or one of its own."""
+
+import logging
+import os
+import socket
+import threading
+from collections.abc import Callable
+
+from blockroll.errors import MissingDependency, ReplicaError
+
+try:
+    import ray
+    from ray._private.services import canonicalize_bootstrap_address
+except ImportError as missing:
+    raise MissingDependency(
+        "Ray is not installed; install it with pip install 'blockroll[ray]', or use rollout.backend=local"
+    ) from missing
+
+logger = logging.getLogger(__name__)
+
+_ANSWER_TIMEOUT_S = 5.0
+_lock = threading.Lock()
+_num_users = 0  # pools of this process that use a connection made here
+
+
+def connect(address: str | None = None) -> Callable[[], None]:
+    """Connect this process to Ray. Gives what undoes it, to be called once.
+
+    A connection that somebody else has made is used and left alone. Otherwise the cluster at `address` is
+    joined, the one that `RAY_ADDRESS` names, or the one that `ray start` left running here; if there is none,
+    one is started. Its last user here disconnects, which ends a cluster only if it was started here.
+    ReplicaError if a cluster is named and does not answer.
+    """
+    global _num_users
+    with _lock:
+        if ray.is_initialized() and not _num_users:
+            return _leave_alone
+        if not ray.is_initialized():
+            _num_users = 0
+            _init(address)
+        _num_users += 1
+    return _disconnect
+
+
+def ray_address() -> str:
+    """Where other processes find the Ray of this one, as host:port."""
+    address: str = ray.get_runtime_context().gcs_address
+    return address
+
+
+def _init(address: str | None) -> None:
+    named = address or os.environ.get("RAY_ADDRESS")
+    if not _answers(named):
+        if named:
+            raise ReplicaError(
+                f"no Ray cluster answers at {named}: start it, set RAY_ADDRESS to another one, or to 'local' "
+                "for one of this process's own"
+            )
+        logger.warning("the Ray cluster that `ray start` left here does not answer; another one is started")
+        address = "local"
+    try:
+        # Without an address Ray itself looks for a running cluster. Resources may be named only for one that
+        # is started; by default it has all cores of this machine.
+        ray.init(
+            address=address,
+            include_dashboard=False,
+            logging_level=logging.ERROR,
+            log_to_driver=False,
+            configure_logging=True,
+        )
+    except (ConnectionError, TimeoutError, RuntimeError) as error:
+        raise ReplicaError(f"Ray could not be reached at {named or 'this machine'}: {error}") from error
+
+
+def _answers(address: str | None) -> bool:
+    """Whether something listens where Ray would connect, if it would: Ray itself asks for minutes."""
+    if address is not None and "://" in address:
+        return True
+    where: str | None = canonicalize_bootstrap_address(address)  # type: ignore[arg-type]
+    if where is None:
+        return True
+    host, _, port = where.rpartition(":")
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER_TIMEOUT_S):
+            return True
+    except OSError:
+        return False
+
+
+def _leave_alone() -> None:
+    """Somebody else's connection."""
+
+
+def _disconnect() -> None:
+    global _num_users
+    with _lock:
+        _num_users = max(0, _num_users - 1)
+        if not _num_users and ray.is_initialized():
+            ray.shutdown()
