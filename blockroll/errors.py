@@ -12,6 +12,7 @@
     │   ├── BucketMissing                    a bucket of the update never arrived
     │   ├── ChecksumMismatch                 a bucket arrived with other bytes than were sent
     │   ├── ManifestMismatch                 names, shapes or dtypes are not the replica's own
+    │   ├── NonFiniteWeights                 a tensor of the update holds NaN or infinity
     │   └── VersionMismatch                  the update does not follow the replica's version
     ├── ReplicaError (RuntimeError)          a replica died, hangs, or none is ready to serve
     ├── RankError (RuntimeError)             another process of a distributed trainer failed
@@ -69,6 +70,10 @@ class ChecksumMismatch(WeightSyncError):
 
 class ManifestMismatch(WeightSyncError):
     """Names, shapes or dtypes of the update are not the replica's own."""
+
+
+class NonFiniteWeights(WeightSyncError):
+    """A tensor of the update holds NaN or infinity."""
 
 
 class VersionMismatch(WeightSyncError):

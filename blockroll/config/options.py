@@ -59,6 +59,7 @@ class RolloutConfig(SamplingOptions):
     max_tokens: Positive = 64  # completion length at most
     # Of a TRL trainer: at which weights the generating policy's law is compared with the trained one's.
     check_sync: Literal["off", "first", "every"] = "first"  # "first": as they begin, and once they have moved
+    check_finite_weights: bool = True  # whether an update with NaN or infinity in it is refused
     audit: Literal["off", "share", "all"] = "off"  # of which requests every token is recorded
     audit_share: Share = 0.05  # of the requests, whole, chosen by a hash of their ids
     audit_dir: PathText = ""  # where; a run writes to its own folder unless this says otherwise

@@ -21,7 +21,7 @@ TINY = PolicyConfig(path="tiny", device="cpu")
 USE_A_POOL = """
 import ray
 from blockroll import RolloutPool, Sampling
-with RolloutPool.from_pretrained("tiny", backend="ray", num_replicas=1, device="cpu") as pool:
+with RolloutPool.from_pretrained("tiny", backend="ray", num_replicas=1) as pool:
     rollouts = list(pool.generate(pool.requests(["1+1=?"], Sampling(max_tokens=4))))
     print(ray.get_runtime_context().gcs_address, len(rollouts), flush=True)
 print(ray.is_initialized(), flush=True)

@@ -110,7 +110,13 @@ def replica_around(policy: HFPolicy, config: RolloutConfig, *, replica_id: int =
         decode=policy.decode,
         audit=_audit(config, replica_id),
     )
-    return LocalReplica(engine, policy.model, adapter=policy.adapter, replica_id=replica_id)
+    return LocalReplica(
+        engine,
+        policy.model,
+        adapter=policy.adapter,
+        replica_id=replica_id,
+        check_finite_weights=config.check_finite_weights,
+    )
 
 
 def cache_rows(policy: HFPolicy, memory_fraction: float) -> int:

@@ -3,25 +3,29 @@
 In process and inside a Ray actor it is the same class.
 """
 
+import logging
 import os
+import threading
 from collections.abc import Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from blockroll.errors import InvalidInput, VersionMismatch, WeightSyncError
+from blockroll.errors import ReplicaError
 from blockroll.rollout.engine.engine import Engine
 from blockroll.rollout.engine.requests import Limits
 from blockroll.rollout.pool.weight_sync.buckets import (
     ADAPTER_PREFIX,
-    check_update,
     load_update,
     named_adapter_weights,
     named_weights,
     weights_checksum,
 )
+from blockroll.rollout.pool.weight_sync.checks import check_form, check_version, check_weights
 from blockroll.types import ReplicaHealth, Request, Rollout, UpdateReceipt, WeightUpdate
+
+logger = logging.getLogger(__name__)
 
 _STEPS_PER_POLL = 16  # a poll returns after this many steps at the latest, so that updates need not wait long
 
@@ -62,10 +66,21 @@ class Replica(Protocol):
 
 
 class LocalReplica:
-    """An engine in this process. After an update, running requests go on with a recomputed cache."""
+    """An engine in this process. After an update, running requests go on with a recomputed cache.
+
+    Invariant: what it serves was drawn by weights of one version, whole. A call from another thread waits for
+    the step boundary. After an error in the middle of writing weights it serves nothing (ReplicaError) until
+    an update has written all of them.
+    """
 
     def __init__(
-        self, engine: Engine, model: nn.Module, *, adapter: nn.Module | None = None, replica_id: int = 0
+        self,
+        engine: Engine,
+        model: nn.Module,
+        *,
+        adapter: nn.Module | None = None,
+        replica_id: int = 0,
+        check_finite_weights: bool = True,
     ) -> None:
         """`adapter` drafts for the model; an update may bring its weights too."""
         self.replica_id = replica_id
@@ -73,74 +88,106 @@ class LocalReplica:
         self.limits = engine.limits
         self._weights: list[tuple[str, Tensor]] = list(named_weights(model))
         self._adapter_weights = [] if adapter is None else list(named_adapter_weights(adapter))
+        self._check_finite_weights = check_finite_weights
+        self._is_whole = True  # False while weights are written, and after an error in the middle of it
+        self._interrupted: list[
+            Rollout
+        ] = []  # to go on elsewhere: their keys and values could not be renewed
+        self._lock = threading.Lock()
 
     def submit(self, requests: Sequence[Request]) -> None:
         """Queue requests."""
-        self.engine.submit(requests)
+        with self._lock:
+            self._require_whole()
+            self.engine.submit(requests)
 
     def poll(self) -> tuple[Rollout, ...]:
         """Run steps until a rollout finishes, at most a fixed number."""
-        for _ in range(_STEPS_PER_POLL):
-            if not self.engine.num_requests:
-                return ()
-            finished = self.engine.step().finished
-            if finished:
-                return finished
-        return ()
+        with self._lock:
+            self._require_whole()
+            for _ in range(_STEPS_PER_POLL):
+                if not self.engine.num_requests:
+                    return ()
+                finished = self.engine.step().finished
+                if finished:
+                    return finished
+            return ()
 
     def update(self, update: WeightUpdate) -> UpdateReceipt:
-        """Check everything, then swap; on a refusal the old version goes on serving."""
-        error = None
-        brings_drafts = any(spec.name.startswith(f"{ADAPTER_PREFIX}.") for spec in update.manifest.tensors)
-        own = [*self._weights, *self._adapter_weights] if brings_drafts else self._weights
-        try:
-            self._check_version(update)
-            check_update(update, own)
-        except WeightSyncError as refusal:
-            error = f"{type(refusal).__name__}: {refusal}"
-        else:
-            load_update(update, own)
-            self.weights_changed(update.version)
-        return UpdateReceipt(
-            replica_id=self.replica_id,
-            accepted=error is None,
-            version=self.engine.policy_version,
-            checksum=weights_checksum(own),
-            error=error,
-        )
+        """Check everything, then swap; on a refusal the old version goes on serving.
+
+        A receipt of version -1 says that an error came in the middle: the replica serves nothing.
+        """
+        with self._lock:
+            error, own = None, self._weights
+            try:
+                check_form(update)
+                check_version(update, self.engine.policy_version)
+                if any(spec.name.startswith(f"{ADAPTER_PREFIX}.") for spec in update.manifest.tensors):
+                    own = [*self._weights, *self._adapter_weights]
+                check_weights(update, own, are_finite=self._check_finite_weights)
+                self._write(update, own)
+            except Exception as refusal:  # noqa: BLE001 - whatever was sent, the receipt says what came of it
+                error = f"{type(refusal).__name__}: {refusal}"
+            return UpdateReceipt(
+                replica_id=self.replica_id,
+                accepted=error is None,
+                version=self.engine.policy_version if self._is_whole else -1,
+                checksum=weights_checksum(own) if self._is_whole else "",
+                error=error,
+            )
 
     def weights_changed(self, version: int) -> None:
         """Weights that somebody else also holds have been changed in place, to this version."""
-        self.engine.policy_version = version
-        self.engine.recompute_cache()
+        with self._lock:
+            self._renew(version)
 
     def abort(self, request_ids: Sequence[str]) -> tuple[Rollout, ...]:
         """End requests now and return what each had committed."""
-        return self.engine.abort(request_ids)
+        with self._lock:
+            return self.engine.abort(request_ids)
 
     def release_memory(self) -> None:
         """Give the memory of keys and values back while nothing is served."""
-        self.engine.release_memory()
+        with self._lock:
+            self.engine.release_memory()
 
     def health(self) -> ReplicaHealth:
         """Version, checksum of the weights really held, load, threads, process."""
-        return ReplicaHealth(
-            version=self.engine.policy_version,
-            checksum=weights_checksum(self._weights),
-            num_requests=self.engine.num_requests,
-            num_threads=torch.get_num_threads(),
-            pid=os.getpid(),
-        )
+        with self._lock:
+            return ReplicaHealth(
+                version=self.engine.policy_version if self._is_whole else -1,
+                checksum=weights_checksum(self._weights),
+                num_requests=self.engine.num_requests,
+                num_threads=torch.get_num_threads(),
+                pid=os.getpid(),
+            )
 
     def close(self) -> None:
         """Write what the audit still holds; nothing else outlives the object."""
-        if self.engine.audit is not None:
-            self.engine.audit.flush()
+        with self._lock:
+            if self.engine.audit is not None:
+                self.engine.audit.flush()
 
-    def _check_version(self, update: WeightUpdate) -> None:
-        if update.kind != "full":
-            raise InvalidInput(f"weight updates of kind {update.kind!r} are not served; allowed is 'full'")
-        if update.version <= self.engine.policy_version:
-            raise VersionMismatch(
-                f"version {update.version} does not follow version {self.engine.policy_version}, served now"
+    def _write(self, update: WeightUpdate, own: Sequence[tuple[str, Tensor]]) -> None:
+        self._is_whole = False
+        load_update(update, own)
+        self._is_whole = True
+        self._renew(update.version)
+
+    def _renew(self, version: int) -> None:
+        """Serve this version. Keys and values that cannot be renewed now are renewed by the next step."""
+        self.engine.policy_version = version
+        try:
+            self.engine.recompute_cache()
+        except (RuntimeError, MemoryError) as failure:
+            logger.warning(
+                "replica %d renews its cache in the next step, because: %s", self.replica_id, failure
+            )
+
+    def _require_whole(self) -> None:
+        if not self._is_whole:
+            raise ReplicaError(
+                f"replica {self.replica_id} holds weights of two versions, because an update broke off: it "
+                "serves again after one that succeeds"
             )

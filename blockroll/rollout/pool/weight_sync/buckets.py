@@ -1,8 +1,9 @@
-"""Packing weights into checksummed buckets, and checking them before a single weight changes.
+"""Packing weights into checksummed buckets.
 
-A bucket is a flat byte array that holds whole tensors one after another. The manifest names every tensor,
-where it lies, and the checksum of each bucket (BLAKE2b, 128 bits). Its own checksum covers names, dtypes,
-shapes and bytes of all tensors in order: a replica recomputes it from the weights it really holds.
+A bucket is a flat byte array that holds whole tensors one after another, each aligned to its elements. The
+manifest names every tensor, where it lies, and the checksum of each bucket (BLAKE2b, 128 bits). Its own
+checksum covers names, dtypes, shapes and bytes of all tensors in order: a replica recomputes it from the
+weights it really holds.
 """
 
 import hashlib
@@ -12,7 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from blockroll.errors import BucketMissing, ChecksumMismatch, ManifestMismatch
 from blockroll.types import TensorSpec, WeightManifest, WeightUpdate
 
 ADAPTER_PREFIX = "draft_adapter"
@@ -51,16 +51,23 @@ def make_update(
         source = tensor.detach()
         source = source.to(dtype) if dtype is not None and source.is_floating_point() else source
         data = _bytes_of(source)
-        if filled and filled + data.nbytes > bucket_bytes:
+        padding = -filled % source.element_size()
+        if filled and filled + padding + data.nbytes > bucket_bytes:
             buckets.append([])
-            filled = 0
-        dtype_name = str(source.dtype).removeprefix("torch.")
+            filled = padding = 0
+        if padding:
+            buckets[-1].append(np.zeros(padding, np.uint8))
+            filled += padding
         specs.append(
             TensorSpec(
-                name=name, shape=tuple(source.shape), dtype=dtype_name, bucket=len(buckets) - 1, offset=filled
+                name=name,
+                shape=tuple(source.shape),
+                dtype=dtype_name(source),
+                bucket=len(buckets) - 1,
+                offset=filled,
             )
         )
-        _digest_tensor(digest, name, source, data)
+        digest_tensor(digest, name, source, data)
         buckets[-1].append(data)
         filled += data.nbytes
     packed = tuple(np.concatenate(parts) if parts else np.empty(0, np.uint8) for parts in buckets)
@@ -79,7 +86,7 @@ def weights_checksum(tensors: NamedTensors) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for name, tensor in tensors:
         source = tensor.detach()
-        _digest_tensor(digest, name, source, _bytes_of(source))
+        digest_tensor(digest, name, source, _bytes_of(source))
     return digest.hexdigest()
 
 
@@ -88,46 +95,24 @@ def bucket_checksum(bucket: Bytes) -> str:
     return hashlib.blake2b(np.ascontiguousarray(bucket).data, digest_size=16).hexdigest()
 
 
-def check_update(update: WeightUpdate, own: Sequence[tuple[str, Tensor]]) -> None:
-    """Raise unless the update fits the weights `own` by name, order, shape and dtype and arrived whole."""
-    manifest = update.manifest
-    expected = [(name, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")) for name, tensor in own]
-    given = [(spec.name, spec.shape, spec.dtype) for spec in manifest.tensors]
-    if expected != given:
-        difference = next(
-            (
-                f"{mine} here, {theirs} sent"
-                for mine, theirs in zip(expected, given, strict=False)
-                if mine != theirs
-            ),
-            f"{len(expected)} tensors here, {len(given)} sent",
-        )
-        raise ManifestMismatch(f"version {update.version} is for other weights: {difference}")
-    num_buckets = len(manifest.bucket_checksums)
-    if len(update.buckets) != num_buckets:
-        raise BucketMissing(
-            f"version {update.version} has {num_buckets} buckets, {len(update.buckets)} arrived"
-        )
-    for index, (bucket, checksum) in enumerate(zip(update.buckets, manifest.bucket_checksums, strict=True)):
-        if not isinstance(bucket, np.ndarray):
-            raise BucketMissing(f"bucket {index} of {num_buckets} of version {update.version} never arrived")
-        arrived = bucket_checksum(bucket)
-        if arrived != checksum:
-            raise ChecksumMismatch(
-                f"bucket {index} of {num_buckets} of version {update.version} has checksum {arrived}, "
-                f"sent was {checksum}"
-            )
-
-
 def load_update(update: WeightUpdate, own: Sequence[tuple[str, Tensor]]) -> None:
-    """Copy a checked update into the weights `own`, in place."""
+    """Copy a checked update into the weights `own`, in place. An error leaves some of them changed."""
     for spec, (_, target) in zip(update.manifest.tensors, own, strict=True):
         bucket = update.buckets[spec.bucket]
         assert isinstance(bucket, np.ndarray), f"bucket {spec.bucket} was not checked"
-        data = bucket[spec.offset : spec.offset + target.nbytes].copy()
-        source = torch.from_numpy(data).view(target.dtype).view(target.shape)
         with torch.no_grad():
-            target.copy_(source)
+            target.copy_(tensor_in(bucket, spec, target)[0])
+
+
+def tensor_in(bucket: Bytes, spec: TensorSpec, target: Tensor) -> tuple[Tensor, Bytes]:
+    """The tensor that a bucket holds for this target, on the CPU, and its bytes."""
+    data: Bytes = bucket[spec.offset : spec.offset + target.nbytes].copy()
+    return torch.from_numpy(data).view(target.dtype).view(target.shape), data
+
+
+def dtype_name(tensor: Tensor) -> str:
+    """As manifests say it: `float32`."""
+    return str(tensor.dtype).removeprefix("torch.")
 
 
 def _bytes_of(tensor: Tensor) -> Bytes:
@@ -135,6 +120,7 @@ def _bytes_of(tensor: Tensor) -> Bytes:
     return flat
 
 
-def _digest_tensor(digest: hashlib.blake2b, name: str, tensor: Tensor, data: Bytes) -> None:
+def digest_tensor(digest: "hashlib.blake2b", name: str, tensor: Tensor, data: Bytes) -> None:
+    """Let a checksum of weights take in one tensor."""
     digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
     digest.update(data.data)
