@@ -17,6 +17,14 @@ def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | N
     return tuple(token_id for token_id in named if 0 <= token_id < model.config.vocab_size)
 
 
+def special_token_ids(tokenizer: PreTrainedTokenizerBase | None) -> frozenset[int]:
+    """Tokens that stand for no text: decoding leaves them out unless asked."""
+    if tokenizer is None:
+        return frozenset()
+    added = tokenizer.added_tokens_decoder.items()
+    return frozenset((*tokenizer.all_special_ids, *(token_id for token_id, token in added if token.special)))
+
+
 def _ends_of(source: Any) -> Iterator[int]:
     ends = getattr(source, "eos_token_id", None)
     if ends is not None:

@@ -1,8 +1,8 @@
 """Constraints on text: regular expressions and JSON schemas, walked along drafts by llguidance.
 
 A constraint says which tokens may follow each prefix of a completion. Its guide walks along a block's drafts,
-gives a mask for each position, and goes back: nothing is parsed twice. Where the text is complete only end
-tokens may follow, and where it is not none may.
+gives a mask for each position, and goes back: nothing is parsed twice. Where the text is complete an end
+token may follow, and where it is not none may. Special tokens are no text: they are allowed only as ends.
 
 Masked tokens have no probability, so each token is drawn from the policy's law given that the text can still
 be completed behind it. That is not the policy's law given that the whole text is valid: no method that masks
@@ -60,11 +60,18 @@ class JsonSchema:
 class GrammarGuide:
     """Where one completion stands in a grammar."""
 
-    def __init__(self, matcher: Any, vocab_size: int, end_token_ids: frozenset[int]) -> None:
-        """A matcher of its own, which moves with the completion."""
+    def __init__(
+        self,
+        matcher: Any,
+        vocab_size: int,
+        end_token_ids: frozenset[int],
+        special_ids: frozenset[int] = frozenset(),
+    ) -> None:
+        """A matcher of its own, which moves with the completion; special tokens stand for no text."""
         self._matcher = matcher
         self._vocab_size = vocab_size
         self._end_token_ids = end_token_ids
+        self._special_ids = special_ids
         self._has_ended = False
         self._masks: dict[tuple[int, ...], Tensor] = {}  # by drafts behind where it stands
 
@@ -115,9 +122,9 @@ class GrammarGuide:
         bits = np.unpackbits(words, bitorder="little")[: self._vocab_size].astype(bool)
         mask_V = torch.zeros(self._vocab_size, dtype=torch.bool)  # rows padded past the tokenizer stay out
         mask_V[: len(bits)] = torch.from_numpy(bits)
-        # Of a policy's end tokens the matcher knows one.
-        ends = list(self._end_token_ids)
-        mask_V[ends] = bool(self._matcher.is_accepting())
+        # Of all end tokens the matcher knows the tokenizer's, and of special ones those marked in its file.
+        mask_V[list(self._special_ids)] = False
+        mask_V[list(self._end_token_ids)] = bool(self._matcher.is_accepting())
         return mask_V
 
     def _ends(self) -> Tensor:
@@ -138,7 +145,8 @@ def _start(
     if not end_token_ids:
         raise InvalidInput(f"{name} needs an end token to end with, but the policy has none")
     matcher = _compiled(name, grammar, tokenizer).deep_copy()
-    guide = GrammarGuide(matcher, vocab_size, end_token_ids)
+    special_ids = frozenset(each for each in tokenizer.all_special_ids if each < vocab_size)
+    guide = GrammarGuide(matcher, vocab_size, end_token_ids, special_ids)
     if not guide.allowed((), 0).any():
         raise InvalidInput(f"{name} cannot be satisfied: no token may come first")
     return guide
@@ -162,7 +170,13 @@ def _compiled(name: str, grammar: str, tokenizer: Any) -> Any:
 def _vocabulary(tokenizer: Any) -> Any:
     import llguidance.hf
 
-    return llguidance.hf.from_tokenizer(tokenizer)
+    try:
+        return llguidance.hf.from_tokenizer(tokenizer)
+    except ValueError as error:
+        raise InvalidInput(
+            "constraints on text need a tokenizer that llguidance reads, got "
+            f"{type(tokenizer).__name__}: {error}"
+        ) from error
 
 
 def _llguidance() -> Any:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from blockroll.errors import InvalidInput
 from blockroll.policies.base import Policy
+from blockroll.policies.ends import special_token_ids
 from blockroll.rollout.audit.writer import AuditedStep, AuditWriter
 from blockroll.rollout.engine.cache import ROW_STEP, SlotCache
 from blockroll.rollout.engine.prefill import prefill
@@ -391,13 +392,18 @@ class Engine:
         constraint = request.sampling.constraint
         if constraint is None:
             return None
-        ends = frozenset(self.policy.eos_token_ids)
-        return constraint.start(self.policy.vocab_size, self.policy.tokenizer, ends)
+        return constraint.start(self.policy.vocab_size, self.policy.tokenizer, self._ends(request))
+
+    def _ends(self, request: Request) -> frozenset[int]:
+        """Tokens that end a text and are no part of it: the policy's, and stop tokens that are special."""
+        ends, stop = frozenset(self.policy.eos_token_ids), frozenset(request.sampling.stop_token_ids)
+        return ends if stop <= ends else ends | (stop & special_token_ids(self.policy.tokenizer))
 
     def _stop_rule(self, request: Request) -> StopRule:
         ends = () if request.sampling.ignore_eos else self.policy.eos_token_ids
         return StopRule(
             stop_token_ids=frozenset((*ends, *request.sampling.stop_token_ids)),
+            end_token_ids=self._ends(request),
             stop=request.sampling.stop,
             max_tokens=min(request.sampling.max_tokens, self.limits.room(len(request.prompt_ids))),
             decode=self._decode,

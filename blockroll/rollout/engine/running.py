@@ -22,20 +22,35 @@ class Proposal:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StopRule:
-    """When a request ends."""
+    """When a request ends.
+
+    Under a constraint, a stop string or a stop token that is text ends it only where the constraint accepts
+    the completion as it then stands; elsewhere it is text like other. So what ends by `stop` matches.
+    """
 
     stop_token_ids: frozenset[int]
+    end_token_ids: frozenset[int]  # of these, those that a constraint allows only where a text may end
     stop: tuple[str, ...]
     max_tokens: int
     decode: Callable[[list[int]], str] | None
 
-    def cut(self, committed: list[int], new: list[int]) -> tuple[int, FinishReason | None]:
+    def cut(
+        self, committed: list[int], new: list[int], guide: Guide | None = None
+    ) -> tuple[int, FinishReason | None]:
         """How many of the new tokens are kept, and why the request ends with them, if it does."""
         room = self.max_tokens - len(committed)
         for kept, token_id in enumerate(new[:room], start=1):
-            if token_id in self.stop_token_ids or self._completes_stop_string(committed, new[:kept]):
+            is_stop = token_id in self.stop_token_ids or self._completes_stop_string(committed, new[:kept])
+            if is_stop and self._may_end(new[:kept], guide):
                 return kept, "stop"
         return (room, "length") if len(new) >= room else (len(new), None)
+
+    def _may_end(self, new: list[int], guide: Guide | None) -> bool:
+        """Whether the constraint, which stands before the new tokens, accepts the completion with them."""
+        if guide is None or not self.end_token_ids or new[-1] in self.end_token_ids:
+            return True
+        (allowed_V,) = guide.allowed(new, len(new))
+        return bool(allowed_V[list(self.end_token_ids)].any())
 
     def _completes_stop_string(self, committed: list[int], new: list[int]) -> bool:
         if not self.stop or self.decode is None:
@@ -131,7 +146,7 @@ class RunningRequest:
 
         `proposal` is for the position behind the new anchor. If it raises, nothing has changed.
         """
-        kept, finish_reason = self._stop_rule.cut(self._token_ids, token_ids)
+        kept, finish_reason = self._stop_rule.cut(self._token_ids, token_ids, self.text.guide)
         kept_ids, kept_drafts = token_ids[:kept], is_draft[:kept]
         if self.text.guide is not None and finish_reason is None:
             self.text.guide.advance(kept_ids)
