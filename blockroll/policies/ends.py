@@ -1,12 +1,13 @@
 """Which tokens end a text, whoever says so."""
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> tuple[int, ...]:
+def end_token_ids(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase | None") -> tuple[int, ...]:
     """Every end token of the generation config, the model config and the tokenizer, each once.
 
     A chat model's turn often ends with a token that only one of the three knows. Ids past the vocabulary of
@@ -17,7 +18,7 @@ def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | N
     return tuple(token_id for token_id in named if 0 <= token_id < model.config.vocab_size)
 
 
-def special_token_ids(tokenizer: PreTrainedTokenizerBase | None) -> frozenset[int]:
+def special_token_ids(tokenizer: "PreTrainedTokenizerBase | None") -> frozenset[int]:
     """Tokens that stand for no text: decoding leaves them out unless asked."""
     if tokenizer is None:
         return frozenset()
