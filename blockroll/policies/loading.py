@@ -1,11 +1,13 @@
 """Checkpoint folders of supported families, read whole or not at all."""
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
@@ -32,6 +34,8 @@ FAMILIES = {
     "gemma2": "by_layer_type",
     "gemma3_text": "by_layer_type",
 }
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "tokenizer*", "*.model"]
 _NAMED_AT_MOST = 3  # tensors that one message names
 
 
@@ -45,17 +49,37 @@ def check_family(family: str) -> None:
 
 
 def resolve_checkpoint(path: str | Path) -> Path:
-    """The folder of a supported checkpoint; `tiny` names the shipped policy. Nothing is ever downloaded."""
+    """The folder of a supported checkpoint: a folder, `tiny` for the shipped policy, or an id of the Hub.
+
+    An id such as `org/name` is what transformers takes: its files come from the Hub's cache on this machine,
+    or are downloaded to it first. A folder of that name goes before. InvalidInput if there is no checkpoint,
+    or its family or positions are not served.
+    """
     folder = TINY_POLICY_DIR if str(path) == "tiny" else Path(path)
+    if not folder.exists() and _HUB_ID.fullmatch(str(path)):
+        folder = _from_hub(str(path))
     if not (folder / "config.json").is_file():
         raise InvalidInput(
-            f"no checkpoint at {str(path)!r}: give a folder with config.json, or 'tiny' for the shipped one"
+            f"no checkpoint at {str(path)!r}: give a folder with config.json, an id of the Hugging Face Hub, "
+            "or 'tiny' for the shipped one"
         )
     with _named(folder, "config.json"):
         config = AutoConfig.from_pretrained(folder)
     check_family(config.model_type)
     context_of(config)
     return folder
+
+
+def _from_hub(repo_id: str) -> Path:
+    try:
+        return Path(snapshot_download(repo_id, allow_patterns=_HUB_FILES))
+    except (OSError, ValueError) as error:  # what the Hub, the network and the cache raise
+        reason = str(error).partition("\n")[0]
+        raise InvalidInput(
+            f"no checkpoint at {repo_id!r}: there is no such folder, and no such model came from the Hugging "
+            f"Face Hub ({type(error).__name__}: {reason}); give a folder with config.json, or 'tiny' for the "
+            "shipped one"
+        ) from error
 
 
 def load_model(

@@ -28,6 +28,7 @@ RANKS = {unit: rank for rank, units in enumerate(ROWS) for unit in units}
 HOMES = {
     "accelerate": ("rl_loops.trl.*",),
     "gymnasium": ("rl_loops.envs*",),
+    "huggingface_hub": ("policies.loading",),
     "llguidance": ("samplers.constraints",),
     "matplotlib": ("rl_loops.report", "rl_loops.figures"),
     "pydantic": ("config.*",),

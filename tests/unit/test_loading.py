@@ -1,6 +1,7 @@
 """A checkpoint is read whole or refused by the names of its tensors."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -129,3 +130,25 @@ def test_end_tokens_are_those_of_generation_config_model_config_and_tokenizer(ge
     assert end_token_ids(model, tokenizer) == expected
     assert HFPolicy(model, tokenizer).eos_token_ids == expected
     assert HFPolicy(random_model()).eos_token_ids == (EOS_ID,)
+
+
+@pytest.fixture
+def offline_hub(tmp_path, monkeypatch):
+    """The Hub's cache of this machine, and nothing behind it."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    return tmp_path
+
+
+def test_a_checkpoint_of_the_hub_is_found_by_its_id(offline_hub):
+    commit = "0" * 40
+    cached = offline_hub / "models--acme--arithmetic"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / "main").write_text(commit)
+    shutil.copytree(resolve_checkpoint("tiny"), cached / "snapshots" / commit)
+    assert resolve_checkpoint("acme/arithmetic") == cached / "snapshots" / commit
+
+
+def test_an_id_that_no_folder_and_no_hub_knows_is_refused_by_name(offline_hub):
+    with pytest.raises(InvalidInput, match="no checkpoint at 'nobody/nothing': there is no such folder, and"):
+        resolve_checkpoint("nobody/nothing")
