@@ -1,7 +1,13 @@
 """What a TRL trainer's arguments ask for: honoured, or refused by name."""
 
+import dataclasses
+import re
+from contextlib import nullcontext
+
 import pytest
-from transformers import GPT2Config, GPT2LMHeadModel
+import trl
+from tokenizers.processors import TemplateProcessing
+from transformers import GPT2Config, GPT2LMHeadModel, TrainingArguments
 
 from blockroll.config import RolloutConfig
 from blockroll.errors import (
@@ -9,8 +15,10 @@ from blockroll.errors import (
     InvalidInput,
     MissingDependency,
 )
+from blockroll.policies.hf import HFPolicy
 from blockroll.policies.loading import load_tokenizer
 from blockroll.rl_loops.trl import GRPOTrainer, RLOOTrainer, require_tested
+from blockroll.rl_loops.trl.arguments import ELSEWHERE, HONOURED, REFUSED
 from blockroll.rl_loops.trl.contract import require_parts
 from tests.trl_trainers import logs, trainer
 
@@ -76,3 +84,143 @@ def test_the_mixed_law_warns_of_trls_default_and_is_corrected_by_token(tmp_path)
     row = logs(made)[0]
     assert row["rollout_corr/rollout_is_std"] > 0.01
     assert row["rollout_corr/rollout_is_mean"] == pytest.approx(1, abs=0.2)
+
+
+@pytest.mark.parametrize("config", [trl.GRPOConfig, trl.RLOOConfig])
+def test_every_argument_that_trl_adds_is_honoured_refused_or_no_matter_of_generation(config):
+    """A release with a new argument fails here: say in `arguments.py` what becomes of it."""
+    stock = {field.name for field in dataclasses.fields(TrainingArguments)}
+    added = {field.name for field in dataclasses.fields(config)} - stock
+    tables = (HONOURED, frozenset(REFUSED), ELSEWHERE)
+    places = {name: sum(name in table for table in tables) for name in added}
+    assert {name: count for name, count in places.items() if count != 1} == {}
+
+
+def test_the_tables_name_no_argument_that_trl_does_not_have():
+    known = {field.name for cls in (trl.GRPOConfig, trl.RLOOConfig) for field in dataclasses.fields(cls)}
+    assert (HONOURED | set(REFUSED) | ELSEWHERE) - known == set()
+
+
+OTHER_VALUES = {
+    "transformers_continuous_batching_config": {"max_memory_percent": 0.2},
+    "cache_implementation": "static",
+    "vllm_mode": "server",
+    "vllm_model_impl": "transformers",
+    "vllm_server_base_url": "http://elsewhere",
+    "vllm_server_host": "elsewhere",
+    "vllm_server_port": 1,
+    "vllm_server_timeout": 1.0,
+    "vllm_group_port": 1,
+    "vllm_gpu_memory_utilization": 0.5,
+    "vllm_max_model_length": 64,
+    "vllm_tensor_parallel_size": 2,
+    "ds3_gather_for_generation": False,
+}
+
+
+@pytest.mark.filterwarnings("ignore:`use_transformers_paged` is deprecated:FutureWarning")
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_refused_argument_is_refused_by_name_before_the_model_is_loaded(tmp_path, name):
+    named = "use_transformers_continuous_batching" if name == "use_transformers_paged" else name
+    with pytest.raises(InvalidInput, match=f"GRPOConfig has {named}="):
+        trainer(tmp_path, model="no/such/model", options={name: OTHER_VALUES.get(name, True)})
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("do_sample", False),
+        ("num_beams", 4),
+        ("typical_p", 0.9),
+        ("temperature", 0.5),
+        ("max_new_tokens", 7),
+        ("eos_token_id", 5),
+        ("suppress_tokens", [5]),
+    ],
+)
+def test_a_generation_kwarg_that_is_not_done_is_refused_by_name(tmp_path, key, value):
+    with pytest.raises(InvalidInput, match=f"generation_kwargs has {key}="):
+        trainer(tmp_path, options={"generation_kwargs": {key: value}})
+
+
+def uncorrected(**options):
+    return {"vllm_importance_sampling_correction": False, "max_steps": 1, **options}
+
+
+def drawn(made):
+    made.train()
+    return [rollout.token_ids for rollout in made.rollouts.trained]
+
+
+def test_generation_kwargs_that_are_options_of_sampling_are_obeyed(tmp_path):
+    plain = RolloutConfig(plan="plain")
+    digits = [load_tokenizer("tiny")(digit, add_special_tokens=False)["input_ids"] for digit in "0123456789"]
+    kwargs = {"min_new_tokens": 20, "bad_words_ids": digits, "do_sample": True, "temperature": 1.0}
+    texts = drawn(trainer(tmp_path, rollout=plain, options=uncorrected(generation_kwargs=kwargs)))
+    assert min(map(len, texts)) >= 20
+    assert not {token for (token,) in digits} & {token for text in texts for token in text}
+    stopped = uncorrected(generation_kwargs={"stop_strings": ["+"]})
+    made = trainer(tmp_path, rollout=plain, options=stopped)
+    made.train()
+    reasons = {rollout.finish_reason for rollout in made.rollouts.trained}
+    assert "stop" in reasons
+
+
+@pytest.mark.parametrize("cls", [GRPOTrainer, RLOOTrainer])
+def test_a_regular_expression_for_structured_outputs_is_obeyed(tmp_path, cls):
+    seen = []
+
+    def reward(completions, **_):
+        seen.extend(completions)
+        return [float(len(text)) for text in completions]
+
+    options = {"vllm_structured_outputs_regex": "[0-9]{1,8}", "max_completion_length": 12, "max_steps": 1}
+    expected = pytest.warns(UserWarning, match="constraint") if cls is GRPOTrainer else nullcontext()
+    with expected:
+        made = trainer(tmp_path, cls, reward_funcs=reward, options=options)
+    made.train()
+    assert seen
+    assert [text for text in seen if not re.fullmatch("[0-9]{1,8}", text)] == []
+
+
+def test_a_rollout_func_beside_rollouts_is_refused(tmp_path):
+    with pytest.raises(InvalidInput, match="both want to generate"):
+        trainer(tmp_path, rollout_func=lambda prompts, trainer: {})
+
+
+def test_a_head_of_higher_precision_than_the_forward_is_refused(tmp_path):
+    with pytest.raises(InvalidInput, match="cast_lm_head_to_fp32"):
+        trainer(tmp_path, options={"cast_lm_head_to_fp32": True, "bf16": True})
+
+
+def test_every_end_token_ends_a_text_and_is_no_truncation(tmp_path):
+    """One that only the model's config names: TRL's own trainers run past it."""
+    other = load_tokenizer("tiny")("1", add_special_tokens=False)["input_ids"][0]
+    model = HFPolicy.from_pretrained("tiny", with_tokenizer=False).model
+    model.set_attn_implementation("sdpa")
+    model.config.eos_token_id = [model.config.eos_token_id, other]
+    made = trainer(
+        tmp_path, model=model, processing_class=load_tokenizer("tiny"), rollout=RolloutConfig(plan="plain")
+    )
+    assert other in made.eos_token_ids
+    row = logs(made)[0]
+    texts = [rollout.token_ids for rollout in made.rollouts.trained]
+    assert any(text[-1] == other for text in texts)
+    assert not any(other in text[:-1] for text in texts)
+    assert row["completions/clipped_ratio"] == 0
+
+
+def test_text_prompts_begin_once_and_never_end(tmp_path):
+    """A tokenizer that puts a start token in front, an end token behind, and a text that was templated."""
+    tokenizer = load_tokenizer("tiny")
+    tokenizer.add_special_tokens({"bos_token": "<|start|>"}) if tokenizer.bos_token is None else None
+    bos, eos = tokenizer.bos_token, tokenizer.eos_token
+    tokenizer._tokenizer.post_processor = TemplateProcessing(
+        single=f"{bos} $A {eos}",
+        special_tokens=[(bos, tokenizer.bos_token_id), (eos, tokenizer.eos_token_id)],
+    )
+    made = trainer(tmp_path, processing_class=tokenizer)
+    ids, _, _ = made._tokenize_prompts(["1+1=", f"{bos}1+1="])
+    assert ids[0] == ids[1]
+    assert ids[0].count(tokenizer.bos_token_id) == 1
+    assert tokenizer.eos_token_id not in ids[0]

@@ -1,7 +1,7 @@
 """What this package relies on in TRL: the releases it was tested with, and the parts of trainers it uses.
 
 Some of these parts are private. Outside the range importing this package fails; inside it, a trainer that
-lacks one of them is refused by name.
+lacks one of them is refused by name. What a trainer's arguments ask of generation stands in `arguments.py`.
 """
 
 from collections.abc import Iterable
@@ -38,6 +38,8 @@ TRAINER_PARTS = (
     "_generate",
     "_generate_single_turn",
     "_metrics",
+    "_tokenize_prompts",
+    "_tokenizer",
 )
 GRPO_PARTS = (
     "vllm_importance_sampling_correction",

@@ -19,11 +19,13 @@ from blockroll.config import RolloutConfig
 from blockroll.errors import BlockrollError, InvalidInput, ReplicaError
 from blockroll.rl_loops.advantages import FAILED_REASONS
 from blockroll.rl_loops.trl.agreement import require_agreement
+from blockroll.rl_loops.trl.arguments import sampling_of
 from blockroll.rl_loops.trl.contract import TRAINER_PARTS
 from blockroll.rl_loops.trl.fingerprint import Fingerprint
 from blockroll.rl_loops.trl.placement import Placement, forward_dtype
 from blockroll.rl_loops.trl.together import on_any, raise_together, together
 from blockroll.rollout.engine.requests import derive_seed
+from blockroll.samplers.constraints import Regex
 from blockroll.types import Request, Rollout, Sampling, SamplingOptions
 from blockroll.types.bounds import hints_of
 
@@ -202,13 +204,11 @@ def trainer_sampling(trainer: Any, config: RolloutConfig) -> Sampling:
                 f"RolloutConfig has {name}={given}, the trainer's arguments have "
                 f"{TRL_NAMES.get(name, name)}={value}; set it there, and leave it out of RolloutConfig"
             )
-    if args.generation_kwargs:
-        raise InvalidInput(
-            f"generation_kwargs {sorted(args.generation_kwargs)} are transformers' own; blockroll takes from "
-            f"the arguments {', '.join(TRL_NAMES.get(name, name) for name in mine)}"
-        )
+    asked = sampling_of(args.generation_kwargs, args)
+    if args.vllm_structured_outputs_regex:
+        asked["constraint"] = Regex(args.vllm_structured_outputs_regex)
     return config.sampling(
-        **mine,
+        **{**mine, **asked},
         stop_token_ids=tuple(trainer.eos_token_ids),
         allow_truncated_mix=not getattr(trainer, "vllm_importance_sampling_correction", False),
     )

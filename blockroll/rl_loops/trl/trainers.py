@@ -11,13 +11,17 @@ from transformers.trainer_utils import get_last_checkpoint
 from trl.extras.profiling import profiling_context
 
 from blockroll.config import AlignmentConfig, RolloutConfig
-from blockroll.errors import ConfigError, InvalidInput
+from blockroll.errors import ConfigError
+from blockroll.policies.ends import end_token_ids
+from blockroll.policies.prompts import encode_prompt
 from blockroll.rl_loops.trl.alignment import AfterUpdate
+from blockroll.rl_loops.trl.arguments import check_arguments, check_head
 from blockroll.rl_loops.trl.checkpoint import load_rollout_state, save_rollout_state
 from blockroll.rl_loops.trl.contract import GRPO_PARTS, TRAINER_PARTS, require_parts
 from blockroll.rl_loops.trl.generation import TrainerRollouts, trainer_sampling
 from blockroll.rl_loops.trl.metrics import Surprisal, correction_metrics, round_metrics, token_mask
-from blockroll.rl_loops.trl.placement import place
+from blockroll.rl_loops.trl.modules import base_model
+from blockroll.rl_loops.trl.placement import forward_dtype, place
 from blockroll.rl_loops.trl.record import Record
 from blockroll.rl_loops.trl.rewards import RewardErrors
 from blockroll.rl_loops.trl.together import raise_together
@@ -41,11 +45,14 @@ class _DraftedRollouts(_Trainer):
         alignment: AlignmentConfig | None = None,
         **kwargs: Any,
     ) -> None:
-        given = inspect.signature(super().__init__).bind(*args, **kwargs).arguments.get("args")
-        if given is not None and given.use_vllm:
-            raise InvalidInput("use_vllm=True and rollout=... both want to generate: leave use_vllm out")
+        given = inspect.signature(super().__init__).bind(*args, **kwargs).arguments
+        if given.get("args") is not None:
+            check_arguments(given["args"], rollout_func=given.get("rollout_func"))
         super().__init__(*args, **kwargs)
         require_parts(self, TRAINER_PARTS)
+        check_head(self.args, forward_dtype(self))
+        # TRL tells by them which texts are complete: all that end a text here, the model config's too.
+        self.eos_token_ids = list(end_token_ids(base_model(self.model), self._tokenizer))
         self._surprisal = Surprisal()
         self._drawn_tokens_BT: Tensor | None = None  # of the loss under way, if it is taken on policy
         config = RolloutConfig() if isinstance(rollout, RolloutPool) else rollout
@@ -91,6 +98,11 @@ class _DraftedRollouts(_Trainer):
             folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
             save_rollout_state(folder, self.rollouts.placement, version=self.rollouts.version)
         self.rollouts.begin_version(after=self.rollouts.version)
+
+    def _tokenize_prompts(self, prompts: list[Any]) -> Any:
+        if not all(isinstance(prompt, str) for prompt in prompts):
+            return super()._tokenize_prompts(prompts)
+        return [list(encode_prompt(self._tokenizer, prompt)) for prompt in prompts], None, {}
 
     def _generate(self, prompts: list[Any]) -> Any:
         mode = "train" if self.model.training else "eval"
@@ -172,14 +184,25 @@ class GRPOTrainer(_DraftedRollouts, trl.GRPOTrainer):
         return bool(self.vllm_importance_sampling_correction)
 
     def _check_law(self, sampling: Sampling) -> None:
-        if sampling.is_truncated and self._corrects:
+        if sampling.truncation and self._corrects:
             raise ConfigError(
-                f"{', '.join(sampling.truncation) or 'a mask'} leaves out tokens that the policy could draw, "
-                "while TRL's correction takes the policy over all of them: its ratios would be biased. "
-                "Draw without truncation, or set vllm_importance_sampling_correction=False"
+                f"{', '.join(sampling.truncation)} leaves out tokens that the policy could draw, while TRL's "
+                "correction takes the policy over all of them: its ratios would be biased. Draw without "
+                "truncation (top_k=0, top_p=1.0, min_p=None), or switch the correction off, which is any "
+                "engine's though named after vLLM: vllm_importance_sampling_correction=False"
             )
         mode = self.vllm_importance_sampling_mode
-        if not sampling.is_policy and self._corrects and mode.startswith("sequence"):
+        if sampling.is_truncated and self._corrects:
+            warnings.warn(
+                "a constraint, a minimal length or forbidden tokens leave out texts that the policy could "
+                "draw. TRL's correction weighs each token by the share of the policy's mass that was left, "
+                f"and {mode!r} "
+                + ("multiplies these over a completion: " if mode.startswith("sequence") else "keeps them: ")
+                + "what is learned is the policy's own gradient, as if other texts had no advantage. "
+                "vllm_importance_sampling_correction=False learns from the completions as they are",
+                stacklevel=4,
+            )
+        elif not sampling.is_policy and self._corrects and mode.startswith("sequence"):
             warnings.warn(
                 f"vllm_importance_sampling_mode={mode!r} multiplies the ratios of a completion, and the "
                 f"law {sampling.law.name} differs from the policy at every token: most completions would be "
