@@ -34,6 +34,11 @@ class Section(NamedTuple):
 SECTIONS = (
     Section("speed_auto", "Speed: the plan that chooses itself", readme_speed.auto_table),
     Section("speed_drafts", "Speed: drafts of a policy trained for them", readme_speed.speed_table),
+    Section(
+        "speed_before_after",
+        "Speed: two commits, side by side",
+        lambda: readme_speed.before_after_table(read("speed_before_after")),
+    ),
     Section("drafts_conversions", "What an adapter drafts", readme_drafts.drafts_table),
     Section("drafts_smollm2", "SmolLM2-135M-Instruct, converted by adapter", readme_drafts.smollm2_table),
     Section("law_texts", "The law, at full size", readme_law.law_list),

@@ -1,5 +1,7 @@
 """Speed, and what the audit costs, for the README and docs/measured.md."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from benchmarks.rows import Row, read
@@ -89,6 +91,26 @@ def audit_finding() -> str:
         f"in two-forward steps, {plain:.1%} in plain ones, and "
         f"{max(row['bytes_per_token'] for row in rows):.0f} bytes a token."
     )
+
+
+def before_after_table(rows: Sequence[Row]) -> str:
+    """Times of two commits, measured in pairs."""
+    lines = [
+        "| time of | policy | plan | batch | before | after | after over before |",
+        "| --- | --- | --- | ---: | ---: | ---: | ---: |",
+    ]
+    for row in rows:
+        times = (f"{1e3 * row[f'{side}_s']:,.2f} ms" for side in ("before", "after"))
+        spread = f"{row['time_ratio']:.2f} ({row['time_ratio_low']:.2f} to {row['time_ratio_high']:.2f})"
+        subject = (str(row.get(name, "")) for name in ("policy", "plan", "batch"))
+        lines.append(f"| {row['what']} | {' | '.join(subject)} | {' | '.join(times)} | {spread} |")
+    first = rows[0]
+    caption = (
+        f"The same work by commits {first['before_commit']} and {first['after_commit']}, one after the "
+        f"other, 1 CPU thread, {first['machine']}: medians of {first['pairs']} pairs, and median (and range) "
+        "of their ratios. Below 1 is faster; a range that holds 1 shows no difference."
+    )
+    return "\n".join((*lines, "", caption))
 
 
 def ratio_and_range(row: Row) -> str:
