@@ -8,7 +8,7 @@ within 1e-4. Log-probabilities are equal within 1e-4 up to that token; what foll
 Bits are compared only where one kernel ran twice on one shape; such a test says so.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
@@ -51,6 +51,22 @@ def assert_same_rollouts(
             assert_near_tie(policy, rollout, index)
             near_ties.append(request_id)
     assert at_most is None or len(near_ties) <= at_most, f"{len(near_ties)} near-ties: {near_ties}"
+    return near_ties
+
+
+def assert_same_tokens(
+    want: Rollouts, got: Mapping[str, Sequence[int]], policy: HFPolicy, *, at_most: int = 1
+) -> list[str]:
+    """The same of tokens alone, by request id, where nothing else is known of the others."""
+    before = by_id(want)
+    assert before.keys() == got.keys()
+    near_ties = []
+    for request_id, rollout in before.items():
+        index = first_difference(rollout.token_ids, got[request_id])
+        if index is not None:
+            assert_near_tie(policy, rollout, index)
+            near_ties.append(request_id)
+    assert len(near_ties) <= at_most, f"{len(near_ties)} near-ties: {near_ties}"
     return near_ties
 
 

@@ -16,7 +16,7 @@ _factors: dict[tuple[int, int], Tensor] = {}
 
 def disturb() -> None:
     """From now on every float32 linear layer of this process rounds as one of another machine."""
-    functional.linear = _disturbed  # type: ignore[assignment]
+    functional.linear = _disturbed
 
 
 def _disturbed(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -29,5 +29,6 @@ def _factor(num_rows: int, width: int) -> Tensor:
     key = (num_rows, width)
     if key not in _factors:
         generator = torch.Generator().manual_seed(hash((os.getpid(), num_rows, width)) % 2**31)
-        _factors[key] = 1 + torch.randint(-1, 2, (width,), generator=generator) * 2.0**-23
+        with torch.inference_mode(False):
+            _factors[key] = 1 + torch.randint(-1, 2, (width,), generator=generator) * 2.0**-23
     return _factors[key]
