@@ -11,7 +11,8 @@ from benchmarks.rows import Row
 from benchmarks.workload import TWO_FORWARD, one_thread, prompts, requests
 from blockroll.policies.hf import HFPolicy
 from blockroll.rollout.audit.check import check_audit
-from blockroll.rollout.audit.writer import AuditWriter, audit_files
+from blockroll.rollout.audit.files import audit_files
+from blockroll.rollout.audit.writer import AuditWriter
 from blockroll.rollout.engine.engine import Engine
 from blockroll.types import PLAIN, Plan, Sampling
 

@@ -7,6 +7,7 @@
     ├── RunExists (FileExistsError)          the run folder is already there
     ├── RunInUse (RuntimeError)              another process works in the run folder
     ├── CheckpointError (RuntimeError)       a checkpoint is missing, incomplete or of another run
+    ├── AuditError (RuntimeError)            rows of the audit could not be written; the next try has them
     ├── MissingDependency (ImportError)      an optional package is needed for what was asked
     ├── WeightSyncError (RuntimeError)       a weight update was refused; the old version goes on serving
     │   ├── BucketMissing                    a bucket of the update never arrived
@@ -50,6 +51,10 @@ class RunInUse(BlockrollError, RuntimeError):
 
 class CheckpointError(BlockrollError, RuntimeError):
     """A checkpoint is missing, incomplete or of another run."""
+
+
+class AuditError(BlockrollError, RuntimeError):
+    """Rows of the audit could not be written; the next try has them."""
 
 
 class MissingDependency(BlockrollError, ImportError):

@@ -1,5 +1,6 @@
 """Reading and checking what a run recorded of every token: audit show, check, stats."""
 
+import difflib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -9,11 +10,16 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
+from rich.text import Text
 
 from blockroll.errors import CheckpointError, InvalidInput
 
 if TYPE_CHECKING:
     from blockroll.policies.hf import HFPolicy
+    from blockroll.rollout.audit.rows import AuditedRequest
+
+Read = Callable[[Sequence[int]], str]  # text of token ids
+PROMPT_START = 48  # characters of a prompt in a list
 
 audit = typer.Typer(no_args_is_help=True, help="What a run recorded of every token: show, check, stats.")
 
@@ -24,40 +30,92 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.
 @audit.command()
 def show(
     run: RunArgument,
-    request: Annotated[str | None, typer.Option(help="Request id; left out: the first one.")] = None,
+    request: Annotated[
+        str | None, typer.Argument(metavar="[ID]", help="Request id; left out: the list of what there is.")
+    ] = None,
+    serving: Annotated[
+        int | None, typer.Option(min=1, help="Which of them, where an id was served more than once.")
+    ] = None,
+    limit: Annotated[int, typer.Option(min=1, help="Lines of the list at most.")] = 40,
 ) -> None:
-    """One rollout, token by token: what was drafted, accepted, recovered, and why."""
-    from blockroll.rollout.audit.rows import rows_by_request
-    from blockroll.rollout.audit.writer import KINDS, audit_files, read_audit
+    """List the requests of an audit; with an ID one rollout, token by token: drafted, accepted, why."""
+    from blockroll.rollout.audit.files import audit_files, read_audit
+    from blockroll.rollout.audit.rows import joined
 
-    shown, wanted = [], None
-    for path in audit_files(_folder(run)):
-        file = read_audit(path)
-        for key, indices in rows_by_request(file).items():
-            if wanted is None and request in (None, key[0]):
-                wanted = key
-            if key == wanted:
-                shown += [file.numbers_N[index] for index in indices]
-    if wanted is None:
-        raise InvalidInput(f"no request {request!r} in {_folder(run)}; `audit stats` counts what there is")
-    decode = _decoder(run)
-    table = Table(title=f"request {wanted[0]}", title_justify="left")
+    folder = _folder(run)
+    requests = joined([read_audit(path) for path in audit_files(folder)]).requests
+    read = _reader(run)
+    if request is None:
+        _print_list(requests, read, limit)
+        return
+    found = [each for each in requests if each.name == request]
+    if not found:
+        near = difflib.get_close_matches(request, {each.name for each in requests}, n=1)
+        advice = f"did you mean {near[0]!r}? " if near else ""
+        raise InvalidInput(f"no request {request!r} in {folder}: {advice}`audit show {run}` lists them")
+    if serving is not None and serving > len(found):
+        raise InvalidInput(f"request {request!r} was served {len(found)} times, got --serving {serving}")
+    if serving is None and len(found) > 1:
+        console = Console(highlight=False, soft_wrap=True)
+        console.print(
+            f"Request {request!r} was served {len(found)} times: choose by --serving N.", markup=False
+        )
+        _print_list(found, read, limit)
+        return
+    _print_rollout(found[(serving or 1) - 1], read)
+
+
+def _print_list(requests: "Sequence[AuditedRequest]", read: Read, limit: int) -> None:
+    """A line per serving, in the order they were written."""
+    table = Table(box=None, pad_edge=False)
+    for column in ("request", "serving", "tokens", "version", "finish", "prompt"):
+        table.add_column(column, no_wrap=True, justify="right" if column in ("serving", "tokens") else "left")
+    counted: dict[str, int] = {}
+    for request in requests[:limit]:
+        counted[request.name] = counted.get(request.name, 0) + 1
+        prompt = read(request.prompt_ids) if request.info else "(not there)"
+        table.add_row(
+            Text(request.name),
+            str(counted[request.name]),
+            str(len(request.numbers)),
+            _ranges(sorted(set(request.numbers["version"].tolist()))),
+            request.finish_reason,
+            Text(prompt if len(prompt) <= PROMPT_START else prompt[: PROMPT_START - 3] + "..."),
+        )
+    _print_wide(table)
+    if len(requests) > limit:
+        Console(highlight=False).print(f"{len(requests) - limit:,} more; --limit N shows more of them")
+
+
+def _print_rollout(request: "AuditedRequest", read: Read) -> None:
+    from blockroll.rollout.audit.writer import KINDS
+
+    title = f"request {request.name}, {len(request.numbers)} tokens, {request.finish_reason}"
+    if request.info:
+        title += f"\nprompt {read(request.prompt_ids)}"
+        if request.info["prefix_ids"]:
+            title += f"\ngone on from {read(request.info['prefix_ids'])}"
+    table = Table(title=Text(title), title_justify="left")
     for column in ("", "token", "kind", "drafted"):
         table.add_column(column, no_wrap=True)
     for column in ("draft", "target", "coin", "drawn by", "behavior", "version"):
         table.add_column(column, justify="right")
-    for row in sorted(shown, key=lambda each: int(each["position"])):
+    for row in request.numbers:
         table.add_row(
             str(row["position"]),
-            decode(int(row["token"])),
-            KINDS[row["kind"]],
-            decode(int(row["draft"])) if row["draft"] >= 0 else "",
+            Text(read([int(row["token"])])),
+            KINDS[row["kind"]] if 0 <= row["kind"] < len(KINDS) else f"unknown ({row['kind']})",
+            Text(read([int(row["draft"])])) if row["draft"] >= 0 else "",
             *(_figure(row[name]) for name in ("draft_prob", "target_prob", "coin", "uniform")),
             f"{row['behavior_logprob']:.3f}",
             str(row["version"]),
         )
+    _print_wide(table)
+
+
+def _print_wide(table: Table) -> None:
+    """A pipe has no width of its own; in a narrow terminal only figures may be cut."""
     console = Console()
-    # A pipe has no width of its own; in a narrow terminal only figures may be cut.
     (console if console.is_terminal else Console(width=160)).print(table)
 
 
@@ -74,7 +132,7 @@ def check(
 ) -> None:
     """Repeat every decision. Exit code 1 if a row is bad, and its name."""
     from blockroll.rollout.audit.check import check_audit
-    from blockroll.rollout.audit.writer import audit_files
+    from blockroll.rollout.audit.files import audit_files
 
     console = Console(highlight=False, soft_wrap=True)
     with Progress(console=Console(stderr=True), transient=True) as progress:
@@ -137,8 +195,8 @@ def check(
 @audit.command()
 def stats(run: RunArgument, as_json: JsonOption = False) -> None:
     """Acceptance by position, whether residual draws are uniform, perplexity by place in a block."""
+    from blockroll.rollout.audit.files import audit_files
     from blockroll.rollout.audit.stats import audit_stats
-    from blockroll.rollout.audit.writer import audit_files
 
     found = audit_stats(audit_files(_folder(run)))
     if as_json:
@@ -146,7 +204,7 @@ def stats(run: RunArgument, as_json: JsonOption = False) -> None:
         return
     console = Console(highlight=False)
     console.print(
-        f"{found['rows']:,} tokens of {found['requests']:,} requests: "
+        f"{found['rows']:,} tokens of {found['requests']:,} requests ({found['ids']:,} ids): "
         + ", ".join(f"{count:,} {kind}" for kind, count in found["kinds"].items())
     )
     table = Table("position in the step", "drafts", "accepted", "perplexity", title_justify="left")
@@ -189,16 +247,16 @@ def _policies(run: Path, given: Path | None) -> "Callable[[int], HFPolicy | None
     return policy_of
 
 
-def _decoder(run: Path) -> Callable[[int], str]:
-    """Text of a token, if the policy of the run is at hand; else its id."""
+def _reader(run: Path) -> Read:
+    """Text of tokens, quoted, if the policy of the run is at hand; else their ids."""
     from blockroll.policies.loading import load_tokenizer
     from blockroll.rl_loops.loop import load_run_config
 
     try:
         tokenizer: Any = load_tokenizer(load_run_config(run).policy.path)
     except (CheckpointError, InvalidInput):
-        return str
-    return lambda token: repr(tokenizer.decode([token]))
+        return lambda tokens: " ".join(map(str, tokens))
+    return lambda tokens: repr(tokenizer.decode(list(tokens)))
 
 
 def _figure(value: float | None) -> str:

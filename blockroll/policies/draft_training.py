@@ -148,41 +148,21 @@ def draft_pass(
     """
     num_tokens, num_masks = texts.ids_BS.shape[1], blocks.positions_BM.shape[1]
     is_full = causal_weight > 0
-    clean_S = torch.arange(num_tokens, device=texts.ids_BS.device).expand(len(texts.ids_BS), -1)
-    no_ids = texts.ids_BS[:, :0]
-
-    def clean_rows(policy: HFPolicy, window: _Keys) -> Tensor:
-        return policy.forward_rows(
-            texts.ids_BS,
-            num_masks=0,
-            positions_BR=clean_S,
-            attention_mask=lambda **kind: _causal_mask(clean_S, **kind),
-            window=window,
-            num_tokens_B=texts.lengths_B,
-        )
-
     if is_full:
+        clean_S = torch.arange(num_tokens, device=texts.ids_BS.device).expand(len(texts.ids_BS), -1)
         hidden_BRW = policy.forward_rows(
             texts.ids_BS,
             num_masks=num_masks,
             positions_BR=torch.cat([clean_S, blocks.positions_BM], dim=1),
             attention_mask=lambda **kind: blocks.attention_mask(num_tokens, num_clean=num_tokens, **kind),
-            window=_Keys(),
+            window=TextKeys(),
             num_tokens_B=texts.lengths_B,
         )
         clean_BSW, masks_BMW = hidden_BRW[:, :num_tokens], hidden_BRW[:, num_tokens:]
     else:
-        clean_keys = _Keys()
         with torch.no_grad():
-            clean_BSW = clean_rows(policy, clean_keys)
-        masks_BMW = policy.forward_rows(
-            no_ids,
-            num_masks=num_masks,
-            positions_BR=blocks.positions_BM,
-            attention_mask=lambda **kind: blocks.attention_mask(num_tokens, num_clean=0, **kind),
-            window=_Keys(clean_keys.layers),
-            num_tokens_B=texts.lengths_B,
-        )
+            clean_BSW, keys = clean_pass(policy, texts.ids_BS, texts.lengths_B)
+        masks_BMW = mask_pass(policy, blocks, keys, texts.lengths_B)
 
     is_scored_BM = blocks.is_scored_BM(texts)
     label_index_BM = blocks.positions_BM.clamp(max=num_tokens - 1)
@@ -190,7 +170,7 @@ def draft_pass(
     teacher_BSW = clean_BSW.detach()
     if teacher is not None:
         with torch.no_grad():
-            teacher_BSW = clean_rows(teacher, _Keys())
+            teacher_BSW, _ = clean_pass(teacher, texts.ids_BS, texts.lengths_B)
     teacher_BMW = teacher_BSW.take_along_dim((label_index_BM - 1)[..., None], dim=1)
     scale_N1 = texts.temperature_B[:, None].expand_as(is_scored_BM)[is_scored_BM][:, None]
     draft_NV = (policy.logits(masks_BMW[is_scored_BM]) / scale_N1).log_softmax(dim=-1)
@@ -231,7 +211,37 @@ def draft_pass(
     )
 
 
-class _Keys:
+def clean_pass(policy: HFPolicy, ids_BS: Tensor, lengths_B: Tensor) -> tuple[Tensor, "TextKeys"]:
+    """Causal states (B, S, W) of right-padded texts, and their keys and values for `mask_pass`."""
+    clean_BS = torch.arange(ids_BS.shape[1], device=ids_BS.device).expand(len(ids_BS), -1)
+    keys = TextKeys()
+    hidden_BSW = policy.forward_rows(
+        ids_BS,
+        num_masks=0,
+        positions_BR=clean_BS,
+        attention_mask=lambda **kind: _causal_mask(clean_BS, **kind),
+        window=keys,
+        num_tokens_B=lengths_B,
+    )
+    return hidden_BSW, keys
+
+
+def mask_pass(policy: HFPolicy, blocks: MaskBlocks, keys: "TextKeys", lengths_B: Tensor) -> Tensor:
+    """States (B, M, W) of blocks of masks behind the clean rows of `clean_pass`."""
+    anchors_BG = blocks.anchors_BG
+    num_tokens = keys.layers[0][0].shape[2]
+    return policy.forward_rows(
+        torch.empty((len(anchors_BG), 0), dtype=torch.int64, device=anchors_BG.device),
+        num_masks=blocks.positions_BM.shape[1],
+        # As in decoding: rows past the context must not stretch a scaled rotary embedding.
+        positions_BR=blocks.positions_BM.clamp(max=policy.max_length - 1),
+        attention_mask=lambda **kind: blocks.attention_mask(num_tokens, num_clean=0, **kind),
+        window=TextKeys(keys.layers),
+        num_tokens_B=lengths_B,
+    )
+
+
+class TextKeys:
     """Keys and values of one pass, behind those of clean rows from an earlier one; nothing is cached."""
 
     def __init__(self, before: Sequence[tuple[Tensor, Tensor]] = ()) -> None:

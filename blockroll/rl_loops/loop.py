@@ -28,7 +28,7 @@ from blockroll.rl_loops.run_lock import run_lock
 from blockroll.rl_loops.signals import exit_code, interrupts_held, stop_signals
 from blockroll.rl_loops.tasks import Task, load_task
 from blockroll.rl_loops.tracking import JsonLines, Wandb, read_lines, require_wandb, truncate_lines
-from blockroll.rollout.audit.writer import drop_audit
+from blockroll.rollout.audit.files import drop_audit
 from blockroll.rollout.pool.makers import make_pool
 from blockroll.rollout.pool.pool import RolloutPool
 from blockroll.types import SamplingOptions

@@ -16,7 +16,7 @@ from blockroll.policies.hf import HFPolicy
 from blockroll.policies.loading import load_tokenizer
 from blockroll.rl_loops.trl import GRPOTrainer, RLOOTrainer
 from blockroll.rollout.audit.check import check_audit
-from blockroll.rollout.audit.writer import audit_files
+from blockroll.rollout.audit.files import audit_files
 from tests.trl_trainers import PROBLEMS, ROWS, logs, trainer
 
 pytestmark = pytest.mark.filterwarnings(

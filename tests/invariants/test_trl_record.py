@@ -6,7 +6,7 @@ import torch
 from blockroll.config import RolloutConfig
 from blockroll.rl_loops.tracking import read_lines
 from blockroll.rollout.audit.check import check_audit
-from blockroll.rollout.audit.writer import audit_files
+from blockroll.rollout.audit.files import audit_files
 from tests.trl_trainers import aligned, trainer
 
 pytestmark = pytest.mark.filterwarnings(

@@ -11,7 +11,7 @@ import torch
 
 from blockroll.errors import CheckpointError
 from blockroll.rl_loops.trl.placement import Placement
-from blockroll.rollout.audit.writer import drop_audit
+from blockroll.rollout.audit.files import drop_audit
 
 FOLDER, STATE_FILE = "blockroll", "rollout_state.pt"
 

@@ -1,35 +1,30 @@
 """Checking an audit: from its files alone, and with the weights that it says drew each token.
 
 Level 1 repeats every decision from the file: checksums, coins from the seed, accept flags from probabilities
-and coins, the interval that each uniform fell into, log-probabilities against probabilities. Level 2
-(`audit_recompute.py`) brings the policy of each version.
+and coins, the interval that each uniform fell into, log-probabilities against probabilities; and no row
+stands twice. It works on whole columns. Level 2 (`recompute.py`) brings the policy of each version.
 
-Shapes: B rows, L coins of a step, N rows of a file.
+Shapes: B rows, L coins of a step, N rows of all files, S servings.
 """
 
-import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from blockroll.rollout.audit.files import AuditFile, read_audit
 from blockroll.rollout.audit.recompute import PolicyOf, recompute
-from blockroll.rollout.audit.rows import AuditedRequest, AuditReport, Problem, joined
-from blockroll.rollout.audit.writer import (
-    ACCEPTED,
-    EXTRA,
-    KINDS,
-    PLAIN_TOKEN,
-    RECOVERED,
-    AuditFile,
-    read_audit,
-    row_checksums,
-)
+from blockroll.rollout.audit.rows import AuditReport, AuditRows, Problem, joined
+from blockroll.rollout.audit.writer import ACCEPTED, EXTRA, KINDS, PLAIN_TOKEN, RECOVERED, row_checksums
 from blockroll.samplers import step_uniforms
+from blockroll.samplers.check import equal_coins_limit
 
 EXACT = 1e-9  # between two float64 figures of one file
 TOLERANCE = 1e-3  # of a probability that another forward computes, in float32
+_ROWS_AT_ONCE = 1 << 15  # whose coins are drawn again together
+
+Wrong = tuple[np.ndarray, str]  # bool (N,), and what is wrong with these rows
 
 
 def check_audit(
@@ -41,7 +36,7 @@ def check_audit(
 ) -> AuditReport:
     """Check files of one audit; at both levels with `policy_of`, which gives a version's policy or None.
 
-    Ends at the first bad row and names it.
+    Ends at the first bad row and names it. InvalidInput names a file that cannot be read.
     """
     report = AuditReport(num_files=len(paths))
     report.unfinished = sorted(path.name for path in paths[0].parent.glob(".*.partial"))
@@ -54,13 +49,13 @@ def check_audit(
         if report.problem is not None:
             return report
         files.append(file)
-    requests = joined(files)
-    report.num_requests = len(requests)
-    report.problem = next((found for found in map(_check_request, requests) if found is not None), None)
-    if report.problem is None:
-        report.problem = _check_coins_serve_once(requests)
+    rows = joined(files)
+    report.num_requests = len(rows.requests)
+    report.problem = (
+        _without_info(rows) or _first(rows, _all_decisions(rows)) or _served_twice(rows) or _equal_coins(rows)
+    )
     if report.problem is None and policy_of is not None:
-        recompute(requests, policy_of, tolerance, report, progress)
+        recompute(rows.requests, policy_of, tolerance, report, progress)
     return report
 
 
@@ -75,110 +70,209 @@ def _check_checksums(file: AuditFile) -> Problem | None:
     )
 
 
-def _check_request(request: AuditedRequest) -> Problem | None:
-    """Every decision of one request, from its rows and its seed."""
-    rows = request.numbers
-    if not request.info:
-        return request.problem(0, "no row brings the request's prompt and seed: its first rows are missing")
-    start = len(request.info["prefix_ids"])
-    found = (
-        _first(rows["position"] != start + np.arange(len(rows)), "positions of the request do not follow on"),
-        _first(np.diff(rows["version"], prepend=rows["version"][:1]) < 0, "the version of the weights falls"),
-        *_decisions(request),
-        _coins(request),
-    )
-    index, what = min((each for each in found if each is not None), default=(None, ""))
-    return None if index is None else request.problem(index, what)
+def _first(rows: AuditRows, found: Iterator[Wrong]) -> Problem | None:
+    """The first wrong row, by file and place in it, whatever is wrong with it."""
+    problems = [
+        rows.problem(int(index), what)
+        for is_wrong_N, what in found
+        # One row of each serving is enough: the first in it has the first place.
+        for index in _first_of_each(np.flatnonzero(is_wrong_N), rows.serving_N)
+    ]
+    return min(problems, key=lambda problem: (problem.file, problem.row), default=None)
 
 
-def _first(is_wrong: np.ndarray, what: str) -> tuple[int, str] | None:
-    wrong = np.flatnonzero(is_wrong)
-    return (int(wrong[0]), what) if len(wrong) else None
+def _first_of_each(wrong: np.ndarray, serving_N: np.ndarray) -> np.ndarray:
+    firsts: np.ndarray = wrong[np.unique(serving_N[wrong], return_index=True)[1]]
+    return firsts
 
 
-def _decisions(request: AuditedRequest) -> Iterator[tuple[int, str] | None]:
+def _without_info(rows: AuditRows) -> Problem | None:
+    for request in rows.requests:
+        if not request.info:
+            return request.problem(
+                0, "no row brings the request's prompt and seed: its first rows are missing"
+            )
+    return None
+
+
+def _all_decisions(rows: AuditRows) -> Iterator[Wrong]:
+    numbers, requests = rows.numbers_N, rows.requests
+    place_N = np.arange(len(numbers)) - rows.starts_S[rows.serving_N]
+    start_N = rows.by_serving([len(request.info["prefix_ids"]) for request in requests], np.int64)
+    yield numbers["position"] != start_N + place_N, "positions of the request do not follow on"
+    falls_N = np.diff(numbers["version"], prepend=numbers["version"][:1]) < 0
+    yield falls_N & (place_N > 0), "the version of the weights falls"
+    yield from _decisions(rows)
+    yield from _coins(rows)
+
+
+def _decisions(all_rows: AuditRows) -> Iterator[Wrong]:
     """Accept flags, intervals and log-probabilities against each other."""
-    rows = request.numbers
+    rows = all_rows.numbers_N
     kind, drafted = rows["kind"], rows["draft"] >= 0
     accepted, drawn = kind == ACCEPTED, kind != ACCEPTED
     with np.errstate(invalid="ignore", divide="ignore"):
         passes = rows["coin"] * rows["draft_prob"] < rows["target_prob"]
         target_logprob = np.log(rows["target_prob"])
         share = np.log((rows["high"] - rows["low"]) * rows["mass"])
-        yield _first((kind < 0) | (kind >= len(KINDS)), "no such kind of token")
-        yield _first(drafted != np.isin(kind, (ACCEPTED, RECOVERED)), "kind and draft contradict each other")
-        yield _first(accepted & (rows["token"] != rows["draft"]), "an accepted token is not the draft")
-        yield _first(accepted & ~passes, "a draft was accepted that its coin rejects")
-        yield _first((kind == RECOVERED) & passes, "a draft was rejected that its coin accepts")
-        yield _first(
+        yield ((kind < 0) | (kind >= len(KINDS)), "no such kind of token")
+        yield (drafted != np.isin(kind, (ACCEPTED, RECOVERED)), "kind and draft contradict each other")
+        yield (accepted & (rows["token"] != rows["draft"]), "an accepted token is not the draft")
+        yield (accepted & ~passes, "a draft was accepted that its coin rejects")
+        yield ((kind == RECOVERED) & passes, "a draft was rejected that its coin accepts")
+        yield (
             accepted & (np.abs(rows["behavior_logprob"] - target_logprob) > EXACT),
             "behavior_logprob is not the log of target_prob",
         )
         inside = (rows["uniform"] >= rows["low"] - EXACT) & (rows["uniform"] <= rows["high"] + EXACT)
-        yield _first(drawn & ~inside, "the uniform lies outside the token's interval")
+        yield (drawn & ~inside, "the uniform lies outside the token's interval")
         whole = (kind == EXTRA) | (kind == PLAIN_TOKEN)
-        yield _first(whole & (np.abs(rows["mass"] - 1) > EXACT), "a whole row has another mass than 1")
+        yield (whole & (np.abs(rows["mass"] - 1) > EXACT), "a whole row has another mass than 1")
         # A narrow interval is a difference of two sums near 1.
         loose = EXACT + 1e-14 / np.exp(rows["behavior_logprob"])
-        yield _first(
+        yield (
             whole & (np.abs(rows["behavior_logprob"] - share) > loose),
             "behavior_logprob is not the log of the token's interval",
         )
-        yield _first(
+        yield (
             (kind == RECOVERED) & (share > rows["behavior_logprob"] + loose),
             "the residual gives the token more than the target does",
         )
-    sampling = request.sampling()
-    if sampling is not None and sampling.is_policy:
-        difference = np.abs(rows["behavior_logprob"] - rows["policy_logprob"])
-        yield _first(difference > EXACT, "policy and behavior log-probability differ under the target law")
+    laws = [request.sampling() for request in all_rows.requests]
+    is_policy_N = all_rows.by_serving([law is not None and law.is_policy for law in laws], bool)
+    difference = np.abs(rows["behavior_logprob"] - rows["policy_logprob"])
+    yield (
+        is_policy_N & (difference > EXACT),
+        "policy and behavior log-probability differ under the target law",
+    )
 
 
-def _coins(request: AuditedRequest) -> tuple[int, str] | None:
+def _coins(rows: AuditRows) -> Iterator[Wrong]:
     """Coins and uniforms are the words of seed, position and attempt."""
-    rows, prompt_length = request.numbers, len(request.info["prompt_ids"])
-    wrong: list[tuple[int, str]] = []
-    keys = rows["num_drafts"].astype(int) * 2 + rows["is_fused"]
+    numbers = rows.numbers_N
+    seed_N = rows.by_serving([request.info["seed"] for request in rows.requests], np.int64)
+    prompt_N = rows.by_serving([len(request.info["prompt_ids"]) for request in rows.requests], np.int64)
+    start_N = prompt_N + numbers["position"].astype(np.int64) - numbers["offset"]
+    coin_N, uniform_N = np.full(len(numbers), np.nan), np.full(len(numbers), np.nan)
+    keys = numbers["num_drafts"].astype(int) * 2 + numbers["is_fused"]
     for key in np.unique(keys):
-        members = np.flatnonzero(keys == key)
+        of_plan = np.flatnonzero(keys == key)
         num_drafts, is_fused = divmod(int(key), 2)
         settles = num_drafts > 0 and not is_fused
-        part = rows[members]
-        starts = prompt_length + part["position"].astype(np.int64) - part["offset"]
-        _, expected_BL = step_uniforms(
-            torch.full((len(part),), request.info["seed"], dtype=torch.int64),
-            torch.from_numpy(starts),
-            torch.from_numpy(part["attempt"].astype(np.int64)),
-            num_drafts,
-            settles=settles,
+        for first in range(0, len(of_plan), _ROWS_AT_ONCE):
+            members = of_plan[first : first + _ROWS_AT_ONCE]
+            _, expected_BL = step_uniforms(
+                torch.from_numpy(seed_N[members]),
+                torch.from_numpy(start_N[members]),
+                torch.from_numpy(numbers["attempt"][members].astype(np.int64)),
+                num_drafts,
+                settles=settles,
+            )
+            verify_BL = expected_BL.numpy()
+            offset_B = numbers["offset"][members].astype(int)
+            is_settled_B = settles & (offset_B == 0)
+            uniform_N[members] = np.where(is_settled_B, verify_BL[:, -1], verify_BL[:, num_drafts])
+            coin_N[members] = verify_BL[np.arange(len(members)), np.clip(offset_B, 0, num_drafts)]
+    drafted_N, drawn_N = numbers["draft"] >= 0, numbers["kind"] != ACCEPTED
+    for is_wrong_N, name in (
+        (drafted_N & (numbers["coin"] != coin_N), "coin"),
+        (drawn_N & (numbers["uniform"] != uniform_N), "uniform"),
+    ):
+        yield is_wrong_N, f"the {name} is not that of seed, position and attempt"
+
+
+def _served_twice(rows: AuditRows) -> Problem | None:
+    """A row that stands in two sessions: a step that was cut off and drawn again by the same weights.
+
+    An id that one session serves again is another request, and so is one of another version.
+    """
+    numbers = rows.numbers_N
+    ids: dict[tuple[str, int], int] = {}
+    id_S = np.array([ids.setdefault((each.name, each.info["seed"]), len(ids)) for each in rows.requests])
+    sessions: dict[str, int] = {}
+    session_S = np.array([sessions.setdefault(each.session, len(sessions)) for each in rows.requests])
+    again = np.flatnonzero((np.bincount(id_S) > 1)[id_S][rows.serving_N])
+    id_R, session_R = id_S[rows.serving_N[again]], session_S[rows.serving_N[again]]
+    version_R, position_R = numbers["version"][again], numbers["position"][again]
+    order = np.lexsort((session_R, position_R, version_R, id_R))
+    is_same = np.ones(max(len(order) - 1, 0), dtype=bool)
+    for each in (id_R, version_R, position_R):
+        is_same &= np.diff(each[order]) == 0
+    found = np.flatnonzero(is_same & (np.diff(session_R[order]) != 0))
+    if not len(found):
+        return None
+    pairs = (
+        sorted(
+            (rows.problem(int(again[order[index + side]]), "") for side in (0, 1)),
+            key=lambda place: (place.file, place.row),
         )
-        verify_BL = expected_BL.numpy()
-        index, offset = np.arange(len(part)), part["offset"].astype(int)
-        is_settled = settles & (offset == 0)
-        uniforms = np.where(is_settled, verify_BL[:, -1], verify_BL[:, num_drafts])
-        coins = verify_BL[index, np.minimum(offset, num_drafts)]
-        drafted, drawn = part["draft"] >= 0, part["kind"] != ACCEPTED
-        for is_wrong, what in (
-            (drafted & (part["coin"] != coins), "the coin is not that of seed, position and attempt"),
-            (drawn & (part["uniform"] != uniforms), "the uniform is not that of seed, position and attempt"),
-        ):
-            found = _first(is_wrong, what)
-            if found is not None:
-                wrong.append((int(members[found[0]]), what))
-    return min(wrong, default=None)
+        for index in found.tolist()
+    )
+    first, second = min(pairs, key=lambda pair: (pair[1].file, pair[1].row))
+    return second._replace(
+        what=f"the row stands twice: {first.file}, row {first.row} is of the same request and version, by "
+        "another writer; a step was drawn again, or an id was served twice"
+    )
 
 
-def _check_coins_serve_once(requests: Iterable[AuditedRequest]) -> Problem | None:
-    """A coin of one seed serves no other, and no two tokens of a request; what is drawn again has its own."""
-    seeds: dict[float, int] = {}
-    for request in requests:
-        seed, used = int(request.info["seed"]), set[float]()
-        for index, row in enumerate(request.numbers):
-            for name in ("coin", "uniform"):
-                value = float(row[name])
-                if math.isnan(value):
-                    continue
-                if value in used or seeds.setdefault(value, seed) != seed:
-                    return request.problem(index, f"its {name} has served before")
-                used.add(value)
-    return None
+_USE = np.dtype(
+    [
+        ("value", "<f8"),
+        ("seed", "<i8"),
+        ("position", "<i8"),  # of the word, in the whole text
+        ("attempt", "<i8"),
+        ("is_coin", "?"),
+        ("again", "<i8"),  # which time that the same serving met the value
+    ]
+)
+
+
+def _equal_coins(rows: AuditRows, *, bits: int = 52) -> Problem | None:
+    """Coins of different use are equal as seldom as chance has it (`samplers/check/coins.py`).
+
+    Values are compared in their first `bits` bits. What is served again by the same seed meets the same
+    coins: of such copies one counts. Within one serving nothing is a copy.
+    """
+    numbers = rows.numbers_N
+    value_M = np.concatenate([numbers["coin"], numbers["uniform"]])
+    if bits < 52:
+        value_M = np.floor(value_M * 2.0**bits)
+    there = np.flatnonzero(~np.isnan(value_M))
+    order = there[np.argsort(value_M[there], kind="stable")]
+    is_equal = np.diff(value_M[order]) == 0
+    shared = order[np.append(is_equal, False) | np.append(False, is_equal)]
+    uses_R, index_R = _uses(rows, value_M, shared)
+    different, first_R = np.unique(uses_R, return_index=True)
+    _, count = np.unique(different["value"], return_counts=True)
+    num_pairs = int((count * (count - 1) // 2).sum())
+    num_coins = len(there) - len(shared) + len(different)
+    if num_pairs <= equal_coins_limit(num_coins, bits=bits):
+        return None
+    second = int(np.flatnonzero(np.diff(different["value"]) == 0)[0]) + 1
+    name = "coin" if different["is_coin"][second] else "uniform"
+    return rows.problem(
+        int(index_R[first_R[second]]),
+        f"its {name} has served before: {num_pairs} pairs of {num_coins} coins are equal, more than chance "
+        "explains",
+    )
+
+
+def _uses(rows: AuditRows, value_M: np.ndarray, shared: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """What these coins (behind the N rows' coins stand their uniforms) decided, and their rows."""
+    index_R, is_coin_R = shared % len(rows.numbers_N), shared < len(rows.numbers_N)
+    part, serving_R = rows.numbers_N[index_R], rows.serving_N[index_R]
+    seed_S = np.array([request.info["seed"] for request in rows.requests], dtype=np.int64)
+    prompt_S = np.array([len(request.info["prompt_ids"]) for request in rows.requests])
+    step_R = prompt_S[serving_R] + part["position"] - part["offset"]
+    is_settled_R = (part["num_drafts"] > 0) & (part["is_fused"] == 0) & (part["offset"] == 0)
+    drawn_at_R = step_R + np.where(is_settled_R, 0, part["num_drafts"])
+    order = np.lexsort((value_M[shared], serving_R))
+    is_next = np.ones(len(order), dtype=bool)
+    is_next[1:] = (np.diff(serving_R[order]) != 0) | (np.diff(value_M[shared][order]) != 0)
+    place = np.arange(len(order))
+    uses_R = np.empty(len(shared), dtype=_USE)
+    uses_R["value"], uses_R["seed"] = value_M[shared], seed_S[serving_R]
+    uses_R["position"] = np.where(is_coin_R, step_R + part["offset"], drawn_at_R)
+    uses_R["attempt"], uses_R["is_coin"] = part["attempt"], is_coin_R
+    uses_R["again"][order] = place - np.maximum.accumulate(np.where(is_next, place, 0))
+    return uses_R, index_R

@@ -12,16 +12,18 @@ from itertools import groupby
 import numpy as np
 import torch
 
+from blockroll.policies.draft_training import MaskBlocks, TextKeys, clean_pass, mask_pass
 from blockroll.policies.hf import HFPolicy
 from blockroll.policies.rounding import nudged_inputs
 from blockroll.rollout.audit.rows import AuditedRequest, AuditReport, Problem
 from blockroll.rollout.audit.writer import ACCEPTED, RECOVERED
-from blockroll.rollout.engine.cache import SlotCache
 from blockroll.samplers import step_uniforms
 from blockroll.samplers.laws import Laws, Text
 from blockroll.types import Sampling
 
-_BATCH = 64  # texts or blocks of one forward
+_BATCH = 64  # texts of one forward
+_MAX_LOGITS = 1 << 26  # of one forward: rows times vocabulary
+_MAX_MASK = 1 << 26  # entries of a forward's attention mask
 _ROUNDING_MARGIN = 4.0  # times what 99 of 100 laws move by rounding: what is allowed below float32
 
 PolicyOf = Callable[[int], HFPolicy | None]
@@ -46,7 +48,7 @@ def recompute(
             continue
         report.recomputed[version] = 0
         concerned = [request for request in requests if (request.numbers["version"] == version).any()]
-        for batch in _batches(concerned):
+        for batch in _batches(concerned, policy.vocab_size):
             with _in_precision(policy, batch[0].precision):
                 found = _recompute(batch, version, policy, tolerance, report)
             if found is not None:
@@ -57,12 +59,19 @@ def recompute(
         report.recomputed[version] = report.rows_by_version[version]
 
 
-def _batches(requests: Sequence[AuditedRequest]) -> Iterator[list[AuditedRequest]]:
-    """Requests whose forwards ran in one precision."""
+def _batches(requests: Sequence[AuditedRequest], vocab_size: int) -> Iterator[list[AuditedRequest]]:
+    """Requests whose forwards ran in one precision, and whose logits fit side by side."""
     for _, alike in groupby(requests, key=lambda request: request.precision):
-        waiting = list(alike)
-        for start in range(0, len(waiting), _BATCH):
-            yield waiting[start : start + _BATCH]
+        batch: list[AuditedRequest] = []
+        longest = 0
+        for request in alike:
+            length = len(request.prompt_ids) + len(request.tokens)
+            longest = max(longest, length)
+            if batch and (len(batch) == _BATCH or longest * (len(batch) + 1) * vocab_size > _MAX_LOGITS):
+                yield batch
+                batch, longest = [], length
+            batch.append(request)
+        yield batch
 
 
 def _in_precision(policy: HFPolicy, precision: str | None) -> AbstractContextManager[object]:
@@ -78,17 +87,19 @@ def _recompute(
 ) -> Problem | None:
     """Laws of all rows of these requests that this version drew, from their texts."""
     texts = [[*request.prompt_ids, *request.tokens] for request in requests]
-    logits = _causal_logits(policy, texts)
+    logits, keys = _causal_logits(policy, texts)
     is_rough = torch.finfo(policy.kv_shape.dtype).bits < 32
     if is_rough:
         with nudged_inputs(policy):
-            nudged = _causal_logits(policy, texts)
+            nudged, _ = _causal_logits(policy, texts)
         moved = torch.cat([_distance(*pair) for pair in zip(logits, nudged, strict=True)])
         tolerance = max(tolerance, _ROUNDING_MARGIN * float(moved.quantile(0.99)))
     report.tolerance = max(report.tolerance, tolerance)
-    for request, logits_TV in zip(requests, logits, strict=True):
+    chosen = [np.flatnonzero(request.numbers["version"] == version) for request in requests]
+    firsts = [_first_drafts(*each) for each in zip(requests, chosen, strict=True)]
+    draft_logits = _draft_logits(policy, keys, _lengths(policy, texts), requests, firsts)
+    for request, logits_TV, indices, by_attempt in zip(requests, logits, chosen, draft_logits, strict=True):
         rows, prompt = request.numbers, request.prompt_ids
-        indices = np.flatnonzero(rows["version"] == version)
         positions = torch.from_numpy(rows["position"][indices].astype(np.int64)) + len(prompt) - 1
         row_logits_BV = logits_TV[positions]
         temperature = request.info["sampling"]["temperature"] or 1.0
@@ -100,7 +111,7 @@ def _recompute(
         if sampling is None or (is_rough and sampling.truncation):
             report.num_unknown_laws += len(indices)
         else:
-            drafts = _draft_rows(request, indices, policy, sampling)
+            drafts = _draft_blocks(request, by_attempt, policy, sampling)
             pairs += _laws_again(request, indices, row_logits_BV, drafts, policy, sampling, tolerance)
             for index in indices:
                 found = _drafted_again(request, int(index), drafts, tolerance)
@@ -129,19 +140,19 @@ def _distance(logits_TV: torch.Tensor, others_TV: torch.Tensor) -> torch.Tensor:
     return torch.sub(*laws).abs().sum(dim=-1) / 2
 
 
-def _causal_logits(policy: HFPolicy, texts: Sequence[Sequence[int]]) -> list[torch.Tensor]:
-    """Float32 logits (T, V) of each text, by one causal forward of all."""
+def _causal_logits(policy: HFPolicy, texts: Sequence[Sequence[int]]) -> tuple[list[torch.Tensor], TextKeys]:
+    """Float32 logits (T, V) of each text, by one causal forward of all; and the keys of their rows."""
     longest = max(map(len, texts))
     ids_BT = torch.zeros((len(texts), longest), dtype=torch.int64)
     for row, text in enumerate(texts):
         ids_BT[row, : len(text)] = torch.tensor(text)
-    cache = SlotCache(policy, num_slots=len(texts), capacity=longest)
-    logits_BTV = policy.verify_logits(
-        ids_BT.to(policy.device),
-        cache.window(0, len(texts), longest),
-        num_tokens_B=torch.tensor([len(text) for text in texts], device=policy.device),
-    ).cpu()
-    return [logits_TV[: len(text)] for logits_TV, text in zip(logits_BTV, texts, strict=True)]
+    hidden_BTW, keys = clean_pass(policy, ids_BT.to(policy.device), _lengths(policy, texts))
+    logits_BTV = policy.logits(hidden_BTW).cpu()
+    return [logits_TV[: len(text)] for logits_TV, text in zip(logits_BTV, texts, strict=True)], keys
+
+
+def _lengths(policy: HFPolicy, texts: Sequence[Sequence[int]]) -> torch.Tensor:
+    return torch.tensor([len(text) for text in texts], device=policy.device)
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,54 +172,100 @@ class _Block:
         )
 
 
-def _draft_rows(
-    request: AuditedRequest, indices: np.ndarray, policy: HFPolicy, sampling: Sampling
-) -> dict[int, _Block]:
-    """The draft rows behind these rows of the file, by the attempt of their step."""
-    rows, whole = request.numbers, [*request.prompt_ids, *request.tokens]
-    drafted = [int(index) for index in indices if rows["draft"][index] >= 0]
-    blocks: dict[int, _Block] = {}
-    by_width = defaultdict(list)
-    for attempt, group in groupby(drafted, key=lambda index: int(rows["attempt"][index])):
-        first = next(group)
-        by_width[int(rows["num_masks"][first])].append((attempt, first))
-    for num_masks, steps in by_width.items():
-        for start in range(0, len(steps), _BATCH):
-            part = steps[start : start + _BATCH]
-            contexts = [int(rows["context"][first]) for _, first in part]
-            logits_BKV = _fresh_drafts(policy, [whole[:context] for context in contexts], num_masks)
-            for (attempt, first), logits_KV in zip(part, logits_BKV, strict=True):
-                # Slots of a step are consecutive; the file may begin in its middle.
-                before = int(rows["slot"][first]) - int(rows["offset"][first])
-                blocks[attempt] = _block(request, first, logits_KV[before:], policy, sampling)
+def _first_drafts(request: AuditedRequest, indices: np.ndarray) -> dict[int, int]:
+    """Of each step, by its attempt, the first of these rows that had a draft."""
+    drafted = indices[request.numbers["draft"][indices] >= 0]
+    attempts, first = np.unique(request.numbers["attempt"][drafted], return_index=True)
+    return dict(zip(attempts.tolist(), drafted[first].tolist(), strict=True))
+
+
+def _draft_logits(
+    policy: HFPolicy,
+    keys: TextKeys,
+    lengths_B: torch.Tensor,
+    requests: Sequence[AuditedRequest],
+    firsts: Sequence[Mapping[int, int]],
+) -> list[dict[int, tuple[int, torch.Tensor]]]:
+    """By attempt, the first row of each step, and the logits (K, V) of its drafts from that row's on.
+
+    A step's masks stand behind the tokens they knew and see each other alone: blocks of one width run side by
+    side, over the keys of their texts.
+    """
+    num_tokens = int(lengths_B.max())
+    found: list[dict[int, tuple[int, torch.Tensor]]] = [{} for _ in requests]
+    steps = defaultdict(list)
+    for row, (request, by_attempt) in enumerate(zip(requests, firsts, strict=True)):
+        for attempt, first in by_attempt.items():
+            steps[int(request.numbers["num_masks"][first])].append((row, attempt, first))
+    for width, of_width in steps.items():
+        waiting = [[each for each in of_width if each[0] == row] for row in range(len(requests))]
+        per_block = len(requests) * width
+        num_blocks = max(
+            1, min(_MAX_LOGITS // (per_block * policy.vocab_size), _blocks(per_block, num_tokens))
+        )
+        for start in range(0, max(map(len, waiting)), num_blocks):
+            part = [each[start : start + num_blocks] for each in waiting]
+            anchors_BG = torch.zeros((len(requests), max(map(len, part))), dtype=torch.int64)
+            for row, of_row in enumerate(part):
+                for block, (_, _, first) in enumerate(of_row):
+                    anchors_BG[row, block] = int(requests[row].numbers["context"][first]) - 1
+            blocks = MaskBlocks(anchors_BG=anchors_BG.to(policy.device), num_drafts=width, first_slot=0)
+            states_BMW = mask_pass(policy, blocks, keys, lengths_B)
+            logits_BMV = policy.logits(states_BMW).cpu()
+            logits_BGKV = logits_BMV.view(len(requests), -1, width, logits_BMV.shape[-1])
+            for row, of_row in enumerate(part):
+                for block, (_, attempt, first) in enumerate(of_row):
+                    # Slots of a step are consecutive; the file may begin in its middle.
+                    numbers = requests[row].numbers
+                    before = int(numbers["slot"][first]) - int(numbers["offset"][first])
+                    found[row][attempt] = first, logits_BGKV[row, block, before:]
+    return found
+
+
+def _blocks(rows_per_block: int, num_tokens: int) -> int:
+    """Blocks of one forward whose attention mask, rows times all keys, is not too large."""
+    blocks = max(1, _MAX_MASK // (rows_per_block * num_tokens))
+    while blocks > 1 and blocks * rows_per_block * (num_tokens + blocks * rows_per_block) > _MAX_MASK:
+        blocks //= 2
     return blocks
 
 
-def _block(
-    request: AuditedRequest, index: int, logits_KV: torch.Tensor, policy: HFPolicy, sampling: Sampling
-) -> _Block:
-    row = request.numbers[index]
-    start = int(row["position"]) - int(row["offset"])
-    num_drafts = int(row["num_drafts"])
-    logits_KV = logits_KV[:num_drafts]
-    uniforms_BK, _ = step_uniforms(
-        torch.tensor([request.info["seed"]]),
-        torch.tensor([len(request.prompt_ids) + start]),
-        torch.tensor([int(row["attempt"])]),
-        num_drafts,
-    )
-    uniforms_BK = uniforms_BK[:, : len(logits_KV)]
-    laws, softened = _laws(request, [start], policy, sampling)
-    num_drafts_B = torch.tensor([len(logits_KV)])
-    draft = laws.draw(logits_KV[None], uniforms_BK, num_drafts_B)
-    soft = softened.draw(logits_KV[None], uniforms_BK, num_drafts_B) if laws.has_greedy_draft else None
-    return _Block(
-        logits_KV,
-        draft.probs_BKV[0].numpy(),
-        None if soft is None else soft.probs_BKV[0].numpy(),
-        draft.token_ids_BK[0].tolist(),
-        uniforms_BK[0].numpy(),
-    )
+def _draft_blocks(
+    request: AuditedRequest,
+    by_attempt: Mapping[int, tuple[int, torch.Tensor]],
+    policy: HFPolicy,
+    sampling: Sampling,
+) -> dict[int, _Block]:
+    """What was drafted in each step, again, by its attempt; steps of one shape together."""
+    rows, prompt_length = request.numbers, len(request.prompt_ids)
+    shapes = defaultdict(list)
+    for attempt, (first, logits_KV) in by_attempt.items():
+        num_drafts = int(rows["num_drafts"][first])
+        shapes[num_drafts, min(num_drafts, len(logits_KV))].append((attempt, first, logits_KV))
+    blocks = {}
+    for (num_drafts, width), steps in shapes.items():
+        starts = [int(rows["position"][first]) - int(rows["offset"][first]) for _, first, _ in steps]
+        uniforms_BK, _ = step_uniforms(
+            torch.full((len(steps),), request.info["seed"], dtype=torch.int64),
+            torch.tensor([prompt_length + start for start in starts]),
+            torch.tensor([attempt for attempt, _, _ in steps]),
+            num_drafts,
+        )
+        uniforms_BK = uniforms_BK[:, :width]
+        logits_BKV = torch.stack([logits_KV[:width] for _, _, logits_KV in steps])
+        laws, softened = _laws(request, starts, policy, sampling)
+        num_drafts_B = torch.full((len(steps),), width)
+        draft = laws.draw(logits_BKV, uniforms_BK, num_drafts_B)
+        soft = softened.draw(logits_BKV, uniforms_BK, num_drafts_B) if laws.has_greedy_draft else None
+        for index, (attempt, _, _) in enumerate(steps):
+            blocks[attempt] = _Block(
+                logits_BKV[index],
+                draft.probs_BKV[index].numpy(),
+                None if soft is None else soft.probs_BKV[index].numpy(),
+                draft.token_ids_BK[index].tolist(),
+                uniforms_BK[index].numpy(),
+            )
+    return blocks
 
 
 def _is_tied(soft_BV: np.ndarray, tokens_B: np.ndarray, tolerance: float) -> np.ndarray:
@@ -244,21 +301,6 @@ def _text(request: AuditedRequest, num_tokens: int, policy: HFPolicy, sampling: 
         token_ids=request.tokens[:num_tokens],
         end_token_ids=frozenset((*ends, *sampling.stop_token_ids)),
     )
-
-
-def _fresh_drafts(policy: HFPolicy, texts: Sequence[Sequence[int]], num_masks: int) -> torch.Tensor:
-    """Draft rows (B, K, V) of masks behind these texts."""
-    lengths = [len(text) - 1 for text in texts]
-    cache = SlotCache(policy, num_slots=len(texts), capacity=max(lengths) + num_masks + 1)
-    if max(lengths):
-        ids_BR = torch.zeros((len(texts), max(lengths)), dtype=torch.int64)
-        for row, text in enumerate(texts):
-            ids_BR[row, : len(text) - 1] = torch.tensor(text[:-1])
-        policy.prefill(ids_BR.to(policy.device), cache.window(0, len(texts), max(lengths)))
-        cache.commit(0, [text[:-1] for text in texts])
-    anchors_B = torch.tensor([text[-1] for text in texts], device=policy.device)
-    window = cache.window(0, len(texts), num_masks + 1)
-    return policy.draft_logits(anchors_B[:, None], num_masks, window)[:, 1:].cpu()
 
 
 def _laws_again(

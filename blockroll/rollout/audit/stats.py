@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from blockroll.rollout.audit.writer import ACCEPTED, KINDS, RECOVERED, read_audit
+from blockroll.rollout.audit.files import read_audit
+from blockroll.rollout.audit.writer import ACCEPTED, KINDS, RECOVERED
 from blockroll.samplers.check import check_redraw_uniforms
 
 _LEAST_REDRAWS = 20  # for a verdict on their uniforms
@@ -18,10 +19,14 @@ def audit_stats(paths: Sequence[Path]) -> dict[str, Any]:
     """Counts and shares of all files together."""
     files = [read_audit(path) for path in paths]
     rows = np.concatenate([file.numbers_N for file in files])
-    requests = {name for file in files for name in file.requests}
+    names = {name for file in files for name in file.requests}
+    servings = {
+        (file.session, int(serial)) for file in files for serial in np.unique(file.numbers_N["serial"])
+    }
     return {
         "rows": len(rows),
-        "requests": len(requests),
+        "requests": len(servings),
+        "ids": len(names),  # fewer, where ids were served again
         "kinds": {name: int((rows["kind"] == code).sum()) for code, name in enumerate(KINDS)},
         "by_offset": [_at(rows[rows["offset"] == offset]) for offset in range(int(rows["offset"].max()) + 1)],
         "residual_uniforms": _redraws(rows),

@@ -12,6 +12,7 @@ another name and renamed: a process that dies loses the rows since its last file
 Shapes: B requests, K drafted tokens, L target positions, V vocabulary, N rows.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import itertools
@@ -27,7 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from blockroll.errors import InvalidInput
+from blockroll.errors import AuditError, InvalidInput
 from blockroll.types import Draft, Evidence, Plan, Request, Sampling, Verdict
 
 SCHEMA_VERSION = 1
@@ -144,7 +145,11 @@ class AuditWriter:
         return self._serials[request.request_id]
 
     def flush(self, *, is_idle: bool = False) -> None:
-        """Write all rows there are; a file appears whole or not at all. Idle: no request goes on."""
+        """Write all rows there are; a file appears whole or not at all. Idle: no request goes on.
+
+        AuditError if that fails: no row is lost, and the next call tries again.
+        """
+        import pyarrow
         import pyarrow.parquet
 
         self._convert()
@@ -152,13 +157,24 @@ class AuditWriter:
             self._serials.clear()
         if not self._num_rows:
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        table = self._table()
-        while (path := self._next_path()).exists():
-            pass
-        partial = path.with_name(f".{path.name}.partial")
-        pyarrow.parquet.write_table(table, partial, compression="zstd")
-        os.replace(partial, path)
+        table, described = self._table()
+        partial = None
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            while (path := self._next_path()).exists():
+                pass
+            partial = path.with_name(f".{path.name}.partial")
+            pyarrow.parquet.write_table(table, partial, compression="zstd")
+            os.replace(partial, path)
+        except (OSError, pyarrow.ArrowException) as error:
+            if partial is not None:
+                with contextlib.suppress(OSError):
+                    partial.unlink(missing_ok=True)
+            raise AuditError(
+                f"{self._num_rows} rows of the audit could not be written to {self.folder}: {error}; free "
+                "some space there, or set rollout.audit_dir to another folder"
+            ) from error
+        self._described |= described
         self._tables, self._num_rows = [], 0
 
     def _next_path(self) -> Path:
@@ -176,15 +192,16 @@ class AuditWriter:
                 self._num_rows += len(rows_N)
         self._steps, self._num_held, self._bytes_held = [], 0, 0
 
-    def _table(self) -> Any:
+    def _table(self) -> tuple[Any, set[int]]:
+        """The rows as a table, and the serials whose info it brings."""
         import pyarrow as pa
 
         requests = [request for names, _ in self._tables for request in names]
         numbers_N = np.concatenate([numbers for _, numbers in self._tables])
         names = [request.request_id for request in requests]
         infos: list[str | None] = []
-        fresh = {int(serial) for serial in np.unique(numbers_N["serial"]) if serial not in self._described}
-        self._described |= fresh
+        fresh = {int(serial) for serial in np.unique(numbers_N["serial"])} - self._described
+        described = set(fresh)
         for request, serial in zip(requests, numbers_N["serial"].tolist(), strict=True):
             infos.append(request_info(request, self._precision) if serial in fresh else None)
             fresh.discard(serial)
@@ -193,7 +210,7 @@ class AuditWriter:
         columns["request_info"] = pa.array(infos, type=pa.string())
         columns["checksum"] = pa.array(row_checksums(names, numbers_N, infos), type=pa.uint32())
         metadata = {"blockroll_audit": str(SCHEMA_VERSION), "session": self._session}
-        return pa.table(columns).replace_schema_metadata(metadata)
+        return pa.table(columns).replace_schema_metadata(metadata), described
 
 
 def is_audited(request_id: str, share: float) -> bool:
@@ -333,66 +350,3 @@ def _add_draws(numbers_N: np.ndarray, drawn_N: np.ndarray, rows: np.ndarray, evi
     numbers_N["uniform"][drawn_N] = evidence.uniforms_BL[:, -1].cpu().numpy()[rows]
     numbers_N["mass"][drawn_N] = mass
     numbers_N["low"][drawn_N], numbers_N["high"][drawn_N] = low / mass, high / mass
-
-
-class AuditFile(NamedTuple):
-    """Rows of one file."""
-
-    path: Path
-    session: str  # of the writer: with it a serial is unique
-    requests: list[str]
-    infos: list[str | None]
-    numbers_N: np.ndarray
-    checksums_N: np.ndarray
-
-
-def audit_files(folder: Path) -> list[Path]:
-    """Files of an audit in the order they were written; InvalidInput if there are none."""
-    paths = sorted(folder.glob("*.parquet"))
-    if not paths:
-        raise InvalidInput(
-            f"no audit in {folder}: set rollout.audit to 'share' or 'all' for the next run, and give the "
-            "folder of a run or the audit folder itself"
-        )
-    return paths
-
-
-def read_audit(path: Path) -> AuditFile:
-    """One file; InvalidInput if it is no audit or one of another schema."""
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        table = pyarrow.parquet.read_table(path)
-    except (pyarrow.ArrowInvalid, OSError) as error:
-        raise InvalidInput(f"{path} cannot be read as an audit file: {error}") from error
-    metadata = table.schema.metadata or {}
-    version = metadata.get(b"blockroll_audit")
-    if version != str(SCHEMA_VERSION).encode():
-        raise InvalidInput(
-            f"{path} has audit schema {version and version.decode()}, this version reads {SCHEMA_VERSION}"
-        )
-    numbers_N = np.zeros(len(table), dtype=NUMBERS)
-    for name in NUMBERS.names or ():
-        numbers_N[name] = table[name].to_numpy()
-    return AuditFile(
-        path,
-        metadata.get(b"session", b"").decode(),
-        table["request"].to_pylist(),
-        table["request_info"].to_pylist(),
-        numbers_N,
-        table["checksum"].to_numpy(),
-    )
-
-
-def drop_audit(folder: Path, version: int) -> None:
-    """Delete rows of later versions than this one: a run that resumes from it makes those versions again."""
-    for path in folder.glob("version-*.parquet"):
-        if int(path.name.split("-")[1]) > version:
-            path.unlink()
-
-
-def as_json(info: str) -> dict[str, Any]:
-    """What `request_info` wrote."""
-    loaded: dict[str, Any] = json.loads(info)
-    return loaded

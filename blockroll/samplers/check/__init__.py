@@ -30,7 +30,13 @@ limit, the deviation it would have seen, and a sentence. `print(finding)` reads;
 """
 
 from blockroll.samplers.check.closed_form import Arithmetic, arithmetic_of, check_closed_form
-from blockroll.samplers.check.coins import Coin, check_coins, check_redraw_uniforms, redraw_uniforms
+from blockroll.samplers.check.coins import (
+    Coin,
+    check_coins,
+    check_redraw_uniforms,
+    equal_coins_limit,
+    redraw_uniforms,
+)
 from blockroll.samplers.check.draws import check_draft_law, check_draws, check_same_law, check_tokens
 from blockroll.samplers.check.exact import check_logprobs, check_sampler
 from blockroll.samplers.check.finding import Finding
@@ -58,6 +64,7 @@ __all__ = [
     "check_sampler",
     "check_stratified",
     "check_tokens",
+    "equal_coins_limit",
     "redraw_uniforms",
     "stratified",
 ]

@@ -48,7 +48,7 @@ def check_coins(
         raise InvalidInput("no coins were recorded; record every uniform with its use")
     repeated = [same for same in uses.values() if len(same) > 1]
     pairs = sum(len(same) * (len(same) - 1) // 2 for same in repeated)
-    limit = _poisson_limit(count * (count - 1) / 2 * 2.0**-bits, significance)
+    limit = equal_coins_limit(count, bits=bits, significance=significance)
     found = f"{count} coins, {pairs} pairs with the same value"
     if pairs > limit:
         first, second = repeated[0][:2]
@@ -60,6 +60,15 @@ def check_coins(
         threshold=float(limit),
         found=found,
     )
+
+
+def equal_coins_limit(count: int, *, bits: int = 52, significance: float = SIGNIFICANCE) -> int:
+    """The most pairs of equal values among this many coins that chance explains.
+
+    Independent coins of so many bits make count (count - 1) / 2 pairs, each equal with probability 2^-bits;
+    their number is Poisson, and exceeds this with at most this probability.
+    """
+    return _poisson_limit(count * (count - 1) / 2 * 2.0**-bits, significance)
 
 
 def check_redraw_uniforms(
