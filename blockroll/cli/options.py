@@ -30,7 +30,7 @@ DeviceOption = Annotated[
     str, typer.Option(help="torch device; 'auto' takes the accelerator if there is one.")
 ]
 SeedOption = Annotated[int, typer.Option(help="Equal seeds give equal tokens under one plan.")]
-ThreadsOption = Annotated[int, typer.Option(min=0, help="torch threads; 0 leaves torch's own choice.")]
+ThreadsOption = Annotated[int, typer.Option(min=0, max=1024, help="torch threads; 0 leaves torch's own choice.")]
 BackendOption = Annotated[
     Literal["ray", "local"], typer.Option(help="Replicas as Ray actors, or in this process.")
 ]

@@ -71,7 +71,7 @@ def generate(
     if not chat and (task == "arithmetic" or (task == "auto" and policy == "tiny")):
         prompt = prompt.rstrip("\n") + "\n"
     hf_policy = load_policy(policy, device, threads, adapter)
-    chosen = plan or ("two_forward" if hf_policy.trained_drafts else "plain")
+    chosen = plan if plan is not None else ("two_forward" if hf_policy.trained_drafts else "plain")
     given = [{"role": "user", "content": prompt}] if chat else prompt
     engine, requests = engine_for(hf_policy, chosen, given, options, seed=seed, num_samples=num_samples)
     console = Console(highlight=False, soft_wrap=True)

@@ -11,7 +11,7 @@ from pydantic import BeforeValidator, Strict
 from blockroll.config.checks import options
 from blockroll.errors import ConfigError
 from blockroll.types.bounds import hints_of
-from blockroll.types.plan import Law
+from blockroll.types.plan import Law, Plan
 from blockroll.types.sampling import Sampling, SamplingOptions
 
 
@@ -63,6 +63,10 @@ class RolloutConfig(SamplingOptions):
     audit: Literal["off", "share", "all"] = "off"  # of which requests every token is recorded
     audit_share: Share = 0.05  # of the requests, whole, chosen by a hash of their ids
     audit_dir: PathText = ""  # where; a run writes to its own folder unless this says otherwise
+
+    def __post_init__(self) -> None:
+        if self.plan.strip() != "auto":
+            Plan.parse(self.plan, default_drafts=1)  # how many a policy drafts, it says itself
 
     def sampling(self, **others: Any) -> Sampling:
         """What these options ask of a request; `others` are options of `Sampling` that no config has."""

@@ -113,10 +113,28 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
-    """`auto` is the accelerator if there is one (CUDA and ROCm are both `cuda` to torch), else the CPU."""
+    """`auto` is the accelerator if there is one (CUDA and ROCm are both `cuda` to torch), else the CPU.
+
+    InvalidInput for a device that torch does not know or that this machine lacks.
+    """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(device)
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        raise InvalidInput(
+            f"device {device!r} is none that torch knows: give 'auto', 'cpu', or an accelerator as 'cuda' or "
+            "'cuda:1'"
+        ) from None
+    here = torch.accelerator.current_accelerator(check_available=True)
+    count = 0 if here is None else torch.accelerator.device_count()
+    is_here = here is not None and chosen.type == here.type and (chosen.index or 0) < count
+    if chosen.type != "cpu" and not is_here:
+        others = f" and {count} of type {here.type!r}" if here is not None else " alone"
+        raise InvalidInput(
+            f"device {str(chosen)!r} is not here: torch can use the CPU{others}; 'auto' takes the best there is"
+        )
+    return chosen
 
 
 @contextmanager
