@@ -29,19 +29,23 @@ app = typer.Typer(
 )
 
 
+def _print_version(is_asked: bool) -> None:
+    if is_asked:
+        typer.echo(blockroll.__version__)
+        raise typer.Exit
+
+
 @app.callback()
 def root(
     debug: Annotated[
         bool, typer.Option("--debug", envvar="BLOCKROLL_DEBUG", help="Show the traceback of an error.")
     ] = False,
     show_version: Annotated[
-        bool, typer.Option("--version", is_eager=True, help="Print the version.")
+        bool,
+        typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version."),
     ] = False,
 ) -> None:
     """Rollouts for reinforcement learning, drafted in blocks and verified exactly."""
-    if show_version:
-        typer.echo(blockroll.__version__)
-        raise typer.Exit
 
 
 for command in (demo, generate, train, convert, bench, report, doctor):

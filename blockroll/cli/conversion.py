@@ -5,7 +5,14 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from blockroll.cli.options import AdapterOption, DeviceOption, PolicyOption, SeedOption, ThreadsOption
+from blockroll.cli.options import (
+    AdapterOption,
+    DeviceOption,
+    PolicyOption,
+    SeedOption,
+    ThreadsOption,
+    check_output,
+)
 from blockroll.config import ConvertConfig, from_mapping, to_mapping, with_overrides
 from blockroll.errors import InvalidInput
 
@@ -71,6 +78,7 @@ def convert(
         )
     values = {} if resume is None else to_mapping(load_convert_config(resume))
     values["out"] = str(resume or out)
+    check_output("--out", Path(values["out"]), is_folder=True)
     for name, key in OPTIONS.items():
         if resume is None or _is_given(ctx, name):
             _set(values, key, ctx.params[name])

@@ -2,12 +2,14 @@
 
 import functools
 import inspect
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import typer
 
+from blockroll.errors import InvalidInput
 from blockroll.types import SamplingOptions
 from blockroll.types.bounds import hints_of, sentence_of
 
@@ -30,7 +32,9 @@ DeviceOption = Annotated[
     str, typer.Option(help="torch device; 'auto' takes the accelerator if there is one.")
 ]
 SeedOption = Annotated[int, typer.Option(help="Equal seeds give equal tokens under one plan.")]
-ThreadsOption = Annotated[int, typer.Option(min=0, max=1024, help="torch threads; 0 leaves torch's own choice.")]
+ThreadsOption = Annotated[
+    int, typer.Option(min=0, max=1024, help="torch threads; 0 leaves torch's own choice.")
+]
 BackendOption = Annotated[
     Literal["ray", "local"], typer.Option(help="Replicas as Ray actors, or in this process.")
 ]
@@ -72,6 +76,23 @@ def with_sampling(**defaults: Any) -> Callable[[Callable[..., None]], Callable[.
 def _as_help(hint: Any) -> str:
     sentence = sentence_of(hint)
     return f"{sentence[:1].upper()}{sentence[1:]}."
+
+
+def check_output(option: str, path: Path, *, is_folder: bool = False) -> None:
+    """Refuse before hours of work what could not be written after them."""
+    if not is_folder and path.is_dir():
+        raise InvalidInput(f"{option} {path} is a folder: give a file")
+    if not is_folder and not path.parent.is_dir():
+        raise InvalidInput(f"{option} {path}: there is no folder {path.parent}")
+    there = path.absolute()
+    while not there.exists():
+        there = there.parent
+    if is_folder and not there.is_dir():
+        raise InvalidInput(f"{option} {path} cannot be made: {there} is a file")
+    try:
+        tempfile.TemporaryFile(dir=there if there.is_dir() else there.parent).close()
+    except OSError as error:
+        raise InvalidInput(f"{option} {path} cannot be written in {there}: {error.strerror}") from None
 
 
 def load_policy(path: str, device: str, threads: int, adapter: Path | None = None) -> "HFPolicy":

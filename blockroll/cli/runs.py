@@ -12,7 +12,7 @@ import typer
 import yaml
 from rich.console import Console
 
-from blockroll.cli.options import AdapterOption, BackendOption, WandbOption, load_policy
+from blockroll.cli.options import AdapterOption, BackendOption, WandbOption, check_output, load_policy
 from blockroll.cli.speed import arithmetic_prompts, print_table, write_rows
 from blockroll.config import RolloutConfig, RunConfig, TrainConfig, load_config, to_mapping
 from blockroll.errors import InvalidInput, RunExists
@@ -102,7 +102,11 @@ def train(
     from blockroll.rl_loops.loop import train as run_training
 
     if resume is None:
-        run_training(load_config(path, overrides))
+        loaded = load_config(path, overrides)
+        check_output("the run folder", loaded.run_dir, is_folder=True)
+        if loaded.rollout.audit != "off" and loaded.rollout.audit_dir:
+            check_output("rollout.audit_dir", Path(loaded.rollout.audit_dir), is_folder=True)
+        run_training(loaded)
         return
     if path is not None:
         raise InvalidInput(

@@ -15,6 +15,7 @@ from blockroll.cli.options import (
     PolicyOption,
     SeedOption,
     ThreadsOption,
+    check_output,
     load_policy,
 )
 from blockroll.cli.prompts import FILE_HELP, prompts_from
@@ -160,8 +161,8 @@ def numbers(option: str, text: str) -> tuple[float, ...]:
 def _check_outputs(json_file: Path | None, picture: Path | None) -> None:
     """Refuse before measuring what could not be written after it."""
     for option, path in (("--json", json_file), ("--picture", picture)):
-        if path is not None and not path.parent.is_dir():
-            raise InvalidInput(f"{option} {path}: there is no folder {path.parent}")
+        if path is not None:
+            check_output(option, path)
     if picture is not None and picture.suffix != ".png":
         raise InvalidInput(f"--picture {picture}: give a file that ends in .png")
 

@@ -132,7 +132,7 @@ def resolve_device(device: str | torch.device) -> torch.device:
     if chosen.type != "cpu" and not is_here:
         others = f" and {count} of type {here.type!r}" if here is not None else " alone"
         raise InvalidInput(
-            f"device {str(chosen)!r} is not here: torch can use the CPU{others}; 'auto' takes the best there is"
+            f"device {str(chosen)!r} is not here: torch can use the CPU{others}; 'auto' takes the best one"
         )
     return chosen
 

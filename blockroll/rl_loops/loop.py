@@ -29,9 +29,11 @@ from blockroll.rl_loops.signals import exit_code, interrupts_held, stop_signals
 from blockroll.rl_loops.tasks import Task, load_task
 from blockroll.rl_loops.tracking import JsonLines, Wandb, read_lines, require_wandb, truncate_lines
 from blockroll.rollout.audit.files import drop_audit
+from blockroll.rollout.engine.engine import check_plan
+from blockroll.rollout.planning.planner import read_plan
 from blockroll.rollout.pool.makers import make_pool
 from blockroll.rollout.pool.pool import RolloutPool
-from blockroll.types import SamplingOptions
+from blockroll.types import Plan, SamplingOptions
 from blockroll.types.bounds import hints_of
 
 Callback = Callable[[Mapping[str, Any]], None]
@@ -148,6 +150,9 @@ def _run_to_the_end(
         policy = HFPolicy.from_pretrained(
             path, device=config.policy.device, dtype=torch.float32, adapter=config.policy.adapter
         )
+        plan = read_plan(config.rollout.plan, policy)
+        if isinstance(plan, Plan):
+            check_plan(plan, policy)  # here, not in each of the replicas
         learner = Learner(policy, config.train, ALGORITHMS[config.train.algorithm])
         if checkpoint is not None:
             learner.load_state_dict(checkpoint.state["learner"])

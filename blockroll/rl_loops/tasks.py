@@ -77,7 +77,7 @@ def load_task(name: str) -> Task:
     if name == "arithmetic":
         return ARITHMETIC
     module_name, colon, attribute = name.partition(":")
-    if not colon:
+    if not (module_name and colon and attribute):
         raise InvalidInput(f"task must be 'arithmetic' or a Python path 'module:attribute', got {name!r}")
     try:
         module = importlib.import_module(module_name)

@@ -1,4 +1,4 @@
-"""What a person types, on a tiny policy: the text, the files, and the advice when something is wrong."""
+"""What a person types, on a tiny policy: the text and the files."""
 
 import dataclasses
 import importlib.util
@@ -10,52 +10,19 @@ import sys
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
-from typer.testing import CliRunner
+from transformers import MistralConfig, MistralForCausalLM
 
-from blockroll import cli
 from blockroll.cli import machine, runs
-from blockroll.config import PolicyConfig
+from blockroll.config import PolicyConfig, load_config
 from blockroll.policies import hf
 from blockroll.policies.hf import HFPolicy
 from blockroll.policies.loading import TINY_POLICY_DIR, load_tokenizer
+from tests.command_line import blockroll
 from tests.models import adapted_policy
 
 pytestmark = pytest.mark.skipif(
     not (TINY_POLICY_DIR / "tokenizer.json").is_file(), reason="needs the shipped policy's tokenizer"
 )
-
-
-@pytest.fixture(scope="module")
-def policy_path(tmp_path_factory):
-    """A random two-layer Llama with the shipped policy's tokenizer."""
-    tokenizer = load_tokenizer("tiny")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=128,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    config.blockroll = {
-        "mask_token_id": tokenizer.mask_token_id,
-        "block_sizes": [4],
-        "layouts": ["two_forward"],
-    }
-    folder = tmp_path_factory.mktemp("policy")
-    HFPolicy(LlamaForCausalLM(config), tokenizer).save_pretrained(folder)
-    return str(folder)
-
-
-def blockroll(*arguments):
-    """Run a command in this process; errors are shown if a test fails."""
-    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
 
 
 def test_help_names_every_command_and_loads_no_torch():
@@ -279,54 +246,99 @@ def test_doctor_fails_a_policy_that_decodes_another_law(policy_path, monkeypatch
     assert "Do not train on its rollouts." in result.stdout
 
 
-@pytest.mark.parametrize(
-    ("arguments", "advice"),
-    [
-        (["generate", "hi", "--policy", "nowhere"], "give a folder with config.json"),
-        (["generate", "hi", "--temperature", "-1"], "0 means greedy"),
-        (["generate", "hi", "--max-tokens", "0"], "max_tokens must be at least 1"),
-        (["generate", "hi", "--top-p", "0"], "top_p must be above 0"),
-        (["generate", "hi", "--regex", "a("], "regular expression 'a(' cannot be used"),
-        (["generate", "hi", "--regex", "a", "--json-schema", "pyproject.toml"], "not both"),
-        (["generate", "hi", "--policy", "POLICY", "--plan", "wild"], "'two_forward'"),
-        (["generate", "hi", "--policy", "POLICY", "--plan", "two_forward(0)"], "at least 1"),
-        (["generate", "x" * 200, "--policy", "POLICY"], "the context holds 128"),
-        (["bench", "--policy", "POLICY", "--plans", "plain,wild"], "'two_forward'"),
-        (["bench", "--batch", "1,x"], "whole numbers"),
-        (["bench", "--batch", "0"], "at least 1"),
-        (["bench", "--json", "no/such/folder.json"], "there is no folder"),
-        (["bench", "--picture", "no/such/folder.png"], "there is no folder"),
-        (["bench", "--picture", "speed.gif"], "ends in .png"),
-        (["bench", "--policy", "POLICY", "--plans", "two_forward", "--picture", "a.png"], "add 'plain'"),
-        (["bench", "--mix-weight", "1,2"], "between 0 and 1"),
-        (["bench", "--temperature", "warm"], "--temperature takes numbers"),
-        (["bench", "--prompts", "random"], "give prompt_tokens"),
-        (["bench", "--policy", "POLICY", "--against", "all"], "generate, continuous_batching, assisted"),
-        (["train", "missing.yaml"], "no config file"),
-        (["train", "a.yaml", "b.yaml"], "one config file is read"),
-        (["train", "train.stepz=3"], "did you mean"),
-        (["train", "a.yaml", "--resume", "runs/x"], "no config file"),
-        (["train", "--resume", "runs/x"], "not the folder of a run"),
-        (["report", "runs/x"], "no run folder"),
-        (["doctor", "--model", "nowhere"], "give a folder with config.json"),
-        (["doctor", "--model", "POLICY", "--adapter", "nowhere"], "no draft adapter in nowhere"),
-        (["doctor", "--adapter", "nowhere"], "give --model too"),
-        (["bench", "--bogus"], "blockroll bench has no option --bogus"),
-    ],
-)
-def test_bad_input_is_one_line_with_advice_and_exit_code_2(
-    policy_path, tmp_path, monkeypatch, arguments, advice
-):
-    monkeypatch.chdir(tmp_path)
-    result = blockroll(*[policy_path if argument == "POLICY" else argument for argument in arguments])
-
-    assert result.exit_code == 2
-    assert advice in result.stderr
-    assert "Traceback" not in result.output
+@pytest.mark.parametrize("module", ["blockroll", "blockroll.cli"])
+def test_the_package_and_its_command_line_run_as_modules(module):
+    shown = subprocess.run(
+        [sys.executable, "-m", module, "--version"], capture_output=True, text=True, check=True
+    )
+    assert re.fullmatch(r"\d+\.\d+\.\d+\n", shown.stdout)
 
 
-def test_debug_lets_the_traceback_through(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    result = blockroll("--debug", "report", "runs/x")
+def test_generate_prints_json_that_holds_every_token_with_both_log_probabilities(policy_path):
+    arguments = ("generate", "1+1=?", "--policy", policy_path, "--max-tokens", 12, "--num-samples", 2)
+    result = blockroll(*arguments, "--json", "--top-k", 5, "--presence-penalty", 0.5)
+    assert result.exit_code == 0, result.output
+    samples = [json.loads(line) for line in result.stdout.splitlines()]
+    assert len(samples) == 2
+    for sample in samples:
+        assert sample["plan"] == "two_forward(4)"
+        assert sample["law"] == "target"
+        count = len(sample["token_ids"])
+        assert len(sample["policy_logprobs"]) == len(sample["behavior_logprobs"]) == count
+        assert all(value <= 0 for value in sample["behavior_logprobs"])
+    shown = blockroll(*arguments, "--top-k", 5, "--presence-penalty", 0.5).stdout
+    assert [sample["text"] for sample in samples] == [
+        text.rstrip("\n") for text in re.split(r"--- sample \d\n", shown)[1:]
+    ]
 
-    assert type(result.exception).__name__ == "InvalidInput"
+
+def test_generate_frames_a_message_by_the_chat_template(policy_path, tmp_path):
+    tokenizer = load_tokenizer(policy_path)
+    tokenizer.chat_template = "{% for m in messages %}({{ m['content'] }}){% endfor %}"
+    shutil.copytree(policy_path, tmp_path / "chatty")
+    tokenizer.save_pretrained(tmp_path / "chatty")
+    result = blockroll(
+        "generate", "1+1", "--policy", tmp_path / "chatty", "--chat", "--json", "--max-tokens", 2
+    )
+    assert result.exit_code == 0, result.output
+    assert tokenizer.decode(json.loads(result.stdout)["prompt_ids"]).endswith("(1+1)")
+
+
+def test_bench_measures_the_prompts_of_a_file(policy_path, tmp_path):
+    (tmp_path / "own.jsonl").write_text('{"prompt": "1+1=?"}\n{"prompt": "12+30=?"}\n')
+    (tmp_path / "own.txt").write_text("1+1=?\n12+30=?\n")
+    rows = []
+    for name in ("own.jsonl", "own.txt"):
+        path = tmp_path / f"{name}.json"
+        result = blockroll(
+            "bench", "--policy", policy_path, "--plans", "plain", "--batch", "2", "--json", path,
+            "--repeats", 1, "--rollouts", 2, "--max-tokens", 4, "--prompts", tmp_path / name,
+        )  # fmt: skip
+        assert result.exit_code == 0, result.output
+        rows += json.loads(path.read_text())
+    assert len({row["context"] for row in rows}) == 1
+
+
+def test_doctor_prints_json_of_a_machine_and_of_a_check(policy_path):
+    result = blockroll("doctor", "--model", policy_path, "--json")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert found["passed"]
+    assert found["tiny_policy"]["works"]
+    assert found["versions"]["torch"]
+    assert len(found["check"]["checks"]) == 11
+    assert all(check["measured"] is not None for check in found["check"]["checks"])
+
+
+def test_doctor_reaches_what_the_prompts_of_a_file_reach(tmp_path):
+    window = 600  # past what doctor fills with random prompts of its own
+    torch.manual_seed(0)
+    tokenizer = load_tokenizer("tiny")
+    config = MistralConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        sliding_window=window,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    HFPolicy(MistralForCausalLM(config), tokenizer).save_pretrained(tmp_path / "sliding")
+    (tmp_path / "long.txt").write_text("1+" * 400 + "\n" + "2+2=?\n")
+    short = blockroll("doctor", "--model", tmp_path / "sliding", "--json")
+    long = blockroll("doctor", "--model", tmp_path / "sliding", "--prompts", tmp_path / "long.txt", "--json")
+    assert short.exit_code == long.exit_code == 0, long.output
+    assert f"sliding window of {window} not reached" in short.stdout
+    assert f"sliding window of {window} reached" in long.stdout
+    assert "attention beyond the sliding window" in short.stdout
+    assert "attention beyond the sliding window" not in long.stdout
+
+
+def test_show_config_prints_what_a_file_and_its_overrides_resolve_to(tmp_path):
+    (tmp_path / "run.yaml").write_text("train: {steps: 7}\n")
+    result = blockroll("train", tmp_path / "run.yaml", "rollout.plan=auto", "--show-config")
+    assert result.exit_code == 0, result.output
+    (tmp_path / "shown.yaml").write_text(result.stdout)
+    assert load_config(tmp_path / "shown.yaml") == load_config(tmp_path / "run.yaml", ["rollout.plan=auto"])
