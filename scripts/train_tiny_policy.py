@@ -1,9 +1,9 @@
 """Train the tiny policy that ships with blockroll, from scratch and from a seed.
 
-    python scripts/train_tiny_policy.py --out one
-    python scripts/train_tiny_policy.py --out two --init-from one --seed 1 \
+    python -m scripts.train_tiny_policy --out one
+    python -m scripts.train_tiny_policy --out two --init-from one --seed 1 \
         --causal-steps 0 --joint-steps 800 --learning-rate 1.5e-3
-    python scripts/train_tiny_policy.py --out blockroll/policies/tiny_policy --init-from two --seed 2 \
+    python -m scripts.train_tiny_policy --out blockroll/policies/tiny_policy --init-from two --seed 2 \
         --causal-steps 0 --joint-steps 1600 --learning-rate 1.5e-3 --stop-accuracy 0.45
 
 Procedural arithmetic (`blockroll.rl_loops.arithmetic`): causal steps first, so that the policy can reason,

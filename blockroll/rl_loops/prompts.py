@@ -13,7 +13,7 @@ from typing import Any
 from blockroll.errors import InvalidInput
 from blockroll.policies.adapter import chat_template_hash
 from blockroll.policies.hf import HFPolicy
-from blockroll.policies.prompts import encode_prompt
+from blockroll.policies.prompts import encode_prompt, fit_prompts
 from blockroll.rl_loops.tasks import load_task, shuffled
 from blockroll.rl_loops.tracking import split_lines
 
@@ -28,7 +28,11 @@ class Prompts:
 
 
 def load_prompts(source: str, policy: HFPolicy, chat_template_kwargs: Mapping[str, Any]) -> Prompts:
-    """From a file that ends in .jsonl, or a task's training rows."""
+    """From a file that ends in .jsonl, or a task's training rows.
+
+    Every prompt of a file is encoded here, before the first is used. One that leaves the context no token for
+    an answer is left out; how many were is logged. InvalidInput names a bad line.
+    """
     tokenizer = policy.tokenizer
     if tokenizer is None:
         raise InvalidInput("the policy was loaded without a tokenizer, and prompts are text")
@@ -48,10 +52,22 @@ def load_prompts(source: str, policy: HFPolicy, chat_template_kwargs: Mapping[st
             f"{source} holds messages, but the policy's tokenizer has no chat template: give prompts as text"
         )
 
+    encoded = [
+        encode_prompt(
+            tokenizer, row, chat_template_kwargs=chat_template_kwargs, name=f"prompt {number} of {source}"
+        )
+        for number, row in enumerate(rows)
+    ]
+    fitted = fit_prompts(encoded, max_tokens=policy.max_length - 1, overlong="skip")
+    if not fitted:
+        raise InvalidInput(
+            f"every prompt of {source} is longer than the context of {policy.max_length} tokens, which must "
+            "have one free for the answer; give shorter prompts"
+        )
+
     def of_file(seed: int, index: int) -> tuple[int, ...]:
-        epoch, within = divmod(index, len(rows))
-        prompt = rows[shuffled(f"{seed}-{epoch}", len(rows))[within]]
-        return encode_prompt(tokenizer, prompt, chat_template_kwargs=chat_template_kwargs)
+        epoch, within = divmod(index, len(fitted))
+        return fitted[shuffled(f"{seed}-{epoch}", len(fitted))[within]].token_ids
 
     return Prompts(
         token_ids=of_file,

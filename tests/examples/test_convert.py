@@ -250,6 +250,19 @@ def test_prompts_are_text_as_it_is_or_messages_through_the_template(tmp_path):
         load_prompts(str(tmp_path / "none.jsonl"), policy, {})
 
 
+def test_prompts_that_the_context_cannot_hold_are_left_out_before_a_conversion_starts(tmp_path, caplog):
+    policy = HFPolicy.from_pretrained("tiny")
+    policy.max_length = 16
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in ("1+1=?", "1" * 15, "2+2=?")))
+    prompts = load_prompts(str(path), policy, {})
+    assert {len(prompts.token_ids(0, index)) for index in range(6)} == {6}
+    assert "1 of 3 prompts have more than 15 tokens" in caplog.text
+    path.write_text(json.dumps({"prompt": "1" * 15}) + "\n")
+    with pytest.raises(InvalidInput, match=r"every prompt of .* is longer than the context of 16 tokens"):
+        load_prompts(str(path), policy, {})
+
+
 def test_an_adapter_used_with_another_chat_template_says_so(config, bare_path, tmp_path):
     tokenizer = load_tokenizer(bare_path)
     tokenizer.chat_template = TEMPLATE

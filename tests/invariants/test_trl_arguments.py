@@ -7,7 +7,7 @@ from contextlib import nullcontext
 import pytest
 import trl
 from tokenizers.processors import TemplateProcessing
-from transformers import GPT2Config, GPT2LMHeadModel, TrainingArguments
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, TrainingArguments
 
 from blockroll.config import RolloutConfig
 from blockroll.errors import (
@@ -20,6 +20,7 @@ from blockroll.policies.loading import load_tokenizer
 from blockroll.rl_loops.trl import GRPOTrainer, RLOOTrainer, require_tested
 from blockroll.rl_loops.trl.arguments import ELSEWHERE, HONOURED, REFUSED
 from blockroll.rl_loops.trl.contract import require_parts
+from tests.models import SHAPE
 from tests.trl_trainers import logs, trainer
 
 pytestmark = pytest.mark.filterwarnings(
@@ -50,6 +51,14 @@ def test_truncation_is_served_when_the_correction_is_off(tmp_path):
     row = logs(made)[0]
     assert "rollout/acceptance_rate" in row
     assert "rollout_corr/kl" not in row
+
+
+def test_longrope_is_refused_because_trls_padding_would_change_a_texts_factors(tmp_path):
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "factor": 4.0, "short_factor": [1.0] * 4}
+    rope |= {"long_factor": [2.0] * 4, "original_max_position_embeddings": 24}
+    model = LlamaForCausalLM(LlamaConfig(**{**SHAPE, "vocab_size": 260}, rope_parameters=rope))
+    with pytest.raises(InvalidInput, match=r"longrope, whose factors .* Train it with `blockroll train`"):
+        trainer(tmp_path, model=model, processing_class=load_tokenizer("tiny"))
 
 
 def test_another_family_is_named_with_the_way_to_check_it(tmp_path):

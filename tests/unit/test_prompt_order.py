@@ -12,7 +12,7 @@ from blockroll.rl_loops.prompt_order import PromptOrder
 from blockroll.rl_loops.prompts import load_prompts, read_prompts
 from blockroll.rl_loops.tasks import Task, from_rows, shuffled
 from blockroll.rl_loops.tracking import read_lines
-from blockroll.rollout.pool.pool import make_pool
+from blockroll.rollout.pool.makers import make_pool
 from tests.runs import config_for, even_share, run, stop_after
 
 SHORT = [{"prompt": f"{i}+{i}=?"} for i in range(5)]

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from blockroll.errors import InvalidInput
 from blockroll.policies.hf import HFPolicy
+from blockroll.policies.positions import context_of
 from blockroll.rl_loops.trl.modules import (
     base_model,
     find_places,
@@ -41,6 +42,12 @@ def check_supported(trainer: Any) -> None:
     if getattr(trainer.model, "is_quantized", False):
         raise InvalidInput(
             "quantized weights cannot be decoded from yet; load the model without quantization_config"
+        )
+    if context_of(base_model(trainer.model).config).boundaries:
+        raise InvalidInput(
+            "the model's rope type is longrope, whose factors depend on the longest row of a forward: TRL's "
+            "padded batches would train each text by the length of its neighbours. Train it with "
+            "`blockroll train`, whose learner goes by each text's own length"
         )
     if trainer._dist.is_fsdp and trainer._dist.fsdp_version != 2:
         raise InvalidInput("FSDP version 1 is not supported; set fsdp_version: 2 in the accelerate config")
