@@ -23,32 +23,30 @@ from blockroll.policies.hf import HFPolicy
 from blockroll.rl_loops.advantages import Advantages
 from blockroll.rl_loops.grpo import Algorithm
 from blockroll.rl_loops.losses import behavior_correction
+from blockroll.rl_loops.token_laws import TokenLaws, token_laws
 from blockroll.rollout.pool.weight_sync import named_weights
 from blockroll.types import Rollout
 
 log = logging.getLogger(__name__)
 
 MAX_CHUNK_POSITIONS = 8192  # padded positions of one forward and backward
+MAX_HEAD_DIFFERENCE = 1e-3  # of logits, relative to the largest: rounding stays far below
 SAVED = ("optimizer", "num_optimizer_steps", "num_skipped")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TokenLaws:
-    """The learner's own view of sampled tokens, at each rollout's sampling temperature."""
-
-    logprobs_N: Tensor  # float32, with gradient if asked for
-    entropies_N: Tensor  # float32, nats, without gradient
 
 
 class Learner:
     """Model and optimizer. Equal state, batches and threads give equal weights."""
 
     def __init__(self, policy: HFPolicy, config: TrainConfig, algorithm: Algorithm) -> None:
-        """Take over the policy's model, which must be float32: smaller types lose small updates."""
+        """Take over the policy's model, which must be float32: smaller types lose small updates.
+
+        InvalidInput for another type, and for a model whose own logits are not `policy.logits` of its states.
+        """
         dtypes = {parameter.dtype for parameter in policy.model.parameters()}
         if dtypes != {torch.float32}:
             raise InvalidInput(f"the learner's weights must be float32, got {sorted(map(str, dtypes))}")
         policy.model.set_attn_implementation(policy.stock_attention)
+        _check_head(policy)
         self.policy = policy
         self.model = policy.model
         self.config = config
@@ -255,12 +253,14 @@ class Learner:
         temperatures = torch.tensor([r.request.sampling.logprob_temperature for r in rollouts], device=device)
         sizes = torch.tensor([len(rollout.token_ids) for rollout in rollouts], device=device)
         tokens_N = torch.tensor([token for rollout in rollouts for token in rollout.token_ids], device=device)
-        logits_NV = self.policy.logits(hidden_NW)
-        logprobs_NV = (logits_NV / temperatures.repeat_interleave(sizes)[:, None]).log_softmax(dim=-1)
-        with torch.no_grad():
-            entropies_N = -(logprobs_NV.exp() * logprobs_NV).sum(dim=-1)
-        return TokenLaws(
-            logprobs_N=logprobs_NV.gather(-1, tokens_N[:, None]).squeeze(-1), entropies_N=entropies_N
+        return token_laws(
+            self.policy.logits,
+            hidden_NW,
+            tokens_N,
+            temperatures.repeat_interleave(sizes),
+            parameters=tuple(self.policy.output_head.parameters()),
+            vocab_size=self.policy.vocab_size,
+            memory_bytes=self.config.logits_memory_mb << 20,
         )
 
     @contextlib.contextmanager
@@ -281,6 +281,23 @@ class _StepResult:
     grad_norm: float
     num_tokens: int
     num_dropped: int
+
+
+def _check_head(policy: HFPolicy) -> None:
+    """The learner takes logits from states, piece by piece: they must be those of the model's own forward."""
+    ids_1S = torch.arange(min(4, policy.vocab_size), device=policy.device)[None]
+    with torch.no_grad():
+        own_1SV = policy.model(input_ids=ids_1S, use_cache=False).logits.float()
+        states_1SW = policy.model.base_model(input_ids=ids_1S, use_cache=False).last_hidden_state
+        difference = float(
+            (policy.logits(states_1SW) - own_1SV).abs().max() / own_1SV.abs().max().clamp(min=1)
+        )
+    if not difference < MAX_HEAD_DIFFERENCE:
+        raise InvalidInput(
+            f"{type(policy.model).__name__} does more behind its output head than the learner computes (its "
+            f"logits differ by {difference:.2g} of the largest): it would be trained as another policy than "
+            "the one that generates; train it through TRL, whose trainers call the model's own forward"
+        )
 
 
 def length_chunks(rollouts: Sequence[Rollout], max_positions: int = MAX_CHUNK_POSITIONS) -> list[list[int]]:
