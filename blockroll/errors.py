@@ -19,7 +19,8 @@
     ├── RankError (RuntimeError)             another process of a distributed trainer failed
     ├── EnvironmentFailed (RuntimeError)     an environment was too slow, or raised
     ├── NonFiniteLogits (FloatingPointError) a forward gave NaN or infinity for a request
-    └── EmptySupport (RuntimeError)          constraint, masks and processors leave a request no next token
+    ├── EmptySupport (RuntimeError)          constraint, masks and processors leave a request no next token
+    └── RequestFailed (RuntimeError)         a request's own logits processor, constraint or text raised
 
 Messages say what was given, what is allowed and what to do instead.
 """
@@ -103,3 +104,7 @@ class NonFiniteLogits(BlockrollError, FloatingPointError):
 
 class EmptySupport(BlockrollError, RuntimeError):
     """Constraint, masks and logits processors leave a request no next token."""
+
+
+class RequestFailed(BlockrollError, RuntimeError):
+    """What a request brings along raised: a logits processor, a constraint, or the decoding of its text."""

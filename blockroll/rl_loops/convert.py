@@ -220,7 +220,7 @@ def _rounds(
 def _make_pool(config: ConvertConfig, policy: HFPolicy) -> RolloutPool:
     """A replica around this policy, or Ray actors that load it; they answer with its causal law alone."""
     if config.num_replicas == 1:
-        engine = Engine(policy, plan=Plan(0), max_batch_size=config.max_batch_size, decode=policy.decode)
+        engine = Engine(policy, plan=Plan(0), max_batch_size=config.max_batch_size)
         replica = LocalReplica(engine, policy.model)
         return RolloutPool(
             [replica], requests_per_replica=config.prompts_per_round, tokenizer=policy.tokenizer

@@ -11,7 +11,8 @@ recorded, and any draft law is verified exactly.
 Shapes: B requests, K drafted tokens, L target rows, N tokens behind the committed text, V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import NamedTuple
@@ -19,8 +20,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from blockroll.errors import RequestFailed
+from blockroll.samplers.growing import IdBuffer, TokenCounts
 from blockroll.samplers.lossless import draw_draft, inverse_cdf, mixed_logits, policy_logprobs, target_probs
-from blockroll.samplers.processing import completed_by, count_tokens, counts_by_row, penalize, truncate
+from blockroll.samplers.processing import completed_by, counts_by_row, penalize, truncate
 from blockroll.types import Draft, Guide, Sampling, Verdict
 
 
@@ -34,6 +37,9 @@ class Text:
     end_token_ids: frozenset[int] = frozenset()  # masked before `min_tokens`
     guide: Guide | None = None
     scales: tuple[float, float, float] = field(init=False)  # temperature, draft temperature, weight
+    # Both grow with the text: what is counted once is never counted again.
+    _counts: TokenCounts | None = field(init=False, default=None)
+    _ids: IdBuffer | None = field(init=False, default=None)
     is_processed: bool = field(init=False)
     is_policy: bool = field(init=False)
 
@@ -46,6 +52,33 @@ class Text:
         self.scales = (sampling.temperature, draft_temperature, sampling.law.weight)
         self.is_processed = sampling.is_processed
         self.is_policy = sampling.is_policy
+
+    def counts(self, vocab_size: int, device: torch.device) -> Tensor:
+        """How often prompt and completion hold each token, and the completion alone: float64 (2, V)."""
+        if self._counts is None:
+            self._counts = TokenCounts(self.prompt_ids, vocab_size, device)
+        return self._counts.with_completion(self.token_ids)
+
+    def ids(self, between: Sequence[int], device: torch.device) -> Tensor:
+        """Prompt, completion and these tokens behind it, int64 (1, T)."""
+        if self._ids is None:
+            self._ids = IdBuffer(self.prompt_ids, device)
+        return self._ids.with_completion(self.token_ids, between)
+
+    def restart(self, guide: Guide | None) -> None:
+        """Count anew, and go on with this guide, which stands behind what was committed."""
+        self.guide, self._counts, self._ids = guide, None, None
+
+    def completed_by(self, between: Sequence[int]) -> list[int]:
+        """The tokens that would complete a forbidden sequence behind this text and the tokens after it."""
+        words = self.sampling.bad_words_ids
+        if not words:
+            return []
+        reach = max(map(len, words))
+        text = [*self.token_ids[-reach:], *between]
+        if len(self.token_ids) < reach:
+            text = [*self.prompt_ids[-reach:], *text]
+        return completed_by(text, words)
 
     @property
     def is_edited_by_row(self) -> bool:
@@ -77,6 +110,7 @@ class Laws:
     has_greedy: bool  # decodes greedily,
     has_greedy_draft: bool  # or drafts greedily
     processing: "_Processing | None"
+    failed: dict[int, str]  # by row of the batch: what its request brought along raised; the row is empty
     is_policy_B: Tensor | None  # which requests draw from the policy at its temperature; None: all of them
 
     @classmethod
@@ -86,6 +120,7 @@ class Laws:
         temperature_B, draft_temperature_B, weight_B = _columns(scales, device)
         kinds = set(scales)
         is_processed = any(text.is_processed for text in texts)
+        failed: dict[int, str] = {}
         return cls(
             temperature_B=temperature_B,
             draft_temperature_B=draft_temperature_B,
@@ -93,7 +128,8 @@ class Laws:
             is_mixed=any(weight < 1 for _, _, weight in kinds),
             has_greedy=any(temperature == 0 for temperature, _, _ in kinds),
             has_greedy_draft=any(temperature == 0 for _, temperature, _ in kinds),
-            processing=_Processing.of(texts, vocab_size, device) if is_processed else None,
+            processing=_Processing.of(texts, vocab_size, device, failed) if is_processed else None,
+            failed=failed,
             is_policy_B=None
             if all(text.is_policy for text in texts)
             else torch.tensor([text.is_policy for text in texts], device=device),
@@ -151,9 +187,12 @@ class _Processing:
     seen_BV: Tensor | None  # and no counts are needed, of prompt and completion,
     completed_BV: Tensor | None  # and of the completion alone
     bias_BV: Tensor | None
+    failed: dict[int, str]
 
     @classmethod
-    def of(cls, texts: Sequence[Text], vocab_size: int, device: torch.device) -> "_Processing":
+    def of(
+        cls, texts: Sequence[Text], vocab_size: int, device: torch.device, failed: dict[int, str]
+    ) -> "_Processing":
         samplings = [text.sampling for text in texts]
         cuts = [(each.top_k, each.top_p, each.min_p) for each in samplings]
         top_k_B, top_p_B, min_p_B = torch.tensor(cuts, dtype=torch.float64, device=device).unbind(dim=1)
@@ -163,8 +202,8 @@ class _Processing:
         penalties_B3 = seen_BV = completed_BV = bias_BV = None
         if any(each != (1, 0, 0) for each in penalties):
             penalties_B3 = torch.tensor(penalties, dtype=torch.float64, device=device)
-            completed_BV = count_tokens([text.token_ids for text in texts], vocab_size, device)
-            seen_BV = completed_BV + count_tokens([text.prompt_ids for text in texts], vocab_size, device)
+            counts = [text.counts(vocab_size, device) for text in texts]
+            seen_BV, completed_BV = torch.stack(counts, dim=1).unbind()
         if any(each.logit_bias for each in samplings):
             bias_BV = torch.zeros((len(texts), vocab_size), dtype=torch.float64)
             for bias_V, each in zip(bias_BV, samplings, strict=True):
@@ -181,6 +220,7 @@ class _Processing:
             seen_BV=seen_BV,
             completed_BV=completed_BV,
             bias_BV=bias_BV,
+            failed=failed,
         )
 
     def draw(
@@ -201,7 +241,9 @@ class _Processing:
         for start in range(0, max(rows.shape[1], 1), width):
             span = slice(start, start + width)
             for row, path in paths:
-                path.mask(rows[row, span])
+                if row not in self.failed:
+                    with self._request(row):
+                        path.mask(rows[row, span])
             probs.append(self._truncated(target_probs(rows[:, span], temperature_B)))
             tokens.append(inverse_cdf(probs[-1], uniforms_BK[:, span]))
             if paths:
@@ -223,15 +265,29 @@ class _Processing:
             rows = self._penalized(rows, between_BN)
         if any(text.is_edited_by_row for text in self.texts):
             behind = zip(between_BN.tolist(), (num_drafts_B + 1).tolist(), strict=True)
-            for rows_LV, text, (between, num_reached) in zip(rows, self.texts, behind, strict=True):
-                if text.is_edited_by_row:
+            for row, (rows_LV, text, (between, num_reached)) in enumerate(
+                zip(rows, self.texts, behind, strict=True)
+            ):
+                if row in self.failed:
+                    rows_LV[0] = -torch.inf
+                elif text.is_edited_by_row:
                     reached_LV = rows_LV[:num_reached]
-                    _edit_rows(reached_LV, text, between[: len(between) - (len(rows_LV) - len(reached_LV))])
+                    num_between = len(between) - (len(rows_LV) - len(reached_LV))
+                    with self._request(row):
+                        _edit_rows(reached_LV, text, between[:num_between])
         is_empty_BL = ~rows.amax(dim=-1).isfinite()
         if not is_empty_BL.any():
             return TargetRows(self._truncated(target_probs(rows, temperature_B)), None)
         rows = torch.where(is_empty_BL[..., None], 0.0, rows)
         return TargetRows(self._truncated(target_probs(rows, temperature_B)), is_empty_BL)
+
+    @contextmanager
+    def _request(self, row: int) -> Iterator[None]:
+        """Around what a request brings along: what it raises is that request's failure alone."""
+        try:
+            yield
+        except RequestFailed as error:
+            self.failed[row] = f"{RequestFailed.__name__}: {error}"
 
     def _biased(self, logits_BLV: Tensor) -> Tensor:
         """A float64 copy, which may be edited in place: the logits themselves give the policy's logprobs."""
@@ -267,19 +323,34 @@ def _edit_rows(rows_LV: Tensor, text: Text, between: Sequence[int]) -> None:
     sampling = text.sampling
     first = len(between) - (len(rows_LV) - 1)
     if text.guide is not None:
-        allowed_NV = text.guide.allowed(between, first).to(rows_LV.device)
+        try:
+            allowed_NV = _allowed(text.guide, between, first, rows_LV.device)
+        except RequestFailed:
+            rows_LV[0] = -torch.inf
+            raise
         # Rows behind a draft that is not allowed are never reached: that draft is rejected.
         rows_LV = rows_LV[: len(allowed_NV)]
         rows_LV.masked_fill_(~allowed_NV, -torch.inf)
     for num_drafts, row_V in enumerate(rows_LV, start=first):
-        completion = [*text.token_ids, *between[:num_drafts]]
-        if len(completion) < sampling.min_tokens:
+        drafts = between[:num_drafts]
+        if len(text.token_ids) + num_drafts < sampling.min_tokens:
             row_V[list(text.end_token_ids)] = -torch.inf
-        whole = [*text.prompt_ids, *completion]
-        row_V[completed_by(whole, sampling.bad_words_ids)] = -torch.inf
+        row_V[text.completed_by(drafts)] = -torch.inf
         for processor in sampling.logits_processors:
-            ids_1T = torch.tensor([whole], device=row_V.device)
-            row_V.copy_(processor(ids_1T, row_V[None].clone())[0])
+            try:
+                row_V.copy_(processor(text.ids(drafts, row_V.device), row_V[None].clone())[0])
+            except Exception as error:
+                row_V.fill_(-torch.inf)  # a row behind a draft that is rejected fails nobody
+                name = type(processor).__name__
+                raise RequestFailed(f"its logits processor {name} raised {error!r}") from error
+
+
+def _allowed(guide: Guide, drafts: Sequence[int], first: int, device: torch.device) -> Tensor:
+    """As `Guide.allowed`; RequestFailed where it raises."""
+    try:
+        return guide.allowed(drafts, first).to(device)
+    except Exception as error:
+        raise RequestFailed(f"its constraint raised {error!r}") from error
 
 
 class _DraftPath:
@@ -299,11 +370,10 @@ class _DraftPath:
         text, sampling = self._text, self._text.sampling
         mask_V = torch.zeros_like(row_1V[0], dtype=torch.bool)
         if self._is_allowed and text.guide is not None:
-            self._allowed_V = text.guide.allowed(self._drafts, len(self._drafts))[0]
-            mask_V |= ~self._allowed_V.to(mask_V.device)
-        completion = [*text.token_ids, *self._drafts]
-        mask_V[completed_by([*text.prompt_ids, *completion], sampling.bad_words_ids)] = True
-        if len(completion) < sampling.min_tokens:
+            self._allowed_V = _allowed(text.guide, self._drafts, len(self._drafts), mask_V.device)[0]
+            mask_V |= ~self._allowed_V
+        mask_V[text.completed_by(self._drafts)] = True
+        if len(text.token_ids) + len(self._drafts) < sampling.min_tokens:
             mask_V[list(text.end_token_ids)] = True
         if not mask_V.all():
             row_1V.masked_fill_(mask_V, -torch.inf)

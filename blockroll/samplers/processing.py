@@ -4,23 +4,13 @@ Every function works on rows in float64 and gives each row the prefix it really 
 drafts counts those n drafts. Orders and formulae are those of transformers and vLLM, except that of equal
 probabilities at an edge those of lowest id stay.
 
-Shapes: B requests, N tokens behind the committed text, L rows, V vocabulary, T tokens of a text.
+Shapes: B requests, N tokens behind the committed text, L rows, V vocabulary.
 """
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-
-
-def count_tokens(texts: Sequence[Sequence[int]], vocab_size: int, device: torch.device) -> Tensor:
-    """How often each text holds each token: float64 (B, V)."""
-    counts_BV = torch.zeros((len(texts), vocab_size), dtype=torch.float64)
-    for counts_V, text in zip(counts_BV, texts, strict=True):
-        if text:
-            ids_T = torch.tensor(text, dtype=torch.int64)
-            counts_V.index_add_(0, ids_T, torch.ones(len(text), dtype=torch.float64))
-    return counts_BV.to(device)
 
 
 def counts_by_row(counts_BV: Tensor, between_BN: Tensor, num_rows: int) -> Tensor:

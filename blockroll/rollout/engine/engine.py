@@ -13,14 +13,15 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from blockroll.errors import InvalidInput
+from blockroll.errors import InvalidInput, RequestFailed
 from blockroll.policies.base import Policy
 from blockroll.policies.ends import special_token_ids
 from blockroll.rollout.audit.writer import AuditedStep, AuditWriter
 from blockroll.rollout.engine.cache import ROW_STEP, SlotCache
+from blockroll.rollout.engine.ends import Decode, StopRule
 from blockroll.rollout.engine.prefill import prefill
 from blockroll.rollout.engine.requests import Limits, check_request
-from blockroll.rollout.engine.running import RunningRequest, StopRule
+from blockroll.rollout.engine.running import RunningRequest
 from blockroll.rollout.engine.scheduler import Scheduler
 from blockroll.rollout.engine.step import Decoded, Decoder, EngineTimes, StepRecord
 from blockroll.rollout.planning.planner import Planner
@@ -46,13 +47,16 @@ class Engine:
         max_batch_size: int = 64,
         max_length: int = 0,
         max_cache_rows: int = 0,
-        decode: Callable[[list[int]], str] | None = None,
+        decode: Decode | None = None,
         policy_version: int = 0,
         observer: Callable[[StepRecord], None] | None = None,
         audit: AuditWriter | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        """`max_length` 0 is what the policy was built for; `decode` is needed for stop strings only.
+        """`max_length` 0 is what the policy was built for.
+
+        Stop strings are looked for in what `decode` makes of tokens; None: the policy's own tokenizer, with
+        special tokens kept.
 
         The cache has room for the longest text that the requests at hand can become. `max_cache_rows` bounds
         its rows over all slots: then fewer than `max_batch_size` requests run together. 0: no bound.
@@ -84,7 +88,7 @@ class Engine:
         self._commits: list[Commit] = []
         self._finished: dict[str, Rollout] = {}
         self._is_interrupted = False  # a change of what runs has begun and not ended
-        self._decode = decode
+        self._decode = _text_of(policy) if decode is None else decode
         self._observer = observer
         self.audit = audit
         self._clock = clock
@@ -103,12 +107,16 @@ class Engine:
         """Count from 0 again."""
         self._decoder.times = EngineTimes()
 
-    def submit(self, requests: Iterable[Request]) -> None:
-        """Queue requests; all of them are checked before the first is queued."""
+    def submit(self, requests: Iterable[Request], *, are_checked: bool = False) -> None:
+        """Queue requests; all of them are checked before the first is queued.
+
+        `are_checked` says that `check_request` has passed them under this engine's limits.
+        """
         requests = tuple(requests)
         taken = {*self._requests, *self._finished}
         for request in requests:
-            check_request(request, self.limits)
+            if not are_checked:
+                check_request(request, self.limits)
             if request.sampling.stop and self._decode is None:
                 raise InvalidInput(
                     f"request {request.request_id!r} has stop strings, but the engine has no tokenizer"
@@ -231,11 +239,11 @@ class Engine:
         for request_id, running in tuple(self._requests.items()):
             if not running.is_running:
                 self._finished[request_id] = running.rollout()
+            elif request_id not in self._finished:
+                self._restart(running)
             if request_id in self._finished:
                 self._scheduler.drop(request_id)
                 del self._requests[request_id]
-            else:
-                running.restart(self._guide(running.request))
         scheduled = {*self._scheduler.running, *self._scheduler.waiting}
         for request_id, running in self._requests.items():
             if request_id not in scheduled:
@@ -247,6 +255,14 @@ class Engine:
                 break
             self._cache.keep(slot, len(cached))
         self._cache.close(len(self._scheduler.running))
+
+    def _restart(self, running: RunningRequest) -> None:
+        """Walk its constraint anew: an interrupt may have stopped it anywhere."""
+        try:
+            running.restart(self._guide(running.request))
+        except Exception as error:  # noqa: BLE001 - what a request brings along ends that request alone
+            running.fail(f"{RequestFailed.__name__}: its constraint raised {error!r}")
+            self._finished[running.request.request_id] = running.rollout()
 
     def _decode_batch(self, batch: list[RunningRequest], num_running: int) -> None:
         """One step of those that run and, behind them, those that join."""
@@ -335,19 +351,19 @@ class Engine:
                 verdict.behavior_logprobs_BL,
             )
         )
+        for slot, (num_before, _) in failed.items():
+            committed[slot] = num_before
         # The rows of the anchor and of all new tokens but the last, which is the next anchor.
         rows = [
-            () if slot in failed else (running.anchor, *tokens[slot][: committed[slot] - 1])
-            for slot, running in enumerate(batch)
+            (running.anchor, *tokens[slot][: kept - 1]) if kept else ()
+            for slot, (running, kept) in enumerate(zip(batch, committed, strict=True))
         ]
         self._cache.commit(0, rows)
         num_commits = len(self._commits)
         for slot in reversed(range(len(batch))):  # from the last slot, so that moves touch none still to come
             running, kept = batch[slot], committed[slot]
-            if slot in failed:
-                running.fail(f"{failed[slot]} for request {running.request.request_id!r}")
-                self._cache.scrub(slot)
-            else:
+            error = None
+            try:
                 commit = running.commit(
                     tokens[slot][:kept],
                     is_draft[slot][:kept],
@@ -358,7 +374,17 @@ class Engine:
                     num_drafts=num_drafts[slot],
                     proposal=decoded.proposals[slot],
                 )
-                self._commits.insert(num_commits, commit)
+            except RequestFailed as refusal:
+                error = f"{RequestFailed.__name__}: {refusal}"
+            else:
+                if kept:
+                    self._commits.insert(num_commits, commit)
+                if slot in failed and running.is_running:
+                    error = failed[slot][1]
+            if error is not None:
+                running.fail(error)
+                if not kept:
+                    self._cache.scrub(slot)
             if not running.is_running:
                 self._finished[running.request.request_id] = running.rollout()
                 self._leave(running.request.request_id)
@@ -408,6 +434,14 @@ class Engine:
             max_tokens=min(request.sampling.max_tokens, self.limits.room(len(request.prompt_ids))),
             decode=self._decode,
         )
+
+
+def _text_of(policy: Policy) -> Decode | None:
+    """Text of tokens, special ones included: a stop string may be one of them."""
+    tokenizer = policy.tokenizer
+    if tokenizer is None:
+        return None
+    return lambda token_ids: str(tokenizer.decode(token_ids, skip_special_tokens=False))
 
 
 def check_plan(plan: Plan, policy: Policy) -> None:

@@ -1,17 +1,13 @@
 """Requests before they run: where their seeds come from, and what the door refuses."""
 
 import hashlib
-import pickle
-from collections import deque
 from dataclasses import dataclass
 
-import torch
-
 from blockroll.errors import InvalidInput
-from blockroll.types import LogitsProcessor, Request
+from blockroll.rollout.engine.processors import check_processor
+from blockroll.types import Request
 
 _SEED_LIMIT = 1 << 63
-_probed: deque[tuple[LogitsProcessor, int]] = deque(maxlen=64)  # processors that passed, by vocabulary
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,12 +53,13 @@ def check_request(request: Request, limits: Limits) -> None:
         raise InvalidInput(
             f"{name} resumes after {len(committed)} tokens, but max_tokens is {request.sampling.max_tokens}"
         )
-    for position, token_id in enumerate((*request.prompt_ids, *committed)):
-        if not 0 <= token_id < limits.vocab_size:
-            raise InvalidInput(
-                f"{name} holds token {token_id} at position {position}, outside the vocabulary of "
-                f"{limits.vocab_size}; allowed are 0 to {limits.vocab_size - 1}"
-            )
+    text = (*request.prompt_ids, *committed)
+    if min(text) < 0 or max(text) >= limits.vocab_size:
+        position = next(i for i, token_id in enumerate(text) if not 0 <= token_id < limits.vocab_size)
+        raise InvalidInput(
+            f"{name} holds token {text[position]} at position {position}, outside the vocabulary of "
+            f"{limits.vocab_size}; allowed are 0 to {limits.vocab_size - 1}"
+        )
     sampling = request.sampling
     for option, token_ids in (
         ("logit_bias", sampling.logit_bias),
@@ -79,37 +76,3 @@ def check_request(request: Request, limits: Limits) -> None:
         check_processor(processor, limits.vocab_size)
     if not -_SEED_LIMIT <= request.seed < _SEED_LIMIT:
         raise InvalidInput(f"{name} has seed {request.seed}, outside 64 bits")
-
-
-def check_processor(processor: LogitsProcessor, vocab_size: int) -> None:
-    """Raise InvalidInput for a logits processor that is not a function of the ids and scores it is given.
-
-    Verifying a block asks for several positions at once, some of them for drafts that are then rejected: what
-    a processor remembers of its calls would be wrong. It is called three times on made-up rows.
-    """
-    if any(known is processor and size == vocab_size for known, size in _probed):
-        return
-    name = f"logits processor {type(processor).__name__}"
-    advice = (
-        "write it as a function of input_ids (1, T) and scores (1, V) alone, or as a constraint, whose guide "
-        "is told which tokens were committed"
-    )
-    short, long = torch.tensor([[0]]), torch.tensor([[0, vocab_size - 1, 0]])
-    scores_1V = torch.linspace(-1, 1, vocab_size, dtype=torch.float64)[None]
-    state = _state(processor)
-    try:
-        results = [processor(ids_1T, scores_1V.clone()) for ids_1T in (short, long, short)]
-    except Exception as error:
-        raise InvalidInput(f"{name} cannot be evaluated for one row at a time: {error}; {advice}") from error
-    if any(not torch.is_tensor(result) or result.shape != scores_1V.shape for result in results):
-        raise InvalidInput(f"{name} does not return scores of the shape it was given, (1, {vocab_size})")
-    if not torch.equal(results[0], results[2]) or _state(processor) != state:
-        raise InvalidInput(f"{name} has state of its own that a call changes; {advice}")
-    _probed.append((processor, vocab_size))
-
-
-def _state(processor: LogitsProcessor) -> bytes | None:
-    try:
-        return pickle.dumps(processor)
-    except (pickle.PicklingError, AttributeError, TypeError):  # a closure: only its results can be compared
-        return None

@@ -1,9 +1,10 @@
 """A request while it runs: its committed tokens, their records, and when it ends."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from blockroll.errors import RequestFailed
+from blockroll.rollout.engine.ends import StopRule
 from blockroll.samplers.laws import Text
 from blockroll.types import Commit, FinishReason, Guide, Plan, Request, Rollout, RolloutStats
 
@@ -18,45 +19,6 @@ class Proposal:
     logits_KV: "Tensor"  # float32; rows behind `num_drafts` hold no meaning
     num_drafts: int
     origin: tuple[int, int, int]  # tokens of the text its rows know, slot of the first, masks in the block
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StopRule:
-    """When a request ends.
-
-    Under a constraint, a stop string or a stop token that is text ends it only where the constraint accepts
-    the completion as it then stands; elsewhere it is text like other. So what ends by `stop` matches.
-    """
-
-    stop_token_ids: frozenset[int]
-    end_token_ids: frozenset[int]  # of these, those that a constraint allows only where a text may end
-    stop: tuple[str, ...]
-    max_tokens: int
-    decode: Callable[[list[int]], str] | None
-
-    def cut(
-        self, committed: list[int], new: list[int], guide: Guide | None = None
-    ) -> tuple[int, FinishReason | None]:
-        """How many of the new tokens are kept, and why the request ends with them, if it does."""
-        room = self.max_tokens - len(committed)
-        for kept, token_id in enumerate(new[:room], start=1):
-            is_stop = token_id in self.stop_token_ids or self._completes_stop_string(committed, new[:kept])
-            if is_stop and self._may_end(new[:kept], guide):
-                return kept, "stop"
-        return (room, "length") if len(new) >= room else (len(new), None)
-
-    def _may_end(self, new: list[int], guide: Guide | None) -> bool:
-        """Whether the constraint, which stands before the new tokens, accepts the completion with them."""
-        if guide is None or not self.end_token_ids or new[-1] in self.end_token_ids:
-            return True
-        (allowed_V,) = guide.allowed(new, len(new))
-        return bool(allowed_V[list(self.end_token_ids)].any())
-
-    def _completes_stop_string(self, committed: list[int], new: list[int]) -> bool:
-        if not self.stop or self.decode is None:
-            return False
-        text = self.decode([*committed, *new])
-        return any(stop in text for stop in self.stop)
 
 
 class RunningRequest:
@@ -118,7 +80,7 @@ class RunningRequest:
         """Go on with this guide, which stands before the first token, behind what was committed."""
         if guide is not None:
             guide.advance(self._token_ids)
-        self.text.guide = guide
+        self.text.restart(guide)
 
     def count_prefill(self, num_prefilled: int, num_reused: int) -> None:
         """So many rows before its anchor were computed, and so many taken over from other texts."""
@@ -144,12 +106,16 @@ class RunningRequest:
     ) -> Commit:
         """One step has run, with so many drafts to verify: append its tokens up to the end of the request.
 
-        `proposal` is for the position behind the new anchor. If it raises, nothing has changed.
+        `proposal` is for the position behind the new anchor. Raises RequestFailed where the text cannot be
+        decoded or the constraint raises; then no column has changed.
         """
         kept, finish_reason = self._stop_rule.cut(self._token_ids, token_ids, self.text.guide)
         kept_ids, kept_drafts = token_ids[:kept], is_draft[:kept]
         if self.text.guide is not None and finish_reason is None:
-            self.text.guide.advance(kept_ids)
+            try:
+                self.text.guide.advance(kept_ids)
+            except Exception as error:
+                raise RequestFailed(f"its constraint raised {error!r}") from error
         num_accepted, steps_by_plan = sum(kept_drafts), {**self._steps_by_plan}
         steps_by_plan[plan] = steps_by_plan.get(plan, 0) + 1
         num_forwards = plan.forwards_per_step
@@ -169,8 +135,9 @@ class RunningRequest:
         return commit
 
     def fail(self, error: str) -> None:
-        """It ends with what was committed so far, and with this error."""
-        self.finish_reason, self.error = "error", error
+        """It ends with what was committed so far, and with this error, a class and what is wrong."""
+        self.error = f"{error} for request {self.request.request_id!r}"
+        self.finish_reason = "error"
 
     def rollout(self) -> Rollout:
         """The finished sample; of a request that goes on, what an abort now gives."""

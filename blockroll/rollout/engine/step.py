@@ -11,7 +11,7 @@ Shapes: B running requests, K drafted tokens, L = K + 1 verify rows, P proposals
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -83,7 +83,7 @@ class Decoded:
     draft_uniforms_BK: Tensor
     verify_uniforms: Tensor  # (B, L), and one column more where the first position was settled
     attempts_B: Tensor
-    failed: dict[int, str]  # by slot, what is wrong with its rows
+    failed: dict[int, tuple[int, str]]  # by slot: tokens before the first row that is wrong, and what is
     proposals: Sequence[Proposal | None]  # for what each request accepted; None: it has to start anew
 
     def record(self, request_ids: tuple[str, ...]) -> StepRecord:
@@ -156,7 +156,7 @@ class Decoder:
             draft_uniforms_BK=draft_uniforms_BK,
             verify_uniforms=verify_uniforms,
             attempts_B=attempts_B,
-            failed=_failures(bad_drafts_B, verified),
+            failed=_failures(bad_drafts_B, verified, laws.failed),
             proposals=proposals,
         )
 
@@ -333,19 +333,19 @@ def _joined(first_B1: Tensor | None, others_BK: Tensor | None, num_others: int) 
     return torch.cat([first_B1, others_BK], dim=1)
 
 
-def _failures(bad_drafts_B: Tensor | None, verified: Verified) -> dict[int, str]:
-    """By slot, what is wrong with the rows a request was decoded from."""
+def _failures(
+    bad_drafts_B: Tensor | None, verified: Verified, raised: Mapping[int, str]
+) -> dict[int, tuple[int, str]]:
+    """By slot, how many tokens stand before what went wrong, and what; `raised` is why rows may be empty."""
     failed = {}
     for name, bad_B in (("draft", bad_drafts_B), ("verify", verified.bad_targets_B)):
         for slot in [] if bad_B is None else bad_B.nonzero().flatten().tolist():
-            failed[slot] = f"{NonFiniteLogits.__name__}: {name} logits hold NaN or infinity"
+            failed[slot] = (0, f"{NonFiniteLogits.__name__}: {name} logits hold NaN or infinity")
     if verified.is_empty_BL is not None:
         # A row behind the last committed token decided nothing.
         offsets_L = torch.arange(verified.is_empty_BL.shape[1], device=verified.is_empty_BL.device)
         is_met_BL = verified.is_empty_BL & (offsets_L < verified.verdict.num_committed_B[:, None])
+        empty = f"{EmptySupport.__name__}: constraint, masks and logits processors leave no next token"
         for slot in is_met_BL.any(dim=1).nonzero().flatten().tolist():
-            failed.setdefault(
-                slot,
-                f"{EmptySupport.__name__}: constraint, masks and logits processors leave no next token",
-            )
+            failed.setdefault(slot, (int(is_met_BL[slot].int().argmax()), raised.get(slot, empty)))
     return failed

@@ -107,7 +107,6 @@ def replica_around(policy: HFPolicy, config: RolloutConfig, *, replica_id: int =
         max_batch_size=config.max_batch_size,
         max_length=config.max_length,
         max_cache_rows=cache_rows(policy, config.memory_fraction),
-        decode=policy.decode,
         audit=_audit(config, replica_id),
     )
     return LocalReplica(

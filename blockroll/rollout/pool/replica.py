@@ -99,7 +99,7 @@ class LocalReplica:
         """Queue requests."""
         with self._lock:
             self._require_whole()
-            self.engine.submit(requests)
+            self.engine.submit(requests, are_checked=True)
 
     def poll(self) -> tuple[Rollout, ...]:
         """Run steps until a rollout finishes, at most a fixed number."""
