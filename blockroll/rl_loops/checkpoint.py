@@ -21,7 +21,17 @@ from blockroll.policies.hf import HFPolicy
 from blockroll.rl_loops.manifest import check_manifest, flush, write_manifest
 
 STATE_FILE = "trainer_state.pt"
-COMPONENTS = ("step", "policy_version", "config", "learner", "rng", "counters", "extra", "unfinished")
+COMPONENTS = (
+    "step",
+    "policy_version",
+    "config",
+    "learner",
+    "rng",
+    "counters",
+    "extra",
+    "unfinished",
+    "audit",
+)
 UNFINISHED = ".unfinished-"
 # What torch, safetensors and the file system say when a file cannot be written or read.
 WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)

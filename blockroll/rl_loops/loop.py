@@ -23,7 +23,7 @@ from blockroll.rl_loops.display import StepProgress, summary_table
 from blockroll.rl_loops.grpo import ALGORITHMS
 from blockroll.rl_loops.learner import Learner
 from blockroll.rl_loops.report import write_report
-from blockroll.rl_loops.run import Run, StepRecord, rollout_sampling
+from blockroll.rl_loops.run import Run, StepRecord, audit_folder, rollout_sampling
 from blockroll.rl_loops.run_lock import run_lock
 from blockroll.rl_loops.signals import exit_code, interrupts_held, stop_signals
 from blockroll.rl_loops.tasks import Task, load_task
@@ -156,7 +156,7 @@ def _run_to_the_end(
         learner = Learner(policy, config.train, ALGORITHMS[config.train.algorithm])
         if checkpoint is not None:
             learner.load_state_dict(checkpoint.state["learner"])
-        audit_dir = Path(config.rollout.audit_dir or run_dir.resolve() / "audit")
+        audit_dir = audit_folder(config)
         if pool is None:
             rollout = dataclasses.replace(config.rollout, audit_dir=str(audit_dir))
             pool = make_pool(dataclasses.replace(config.policy, path=path), rollout)
@@ -245,7 +245,7 @@ def _discard_after(checkpoint: Checkpoint, run_dir: Path, audit_dir: Path, conso
     for name in (METRICS_FILE, SAMPLES_FILE):
         truncate_lines(run_dir / name, last)
     if audit_dir.is_dir():
-        drop_audit(audit_dir, checkpoint.step)
+        drop_audit(audit_dir, checkpoint.step, known=checkpoint.state["audit"])
 
 
 def _save_after(error: BaseException, run: Run, console: Console) -> None:

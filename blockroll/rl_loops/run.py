@@ -8,6 +8,7 @@ import random
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from blockroll.rl_loops.learner import Learner
 from blockroll.rl_loops.prompt_order import PromptOrder
 from blockroll.rl_loops.publish import publish
 from blockroll.rl_loops.tasks import Task
+from blockroll.rollout.audit.files import audit_mark
 from blockroll.rollout.planning.planner import read_plan
 from blockroll.rollout.pool.pool import RolloutPool
 from blockroll.types import Sampling
@@ -71,6 +73,11 @@ class StepRecord:
     samples: list[dict[str, Any]]
 
 
+def audit_folder(config: RunConfig) -> Path:
+    """Where a run's audit is written."""
+    return Path(config.rollout.audit_dir or config.run_dir.resolve() / "audit")
+
+
 class Run:
     """The state of a run, step by step: `draw`, `learn`, `finish`, `settle`.
 
@@ -93,6 +100,7 @@ class Run:
         self._counters = dict.fromkeys(COUNTERS, 0.0)
         self._extra: dict[str, Any] = {}
         self._rng: dict[str, Any] = {}  # at the end of `step`: what a step cut off drew is drawn again
+        self._audit: list[str] = []  # files of the audit then: later ones hold what is drawn again
         self._sampling = rollout_sampling(config)
         self._prompts = PromptOrder(config, task, pool)
         self._eval_rows = self._prompts.eval_rows
@@ -127,7 +135,7 @@ class Run:
             if self._eval_rows:
                 self._extra = {"eval/initial_reward": self._evaluate()["eval/reward"]}
         self._num_optimizer_steps = self.learner.num_optimizer_steps
-        self._rng = _rng_state()
+        self._note_drawn()
         self._has_started = True
 
     def draw(self) -> Drawn:
@@ -170,7 +178,7 @@ class Run:
         }
         self._counters["rollout/failed_total"] += scores.num_rollouts_failed
         self._counters["reward/failed_total"] += scores.num_rewards_failed
-        self._rng = _rng_state()
+        self._note_drawn()
         self.step = step
         self._num_optimizer_steps = self.learner.num_optimizer_steps
 
@@ -194,7 +202,7 @@ class Run:
     def settle(self) -> None:
         """The step's record is written. Saves when it is time."""
         self._unfinished, self._extra = None, {}
-        self._rng = _rng_state()
+        self._note_drawn()
         every = self.config.train.checkpoint_every
         if every and self.step % every == 0:
             self.save()
@@ -212,10 +220,16 @@ class Run:
             "counters": self._totals(),
             "extra": self._extra,
             "unfinished": self._unfinished,
+            "audit": self._audit,
         }
         keep = self.config.train.keep_checkpoints
         save_checkpoint(self.config.run_dir, self.learner.policy, state, keep=keep)
         self._saved_step = self.step
+
+    def _note_drawn(self) -> None:
+        """What a resumed run does not draw again ends here."""
+        self._rng = _rng_state()
+        self._audit = audit_mark(audit_folder(self.config))
 
     def _evaluate(self) -> dict[str, float]:
         """With the same seeds every time."""

@@ -330,11 +330,29 @@ def test_stats_counts_all(finished_run):
 
 
 def test_a_run_that_resumes_draws_the_rows_behind_its_checkpoint_again(finished_run):
+    """Rows of the step that was cut off bear the checkpoint's own version, as those of its evaluation do."""
+    folder = finished_run.run_dir / "audit"
+
+    def drawn():
+        rows = [(name, *row.tolist()) for name, row in _rows(folder)]
+        assert len(set(rows)) == len(rows)
+        return {(name, version) for name, version, _ in rows}
+
+    before = drawn()
+    train(finished_run, resume_from="step_000001")
+    report = check_audit(audit_files(folder))
+    assert report.problem is None, report.problem
+    assert drawn() == before
     longer = dataclasses.replace(finished_run, train=dataclasses.replace(finished_run.train, steps=3))
     train(longer, resume=True)
-    report = check_audit(audit_files(finished_run.run_dir / "audit"))
+    report = check_audit(audit_files(folder))
     assert report.problem is None, report.problem
     assert set(report.rows_by_version) == {0, 1, 2, 3}
+
+
+def _rows(folder):
+    for file in map(read_audit, audit_files(folder)):
+        yield from zip(file.requests, file.numbers_N[["version", "position"]], strict=True)
 
 
 def test_acceptance_by_position_is_that_of_the_rollouts(policy, tmp_path):
