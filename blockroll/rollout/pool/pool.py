@@ -251,13 +251,12 @@ class RolloutPool:
         is_published = any(receipt.accepted for receipt in receipts)
         if is_published:
             self.version = update.version
-        expected = (update.version, update.manifest.checksum)
         for member, receipt in zip(living, receipts, strict=True):
             if member.state == "DEAD":
                 continue
             if not is_published:
                 member.state = before[member] if receipt.version >= 0 else "STALE"
-            elif receipt.accepted and (receipt.version, receipt.checksum) == expected:
+            elif receipt.accepted and _holds(receipt, update):
                 member.state = "READY"
             if member.state == "STALE":
                 logger.error(
@@ -286,3 +285,8 @@ class RolloutPool:
                 error=str(death),
             )
         return receipt
+
+
+def _holds(receipt: UpdateReceipt, update: WeightUpdate) -> bool:
+    """Whether the replica has just the weights that were sent."""
+    return (receipt.version, receipt.checksum) == (update.version, update.manifest.checksum)
