@@ -20,7 +20,7 @@ from blockroll.types import PLAIN
 
 DEMO = RunConfig(
     name="demo",
-    rollout=RolloutConfig(temperature=1.5, audit="all"),
+    rollout=RolloutConfig(plan="two_forward", temperature=1.5, audit="all"),
     train=TrainConfig(steps=25, eval_every=5),
 )
 WHAT_TO_TRAIN = (

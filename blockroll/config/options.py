@@ -43,15 +43,15 @@ class PolicyConfig:
 class RolloutConfig(SamplingOptions):
     """How rollouts are generated and by whom."""
 
-    backend: Literal["ray", "local"] = "ray"  # replicas as Ray actors, or in this process
-    # Of a TRL trainer, instead of `backend`: in each rank's process, or Ray actors on devices of their own.
-    placement: Literal["colocated", "separate"] = "colocated"
+    # Replicas as Ray actors, or in this process; None: as `placement` says, or Ray actors.
+    backend: Literal["ray", "local"] | None = None
+    # Of a TRL trainer: replicas in each rank's process, or Ray actors on devices of their own; None: as
+    # `backend` says, or in each rank's process.
+    placement: Literal["colocated", "separate"] | None = None
     num_replicas: Positive = 2  # engines that share the requests
     threads_per_replica: Positive = 1  # torch threads of each Ray replica; cores are shared: be explicit
     gpus_per_replica: Amount = 1.0  # of each Ray replica on an accelerator; may be a fraction
-    plan: str = (
-        "two_forward"  # "auto" (each step chooses), or one for all: "plain", "two_forward(K)", "fused(K)"
-    )
+    plan: str = "auto"  # each step chooses; or one for all: "plain", "two_forward(K)", "fused(K)"
     max_batch_size: Positive = 64  # requests that one replica decodes together
     max_length: Count = 0  # tokens of prompt and completion; 0: what the policy was built for
     memory_fraction: Share = 0.3  # of the device's memory that keys and values may take, per replica
@@ -67,6 +67,16 @@ class RolloutConfig(SamplingOptions):
     def __post_init__(self) -> None:
         if self.plan.strip() != "auto":
             Plan.parse(self.plan, default_drafts=1)  # how many a policy drafts, it says itself
+
+    @property
+    def uses_ray(self) -> bool:
+        """Whether the replicas of a pool are Ray actors."""
+        return (self.backend or {"colocated": "local"}.get(self.placement or "", "ray")) == "ray"
+
+    @property
+    def is_separate(self) -> bool:
+        """Whether the replicas of a TRL trainer are Ray actors on devices of their own."""
+        return (self.placement or {"ray": "separate"}.get(self.backend or "", "colocated")) == "separate"
 
     def sampling(self, **others: Any) -> Sampling:
         """What these options ask of a request; `others` are options of `Sampling` that no config has."""

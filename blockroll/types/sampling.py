@@ -13,6 +13,7 @@ from typing_extensions import Doc
 
 from blockroll.errors import InvalidInput
 from blockroll.types.bounds import check_bounds
+from blockroll.types.names import names_options
 from blockroll.types.plan import Law
 
 if TYPE_CHECKING:
@@ -169,3 +170,6 @@ class Sampling(SamplingOptions):
     def logprob_temperature(self) -> float:
         """The temperature policy log-probabilities are reported at: 1 when greedy."""
         return self.temperature or 1.0
+
+
+Sampling.__init__ = names_options("Sampling")(Sampling.__init__)  # type: ignore[method-assign]

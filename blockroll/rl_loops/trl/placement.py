@@ -304,7 +304,7 @@ def place(
     """The placement that a trainer's arguments ask for. All ranks call it."""
     if isinstance(rollout, RolloutConfig) and rollout.audit != "off" and not rollout.audit_dir:
         rollout = replace(rollout, audit_dir=str(Path(trainer.args.output_dir) / "blockroll" / "audit"))
-    if isinstance(rollout, RolloutConfig) and rollout.placement == "colocated":
+    if isinstance(rollout, RolloutConfig) and not rollout.is_separate:
         return Colocated(trainer, rollout, adapter, alignment)
     if isinstance(rollout, RolloutConfig):
         return Separate(trainer, rollout, adapter, alignment)

@@ -4,9 +4,9 @@ import dataclasses
 import functools
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -18,7 +18,13 @@ from blockroll.rollout.audit.writer import AuditWriter
 from blockroll.rollout.engine.engine import Engine
 from blockroll.rollout.planning.planner import read_plan
 from blockroll.rollout.pool.pool import RolloutPool
-from blockroll.rollout.pool.replica import LocalReplica, Replica
+from blockroll.rollout.pool.replica import LocalReplica
+from blockroll.rollout.pool.weight_sync.buckets import dtype_name
+from blockroll.types.bounds import hints_of
+from blockroll.types.names import unknown_option
+
+if TYPE_CHECKING:
+    from blockroll.rollout.pool.ray_replica import RayReplica
 
 logger = logging.getLogger(__name__)
 
@@ -27,10 +33,44 @@ CLIENT_TIMEOUT_S = 600.0  # of a process that shares a replica: longer than anyb
 
 def make_pool(policy: PolicyConfig, config: RolloutConfig) -> RolloutPool:
     """The pool that a config asks for: engines in this process, or Ray actors."""
-    if config.backend == "ray":
+    if config.uses_ray:
         return make_ray_pool(policy, config)
     replicas = [build_replica(policy, config, replica_id=index) for index in range(config.num_replicas)]
     return _pool(replicas, policy, config)
+
+
+def pool_from_options(path: str | os.PathLike[str], options: Mapping[str, Any]) -> RolloutPool:
+    """As `RolloutPool.from_pretrained`."""
+    policy_names, rollout_names = hints_of(PolicyConfig).keys() - {"path"}, hints_of(RolloutConfig).keys()
+    for name in options:
+        if name not in policy_names | rollout_names:
+            raise unknown_option("RolloutPool.from_pretrained", name, policy_names | rollout_names)
+    if isinstance(options.get("dtype"), torch.dtype):
+        options = {**options, "dtype": dtype_name(options["dtype"])}
+    policy = PolicyConfig(
+        path=os.fspath(path), **{name: options[name] for name in policy_names & options.keys()}
+    )
+    config = RolloutConfig(
+        **{"num_replicas": 1, **{name: options[name] for name in rollout_names & options.keys()}}
+    )
+    if config.backend is None and config.placement is None:
+        config = dataclasses.replace(config, backend="local")
+    _refuse_without_effect(options, config)
+    config.sampling()  # refuses what does not go together before anything is loaded
+    return make_pool(policy, config)
+
+
+def _refuse_without_effect(given: Collection[str], config: RolloutConfig) -> None:
+    """InvalidInput for an option that was given, and that others leave without a meaning."""
+    for names, has_effect, needed in (
+        (("threads_per_replica", "gpus_per_replica"), config.uses_ray, "backend='ray'"),
+        (("audit_share",), config.audit == "share", "audit='share'"),
+        (("audit_dir",), config.audit != "off", "audit='all' or audit='share'"),
+        (("check_sync",), False, "a TRL trainer's RolloutConfig"),
+    ):
+        for name in names:
+            if name in given and not has_effect:
+                raise InvalidInput(f"{name} has an effect only with {needed}: add that, or leave it out")
 
 
 def make_ray_pool(
@@ -109,13 +149,19 @@ def replica_around(policy: HFPolicy, config: RolloutConfig, *, replica_id: int =
         max_cache_rows=cache_rows(policy, config.memory_fraction),
         audit=_audit(config, replica_id),
     )
-    return LocalReplica(
+    replica = LocalReplica(
         engine,
         policy.model,
         adapter=policy.adapter,
         replica_id=replica_id,
         check_finite_weights=config.check_finite_weights,
     )
+    if engine.planner is not None and not policy.can_draft:
+        replica.notice = (
+            "plan 'auto' decodes plainly, one token a forward, because this policy has no drafts; `blockroll "
+            "convert` teaches it some without changing its weights, and they are given as `adapter`"
+        )
+    return replica
 
 
 def cache_rows(policy: HFPolicy, memory_fraction: float) -> int:
@@ -128,19 +174,24 @@ def cache_rows(policy: HFPolicy, memory_fraction: float) -> int:
 
 
 def _pool(
-    replicas: Sequence[Replica],
+    replicas: Sequence[LocalReplica] | Sequence["RayReplica"],
     policy: PolicyConfig,
     config: RolloutConfig,
     *,
     transport: Callable[..., Any] | None = None,
     on_close: Callable[[], None] | None = None,
 ) -> RolloutPool:
+    notice = next((each.notice for each in replicas if each.notice is not None), None)
+    if notice is not None:
+        logger.warning(notice)
     return RolloutPool(
         replicas,
         requests_per_replica=2 * config.max_batch_size,
         transport=transport,
         on_close=on_close,
         tokenizer=load_tokenizer(policy.path),
+        sampling=config.sampling(allow_truncated_mix=True),
+        weights_dtype=getattr(torch, policy.dtype),
     )
 
 

@@ -5,13 +5,16 @@ pool's version serves nothing.
 """
 
 import logging
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from types import TracebackType
 from typing import Any, Self
 
-from blockroll.config import PolicyConfig, RolloutConfig
+import torch
+from torch import nn
+
 from blockroll.errors import InvalidInput, ReplicaError, WeightSyncError
 from blockroll.policies.prompts import Messages, OverlongRule, PromptInput, check_messages
 from blockroll.rollout.engine.requests import check_request
@@ -19,6 +22,7 @@ from blockroll.rollout.pool.calls import Member, Rollouts
 from blockroll.rollout.pool.prompted import make_requests
 from blockroll.rollout.pool.replica import Replica
 from blockroll.rollout.pool.router import Router
+from blockroll.rollout.pool.weight_sync import make_update, named_weights, unwrapped
 from blockroll.types import (
     ReplicaHealth,
     ReplicaState,
@@ -28,6 +32,7 @@ from blockroll.types import (
     UpdateReceipt,
     WeightUpdate,
 )
+from blockroll.types.names import names_options
 
 logger = logging.getLogger(__name__)
 
@@ -45,8 +50,14 @@ class RolloutPool:
         transport: Transport | None = None,
         on_close: Callable[[], None] | None = None,
         tokenizer: Any = None,
+        sampling: Sampling | None = None,
+        weights_dtype: torch.dtype | None = None,
     ) -> None:
-        """`requests_per_replica` are handed out at a time; `transport` moves an update's buckets."""
+        """`requests_per_replica` are handed out at a time; `transport` moves an update's buckets.
+
+        `sampling` is that of requests without one of their own. `sync` casts weights to `weights_dtype`, the
+        replicas' own; None: they have the learner's.
+        """
         if not replicas:
             raise InvalidInput("a pool needs at least one replica")
         self._router = Router(replicas, requests_per_replica=requests_per_replica)
@@ -57,14 +68,21 @@ class RolloutPool:
         self.limits = replicas[0].limits
         self.tokenizer = tokenizer
         self.num_refused_updates = 0
+        self._sampling = sampling or Sampling()
+        self._weights_dtype = weights_dtype
 
     @classmethod
-    def from_pretrained(cls, path: str = "tiny", **options: Any) -> Self:
-        """A pool of one replica in this process, unless options of `RolloutConfig` say otherwise."""
-        from blockroll.rollout.pool.makers import make_pool  # they make pools: only this asks them
+    def from_pretrained(cls, path: str | os.PathLike[str] = "tiny", **options: Any) -> Self:
+        """A pool of the policy in a checkpoint folder or on the hub: one replica in this process.
 
-        config = RolloutConfig(**{"backend": "local", "num_replicas": 1, "threads_per_replica": 1, **options})
-        pool = make_pool(PolicyConfig(path=path), config)
+        Options are those of `PolicyConfig` (`dtype`, `device`, `adapter`) and of `RolloutConfig`: `plan`,
+        `num_replicas`, `backend`, `audit`, and what requests without a `Sampling` of their own are drawn by,
+        as `temperature` or `max_tokens`. InvalidInput, with the nearest name, for an option that there is
+        not, and for one that has no effect beside the others.
+        """
+        from blockroll.rollout.pool.makers import pool_from_options  # they make pools: only this asks them
+
+        pool = pool_from_options(path, options)
         assert isinstance(pool, cls)
         return pool
 
@@ -86,6 +104,11 @@ class RolloutPool:
         self._router.version = version
 
     @property
+    def sampling(self) -> Sampling:
+        """How requests are drawn that are made without a `Sampling` of their own."""
+        return self._sampling
+
+    @property
     def num_redispatched(self) -> int:
         """Requests that went to other replicas, because theirs died or became stale."""
         return self._router.num_redispatched
@@ -95,6 +118,7 @@ class RolloutPool:
         """READY, STALE or DEAD, per replica."""
         return tuple(member.state for member in self._members)
 
+    @names_options("RolloutPool.requests")
     def requests(
         self,
         prompts: PromptInput | Iterable[PromptInput],
@@ -117,13 +141,14 @@ class RolloutPool:
             self.tokenizer,
             self.limits,
             prompts,
-            sampling or Sampling(),
+            sampling or self.sampling,
             seed=seed,
             num_samples=num_samples,
             chat_template_kwargs=chat_template_kwargs,
             overlong_prompts=overlong_prompts,
         )
 
+    @names_options("RolloutPool.chat")
     def chat(
         self,
         messages: Messages,
@@ -188,6 +213,20 @@ class RolloutPool:
         others with what they had committed and finish reason `abort`.
         """
         return self._router.end_all()
+
+    def sync(self, model: nn.Module) -> tuple[UpdateReceipt, ...]:
+        """Publish a learner's weights as the next version: `update` with all of them, in the replicas' dtype.
+
+        The model is the policy's own class, or DDP or `torch.compile` around it. Tied weights are sent once.
+        WeightSyncError if no replica takes them; `states` says whether all did.
+        """
+        update = make_update(
+            named_weights(unwrapped(model)),
+            version=self.version + 1,
+            base_version=self.version,
+            dtype=self._weights_dtype,
+        )
+        return self.update(update)
 
     def update(self, update: WeightUpdate) -> tuple[UpdateReceipt, ...]:
         """Hand a new version to every living replica; one that refuses gets it once more.

@@ -14,7 +14,7 @@ import numpy as np
 
 from blockroll.errors import InvalidInput, MissingDependency, ReplicaError
 from blockroll.rollout.engine.requests import Limits
-from blockroll.rollout.pool.replica import Replica
+from blockroll.rollout.pool.replica import LocalReplica
 from blockroll.rollout.pool.shared import SharedReplica
 from blockroll.types import ReplicaHealth, Request, Rollout, UpdateReceipt, WeightUpdate
 
@@ -35,7 +35,9 @@ NAMESPACE = "blockroll"
 class ReplicaActor:
     """What runs inside the actor's process: threads set, buckets fetched, clients kept apart."""
 
-    def __init__(self, build: Callable[[], Replica], *, num_threads: int, client_timeout_s: float) -> None:
+    def __init__(
+        self, build: Callable[[], LocalReplica], *, num_threads: int, client_timeout_s: float
+    ) -> None:
         import torch
 
         torch.set_num_threads(num_threads)
@@ -44,6 +46,9 @@ class ReplicaActor:
 
     def limits(self) -> Limits:
         return self._replica.limits
+
+    def notice(self) -> str | None:
+        return getattr(self._replica, "notice", None)
 
     def enter(self, client: str) -> None:
         self._shared.enter(client)
@@ -86,12 +91,13 @@ class RayReplica:
         self._pending: ray.ObjectRef[Any] | None = None
         self._arrived: tuple[Rollout, ...] = ()  # finished by a poll whose result an abort had to wait for
         self.limits: Limits
+        self.notice: str | None = None
 
     @classmethod
     def start(
         cls,
         replica_id: int,
-        build: Callable[[], Replica],
+        build: Callable[[], LocalReplica],
         *,
         num_threads: int,
         num_gpus: float = 0,
@@ -125,6 +131,7 @@ class RayReplica:
     def wait_until_ready(self) -> None:
         """Block until the policy is loaded; raises what its construction raised."""
         self.limits = self._get(self.actor.limits.remote(), timeout=_START_TIMEOUT_S)
+        self.notice = self._get(self.actor.notice.remote())
         self._get(self.actor.enter.remote(self._client))
 
     def submit(self, requests: Sequence[Request]) -> None:

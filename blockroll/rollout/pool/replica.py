@@ -88,6 +88,7 @@ class LocalReplica:
         self.limits = engine.limits
         self._weights: list[tuple[str, Tensor]] = list(named_weights(model))
         self._adapter_weights = [] if adapter is None else list(named_adapter_weights(adapter))
+        self.notice: str | None = None  # what whoever made it should know
         self._check_finite_weights = check_finite_weights
         self._is_whole = True  # False while weights are written, and after an error in the middle of it
         self._interrupted: list[

@@ -29,6 +29,17 @@ def named_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from ((name, buffer) for name, buffer in model.named_buffers() if name in persistent)
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The module within DDP and `torch.compile`, whose names are the policy's own."""
+    while True:
+        if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+            model = model.module
+        elif isinstance(model, torch._dynamo.OptimizedModule):
+            model = model._orig_mod
+        else:
+            return model
+
+
 def named_adapter_weights(adapter: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """What an update carries behind a policy's weights, if it carries its drafts too."""
     yield from adapter.named_parameters(prefix=ADAPTER_PREFIX)
@@ -62,7 +73,7 @@ def make_update(
             TensorSpec(
                 name=name,
                 shape=tuple(source.shape),
-                dtype=dtype_name(source),
+                dtype=dtype_name(source.dtype),
                 bucket=len(buckets) - 1,
                 offset=filled,
             )
@@ -110,9 +121,9 @@ def tensor_in(bucket: Bytes, spec: TensorSpec, target: Tensor) -> tuple[Tensor, 
     return torch.from_numpy(data).view(target.dtype).view(target.shape), data
 
 
-def dtype_name(tensor: Tensor) -> str:
-    """As manifests say it: `float32`."""
-    return str(tensor.dtype).removeprefix("torch.")
+def dtype_name(dtype: torch.dtype) -> str:
+    """As manifests and options say it: `float32`."""
+    return str(dtype).removeprefix("torch.")
 
 
 def _bytes_of(tensor: Tensor) -> Bytes:

@@ -85,7 +85,7 @@ def check_weights(update: WeightUpdate, own: Sequence[tuple[str, Tensor]], *, ar
 
 
 def _check_names(update: WeightUpdate, own: Sequence[tuple[str, Tensor]]) -> None:
-    expected = [(name, tuple(tensor.shape), dtype_name(tensor)) for name, tensor in own]
+    expected = [(name, tuple(tensor.shape), dtype_name(tensor.dtype)) for name, tensor in own]
     given = [(spec.name, spec.shape, spec.dtype) for spec in update.manifest.tensors]
     if expected != given:
         difference = next(
