@@ -8,6 +8,7 @@ within 1e-4. Log-probabilities are equal within 1e-4 up to that token; what foll
 Bits are compared only where one kernel ran twice on one shape; such a test says so.
 """
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
@@ -141,6 +142,31 @@ class CoinMargins:
                 law = (law - draft.probs_BKV[0, i]).clamp(min=0)
             margins.append(_edge_distance(law, uniform))
         self._steps.append((committed, min(margins)))
+
+
+def assert_same_rows(want: object, got: object, *, tolerance: float = 1e-4) -> None:
+    """Rows of metrics, nested as they may be: floats within `tolerance` of each other or of their size."""
+    if isinstance(want, float) and isinstance(got, float | int):
+        is_same = math.isclose(want, got, rel_tol=tolerance, abs_tol=tolerance)
+        assert is_same or (math.isnan(want) and math.isnan(got)), f"{want} and {got}"
+    elif isinstance(want, Mapping) and isinstance(got, Mapping):
+        assert want.keys() == got.keys()
+        for key in want:
+            assert_same_rows(want[key], got[key], tolerance=tolerance)
+    elif isinstance(want, list | tuple) and isinstance(got, list | tuple):
+        assert len(want) == len(got)
+        for mine, theirs in zip(want, got, strict=True):
+            assert_same_rows(mine, theirs, tolerance=tolerance)
+    else:
+        assert want == got
+
+
+def assert_same_weights(want: Mapping[str, torch.Tensor], got: Mapping[str, torch.Tensor]) -> None:
+    """Tensors by name, within 1e-4: an update carries rounding on, and Adam divides by small numbers."""
+    assert want.keys() == got.keys()
+    for name, tensor in want.items():
+        is_same = torch.allclose(got[name], tensor, atol=1e-4, rtol=1e-4)
+        assert is_same, f"{name} differs by {(got[name] - tensor).abs().max():g}"
 
 
 def by_id(rollouts: Rollouts) -> dict[str, Rollout]:

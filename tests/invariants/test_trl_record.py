@@ -1,12 +1,12 @@
 """What a TRL trainer with our rollouts leaves: checkpoints, metrics, report, audit."""
 
 import pytest
-import torch
 
 from blockroll.config import RolloutConfig
 from blockroll.rl_loops.tracking import read_lines
 from blockroll.rollout.audit.check import check_audit
 from blockroll.rollout.audit.files import audit_files
+from tests.equality import assert_same_weights
 from tests.trl_trainers import aligned, trainer
 
 pytestmark = pytest.mark.filterwarnings(
@@ -42,7 +42,7 @@ def test_a_resumed_run_draws_what_the_uninterrupted_one_draws(tmp_path):
     assert sorted(got) == [2, 3]
     assert got == {step: want[step] for step in (2, 3)}
     mine, theirs = (made.rollouts.placement.policy.adapter for made in (resumed, whole))
-    assert all(torch.equal(a, b) for a, b in zip(mine.parameters(), theirs.parameters(), strict=True))
+    assert_same_weights(theirs.state_dict(), mine.state_dict())
 
 
 def test_the_output_folder_holds_every_logged_step_and_a_page(tmp_path):

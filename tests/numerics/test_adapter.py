@@ -1,4 +1,8 @@
-"""The draft adapter: mask rows meet it, clean rows never do."""
+"""The draft adapter: mask rows meet it, clean rows never do.
+
+Bits are compared where both sides run the same kernels on the same shapes: what mask rows hold must not move
+one bit of a clean row.
+"""
 
 import dataclasses
 import json
@@ -128,7 +132,7 @@ def test_an_adapter_beside_the_weights_is_used_unasked(tmp_path):
     loaded = HFPolicy.from_pretrained(tmp_path, with_tokenizer=False)
     assert loaded.adapter is not None
     for mine, theirs in zip(all_logits(policy), all_logits(loaded), strict=True):
-        assert torch.equal(mine, theirs)
+        torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=0)
 
 
 def test_a_policy_takes_another_adapter_and_forgets_the_first():

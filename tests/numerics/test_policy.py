@@ -1,4 +1,8 @@
-"""The policy's three forwards against transformers' plain causal forward, in float32."""
+"""The policy's three forwards against transformers' plain causal forward, in float32.
+
+Bits are compared where both sides run the same kernels on the same shapes: what mask rows leave behind must
+not move one bit of a verify row.
+"""
 
 import itertools
 

@@ -15,6 +15,7 @@ from blockroll.rl_loops.advantages import Advantages
 from blockroll.rl_loops.grpo import GRPO
 from blockroll.rl_loops.learner import Learner, length_chunks
 from blockroll.types import Law, Request, Rollout, RolloutStats, Sampling
+from tests.equality import assert_same_rows, assert_same_weights
 
 VOCAB = 23
 
@@ -107,7 +108,7 @@ def test_padded_logprobs_equal_a_plain_forward_of_each_text_at_its_temperature()
 def test_greedy_rollouts_are_scored_at_temperature_one():
     greedy, plain = rollout([1, 5], [7, 2], temperature=0.0), rollout([1, 5], [7, 2])
     subject = learner()
-    assert torch.equal(subject.logprobs([greedy]).logprobs_N, subject.logprobs([plain]).logprobs_N)
+    torch.testing.assert_close(*(subject.logprobs([each]).logprobs_N for each in (greedy, plain)))
 
 
 def test_chunks_hold_every_rollout_once_and_keep_their_bound():
@@ -147,8 +148,7 @@ def test_rollouts_without_a_valid_advantage_do_not_touch_the_update():
     with_failures, without = learner(), learner()
     with_failures.update(BATCH, worth(1.0, 0.0, -1.0, 0.0, valid=[True, False, True, False]))
     without.update([BATCH[0], BATCH[2]], worth(1.0, -1.0))
-    for name, tensor in with_failures.named_tensors():
-        assert torch.equal(tensor, weights(without)[name]), name
+    assert_same_weights(weights(without), weights(with_failures))
 
 
 @pytest.mark.parametrize("advantages", [worth(0.0, 0.0, valid=[False, False]), worth(0.0, 0.0)])
@@ -223,14 +223,14 @@ def test_the_gradient_is_clipped_to_its_bound():
     assert norm == pytest.approx(1e-3, rel=1e-2)
 
 
-def test_a_reloaded_learner_goes_on_bit_for_bit(tmp_path):
+def test_a_reloaded_learner_goes_on_as_if_it_had_not_been(tmp_path):
     subject, other = learner(warmup_steps=5), learner(seed=1, warmup_steps=5)
     advantages = worth(1.0, -1.0, 0.5, -0.5)
     subject.update(BATCH, advantages)
     other.model.load_state_dict(subject.model.state_dict())
     other.load_state_dict(copy.deepcopy(subject.state_dict()))
-    assert subject.update(BATCH, advantages) == other.update(BATCH, advantages)
-    assert all(torch.equal(tensor, weights(other)[name]) for name, tensor in subject.named_tensors())
+    assert_same_rows(*(each.update(BATCH, advantages) for each in (subject, other)))
+    assert_same_weights(weights(subject), weights(other))
 
 
 def test_a_state_that_lacks_a_part_is_refused_by_name():
@@ -259,7 +259,7 @@ def test_without_correction_the_behavior_law_moves_nothing_and_is_still_reported
         subject = learner(importance_sampling_correction=corrected)
         metrics.append(subject.update(batch, worth(1.0, -1.0, 1.0, -1.0)))
         weights.append(torch.cat([p.detach().flatten() for p in subject.model.parameters()]))
-    assert torch.equal(weights[0], weights[1])
-    assert not torch.equal(weights[1], weights[2])
+    torch.testing.assert_close(weights[0], weights[1], atol=1e-6, rtol=0)
+    assert (weights[1] - weights[2]).abs().max() > 1e-4
     name = "rollout_corr/rollout_is_mean"
-    assert metrics[1][name] == metrics[2][name] != metrics[0][name]
+    assert metrics[1][name] == pytest.approx(metrics[2][name]) != pytest.approx(metrics[0][name])

@@ -135,7 +135,7 @@ def test_a_request_without_truncation_beside_one_with_it_keeps_its_law_bit_for_b
     empty = torch.zeros(2, 2, VOCAB)
     arguments = (torch.tensor([[1, 2]] * 2), empty, torch.tensor([2, 2]))
     both = Laws.of(texts, vocab_size=VOCAB, device=torch.device("cpu")).target_rows(logits_BLV, *arguments)
-    assert torch.equal(both.probs_BLV[0], (logits_BLV[0].double() / 1.0).softmax(-1))
+    torch.testing.assert_close(both.probs_BLV[0], logits_BLV[0].double().softmax(-1), atol=1e-12, rtol=0)
     assert (both.probs_BLV[1] == 0).any()
 
 

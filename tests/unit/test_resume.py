@@ -19,6 +19,7 @@ from blockroll.rl_loops.learner import Learner
 from blockroll.rl_loops.loop import train
 from blockroll.rl_loops.run_lock import run_lock
 from blockroll.rl_loops.tracking import read_lines
+from tests.equality import assert_same_rows, assert_same_weights
 from tests.runs import TASK, config_for, even_share, run, stop_after, untimed, weights_of
 
 
@@ -40,10 +41,8 @@ def whole(tmp_path_factory, policy_path):
 
 def assert_equal_runs(config, whole):
     for name in ("metrics.jsonl", "rollouts.jsonl"):
-        assert untimed(read_lines(config.run_dir / name)) == untimed(read_lines(whole.run_dir / name))
-    expected = weights_of(whole.run_dir)
-    for name, tensor in weights_of(config.run_dir).items():
-        assert torch.equal(tensor, expected[name]), name
+        assert_same_rows(*(untimed(read_lines(each.run_dir / name)) for each in (whole, config)))
+    assert_same_weights(weights_of(whole.run_dir), weights_of(config.run_dir))
     states = [load_checkpoint(each.run_dir).state for each in (whole, config)]
     assert torch.equal(states[0]["rng"]["torch"], states[1]["rng"]["torch"])
     assert states[0]["rng"]["python"] == states[1]["rng"]["python"]
