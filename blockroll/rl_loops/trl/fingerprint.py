@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from blockroll.rl_loops.trl.modules import describe_tuners
@@ -25,6 +26,9 @@ def fingerprint(model: nn.Module, *, beside: Iterable[Tensor] = ()) -> Fingerpri
     Two sums for each tensor, of its bits by row and by column of a fixed width, both with odd weights: a
     change of one value, an exchange of two, and a permutation of rows change them.
     """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()  # after a forward the outermost may lie whole, and would look like another
     sums = [_sums_of(_local(tensor)) for tensor in (*model.parameters(), *beside)]
     devices = {each.device for each in sums}
     by_device = [torch.stack([each for each in sums if each.device == device]) for device in devices]
