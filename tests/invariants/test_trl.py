@@ -80,6 +80,21 @@ def test_a_wrong_logprob_is_seen_before_truncation_hides_it(tmp_path):
     row = logs(made)[0]
     assert row["rollout_corr/rollout_is_mean"] == pytest.approx(math.exp(0.3), abs=1e-3)
     assert row["rollout_corr/kl"] == pytest.approx(-0.3, abs=1e-3)
+    assert row["sampling/sampling_logp_difference/mean"] == pytest.approx(0.3, abs=1e-3)
+
+
+def test_a_wrong_logprob_of_a_batch_that_trl_scores_is_seen_before_truncation_hides_it(tmp_path):
+    made = trainer(tmp_path)
+    made._scores_by_report = False
+    generate = made.rollouts.generate
+
+    def shifted(**arguments):
+        done = generate(**arguments)
+        return done._replace(logprobs=[[[lp - 0.3] for (lp,) in row] for row in done.logprobs])
+
+    made.rollouts.generate = shifted
+    row = logs(made)[0]
+    assert row["rollout_corr/rollout_is_mean"] == pytest.approx(math.exp(0.3), abs=1e-3)
     # After TRL's truncation by sequence nothing is left but zeros.
     assert row["sampling/importance_sampling_ratio/mean"] == 0
     assert row["grad_norm"] == 0

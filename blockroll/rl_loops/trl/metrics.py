@@ -2,14 +2,16 @@
 
 `sampling/surprisal_minus_entropy` is the mean of -log pi(token) - H(pi) over the tokens that the policy drew,
 both from the learner's logits. It is 0 if tokens follow the policy, within `.../se`, whatever log-probability
-was reported with them; the ratios in `rollout_corr/*` compare only what was reported. Both are taken at the
-weights that drew the tokens, before an update has moved them. Rare tokens carry most of the variance: in a
-small batch none may occur, and `se` is then too small, so `run_mean` and `run_se` go on over the whole run.
+was reported with them; the ratios in `rollout_corr/*` compare only what was reported. Both are taken in the
+loss, where the weights are still those that drew the tokens, and over all tokens that were drawn: which texts
+are long is decided by their tokens, so that complete texts alone would be a biased choice. Rare tokens carry
+most of the variance: in a small batch none may occur, and `se` is then too small, so `run_mean` and `run_se`
+go on over the whole run, through checkpoints, for training and evaluation apart.
 """
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -42,41 +44,63 @@ def round_metrics(accelerator: Any, rollouts: Sequence[Rollout], duration_s: flo
     return {**own, "rollout/duration_s": duration_s, **plan_shares(counts)}
 
 
-def correction_metrics(accelerator: Any, batch: dict[str, Tensor]) -> dict[str, float]:
-    """Ratios of the learner's law to the reported one, before truncation. All ranks call it."""
-    log_weights_BT = (batch["old_per_token_logps"] - batch["sampling_per_token_logps"]).float()
-    own_N = log_weights_BT[token_mask(batch).bool()]
-    padded = accelerator.pad_across_processes(own_N, pad_index=math.nan)
-    log_weights_N = accelerator.gather(padded).double()
-    log_weights_N = log_weights_N[~log_weights_N.isnan()]
-    return raw_weight_metrics(log_weights_N) if len(log_weights_N) else {}
+# In place of a policy version, for positions of a batch where no token was drawn.
+SAID_BY_OTHERS, PADDING = -1, -2
 
 
-def token_mask(batch: dict[str, Tensor]) -> Tensor:
-    """Which completion tokens the policy drew: no padding, nothing that a tool or an environment said."""
-    mask_BT = batch["completion_mask"]
-    return mask_BT * batch["tool_mask"] if "tool_mask" in batch else mask_BT
+def drawn_versions(
+    completion_ids: Sequence[Sequence[int]],
+    tool_mask: Sequence[Sequence[int]] | None,
+    *,
+    version: int,
+    like_BT: Tensor,
+) -> Tensor:
+    """The policy version that drew each token (B, T): complete and cut texts alike.
+
+    SAID_BY_OTHERS where a tool or an environment spoke, PADDING behind a text.
+    """
+    versions_BT = torch.full_like(like_BT, PADDING)
+    for row, token_ids in enumerate(completion_ids):
+        versions_BT[row, : len(token_ids)] = version
+        if tool_mask is not None:
+            said_T = torch.tensor(tool_mask[row], device=like_BT.device) == 0
+            versions_BT[row, : len(token_ids)][said_T] = SAID_BY_OTHERS
+    return versions_BT
 
 
-class Surprisal:
-    """Sums of -log pi(token) - H(pi), until they are logged and over the run."""
+class LearnersView:
+    """What the learner's forward says of tokens that its weights drew: until it is logged, and over the run.
+
+    One for training, one for evaluation.
+    """
 
     def __init__(self) -> None:
-        self._sums = torch.zeros(3, dtype=torch.float64)  # tokens, values, squares
-        self._run_sums = torch.zeros(3, dtype=torch.float64)
+        self._sums = torch.zeros(3, dtype=torch.float64)  # tokens, surprisal - entropy, its square
+        self._run_sums = torch.zeros(3, dtype=torch.float64)  # of all ranks, without the above
+        self._log_weights: list[Tensor] = []  # of tokens: the learner's log-probability - the reported one
+        self._text_weights: list[Tensor] = []  # their sums over a text
 
-    def add(self, logprobs_BT: Tensor, entropies_BT: Tensor, mask_BT: Tensor) -> None:
-        """Tokens of one micro-batch."""
-        values_N = (-logprobs_BT - entropies_BT).detach()[mask_BT.bool()].double()
+    def add(
+        self, logprobs_BT: Tensor, entropies_BT: Tensor, drawn_BT: Tensor, *, reported_BT: Tensor | None
+    ) -> None:
+        """A micro-batch, of which `drawn_BT` says where a token was drawn by the learner's very weights."""
+        values_N = (-logprobs_BT - entropies_BT).detach()[drawn_BT].double()
         sums = torch.stack([torch.ones_like(values_N).sum(), values_N.sum(), values_N.square().sum()])
         self._sums += sums.cpu()
+        if reported_BT is not None:
+            log_weights_BT = (logprobs_BT.detach() - reported_BT).float()
+            is_known_BT = drawn_BT & ~log_weights_BT.isnan()
+            self._log_weights.append(log_weights_BT[is_known_BT])
+            self._text_weights.append(log_weights_BT.where(is_known_BT, 0.0).sum(-1)[is_known_BT.any(-1)])
 
-    def flush(self, accelerator: Any) -> dict[str, float]:
-        """Mean and its standard error over all ranks, and start again. All ranks call it.
+    def flush(self, accelerator: Any, *, by_text: bool | None = None) -> dict[str, float]:
+        """Everything of the time since the last flush, over all ranks, and the run's mean. All ranks call it.
 
-        Values of one text are uncorrelated, as each has mean 0 given the text before it.
+        `by_text` is given if TRL did not score the batch: its own metrics of that are here too then, with
+        ratios of texts or of tokens. Values of one text are uncorrelated, as each has mean 0 given the text
+        before it; that is what `se` counts on.
         """
-        sums = accelerator.reduce(self._sums.float().to(accelerator.device), reduction="sum").double().cpu()
+        sums = self._reduced(accelerator)
         self._sums.zero_()
         self._run_sums += sums
         metrics = {}
@@ -84,4 +108,43 @@ class Surprisal:
             if sums[0]:
                 metrics[f"{SURPRISAL}/{prefix}mean"] = total / count
                 metrics[f"{SURPRISAL}/{prefix}se"] = math.sqrt(squares) / count
+        log_weights_N = _gathered(accelerator, self._log_weights)
+        text_weights_N = _gathered(accelerator, self._text_weights)
+        self._log_weights, self._text_weights = [], []
+        if len(log_weights_N):
+            metrics.update(raw_weight_metrics(log_weights_N))
+            if by_text is not None:
+                metrics.update(_scoring_metrics(log_weights_N, text_weights_N if by_text else log_weights_N))
         return metrics
+
+    def state_dict(self, accelerator: Any) -> dict[str, Tensor]:
+        """What the run's mean goes on from. All ranks call it."""
+        return {"run_sums": self._run_sums + self._reduced(accelerator)}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from `state_dict()`."""
+        self._run_sums.copy_(state["run_sums"])
+
+    def _reduced(self, accelerator: Any) -> Tensor:
+        reduced: Tensor = accelerator.reduce(self._sums.to(accelerator.device), reduction="sum")
+        return reduced.cpu().clone()
+
+
+def _gathered(accelerator: Any, own: Sequence[Tensor]) -> Tensor:
+    """One tensor (N,) of what all ranks have, in float64."""
+    mine_N = torch.cat([torch.empty(0, device=accelerator.device), *own])
+    padded = accelerator.pad_across_processes(mine_N, pad_index=math.nan)
+    gathered_N: Tensor = accelerator.gather(padded).double()
+    return gathered_N[~gathered_N.isnan()]
+
+
+def _scoring_metrics(log_weights_N: Tensor, ratios_of_N: Tensor) -> dict[str, float]:
+    """What TRL logs of a batch that it scores, from the loss instead, and before any truncation."""
+    ratios_N = ratios_of_N.exp()
+    return {
+        "sampling/sampling_logp_difference/mean": float(log_weights_N.abs().mean()),
+        "sampling/sampling_logp_difference/max": float(log_weights_N.abs().max()),
+        "sampling/importance_sampling_ratio/min": float(ratios_N.min()),
+        "sampling/importance_sampling_ratio/mean": float(ratios_N.mean()),
+        "sampling/importance_sampling_ratio/max": float(ratios_N.max()),
+    }

@@ -51,6 +51,14 @@ def has_tuners(model: nn.Module) -> bool:
     return is_peft_model(model) or any(map(_is_peft_layer, model.modules()))
 
 
+def has_dropout(model: nn.Module) -> bool:
+    """Whether a forward in training drops at random: it computes another law than the one that generates."""
+    config = model.config
+    return any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules()) or bool(
+        getattr(config, "attention_dropout", 0)
+    )
+
+
 def find_places(bare: nn.Module, trained: nn.Module) -> list[Place]:
     """A place for each tensor that `named_weights(bare)` names, in its order.
 

@@ -1,14 +1,17 @@
 """TRL's GRPO and RLOO trainers with rollouts by blockroll; everything else of them is TRL's."""
 
 import inspect
+import math
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 import trl
 from torch import Tensor
 from transformers.trainer_utils import get_last_checkpoint
 from trl.extras.profiling import profiling_context
+from trl.trainer.utils import pad
 
 from blockroll.config import AlignmentConfig, RolloutConfig
 from blockroll.errors import ConfigError
@@ -19,12 +22,12 @@ from blockroll.rl_loops.trl.arguments import check_arguments, check_head
 from blockroll.rl_loops.trl.checkpoint import load_rollout_state, save_rollout_state
 from blockroll.rl_loops.trl.contract import GRPO_PARTS, TRAINER_PARTS, require_parts
 from blockroll.rl_loops.trl.generation import TrainerRollouts, trainer_sampling
-from blockroll.rl_loops.trl.metrics import Surprisal, correction_metrics, round_metrics, token_mask
-from blockroll.rl_loops.trl.modules import base_model
+from blockroll.rl_loops.trl.metrics import PADDING, LearnersView, drawn_versions, round_metrics
+from blockroll.rl_loops.trl.modules import base_model, has_dropout
 from blockroll.rl_loops.trl.placement import forward_dtype, place
 from blockroll.rl_loops.trl.record import Record
 from blockroll.rl_loops.trl.rewards import RewardErrors
-from blockroll.rl_loops.trl.together import raise_together
+from blockroll.rl_loops.trl.together import on_any, raise_together
 from blockroll.rollout.pool.pool import RolloutPool
 from blockroll.types import Sampling
 
@@ -53,8 +56,9 @@ class _DraftedRollouts(_Trainer):
         check_head(self.args, forward_dtype(self))
         # TRL tells by them which texts are complete: all that end a text here, the model config's too.
         self.eos_token_ids = list(end_token_ids(base_model(self.model), self._tokenizer))
-        self._surprisal = Surprisal()
-        self._drawn_tokens_BT: Tensor | None = None  # of the loss under way, if it is taken on policy
+        self._views = {"train": LearnersView(), "eval": LearnersView()}
+        self._loss_inputs: dict[str, Any] | None = None  # of the loss under way
+        self._generated: tuple[Any, Any] = ((), None)  # completions of the latest batch, and their tool masks
         config = RolloutConfig() if isinstance(rollout, RolloutPool) else rollout
         sampling = trainer_sampling(self, config)
         self._check_law(sampling)
@@ -83,10 +87,12 @@ class _DraftedRollouts(_Trainer):
             if folder is not None:
                 audit = Path(self.args.output_dir) / "blockroll" / "audit"
                 is_main = self.accelerator.is_main_process
-                version = load_rollout_state(
+                version, views = load_rollout_state(
                     Path(folder), self.rollouts.placement, audit=audit if is_main else None
                 )
                 self.rollouts.begin_version(after=version)
+                for mode, state in views.items():
+                    self._views[mode].load_state_dict(state)
         done = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         if self.accelerator.is_main_process:
             self._record.write_report()
@@ -94,9 +100,10 @@ class _DraftedRollouts(_Trainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
+        views = {mode: view.state_dict(self.accelerator) for mode, view in self._views.items()}
         if self.args.should_save:
             folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
-            save_rollout_state(folder, self.rollouts.placement, version=self.rollouts.version)
+            save_rollout_state(folder, self.rollouts.placement, version=self.rollouts.version, views=views)
         self.rollouts.begin_version(after=self.rollouts.version)
 
     def _tokenize_prompts(self, prompts: list[Any]) -> Any:
@@ -105,7 +112,7 @@ class _DraftedRollouts(_Trainer):
         return [list(encode_prompt(self._tokenizer, prompt)) for prompt in prompts], None, {}
 
     def _generate(self, prompts: list[Any]) -> Any:
-        mode = "train" if self.model.training else "eval"
+        mode = self._mode
         with profiling_context(self, "sync_weights"):
             self.rollouts.sync_weights()
         self._last_loaded_step = self.state.global_step  # TRL's own condition for a sync, met
@@ -118,6 +125,9 @@ class _DraftedRollouts(_Trainer):
         self._append(mode, metrics)
         if mode == "train":
             self.rollouts.note_trained()
+        # What comes behind them is the tool mask in GRPO, and the texts in RLOO, which calls no tools.
+        is_grpo = isinstance(self, trl.GRPOTrainer)
+        self._generated = (generated[1], generated[2] if is_grpo else None)
         return generated
 
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -125,26 +135,59 @@ class _DraftedRollouts(_Trainer):
         raise_together(self.accelerator, self._reward_errors.take(), "computing rewards")
         return rewards
 
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        batch: dict[str, Any] = super()._generate_and_score_completions(inputs)
+        completion_ids, tool_mask = self._generated
+        batch["drawn_versions"] = drawn_versions(
+            completion_ids, tool_mask, version=self.rollouts.version, like_BT=batch["completion_ids"]
+        )
+        return batch
+
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
-        self._drawn_tokens_BT = token_mask(inputs) if self._is_on_policy else None
-        loss: Tensor = super()._compute_loss(model, inputs)
-        self._drawn_tokens_BT = None
+        self._loss_inputs = inputs
+        try:
+            loss: Tensor = super()._compute_loss(model, inputs)
+        finally:
+            self._loss_inputs = None
         return loss
 
-    def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
-        logprobs_BT, entropies_BT, aux_loss = super()._get_per_token_logps_and_entropies(*args, **kwargs)
-        if self._drawn_tokens_BT is not None and entropies_BT is not None:
-            self._surprisal.add(logprobs_BT, entropies_BT, self._drawn_tokens_BT)
+    def _get_per_token_logps_and_entropies(
+        self, model: Any, input_ids: Tensor, attention_mask: Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
+        inputs = self._loss_inputs
+        if inputs is None:
+            return super()._get_per_token_logps_and_entropies(
+                model, input_ids, attention_mask, *args, **kwargs
+            )
+        versions_BT = inputs["drawn_versions"]
+        drawn_BT = versions_BT == (self.rollouts.version if self.rollouts.are_weights_served() else PADDING)
+        drawn_BT &= versions_BT != PADDING
+        if kwargs.get("compute_aux_loss"):
+            drawn_BT &= inputs["completion_mask"].bool()  # a text that TRL masks would change that loss
+        elif drawn_BT.any():
+            # TRL hides texts that it masks from themselves: they count nowhere, and have no law then.
+            attention_mask = torch.cat([inputs["prompt_mask"], (versions_BT != PADDING).long()], dim=1)
+        logprobs_BT, entropies_BT, aux_loss = super()._get_per_token_logps_and_entropies(
+            model, input_ids, attention_mask, *args, **kwargs
+        )
+        self._views[self._mode].add(
+            logprobs_BT, entropies_BT, drawn_BT, reported_BT=inputs.get("sampling_per_token_logps")
+        )
         return logprobs_BT, entropies_BT, aux_loss
 
     @property
-    def _is_on_policy(self) -> bool:
-        """Whether the weights are still those that drew the tokens of the batch."""
-        return self.rollouts.are_weights_served()
+    def _mode(self) -> str:
+        return "train" if self.model.training else "eval"
+
+    @property
+    def _ratios_by_text(self) -> bool | None:
+        """Whether ratios are logged of texts or of tokens; None where TRL scores batches and logs its own."""
+        return None
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As TRL's, with what was gathered since the last time."""
-        self._append("train" if self.model.training else "eval", self._surprisal.flush(self.accelerator))
+        view = self._views[self._mode]
+        self._append(self._mode, view.flush(self.accelerator, by_text=self._ratios_by_text))
         super().log(logs, start_time)
         if self.accelerator.is_main_process:
             self._record.log(self.state.log_history[-1])
@@ -172,6 +215,14 @@ class GRPOTrainer(_DraftedRollouts, trl.GRPOTrainer):
     ) -> None:
         super().__init__(*args, rollout=rollout, adapter=adapter, alignment=alignment, **kwargs)
         require_parts(self, GRPO_PARTS)
+        self._reported_BT: Tensor | None = None  # log-probabilities of the latest batch, instead of a scoring
+        self._is_by_report = False  # whether they stand for a scoring of the latest batch
+        self._scores_by_report = (
+            self._corrects
+            and self.rollouts.sampling.is_policy
+            and forward_dtype(self) == torch.float32
+            and not has_dropout(self.model)
+        )
         mode = self.vllm_importance_sampling_mode
         if self.loss_type == "vespo" and self._corrects and not mode.startswith("token"):
             raise ConfigError(
@@ -210,11 +261,40 @@ class GRPOTrainer(_DraftedRollouts, trl.GRPOTrainer):
                 stacklevel=4,
             )
 
+    @property
+    def _ratios_by_text(self) -> bool | None:
+        return self.vllm_importance_sampling_mode.startswith("sequence") if self._is_by_report else None
+
+    def _generate(self, prompts: list[Any]) -> Any:
+        generated = super()._generate(prompts)
+        self._reported_BT = None
+        reported = generated[4]
+        is_known = not any(math.isnan(logprob) for logprobs in reported for logprob in logprobs)
+        self._is_by_report = self._scores_by_report and not on_any(self.accelerator, not is_known)
+        if self._is_by_report:
+            rows = [torch.tensor(logprobs) for logprobs in reported]
+            self._reported_BT = pad(rows, padding_side="right", pad_to_multiple_of=self.pad_to_multiple_of)
+        return generated
+
+    def _get_per_token_logps_and_entropies(
+        self, model: Any, input_ids: Tensor, attention_mask: Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
+        if self._reported_BT is not None and self._loss_inputs is None:
+            # TRL asks for the law that drew the batch first: it is the policy, and was reported with it.
+            reported_BT, self._reported_BT = self._reported_BT.to(input_ids.device), None
+            return reported_BT, None, None
+        return super()._get_per_token_logps_and_entropies(model, input_ids, attention_mask, *args, **kwargs)
+
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         batch: dict[str, Any] = super()._generate_and_score_completions(inputs)
-        if self._corrects:
-            mode = "train" if self.model.training else "eval"
-            self._append(mode, correction_metrics(self.accelerator, batch))
+        if self._is_by_report:
+            logged = self._metrics[self._mode]
+            for name in [name for name in logged if name.startswith("sampling/")]:
+                del logged[name]  # of the reported law and itself: the loss measures it
+            generate_every = self.args.steps_per_generation * self.num_iterations
+            if self.args.gradient_accumulation_steps % generate_every == 0:
+                # As in a stock run: the loss's own forward is at the weights that drew the batch.
+                batch.pop("old_per_token_logps", None)
         return batch
 
 
