@@ -6,9 +6,10 @@ import signal
 import time
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from blockroll.config import PolicyConfig, RolloutConfig
-from blockroll.errors import InvalidInput, WeightSyncError
+from blockroll.errors import CheckpointError, InvalidInput, WeightSyncError
 from blockroll.policies.hf import HFPolicy
 from blockroll.policies.loading import load_tokenizer
 from blockroll.rollout.pool.makers import make_ray_pool
@@ -92,6 +93,16 @@ def test_killing_a_replica_in_the_middle_loses_and_repeats_no_rollout(pool, chec
     assert pool.states == ("READY", "DEAD")
     assert pool.num_redispatched > 0
     assert_same_rollouts(want, got, policy)
+
+
+def test_a_checkpoint_that_a_replica_cannot_load_is_the_same_error_as_in_process(ray_session, tmp_path):
+    random_model().save_pretrained(tmp_path)
+    load_tokenizer("tiny").save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["lm_head.weight"]
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"missing weights: lm_head\.weight\."):
+        make_ray_pool(PolicyConfig(path=str(tmp_path)), CONFIG)
 
 
 def test_a_model_that_is_not_supported_is_refused_before_any_process_starts(tmp_path):

@@ -12,7 +12,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from blockroll.errors import InvalidInput, MissingDependency, ReplicaError
+from blockroll.errors import BlockrollError, InvalidInput, MissingDependency, ReplicaError
 from blockroll.rollout.engine.requests import Limits
 from blockroll.rollout.pool.replica import LocalReplica
 from blockroll.rollout.pool.shared import SharedReplica
@@ -41,11 +41,16 @@ class ReplicaActor:
         import torch
 
         torch.set_num_threads(num_threads)
-        self._replica = build()
+        self._refusal: BlockrollError | None = None
+        try:
+            self._replica = build()
+        except BlockrollError as refusal:  # raised here, Ray would report no more than a death
+            self._refusal = refusal
+            return
         self._shared = SharedReplica(self._replica, client_timeout_s=client_timeout_s)
 
-    def limits(self) -> Limits:
-        return self._replica.limits
+    def limits(self) -> Limits | BlockrollError:
+        return self._refusal or self._replica.limits
 
     def notice(self) -> str | None:
         return getattr(self._replica, "notice", None)
@@ -130,7 +135,10 @@ class RayReplica:
 
     def wait_until_ready(self) -> None:
         """Block until the policy is loaded; raises what its construction raised."""
-        self.limits = self._get(self.actor.limits.remote(), timeout=_START_TIMEOUT_S)
+        limits = self._get(self.actor.limits.remote(), timeout=_START_TIMEOUT_S)
+        if isinstance(limits, BlockrollError):
+            raise limits
+        self.limits = limits
         self.notice = self._get(self.actor.notice.remote())
         self._get(self.actor.enter.remote(self._client))
 
