@@ -14,11 +14,13 @@ from rich.console import Console
 
 from blockroll.errors import CheckpointError, RunExists, RunInUse, WeightSyncError
 from blockroll.rl_loops import run as run_module
-from blockroll.rl_loops.checkpoint import checkpoints, latest_checkpoint, load_checkpoint
+from blockroll.rl_loops.checkpoint import checkpoints, discard, latest_checkpoint, load_checkpoint
 from blockroll.rl_loops.learner import Learner
 from blockroll.rl_loops.loop import train
 from blockroll.rl_loops.run_lock import run_lock
 from blockroll.rl_loops.tracking import read_lines
+from blockroll.rollout.audit.check import check_audit
+from blockroll.rollout.audit.files import audit_files, read_audit
 from tests.equality import assert_same_rows, assert_same_weights
 from tests.runs import TASK, config_for, even_share, run, stop_after, untimed, weights_of
 
@@ -123,6 +125,50 @@ def test_a_checkpoint_that_cannot_be_written_does_not_hide_what_ended_the_run(
     with pytest.raises(ArithmeticError, match="what ended the run"):
         train(config, task=TASK, console=Console(file=output), callbacks=[in_the_way])
     assert "No checkpoint of step 1" in output.getvalue()
+
+
+def audited_rows(config):
+    """(request, position) of every row of a run's audit, which must pass its check."""
+    files = audit_files(config.run_dir / "audit")
+    assert check_audit(files).passed, check_audit(files).problem
+    return sorted(
+        (request, int(position))
+        for audit in map(read_audit, files)
+        for request, position in zip(audit.requests, audit.numbers_N["position"], strict=True)
+    )
+
+
+def audited(config):
+    return dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, audit="all"))
+
+
+CUTS = {
+    "before its rewards": (run_module, "score_rollouts", 4, False),
+    "in the backward pass": (torch.autograd, "backward", 3, False),
+    "in an evaluation": (run_module, "evaluate", 2, True),
+    "by a kill": None,
+}
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_after_a_resume_the_audit_holds_every_row_once(tmp_path, policy_path, monkeypatch, cut):
+    """Rows of a step that was cut off bear the checkpoint's own version, and are drawn again."""
+    whole = audited(config_for(tmp_path, policy_path, name="whole", steps=4))
+    broken = audited(config_for(tmp_path, policy_path, name="broken", steps=4))
+    run(whole)
+    if CUTS[cut] is None:
+        run(broken)
+        discard(latest_checkpoint(broken.run_dir))  # as if what came after step 2 had never been saved
+    else:
+        owner, name, call, is_after = CUTS[cut]
+        with monkeypatch.context() as patch:
+            fail_once(patch, owner, name, on_call=call, error=RuntimeError("crash"), is_after=is_after)
+            with pytest.raises(RuntimeError, match="crash"):
+                run(broken)
+    run(broken, resume=True)
+    rows = audited_rows(broken)
+    assert len(rows) == len(set(rows))
+    assert rows == audited_rows(whole)
 
 
 def test_an_older_checkpoint_can_be_gone_on_from_and_what_it_discards_is_said(tmp_path, policy_path, whole):
