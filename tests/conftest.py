@@ -19,6 +19,27 @@ os.environ.setdefault("RAY_worker_niceness", "0")
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+SLOW_S = 10.0
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked `gpu` are skipped, by name, where there is none."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Names tests that took over ten seconds and are not marked `slow`: on an idle machine, mark them."""
+    took = (report for report in terminalreporter.getreports("passed") if report.when == "call")
+    long = [report for report in took if report.duration > SLOW_S and "slow" not in report.keywords]
+    if long:
+        terminalreporter.section(f"over {SLOW_S:g} s and not marked slow")
+        for report in sorted(long, key=lambda each: -each.duration):
+            terminalreporter.line(f"{report.duration:6.1f}s {report.nodeid}")
+
+
 @pytest.fixture(autouse=True)
 def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No test reads what another process has measured, or leaves anything."""

@@ -13,6 +13,7 @@ def commit():
     return commit
 
 
+@pytest.mark.slow
 def test_every_kind_of_work_has_a_row_and_a_run_goes_on_where_it_stopped(commit, tmp_path):
     found, is_whole = before_after.run(commit, commit, folder=tmp_path, short=True, minutes=0)
     assert (found, is_whole) == ([], False)

@@ -23,6 +23,7 @@ def drafting(tmp_path_factory):
     return experiments.drafting_policy(folder, max_tokens=600, prompts_per_round=16)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bf16", [False, True])
 def test_stock_and_drafted_trainers_have_a_row_per_batch_and_seed(drafting, bf16):
     rows = experiments.stock(drafting, bf16=bf16, batches=(8,), seeds=(0,), steps=2)

@@ -9,6 +9,7 @@ from tests.equality import assert_same_rollouts
 from tests.golden.record import PATH, cases, counts
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:plan .* drafts")  # what no policy here was trained for
 def test_recorded_rollouts_of_fixed_plans_stay_the_same():
     rows = list(map(json.loads, PATH.read_text().splitlines()))

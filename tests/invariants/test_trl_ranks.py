@@ -36,6 +36,7 @@ def reports(folder, *options):
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
 
 
+@pytest.mark.slow
 @pytest.mark.failure(23)
 @pytest.mark.parametrize(
     "options", [("--align",), ("--fsdp",), ("--fsdp", "--bf16")], ids=["ddp", "fsdp2", "fsdp2-bf16"]
@@ -61,6 +62,7 @@ def test_colocated_replicas_of_two_ranks_draw_the_learners_law(tmp_path, options
     assert [row["grad_norm"] > 0 for row in first["logs"]] == [True] * STEPS
 
 
+@pytest.mark.slow
 def test_two_ranks_share_two_ray_replicas_that_follow_policy_and_drafts(tmp_path):
     apart, within = tmp_path / "apart", tmp_path / "within"
     apart.mkdir()
@@ -78,6 +80,7 @@ def test_two_ranks_share_two_ray_replicas_that_follow_policy_and_drafts(tmp_path
         assert_same_rows([row["loss"] for row in mine["logs"]], [row["loss"] for row in other["logs"]])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "error", "doing"),
     [
@@ -95,6 +98,7 @@ def test_an_error_on_one_rank_ends_both_by_name_within_half_a_minute(tmp_path, o
     assert time.monotonic() - start < 60  # both starts of Python included
 
 
+@pytest.mark.slow
 def test_a_rank_that_is_killed_ends_the_other_by_name_within_half_a_minute(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
