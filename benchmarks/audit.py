@@ -34,10 +34,10 @@ def _cost(plan: Plan, batch: int, repeats: int, rollouts: int) -> Row:
 
         def ratio(repeat: int) -> float:
             # Ids of requests do not hold the seed: each run has a folder of its own.
-            writers = (None, AuditWriter(Path(folder) / str(repeat)))
+            watching = ((), (AuditWriter(Path(folder) / str(repeat)),))
             engines = [
-                Engine(policy, plan=plan, max_batch_size=batch, max_length=128, audit=writer)
-                for writer in writers
+                Engine(policy, plan=plan, max_batch_size=batch, max_length=128, observers=observers)
+                for observers in watching
             ]
             for engine in engines:
                 engine.submit(requests(texts, Sampling(max_tokens=64), seed=repeat))

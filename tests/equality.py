@@ -15,7 +15,7 @@ import torch
 
 from blockroll.policies.hf import HFPolicy
 from blockroll.rollout.engine.engine import Engine
-from blockroll.rollout.engine.step import StepRecord
+from blockroll.rollout.engine.trace import StepTrace
 from blockroll.types import Rollout
 
 COIN_TOLERANCE = 1e-5
@@ -96,7 +96,7 @@ def coin_margin(policy: HFPolicy, rollout: Rollout, index: int) -> float:
     ((plan, _),) = rollout.stats.steps_by_plan
     margins = CoinMargins(committed=len(request.prefix.token_ids) if request.prefix else 0)
     decode = policy.decode if policy.tokenizer is not None else None
-    engine = Engine(policy, plan=plan, max_batch_size=1, decode=decode, observer=margins)
+    engine = Engine(policy, plan=plan, max_batch_size=1, decode=decode, observers=(margins,))
     engine.submit([request])
     again: list[Rollout] = []
     while engine.num_requests:
@@ -124,7 +124,7 @@ class CoinMargins:
                 return margin
         raise AssertionError(f"token {token_index} was never committed")
 
-    def __call__(self, record: StepRecord) -> None:
+    def __call__(self, record: StepTrace) -> None:
         verdict, draft = record.verdict, record.draft
         (num_drafts,), (committed,) = draft.num_drafts_B.tolist(), verdict.num_committed_B.tolist()
         margins = []

@@ -49,7 +49,7 @@ from blockroll.bench.workload import (
 from blockroll.errors import InvalidInput
 from blockroll.policies.hf import HFPolicy
 from blockroll.rollout.engine.engine import Engine
-from blockroll.rollout.engine.step import StepRecord
+from blockroll.rollout.engine.trace import StepTrace
 from blockroll.rollout.planning.acceptance import AcceptanceByPosition
 from blockroll.rollout.planning.planner import Planner
 from blockroll.types import PLAIN, Law, Plan, Request, Rollout
@@ -235,7 +235,7 @@ class _Bench:
         plan: Plan | Planner,
         requests: Sequence[Request],
         *,
-        observer: Callable[[StepRecord], None] | None = None,
+        observer: Callable[[StepTrace], None] | None = None,
     ) -> list[Rollout]:
         """All rollouts of an engine of its own, in the order they end.
 
@@ -246,7 +246,7 @@ class _Bench:
             plan=copy.deepcopy(plan),
             max_batch_size=min(len(requests), max(self._options.batches)),
             max_length=max(len(request.prompt_ids) + request.sampling.max_tokens for request in requests),
-            observer=observer,
+            observers=() if observer is None else (observer,),
         )
         engine.submit(requests)
         finished: list[Rollout] = []

@@ -15,7 +15,7 @@ import blockroll
 from blockroll.bench.pass_at_k import Passed
 from blockroll.bench.subjects import Wave
 from blockroll.policies.hf import HFPolicy
-from blockroll.rollout.engine.step import EngineTimes
+from blockroll.rollout.engine.trace import EngineTimes
 from blockroll.rollout.planning.acceptance import AcceptanceByPosition
 
 

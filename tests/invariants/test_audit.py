@@ -57,7 +57,8 @@ def policy():
 def audited(policy, folder, plan, sampling, *, count=10, **options):
     """Rollouts, and the files of their audit."""
     writer = AuditWriter(folder, **options)
-    rollouts = run(policy, make_requests(prompts(count), sampling), plan, audit=writer, max_batch_size=4)
+    requests = make_requests(prompts(count), sampling)
+    rollouts = run(policy, requests, plan, observers=(writer,), max_batch_size=4)
     writer.flush()
     return rollouts, audit_files(folder)
 
@@ -116,7 +117,7 @@ def test_what_holds_code_is_recomputed_as_far_as_the_file_tells(tmp_path):
     policy = HFPolicy.from_pretrained("tiny")
     sampling = Sampling(constraint=Regex("[0-9]{3,6}"), max_tokens=20)
     writer = AuditWriter(tmp_path)
-    run(policy, make_requests([(7, 8)] * 3, sampling), Plan(4), audit=writer)
+    run(policy, make_requests([(7, 8)] * 3, sampling), Plan(4), observers=(writer,))
     report = check_audit(audit_files(tmp_path), policy_of=lambda version: policy)
     assert report.problem is None, report.problem
     assert report.num_unknown_laws == report.num_rows
@@ -226,7 +227,7 @@ def test_a_request_that_is_served_again_is_another(policy, tmp_path):
     writer = AuditWriter(tmp_path)
     for version in (0, 1):
         requests = make_requests(prompts(4), SAMPLINGS["target"])
-        run(policy, requests, Plan(4), audit=writer, policy_version=version)
+        run(policy, requests, Plan(4), observers=(writer,), policy_version=version)
     report = check_audit(audit_files(tmp_path), policy_of=lambda version: policy)
     assert report.problem is None, report.problem
     assert report.num_requests == 8
@@ -234,7 +235,8 @@ def test_a_request_that_is_served_again_is_another(policy, tmp_path):
 
 def test_rows_of_two_versions_never_share_a_file(policy, tmp_path, monkeypatch):
     monkeypatch.setattr(audit_module, "_ROWS_HELD", 10)
-    engine = Engine(policy, plan=Plan(4), audit=AuditWriter(tmp_path, rows_per_file=30), max_batch_size=4)
+    writer = AuditWriter(tmp_path, rows_per_file=30)
+    engine = Engine(policy, plan=Plan(4), observers=(writer,), max_batch_size=4)
     engine.submit(make_requests(prompts(12), SAMPLINGS["target"]))
     for step in range(1000):
         if not engine.num_requests:
@@ -260,7 +262,7 @@ def test_a_killed_writer_leaves_files_that_pass(tmp_path):
         audit._ROWS_HELD = 50
         policy = HFPolicy.from_pretrained("tiny")
         writer = audit.AuditWriter({str(tmp_path)!r}, rows_per_file=100)
-        engine = Engine(policy, plan=Plan(4), audit=writer, max_batch_size=4)
+        engine = Engine(policy, plan=Plan(4), observers=(writer,), max_batch_size=4)
         engine.submit(make_requests([(7, 8)] * 5000, Sampling(max_tokens=50, ignore_eos=True)))
         while True:
             engine.step()

@@ -31,7 +31,7 @@ def policy():
 
 def serve(policy, writer, *, count=6, version=0):
     requests = make_requests(prompts(count), SAMPLING)
-    rollouts = run(policy, requests, Plan(4), audit=writer, max_batch_size=4, policy_version=version)
+    rollouts = run(policy, requests, Plan(4), observers=(writer,), max_batch_size=4, policy_version=version)
     writer.flush()
     return rollouts
 

@@ -365,7 +365,7 @@ def _run(
             TablePolicy(toy, max(plan.num_drafts for plan in plans)),
             plan=plans[0] if len(set(plans)) == 1 else PlansInTurn(*plans),
             max_batch_size=len(coins_C),
-            observer=remember,
+            observers=(remember,),
         )
         engine.submit(
             Request(request_id=str(c), prompt_ids=(PROMPT,), seed=c, sampling=sampling)

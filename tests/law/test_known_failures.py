@@ -80,7 +80,7 @@ def sample(plan: Plan = TWO_FORWARD, *, count: int = 24, **options):
         )
 
     sampling = Sampling(max_tokens=24, ignore_eos=True, **options)
-    rollouts = run(policy, make_requests(prompts(count), sampling), plan, observer=remember)
+    rollouts = run(policy, make_requests(prompts(count), sampling), plan, observers=(remember,))
     return policy, list(rollouts.values()), rows
 
 
@@ -450,7 +450,7 @@ def coins_of_steps() -> list[float]:
 
     planner = PlansInTurn(TWO_FORWARD, FUSED, Plan(0), Plan(2, (0,)))
     sampling = Sampling(max_tokens=24, ignore_eos=True)
-    run(policy, make_requests(prompts(60), sampling), planner, observer=remember)
+    run(policy, make_requests(prompts(60), sampling), planner, observers=(remember,))
     return coins
 
 

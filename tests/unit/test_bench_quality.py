@@ -26,7 +26,7 @@ def test_acceptance_by_position_is_what_a_hand_count_of_the_records_gives(saved,
     (row,) = run_bench(policy, prompts(5), [plan], options, policy_path=path)
 
     records = []
-    engine = Engine(policy, plan=plan, observer=records.append)
+    engine = Engine(policy, plan=plan, observers=(records.append,))
     workload = dataclasses.replace(WORKLOAD, max_tokens=20)
     for wave in make_waves(prompts(5), workload, 0, options):
         engine.submit(wave)

@@ -105,7 +105,8 @@ class Colocated:
             self.alignment = Alignment(trainer, self.policy, alignment, shares=self._shares)
         rank = trainer.accelerator.process_index
         self._replica = replica_around(self.policy, config, replica_id=rank)
-        self.planner = self._replica.engine.planner
+        planner = self._replica.engine.planner
+        self.planner = planner if isinstance(planner, Planner) else None
         self.pool = RolloutPool(
             [self._replica], requests_per_replica=2 * config.max_batch_size, tokenizer=tokenizer
         )

@@ -22,14 +22,15 @@ import uuid
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from blockroll.errors import AuditError, InvalidInput
-from blockroll.types import Draft, Evidence, Plan, Request, Sampling, Verdict
+from blockroll.rollout.engine.trace import StepTrace
+from blockroll.types import Evidence, Request, Sampling
 
 SCHEMA_VERSION = 1
 KINDS = ("accepted", "recovered", "extra", "plain")  # by their codes
@@ -74,21 +75,6 @@ _OPTIONS = tuple(
 )
 
 
-class AuditedStep(NamedTuple):
-    """One step of an engine; lists and tensors in the order of its batch."""
-
-    requests: Sequence[Request]
-    plan: Plan
-    version: int
-    precision: str  # that forwards multiplied in, as torch names it
-    attempts_B: Tensor
-    num_before: Sequence[int]  # tokens of prompt and completion
-    num_kept: Sequence[int]  # tokens it added
-    origins: Sequence[tuple[int, int, int]]  # context, first slot and masks of the draft rows
-    parts: Sequence[tuple[Draft, Verdict]]  # verifications, each behind the tokens of those before
-    policy_logprobs_BL: Tensor
-
-
 class AuditWriter:
     """Collects steps and writes them to `folder`, one file per version of the weights or more."""
 
@@ -107,7 +93,7 @@ class AuditWriter:
         self.share = share
         self._replica_id = replica_id
         self._rows_per_file = rows_per_file
-        self._steps: list[tuple[AuditedStep, list[int]]] = []
+        self._steps: list[tuple[StepTrace, list[int]]] = []
         self._num_held = 0
         self._bytes_held = 0
         self._tables: list[tuple[list[Request], np.ndarray]] = []  # request of each row, and its numbers
@@ -119,8 +105,14 @@ class AuditWriter:
         self._described: set[int] = set()  # serials whose info is in a file
         self._num_files = 0
 
-    def record(self, step: AuditedStep) -> None:
-        """Keep one step."""
+    def __call__(self, trace: StepTrace) -> None:
+        """Keep one step of an engine; write all rows there are when nothing is left to decode."""
+        # Target rows are as wide as the vocabulary, and no row of the audit needs them.
+        self._record(dataclasses.replace(trace, target_probs=()))
+        if trace.is_last:
+            self.flush(is_idle=True)
+
+    def _record(self, step: StepTrace) -> None:
         if step.version != self._version:
             self.flush()
             self._version = step.version
@@ -253,7 +245,7 @@ def row_checksums(names: Sequence[str], numbers_N: np.ndarray, infos: Sequence[s
     )
 
 
-def _merged(steps: Sequence[tuple[AuditedStep, list[int]]]) -> Iterator[tuple[AuditedStep, list[int]]]:
+def _merged(steps: Sequence[tuple[StepTrace, list[int]]]) -> Iterator[tuple[StepTrace, list[int]]]:
     """Runs of steps under one plan, each as one step of a larger batch."""
     for _, group in itertools.groupby(steps, key=lambda pair: pair[0].plan):
         run = list(group)
@@ -263,7 +255,8 @@ def _merged(steps: Sequence[tuple[AuditedStep, list[int]]]) -> Iterator[tuple[Au
             (_cat([draft for draft, _ in part], without="probs_BKV"), _cat([verdict for _, verdict in part]))
             for part in zip(*(step.parts for step in members), strict=True)
         ]
-        merged = members[0]._replace(
+        merged = dataclasses.replace(
+            members[0],
             requests=[request for step in members for request in step.requests],
             attempts_B=torch.cat([step.attempts_B for step in members]),
             num_before=[number for step in members for number in step.num_before],
@@ -287,9 +280,7 @@ def _cat(records: Sequence[Any], *, without: str = "") -> Any:
     return type(records[0])(**fields)
 
 
-def _numbers(
-    step: AuditedStep, is_kept_B: np.ndarray, serials_B: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
+def _numbers(step: StepTrace, is_kept_B: np.ndarray, serials_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Rows of the batch and numbers of every token that a step committed and kept."""
     kept_B = np.where(is_kept_B, np.array(step.num_kept), 0)
     before_B, attempts_B = np.array(step.num_before), step.attempts_B.cpu().numpy()

@@ -6,7 +6,6 @@ owns the cache and the per-request state; it knows neither processes nor weights
 """
 
 import time
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,17 +14,17 @@ from torch import Tensor
 
 from blockroll.errors import InvalidInput, RequestFailed
 from blockroll.policies.base import Policy
-from blockroll.policies.ends import special_token_ids
-from blockroll.rollout.audit.writer import AuditedStep, AuditWriter
 from blockroll.rollout.engine.cache import ROW_STEP, SlotCache
-from blockroll.rollout.engine.ends import Decode, StopRule
+from blockroll.rollout.engine.ends import Decode
+from blockroll.rollout.engine.plans import PlanChooser, check_plan
 from blockroll.rollout.engine.prefill import prefill
 from blockroll.rollout.engine.requests import Limits, check_request
 from blockroll.rollout.engine.running import RunningRequest
 from blockroll.rollout.engine.scheduler import Scheduler
-from blockroll.rollout.engine.step import Decoded, Decoder, EngineTimes, StepRecord
-from blockroll.rollout.planning.planner import Planner
-from blockroll.types import Commit, Guide, Plan, Request, Rollout
+from blockroll.rollout.engine.starting import Starter
+from blockroll.rollout.engine.step import Decoded, Decoder
+from blockroll.rollout.engine.trace import EngineTimes, Observer, StepTrace
+from blockroll.types import Commit, Plan, Request, Rollout
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,20 +42,19 @@ class Engine:
         self,
         policy: Policy,
         *,
-        plan: Plan | Planner,
+        plan: Plan | PlanChooser,
         max_batch_size: int = 64,
         max_length: int = 0,
         max_cache_rows: int = 0,
         decode: Decode | None = None,
         policy_version: int = 0,
-        observer: Callable[[StepRecord], None] | None = None,
-        audit: AuditWriter | None = None,
+        observers: Iterable[Observer] = (),
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         """`max_length` 0 is what the policy was built for.
 
         Stop strings are looked for in what `decode` makes of tokens; None: the policy's own tokenizer, with
-        special tokens kept.
+        special tokens kept. `observers` are told of every step in turn, once it is final.
 
         The cache has room for the longest text that the requests at hand can become. `max_cache_rows` bounds
         its rows over all slots: then fewer than `max_batch_size` requests run together. 0: no bound.
@@ -88,9 +86,8 @@ class Engine:
         self._commits: list[Commit] = []
         self._finished: dict[str, Rollout] = {}
         self._is_interrupted = False  # a change of what runs has begun and not ended
-        self._decode = _text_of(policy) if decode is None else decode
-        self._observer = observer
-        self.audit = audit
+        self._starter = Starter(policy, self.limits, decode)
+        self._observers = tuple(observers)
         self._clock = clock
 
     @property
@@ -117,18 +114,12 @@ class Engine:
         for request in requests:
             if not are_checked:
                 check_request(request, self.limits)
-            if request.sampling.stop and self._decode is None:
-                raise InvalidInput(
-                    f"request {request.request_id!r} has stop strings, but the engine has no tokenizer"
-                )
             if request.request_id in taken:
                 raise InvalidInput(
                     f"request id {request.request_id!r} is already being served; ids must be unique"
                 )
             taken.add(request.request_id)
-        joining = [
-            RunningRequest(request, self._stop_rule(request), self._guide(request)) for request in requests
-        ]
+        joining = [self._starter.start(request) for request in requests]
         with self._change():
             self._make_room(requests)
             self._requests |= {running.request.request_id: running for running in joining}
@@ -259,7 +250,7 @@ class Engine:
     def _restart(self, running: RunningRequest) -> None:
         """Walk its constraint anew: an interrupt may have stopped it anywhere."""
         try:
-            running.restart(self._guide(running.request))
+            running.restart(self._starter.guide(running.request))
         except Exception as error:  # noqa: BLE001 - what a request brings along ends that request alone
             running.fail(f"{RequestFailed.__name__}: its constraint raised {error!r}")
             self._finished[running.request.request_id] = running.rollout()
@@ -305,38 +296,38 @@ class Engine:
 
     def _decode_step(self, batch: list[RunningRequest], first_logits: Tensor | None) -> None:
         decoded = self._decoder.decode(batch, self.plan, first_logits)
-        if self._observer is not None:
-            self._observer(decoded.record(tuple(running.request.request_id for running in batch)))
-        before = self._audited(batch) if self.audit is not None else None
+        num_before, origins = [running.num_tokens for running in batch], self._origins(batch)
         self._commit(batch, decoded)
-        if self.audit is not None and before is not None:
-            num_before, origins = before
-            self.audit.record(
-                AuditedStep(
-                    requests=[running.request for running in batch],
-                    plan=self.plan,
-                    version=self.policy_version,
-                    precision=str(self.policy.kv_shape.dtype).removeprefix("torch."),
-                    attempts_B=decoded.attempts_B,
-                    num_before=num_before,
-                    num_kept=[running.num_tokens - n for running, n in zip(batch, num_before, strict=True)],
-                    origins=origins,
-                    parts=decoded.verified.parts,
-                    policy_logprobs_BL=decoded.policy_logprobs_BL,
-                )
-            )
-            if not self._requests:
-                self.audit.flush(is_idle=True)
+        if not self._observers:
+            return
+        trace = StepTrace(
+            requests=[running.request for running in batch],
+            plan=self.plan,
+            version=self.policy_version,
+            precision=str(self.policy.kv_shape.dtype).removeprefix("torch."),
+            attempts_B=decoded.attempts_B,
+            num_before=num_before,
+            num_kept=[running.num_tokens - n for running, n in zip(batch, num_before, strict=True)],
+            origins=origins,
+            draft=decoded.draft,
+            draft_uniforms_BK=decoded.draft_uniforms_BK,
+            verify_uniforms=decoded.verify_uniforms,
+            target_probs=decoded.verified.target_probs,
+            verdict=decoded.verified.verdict,
+            parts=decoded.verified.parts,
+            policy_logprobs_BL=decoded.policy_logprobs_BL,
+            is_last=not self._requests,
+        )
+        for observer in self._observers:
+            observer(trace)
 
-    def _audited(self, batch: list[RunningRequest]) -> tuple[list[int], list[tuple[int, int, int]]]:
-        """Tokens of each text before the step commits, and where its draft rows come from."""
-        num_before = [running.num_tokens for running in batch]
+    def _origins(self, batch: list[RunningRequest]) -> list[tuple[int, int, int]]:
+        """Where the draft rows of each request come from: context, first slot and masks."""
         if not self.plan.num_drafts:
-            return num_before, [(0, 0, 0)] * len(batch)
+            return [(0, 0, 0)] * len(batch)
         if not self.plan.levels:
-            return num_before, [(length, 0, self.plan.num_drafts) for length in num_before]
-        proposals = [running.proposal for running in batch]
-        return num_before, [each.origin for each in proposals if each is not None]
+            return [(running.num_tokens, 0, self.plan.num_drafts) for running in batch]
+        return [running.proposal.origin for running in batch if running.proposal is not None]
 
     def _commit(self, batch: list[RunningRequest], decoded: Decoded) -> None:
         """Make tokens final and let finished requests leave."""
@@ -412,54 +403,3 @@ class Engine:
             self._cache.keep(slot, self._requests[request_id].num_tokens - 1)
             self._cache.release(slot)
         del self._requests[request_id]
-
-    def _guide(self, request: Request) -> Guide | None:
-        """A walk through the constraint of its own, from its first token."""
-        constraint = request.sampling.constraint
-        if constraint is None:
-            return None
-        return constraint.start(self.policy.vocab_size, self.policy.tokenizer, self._ends(request))
-
-    def _ends(self, request: Request) -> frozenset[int]:
-        """Tokens that end a text and are no part of it: the policy's, and stop tokens that are special."""
-        ends, stop = frozenset(self.policy.eos_token_ids), frozenset(request.sampling.stop_token_ids)
-        return ends if stop <= ends else ends | (stop & special_token_ids(self.policy.tokenizer))
-
-    def _stop_rule(self, request: Request) -> StopRule:
-        ends = () if request.sampling.ignore_eos else self.policy.eos_token_ids
-        return StopRule(
-            stop_token_ids=frozenset((*ends, *request.sampling.stop_token_ids)),
-            end_token_ids=self._ends(request),
-            stop=request.sampling.stop,
-            max_tokens=min(request.sampling.max_tokens, self.limits.room(len(request.prompt_ids))),
-            decode=self._decode,
-        )
-
-
-def _text_of(policy: Policy) -> Decode | None:
-    """Text of tokens, special ones included: a stop string may be one of them."""
-    tokenizer = policy.tokenizer
-    if tokenizer is None:
-        return None
-    return lambda token_ids: str(tokenizer.decode(token_ids, skip_special_tokens=False))
-
-
-def check_plan(plan: Plan, policy: Policy) -> None:
-    """Refuse a plan the policy cannot follow; warn of more drafts than it was trained for."""
-    if plan.num_drafts and not policy.can_draft:
-        raise InvalidInput(
-            f"plan {plan.name} needs a policy that drafts, and this one has neither a draft adapter nor a "
-            "mask token; use 'plain', or make an adapter with `blockroll convert`"
-        )
-    if plan.num_drafts > policy.trained_drafts:
-        warnings.warn(
-            f"plan {plan.name} drafts more than the {policy.trained_drafts} tokens this policy was "
-            "trained for; the law stays exact, the later drafts will rarely be accepted",
-            stacklevel=2,
-        )
-    elif plan.layout is not None and plan.layout not in policy.trained_layouts:
-        warnings.warn(
-            f"plan {plan.name} drafts in a layout this policy was not trained for, only for "
-            f"{', '.join(policy.trained_layouts) or 'none'}; the law stays exact, fewer drafts are accepted",
-            stacklevel=2,
-        )

@@ -21,6 +21,7 @@ from blockroll.errors import EmptySupport, NonFiniteLogits
 from blockroll.policies.base import Policy
 from blockroll.rollout.engine.cache import SlotCache
 from blockroll.rollout.engine.running import Proposal, RunningRequest
+from blockroll.rollout.engine.trace import EngineTimes
 from blockroll.samplers import (
     Laws,
     join_verdicts,
@@ -29,35 +30,6 @@ from blockroll.samplers import (
     verify_block,
 )
 from blockroll.types import Draft, Plan, Verdict
-
-
-@dataclass(slots=True)
-class EngineTimes:
-    """Seconds spent since the last reset, prefill excluded; host time is step minus forward and sampler."""
-
-    num_steps: int = 0
-    step_s: float = 0.0
-    forward_s: float = 0.0
-    start_s: float = 0.0  # of forward_s: first proposals of a fused plan
-    sampler_s: float = 0.0
-
-    @property
-    def host_s(self) -> float:
-        """Everything but the policy forward and the sampler."""
-        return self.step_s - self.forward_s - self.sampler_s
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepRecord:
-    """Everything the sampler saw and decided in one step; rows follow `request_ids`."""
-
-    request_ids: tuple[str, ...]
-    draft: Draft
-    target_probs_BLV: Tensor
-    draft_uniforms_BK: Tensor
-    verify_uniforms_BL: Tensor
-    settle_uniforms_B: Tensor | None  # None: the first position was verified with the others
-    verdict: Verdict
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,20 +57,6 @@ class Decoded:
     attempts_B: Tensor
     failed: dict[int, tuple[int, str]]  # by slot: tokens before the first row that is wrong, and what is
     proposals: Sequence[Proposal | None]  # for what each request accepted; None: it has to start anew
-
-    def record(self, request_ids: tuple[str, ...]) -> StepRecord:
-        """For an observer."""
-        num_rows = self.draft_uniforms_BK.shape[1] + 1
-        settles = self.verify_uniforms.shape[1] > num_rows
-        return StepRecord(
-            request_ids=request_ids,
-            draft=self.draft,
-            target_probs_BLV=torch.cat(self.verified.target_probs, dim=1),
-            draft_uniforms_BK=self.draft_uniforms_BK,
-            verify_uniforms_BL=self.verify_uniforms[:, :num_rows],
-            settle_uniforms_B=self.verify_uniforms[:, -1] if settles else None,
-            verdict=self.verified.verdict,
-        )
 
 
 class Decoder:

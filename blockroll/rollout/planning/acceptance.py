@@ -1,6 +1,6 @@
 """Acceptance by draft position: how far into a block drafts hold."""
 
-from blockroll.rollout.engine.step import StepRecord
+from blockroll.rollout.engine.trace import StepTrace
 
 
 class AcceptanceByPosition:
@@ -19,7 +19,7 @@ class AcceptanceByPosition:
         self._num_accepted_K = [0] * num_drafts  # steps that accepted the draft there
         self._num_at_least_K = [0] * num_drafts  # steps that accepted so many drafts, or more
 
-    def __call__(self, record: StepRecord) -> None:
+    def __call__(self, record: StepTrace) -> None:
         """Count one step of a batch."""
         rows = zip(
             record.draft.num_drafts_B.tolist(),

@@ -141,13 +141,14 @@ def build_replica(policy: PolicyConfig, config: RolloutConfig, *, replica_id: in
 
 def replica_around(policy: HFPolicy, config: RolloutConfig, *, replica_id: int = 0) -> LocalReplica:
     """Put an engine around a policy that is there already."""
+    audit = _audit(config, replica_id)
     engine = Engine(
         policy,
         plan=read_plan(config.plan, policy),
         max_batch_size=config.max_batch_size,
         max_length=config.max_length,
         max_cache_rows=cache_rows(policy, config.memory_fraction),
-        audit=_audit(config, replica_id),
+        observers=() if audit is None else (audit,),
     )
     replica = LocalReplica(
         engine,
@@ -155,6 +156,7 @@ def replica_around(policy: HFPolicy, config: RolloutConfig, *, replica_id: int =
         adapter=policy.adapter,
         replica_id=replica_id,
         check_finite_weights=config.check_finite_weights,
+        **({} if audit is None else {"on_close": audit.flush}),
     )
     if engine.planner is not None and not policy.can_draft:
         replica.notice = (

@@ -6,7 +6,7 @@ In process and inside a Ray actor it is the same class.
 import logging
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -81,11 +81,13 @@ class LocalReplica:
         adapter: nn.Module | None = None,
         replica_id: int = 0,
         check_finite_weights: bool = True,
+        on_close: Callable[[], None] = lambda: None,
     ) -> None:
         """`adapter` drafts for the model; an update may bring its weights too."""
         self.replica_id = replica_id
         self.engine = engine
         self.limits = engine.limits
+        self._on_close = on_close  # the engine's observers write what they still hold
         self._weights: list[tuple[str, Tensor]] = list(named_weights(model))
         self._adapter_weights = [] if adapter is None else list(named_adapter_weights(adapter))
         self.notice: str | None = None  # what whoever made it should know
@@ -167,8 +169,7 @@ class LocalReplica:
     def close(self) -> None:
         """Write what the audit still holds; nothing else outlives the object."""
         with self._lock:
-            if self.engine.audit is not None:
-                self.engine.audit.flush()
+            self._on_close()
 
     def _write(self, update: WeightUpdate, own: Sequence[tuple[str, Tensor]]) -> None:
         self._is_whole = False

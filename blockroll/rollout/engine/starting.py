@@ -1,0 +1,56 @@
+"""What a request needs to run: its stop rule and a walk through its constraint."""
+
+from blockroll.errors import InvalidInput
+from blockroll.policies.base import Policy
+from blockroll.policies.ends import special_token_ids
+from blockroll.rollout.engine.ends import Decode, StopRule
+from blockroll.rollout.engine.requests import Limits
+from blockroll.rollout.engine.running import RunningRequest
+from blockroll.types import Guide, Request
+
+
+class Starter:
+    """Makes running requests, for one policy and its limits."""
+
+    def __init__(self, policy: Policy, limits: Limits, decode: Decode | None) -> None:
+        """`decode` gives the text that stop strings are looked for in; None: the policy's own tokenizer's."""
+        self._policy, self._limits = policy, limits
+        self._decode = _text_of(policy) if decode is None else decode
+
+    def start(self, request: Request) -> RunningRequest:
+        """The request behind its prefix, if it has one. InvalidInput if it cannot be served."""
+        if request.sampling.stop and self._decode is None:
+            raise InvalidInput(
+                f"request {request.request_id!r} has stop strings, but the engine has no tokenizer"
+            )
+        return RunningRequest(request, self._stop_rule(request), self.guide(request))
+
+    def guide(self, request: Request) -> Guide | None:
+        """A walk through the constraint of its own, from its first token."""
+        constraint = request.sampling.constraint
+        if constraint is None:
+            return None
+        return constraint.start(self._policy.vocab_size, self._policy.tokenizer, self._ends(request))
+
+    def _ends(self, request: Request) -> frozenset[int]:
+        """Tokens that end a text and are no part of it: the policy's, and stop tokens that are special."""
+        ends, stop = frozenset(self._policy.eos_token_ids), frozenset(request.sampling.stop_token_ids)
+        return ends if stop <= ends else ends | (stop & special_token_ids(self._policy.tokenizer))
+
+    def _stop_rule(self, request: Request) -> StopRule:
+        ends = () if request.sampling.ignore_eos else self._policy.eos_token_ids
+        return StopRule(
+            stop_token_ids=frozenset((*ends, *request.sampling.stop_token_ids)),
+            end_token_ids=self._ends(request),
+            stop=request.sampling.stop,
+            max_tokens=min(request.sampling.max_tokens, self._limits.room(len(request.prompt_ids))),
+            decode=self._decode,
+        )
+
+
+def _text_of(policy: Policy) -> Decode | None:
+    """Text of tokens, special ones included: a stop string may be one of them."""
+    tokenizer = policy.tokenizer
+    if tokenizer is None:
+        return None
+    return lambda token_ids: str(tokenizer.decode(token_ids, skip_special_tokens=False))

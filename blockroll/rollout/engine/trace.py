@@ -1,0 +1,82 @@
+"""What a step leaves behind for those who watch: one record, whatever it is read for.
+
+Audit, acceptance and tests subscribe to an engine (`Engine(observers=...)`); the engine knows none of them.
+
+Shapes: B requests, K drafted tokens, L = K + 1 target positions, V vocabulary.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from blockroll.types import Draft, Plan, Request, Verdict
+
+
+@dataclass(slots=True)
+class EngineTimes:
+    """Seconds spent since the last reset, prefill excluded; host time is step minus forward and sampler."""
+
+    num_steps: int = 0
+    step_s: float = 0.0
+    forward_s: float = 0.0
+    start_s: float = 0.0  # of forward_s: first proposals of a fused plan
+    sampler_s: float = 0.0
+
+    @property
+    def host_s(self) -> float:
+        """Everything but the policy forward and the sampler."""
+        return self.step_s - self.forward_s - self.sampler_s
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepTrace:
+    """Everything the sampler saw and decided in one step; rows in the order of `requests`."""
+
+    requests: Sequence[Request]
+    plan: Plan
+    version: int  # of the weights
+    precision: str  # that forwards multiplied in, as torch names it
+    attempts_B: Tensor  # forwards each request had run: a word of every coin
+    num_before: Sequence[int]  # tokens of prompt and completion,
+    num_kept: Sequence[int]  # and those that the step added
+    origins: Sequence[tuple[int, int, int]]  # context, first slot and masks of the draft rows
+    draft: Draft
+    draft_uniforms_BK: Tensor
+    verify_uniforms: Tensor  # (B, L), and one column more where the first position was settled by itself
+    target_probs: Sequence[Tensor]  # float64 (B, L, V), in the parts that they were verified in
+    verdict: Verdict  # of the whole step
+    parts: Sequence[tuple[Draft, Verdict]]  # verifications, each behind the tokens of those before
+    policy_logprobs_BL: Tensor
+    is_last: bool  # nothing is left to decode
+
+    @property
+    def request_ids(self) -> tuple[str, ...]:
+        """By row."""
+        return tuple(request.request_id for request in self.requests)
+
+    @property
+    def target_probs_BLV(self) -> Tensor:
+        """The law of every position that was verified."""
+        return torch.cat(tuple(self.target_probs), dim=1)
+
+    @property
+    def verify_uniforms_BL(self) -> Tensor:
+        """Accept coins, and the uniform of the token behind the accepted drafts."""
+        return self.verify_uniforms[:, : self.draft_uniforms_BK.shape[1] + 1]
+
+    @property
+    def settle_uniforms_B(self) -> Tensor | None:
+        """The uniform that replaces a rejected first draft; None: it was verified with the others."""
+        num_rows = self.draft_uniforms_BK.shape[1] + 1
+        return self.verify_uniforms[:, -1] if self.verify_uniforms.shape[1] > num_rows else None
+
+
+class Observer(Protocol):
+    """Is told of every step, in order, when the step is final. It must change nothing of what it is given."""
+
+    def __call__(self, trace: StepTrace, /) -> None:
+        """One step of a batch. What it raises comes out of `Engine.step`, whose results are not lost."""
+        ...
