@@ -23,6 +23,8 @@ ROWS = (
     ("__main__",),
 )
 RANKS = {unit: rank for rank, units in enumerate(ROWS) for unit in units}
+# The same inside a unit: what watches or chooses for an engine stands above it, and pools above all of them.
+FLOORS = {"rollout": (("engine",), ("planning", "audit"), ("pool",))}
 
 # Modules that may import a package; `*` also matches dots.
 HOMES = {
@@ -58,6 +60,7 @@ def violations(module: str, source: str) -> list[str]:
         package, _, below = name.partition(".")
         if package == "blockroll":
             sentences += broken_rank(module.partition(".")[0], below.partition(".")[0])
+            sentences += broken_floor(module.split("."), below.split("."))
         elif package == "torch" and any(fnmatchcase(module, free) for free in TORCH_FREE):
             sentences.append(f"`{module}` must not import `torch`")
         elif package in HOMES and not any(fnmatchcase(module, home) for home in HOMES[package]):
@@ -93,6 +96,21 @@ def broken_rank(importer: str, imported: str) -> list[str]:
         return [f"`{importer}` must not import `{imported}` from the root: name a module"]
     if RANKS[imported] >= RANKS[importer]:
         return [f"`{importer}` must not import `{imported}`"]
+    return []
+
+
+def broken_floor(importer: list[str], imported: list[str]) -> list[str]:
+    unit = importer[0]
+    if unit not in FLOORS or imported[0] != unit or min(len(importer), len(imported)) < 2:
+        return []
+    if importer[1] == imported[1]:
+        return []
+    floors = {part: floor for floor, parts in enumerate(FLOORS[unit]) for part in parts}
+    for part in (importer[1], imported[1]):
+        if part not in floors:
+            return [f"`{unit}.{part}` has no floor: give it one in {Path(__file__).name}"]
+    if floors[imported[1]] >= floors[importer[1]]:
+        return [f"`{unit}.{importer[1]}` must not import `{unit}.{imported[1]}`"]
     return []
 
 
@@ -140,6 +158,17 @@ def test_every_unit_on_disk_has_a_row():
             "`rollout` must not import `Engine` from the root",
         ),
         ("novel", "from blockroll.types import Law", "`novel` has no row"),
+        (
+            "rollout.engine.engine",
+            "from blockroll.rollout.audit.writer import AuditWriter",
+            "`rollout.engine` must not import `rollout.audit`",
+        ),
+        (
+            "rollout.audit.check",
+            "from blockroll.rollout.planning.planner import Planner",
+            "`rollout.audit` must not import `rollout.planning`",
+        ),
+        ("rollout.novel", "from blockroll.rollout.engine import cache", "`rollout.novel` has no floor"),
         ("rollout.pool", "from .engine import Engine", "`rollout.pool` must not import relatively (line 1)"),
         ("rollout.pool", "from . import engine", "`rollout.pool` must not import relatively (line 1)"),
         ("config.options", "import torch", "`config.options` must not import `torch`"),

@@ -321,3 +321,20 @@ def test_memory_that_cannot_be_had_changes_nothing(policy, expected, monkeypatch
             monkeypatch.setattr(module, name, real[name])
             assert count > number
             expected[PLAIN].check(engine, first)
+
+
+@PLANS
+def test_an_observer_that_raises_costs_no_rollout(policy, plan, expected):
+    """All observers stand behind the commit; a step that raised for one of them is final all the same."""
+    traces = []
+
+    def raises_sometimes(trace):
+        traces.append(trace)
+        if len(traces) % 3 == 0 or trace.is_last:
+            raise RuntimeError("no disk")
+
+    engine = make_engine(policy, plan, observers=(raises_sometimes,))
+    first = finish(engine, first_requests())
+    kept = sum(sum(trace.num_kept) for trace in traces)
+    assert kept == sum(len(rollout.token_ids) for rollout in first.values())
+    expected[plan].check(engine, first)

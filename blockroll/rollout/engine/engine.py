@@ -296,7 +296,7 @@ class Engine:
 
     def _decode_step(self, batch: list[RunningRequest], first_logits: Tensor | None) -> None:
         decoded = self._decoder.decode(batch, self.plan, first_logits)
-        num_before, origins = [running.num_tokens for running in batch], self._origins(batch)
+        num_before = [running.num_tokens for running in batch]
         self._commit(batch, decoded)
         if not self._observers:
             return
@@ -308,7 +308,7 @@ class Engine:
             attempts_B=decoded.attempts_B,
             num_before=num_before,
             num_kept=[running.num_tokens - n for running, n in zip(batch, num_before, strict=True)],
-            origins=origins,
+            origins=decoded.origins,
             draft=decoded.draft,
             draft_uniforms_BK=decoded.draft_uniforms_BK,
             verify_uniforms=decoded.verify_uniforms,
@@ -320,14 +320,6 @@ class Engine:
         )
         for observer in self._observers:
             observer(trace)
-
-    def _origins(self, batch: list[RunningRequest]) -> list[tuple[int, int, int]]:
-        """Where the draft rows of each request come from: context, first slot and masks."""
-        if not self.plan.num_drafts:
-            return [(0, 0, 0)] * len(batch)
-        if not self.plan.levels:
-            return [(running.num_tokens, 0, self.plan.num_drafts) for running in batch]
-        return [running.proposal.origin for running in batch if running.proposal is not None]
 
     def _commit(self, batch: list[RunningRequest], decoded: Decoded) -> None:
         """Make tokens final and let finished requests leave."""

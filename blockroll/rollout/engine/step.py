@@ -55,6 +55,7 @@ class Decoded:
     draft_uniforms_BK: Tensor
     verify_uniforms: Tensor  # (B, L), and one column more where the first position was settled
     attempts_B: Tensor
+    origins: Sequence[tuple[int, int, int]]  # of the draft rows: context, first slot and masks
     failed: dict[int, tuple[int, str]]  # by slot: tokens before the first row that is wrong, and what is
     proposals: Sequence[Proposal | None]  # for what each request accepted; None: it has to start anew
 
@@ -114,6 +115,7 @@ class Decoder:
             draft_uniforms_BK=draft_uniforms_BK,
             verify_uniforms=verify_uniforms,
             attempts_B=attempts_B,
+            origins=_origins(batch, plan),
             failed=_failures(bad_drafts_B, verified, laws.failed),
             proposals=proposals,
         )
@@ -266,6 +268,13 @@ class Decoder:
         now = self._clock()
         setattr(self.times, part, getattr(self.times, part) + now - since)
         return now
+
+
+def _origins(batch: Sequence[RunningRequest], plan: Plan) -> list[tuple[int, int, int]]:
+    """Where the draft rows of each request come from: context, first slot and masks."""
+    if plan.levels:
+        return [running.proposal.origin for running in batch if running.proposal is not None]
+    return [(running.num_tokens, 0, plan.num_drafts) if plan.num_drafts else (0, 0, 0) for running in batch]
 
 
 def _without_non_finite(logits: Tensor) -> tuple[Tensor, Tensor | None]:
