@@ -101,7 +101,7 @@ def cut_short(folder, **options):
         rollout=PLAIN,
         options={
             "mask_truncated_completions": True,
-            "max_completion_length": 24,
+            "max_completion_length": 34,
             "per_device_train_batch_size": 64,
             "max_steps": 4,
             "learning_rate": 0.0,
@@ -131,8 +131,9 @@ def test_counting_complete_texts_alone_is_caught(tmp_path):
         return compute_loss(model, {**inputs, "drawn_versions": kept})
 
     made._compute_loss = kept_alone
-    last = logs(made)[-1]
-    assert abs(last[f"{SURPRISAL}/run_mean"]) > 4 * last[f"{SURPRISAL}/run_se"]
+    drawn = counting(made)
+    made.train()
+    assert 0 < num_counted(made, "train") < 0.8 * drawn["train"]
 
 
 def test_training_values_are_never_in_a_row_of_an_evaluation(tmp_path):
@@ -217,10 +218,7 @@ def forwards(made, monkeypatch):
 def test_lossless_float32_batches_are_not_scored_once_more(tmp_path, monkeypatch, rollout, options, expected):
     plan = "two_forward" if "mix_weight" in rollout else "plain"
     made = trainer(tmp_path, rollout=RolloutConfig(plan=plan, check_sync="off", **rollout), options=options)
-    assert forwards(made, monkeypatch) == (
-        expected[0] // (2 if "num_iterations" in options else 1),
-        expected[1],
-    )
+    assert forwards(made, monkeypatch) == expected
 
 
 @pytest.mark.parametrize("num_iterations", [1, 2])
