@@ -20,6 +20,11 @@ from blockroll.rl_loops import arithmetic
 from blockroll.rl_loops.trl import GRPOTrainer
 
 FAILING_REWARD = False
+FAILURES = {
+    "replica": ReplicaError("replica 0 died: planted"),
+    "memory": torch.OutOfMemoryError("planted"),
+    "interrupt": KeyboardInterrupt("planted"),
+}
 
 
 def even_share(completion_ids, trainer_state, **_):
@@ -33,6 +38,10 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--placement", default="colocated")
     parser.add_argument("--fail-on", type=int, default=-1, help="the rank whose replica dies in step 1")
+    parser.add_argument("--failure", default="replica", choices=FAILURES, help="what it dies of")
+    parser.add_argument(
+        "--fail-sync-on", type=int, default=-1, help="the rank that gets no weights in step 1"
+    )
     parser.add_argument("--hang-on", type=int, default=-1, help="the rank that waits in step 1 to be killed")
     parser.add_argument(
         "--fail-reward-on", type=int, default=-1, help="the rank whose reward raises in step 1"
@@ -82,7 +91,7 @@ def main() -> None:
 
     def recording(requests):
         if rank == given.fail_on and trainer.state.global_step == 1:
-            raise ReplicaError("replica 0 died: planted")
+            raise FAILURES[given.failure]
         if rank == given.hang_on and trainer.state.global_step == 1:
             (given.folder / "hanging").touch()
             time.sleep(300)
@@ -91,6 +100,14 @@ def main() -> None:
             yield rollout
 
     trainer.rollouts.placement.generate = recording
+    fingerprint = trainer.rollouts.placement.fingerprint
+
+    def failing():
+        if rank == given.fail_sync_on and trainer.state.global_step == 1:
+            raise torch.OutOfMemoryError("planted")
+        return fingerprint()
+
+    trainer.rollouts.placement.fingerprint = failing
     trainer.train()
     adapter = trainer.rollouts.placement.policy.adapter if given.align else None
     report = {

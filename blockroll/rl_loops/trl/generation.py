@@ -16,7 +16,7 @@ from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 from blockroll.config import RolloutConfig
-from blockroll.errors import BlockrollError, InvalidInput, ReplicaError
+from blockroll.errors import InvalidInput, ReplicaError
 from blockroll.rl_loops.advantages import FAILED_REASONS
 from blockroll.rl_loops.trl.agreement import require_agreement
 from blockroll.rl_loops.trl.arguments import sampling_of
@@ -58,6 +58,7 @@ class TrainerRollouts:
         self._calls: Counter[tuple[str, int]] = Counter()  # by mode and step
         self.trained: list[Rollout] = []  # of the latest batch that the trainer learns from
         self._is_first_call = True
+        self._error: BaseException | None = None  # of a tool loop's call in the round under way
         self._after = -1  # versions up to this one are those of a checkpoint
         self._served: Fingerprint = ()
         self._checks_left = {"off": 0, "first": 2, "every": math.inf}[check_sync]
@@ -74,7 +75,12 @@ class TrainerRollouts:
         self.rollouts, self.duration_s, self._is_first_call = [], 0.0, True
 
     def end_round(self) -> None:
-        """The batch is complete; a later turn of one of its texts would start from its prompt again."""
+        """The batch is complete; a later turn of one of its texts would start from its prompt again.
+
+        All ranks call it, and raise what one of them has met in a tool loop.
+        """
+        error, self._error = self._error, None
+        raise_together(self._trainer.accelerator, error, "generating rollouts")
         self.placement.end_round()
 
     def sync_weights(self) -> None:
@@ -126,30 +132,43 @@ class TrainerRollouts:
     ) -> Completions:
         """One completion for each prompt, which TRL has repeated already.
 
-        An error on one rank is raised on all of them in the first call of a round, which all ranks make; the
-        calls of a tool loop are each rank's own.
+        An error on one rank, of any kind, is raised on all of them: in the first call of a round, which all
+        ranks make, or at the end of the round, for the calls of a tool loop are each rank's own.
         """
         if images is not None:
             raise InvalidInput("prompts with images are not served: blockroll decodes text models")
-        error: BlockrollError | None = None
+        error: BaseException | None = None
         finished: list[Rollout] = []
         with profiler:
             start = time.perf_counter()
             try:
                 finished = self._draw(prompts, num_generations)
-            except BlockrollError as failure:
+            except BaseException as failure:  # noqa: BLE001 raised below, on every rank
                 error = failure
             self.duration_s += time.perf_counter() - start
         if self._is_first_call:
             self._is_first_call = False
             raise_together(self._trainer.accelerator, error, "generating rollouts")
         elif error is not None:
-            raise error
+            return self._stand_in(prompts, error)
         self.rollouts += finished
         return Completions(
             prompt_ids=[list(prompt) for prompt in prompts],
             completion_ids=[list(rollout.token_ids) for rollout in finished],
             logprobs=[[[logprob] for logprob in rollout.behavior_logprobs] for rollout in finished],
+            logprob_token_ids=None,
+        )
+
+    def _stand_in(self, prompts: Sequence[Sequence[int]], error: BaseException) -> Completions:
+        """Completions that end at once, so that this rank reaches the end of the round, where it stops."""
+        if self._trainer.accelerator.num_processes == 1:
+            raise error
+        self._error = self._error or error
+        end = int(self._trainer.eos_token_ids[0])
+        return Completions(
+            prompt_ids=[list(prompt) for prompt in prompts],
+            completion_ids=[[end] for _ in prompts],
+            logprobs=[[[0.0]] for _ in prompts],
             logprob_token_ids=None,
         )
 

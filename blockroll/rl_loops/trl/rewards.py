@@ -13,9 +13,9 @@ class RewardErrors:
     """Keeps the first error of a batch's reward functions, until all ranks can be told."""
 
     def __init__(self) -> None:
-        self._first: Exception | None = None
+        self._first: BaseException | None = None
 
-    def take(self) -> Exception | None:
+    def take(self) -> BaseException | None:
         """The error since the last time, if there was one."""
         error, self._first = self._first, None
         return error
@@ -30,7 +30,7 @@ class RewardErrors:
             async def guarded_later(*, completions: list[Any], **kwargs: Any) -> list[Any]:
                 try:
                     return _one_each(await reward_func(completions=completions, **kwargs), completions)
-                except Exception as error:  # noqa: BLE001 foreign code: raised on all ranks
+                except BaseException as error:  # noqa: BLE001 foreign code, Ctrl-C: raised on all ranks
                     return self._keep(error, completions)
 
             return guarded_later
@@ -39,13 +39,17 @@ class RewardErrors:
         def guarded(*, completions: list[Any], **kwargs: Any) -> list[Any]:
             try:
                 return _one_each(reward_func(completions=completions, **kwargs), completions)
-            except Exception as error:  # noqa: BLE001 foreign code: raised on all ranks
+            except BaseException as error:  # noqa: BLE001 foreign code, Ctrl-C: raised on all ranks
                 return self._keep(error, completions)
 
         return guarded
 
-    def _keep(self, error: Exception, completions: list[Any]) -> list[None]:
+    def keep(self, error: BaseException) -> None:
+        """An error that was met around the functions, a reward model's among them."""
         self._first = self._first or error
+
+    def _keep(self, error: BaseException, completions: list[Any]) -> list[None]:
+        self.keep(error)
         return [None] * len(completions)
 
 

@@ -131,7 +131,18 @@ class _DraftedRollouts(_Trainer):
         return generated
 
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
-        rewards: Tensor = super()._calculate_rewards(*args, **kwargs)
+        try:
+            rewards: Tensor = super()._calculate_rewards(*args, **kwargs)
+        except Exception as error:
+            if self.accelerator.num_processes == 1:
+                raise
+            # Of a reward model, which is no guarded function: the other ranks wait in TRL's gather.
+            self._reward_errors.keep(error)
+            num_texts = len(self._generated[0])
+            nothing = torch.full(
+                (num_texts, len(self.reward_funcs)), math.nan, device=self.accelerator.device
+            )
+            rewards = self.accelerator.gather(nothing)
         raise_together(self.accelerator, self._reward_errors.take(), "computing rewards")
         return rewards
 
