@@ -21,7 +21,7 @@ from blockroll.config import TrainConfig
 from blockroll.errors import CheckpointError, InvalidInput
 from blockroll.policies.hf import HFPolicy
 from blockroll.rl_loops.advantages import Advantages
-from blockroll.rl_loops.grpo import Algorithm
+from blockroll.rl_loops.algorithms import Algorithm
 from blockroll.rl_loops.losses import behavior_correction
 from blockroll.rl_loops.token_laws import TokenLaws, token_laws
 from blockroll.rollout.pool.weight_sync import named_weights

@@ -18,9 +18,9 @@ from rich.console import Console
 from blockroll.config import RunConfig, load_config, to_mapping
 from blockroll.errors import CheckpointError, ConfigError, RunExists
 from blockroll.policies.hf import HFPolicy
+from blockroll.rl_loops.algorithms import ALGORITHMS
 from blockroll.rl_loops.checkpoint import Checkpoint, checkpoints, discard, load_checkpoint, step_of
 from blockroll.rl_loops.display import StepProgress, summary_table
-from blockroll.rl_loops.grpo import ALGORITHMS
 from blockroll.rl_loops.learner import Learner
 from blockroll.rl_loops.report import write_report
 from blockroll.rl_loops.run import Run, StepRecord, audit_folder, rollout_sampling

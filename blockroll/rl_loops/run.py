@@ -15,7 +15,7 @@ import torch
 
 from blockroll.config import RunConfig, to_mapping
 from blockroll.errors import ConfigError
-from blockroll.rl_loops.advantages import Scores, score_rollouts
+from blockroll.rl_loops.advantages import Scores
 from blockroll.rl_loops.checkpoint import save_checkpoint
 from blockroll.rl_loops.collect import Batch, collect, evaluate, rollout_metrics
 from blockroll.rl_loops.learner import Learner
@@ -151,13 +151,13 @@ class Run:
             sampling=self._sampling,
             max_prompt_tokens=self._prompts.max_prompt_tokens,
         )
-        scores = score_rollouts(self.task.reward_fn, batch.rows, batch.rollouts, batch.completions)
+        scores = self.learner.algorithm.score(self.task.reward_fn, batch)
         return Drawn(batch=batch, scores=scores, start=start)
 
     def learn(self, drawn: Drawn) -> None:
         """One policy update. `finish` follows; whoever resumes before that finishes the step then."""
         batch, scores = drawn.batch, drawn.scores
-        advantages = self.learner.algorithm.advantages(scores.rewards_B, batch.group_ids)
+        advantages = self.learner.algorithm.advantages(scores, batch.group_ids)
         update_start = time.perf_counter()
         learner_metrics = self.learner.update(batch.rollouts, advantages)
         now, step = time.perf_counter(), self.step + 1

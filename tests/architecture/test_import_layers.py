@@ -180,7 +180,7 @@ def test_every_unit_on_disk_has_a_row():
             "from transformers import Cache",
             "`rollout.engine` must not import `transformers`",
         ),
-        ("rl_loops.grpo", "import trl", "`rl_loops.grpo` must not import `trl`"),
+        ("rl_loops.algorithms.grpo", "import trl", "`rl_loops.algorithms.grpo` must not import `trl`"),
         ("rl_loops.loop", "def f():\n    import wandb", "`rl_loops.loop` must not import `wandb`"),
         ("rl_loops.tasks", "import gymnasium as gym", "`rl_loops.tasks` must not import `gymnasium`"),
         ("kernels.block_verify", "import triton", "`kernels.block_verify` must not import `triton`"),

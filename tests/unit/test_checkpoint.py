@@ -250,10 +250,10 @@ def test_weights_that_are_not_finite_are_not_saved(copy):
 
 def test_a_learner_refuses_an_optimizer_of_other_shapes(copy, policy_path):
     from blockroll.config import TrainConfig
-    from blockroll.rl_loops.grpo import GRPO
+    from blockroll.rl_loops.algorithms import GRPO
 
     checkpoint = load_checkpoint(copy.run_dir)
-    learner = Learner(load_policy(checkpoint.folder), TrainConfig(), GRPO)
+    learner = Learner(load_policy(checkpoint.folder), TrainConfig(), GRPO())
     state = checkpoint.state["learner"]
     state["optimizer"]["state"][0]["exp_avg"] = torch.zeros(3, 3)
     with pytest.raises(CheckpointError, match=r"exp_avg of tensor 0 has shape \(3, 3\)"):

@@ -12,7 +12,7 @@ from blockroll.config import TrainConfig
 from blockroll.errors import CheckpointError, InvalidInput
 from blockroll.policies.hf import HFPolicy
 from blockroll.rl_loops.advantages import Advantages
-from blockroll.rl_loops.grpo import GRPO
+from blockroll.rl_loops.algorithms import GRPO
 from blockroll.rl_loops.learner import Learner, length_chunks
 from blockroll.types import Law, Request, Rollout, RolloutStats, Sampling
 from tests.equality import assert_same_rows, assert_same_weights
@@ -41,7 +41,7 @@ def tiny_policy(seed=0, dtype=torch.float32):
 
 def learner(seed=0, **options):
     options = {"learning_rate": 1e-2, "warmup_steps": 0, "learner_threads": 1, **options}
-    return Learner(tiny_policy(seed), TrainConfig(**options), GRPO)
+    return Learner(tiny_policy(seed), TrainConfig(**options), GRPO())
 
 
 def rollout(prompt_ids, token_ids, behavior_logprobs=None, temperature=1.0):
@@ -242,7 +242,7 @@ def test_a_state_that_lacks_a_part_is_refused_by_name():
 
 def test_weights_that_are_not_float32_are_refused():
     with pytest.raises(InvalidInput, match="must be float32"):
-        Learner(tiny_policy(dtype=torch.bfloat16), TrainConfig(), GRPO)
+        Learner(tiny_policy(dtype=torch.bfloat16), TrainConfig(), GRPO())
 
 
 def test_the_learner_gives_the_process_its_threads_back():

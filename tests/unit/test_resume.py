@@ -14,6 +14,7 @@ from rich.console import Console
 
 from blockroll.errors import CheckpointError, RunExists, RunInUse, WeightSyncError
 from blockroll.rl_loops import run as run_module
+from blockroll.rl_loops.algorithms import grpo
 from blockroll.rl_loops.checkpoint import checkpoints, discard, latest_checkpoint, load_checkpoint
 from blockroll.rl_loops.learner import Learner
 from blockroll.rl_loops.loop import train
@@ -70,7 +71,7 @@ def fail_once(monkeypatch, owner, name, *, on_call, error, is_after=False):
 PLACES = {
     "in a callback": None,
     "while rollouts are drawn": (run_module, "collect", 3, False),
-    "while rewards are scored": (run_module, "score_rollouts", 3, True),
+    "while rewards are scored": (grpo, "score_rollouts", 3, True),
     "in the backward pass": (torch.autograd, "backward", 3, False),
     "when weights are published": (run_module, "publish", 4, False),
     "after weights were published": (run_module, "publish", 4, True),
@@ -143,7 +144,7 @@ def audited(config):
 
 
 CUTS = {
-    "before its rewards": (run_module, "score_rollouts", 4, False),
+    "before its rewards": (grpo, "score_rollouts", 4, False),
     "in the backward pass": (torch.autograd, "backward", 3, False),
     "in an evaluation": (run_module, "evaluate", 2, True),
     "by a kill": None,

@@ -13,7 +13,7 @@ from transformers import LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 from blockroll.config import TrainConfig
 from blockroll.errors import InvalidInput
 from blockroll.policies.hf import HFPolicy
-from blockroll.rl_loops.grpo import GRPO
+from blockroll.rl_loops.algorithms import GRPO
 from blockroll.rl_loops.learner import Learner
 from blockroll.rl_loops.token_laws import BYTES_PER_LOGIT, token_laws
 from tests.models import random_model
@@ -148,4 +148,4 @@ class Scaled(LlamaForCausalLM):
 def test_a_model_that_does_more_behind_its_head_is_refused_by_name():
     model = Scaled(random_model().config)
     with pytest.raises(InvalidInput, match="Scaled does more behind its output head"):
-        Learner(HFPolicy(model), TrainConfig(), GRPO)
+        Learner(HFPolicy(model), TrainConfig(), GRPO())
