@@ -140,11 +140,12 @@ DAMAGES = {
 }
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
-@pytest.mark.parametrize("name", [STATE_FILE, CONFIG_FILE])
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    # A changed letter of a config is another option or another value.
+    [*((STATE_FILE, damage) for damage in DAMAGES), *((CONFIG_FILE, damage) for damage in list(DAMAGES)[:3])],
+)
 def test_a_damaged_file_is_one_line_that_names_it(copied, name, damage):
-    if (name, damage) == (CONFIG_FILE, "one bit"):
-        pytest.skip("a changed letter of a text is another option or another value")
     path = copied / name
     path.write_bytes(DAMAGES[damage](path.read_bytes()))
     code, said = command("convert", "--resume", copied, "--max-tokens", 40)
