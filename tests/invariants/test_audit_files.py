@@ -6,6 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from blockroll import cli
@@ -293,3 +294,40 @@ def test_no_flipped_bit_goes_unnoticed_that_changes_a_row(one_file):
         else:
             assert code in (1, 2), said
             assert one_file.name in (said if code == 2 else json.loads(said)["problem"]["file"])
+
+
+def test_a_cut_that_rounding_moves_is_no_finding_and_another_cut_is_one(policy, tmp_path):
+    """Another machine rounds otherwise: the token at the edge of top_p may be in on one, out on the other."""
+    (prompt, *_) = prompts(1)
+    requests = make_requests([prompt] * 30, Sampling(max_tokens=1))
+    (plain, *_) = run(policy, requests[:1], Plan(0), max_batch_size=1).values()
+    assert plain.token_ids
+    ids = torch.tensor([list(prompt)])
+    with torch.inference_mode():
+        probs = policy.model(ids).logits[0, -1].double().softmax(-1).sort(descending=True).values
+    edge = float(probs[:3].sum())
+    writer = AuditWriter(tmp_path)
+    sampling = Sampling(max_tokens=1, top_p=edge * (1 + 2e-5))  # the fourth token is in
+    run(policy, make_requests([prompt] * 30, sampling), Plan(0), audit=writer, max_batch_size=4)
+    writer.flush()
+    (path,) = audit_files(tmp_path)
+    assert check_audit([path], policy_of=lambda version: policy).passed
+    for top_p, passes in ((edge * (1 - 2e-5), True), (edge - 0.05, False)):
+        rewrite_infos(path, lambda info, top_p=top_p: info["sampling"].update(top_p=top_p))
+        report = check_audit([path], policy_of=lambda version: policy)
+        assert report.passed is passes, report.problem
+
+
+def rewrite_infos(path, change):
+    """As a careful forger does: checksums are right again."""
+    table = pq.read_table(path)
+    infos = [info and json.loads(info) for info in table["request_info"].to_pylist()]
+    for info in infos:
+        if info:
+            change(info)
+    texts = [info and json.dumps(info) for info in infos]
+    file = read_audit(path)
+    checksums = pa.array(row_checksums(file.requests, file.numbers_N, texts), type=pa.uint32())
+    for name, values in (("request_info", pa.array(texts)), ("checksum", checksums)):
+        table = table.set_column(table.schema.get_field_index(name), name, values)
+    pq.write_table(table, path)

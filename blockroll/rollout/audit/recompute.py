@@ -7,14 +7,21 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import groupby
 
 import numpy as np
 import torch
 
-from blockroll.policies.draft_training import MaskBlocks, TextKeys, clean_pass, mask_pass
 from blockroll.policies.hf import HFPolicy
 from blockroll.policies.rounding import nudged_inputs
+from blockroll.rollout.audit.forwards import (
+    MAX_LOGITS,
+    causal_logits,
+    draft_logits,
+    first_drafts,
+    lengths_of,
+)
 from blockroll.rollout.audit.rows import AuditedRequest, AuditReport, Problem
 from blockroll.rollout.audit.writer import ACCEPTED, RECOVERED
 from blockroll.samplers import step_uniforms
@@ -22,8 +29,7 @@ from blockroll.samplers.laws import Laws, Text
 from blockroll.types import Sampling
 
 _BATCH = 64  # texts of one forward
-_MAX_LOGITS = 1 << 26  # of one forward: rows times vocabulary
-_MAX_MASK = 1 << 26  # entries of a forward's attention mask
+_CUT = 1e-4  # share of top_p or min_p within which rounding decides where the cut falls
 _ROUNDING_MARGIN = 4.0  # times what 99 of 100 laws move by rounding: what is allowed below float32
 
 PolicyOf = Callable[[int], HFPolicy | None]
@@ -67,7 +73,7 @@ def _batches(requests: Sequence[AuditedRequest], vocab_size: int) -> Iterator[li
         for request in alike:
             length = len(request.prompt_ids) + len(request.tokens)
             longest = max(longest, length)
-            if batch and (len(batch) == _BATCH or longest * (len(batch) + 1) * vocab_size > _MAX_LOGITS):
+            if batch and (len(batch) == _BATCH or longest * (len(batch) + 1) * vocab_size > MAX_LOGITS):
                 yield batch
                 batch, longest = [], length
             batch.append(request)
@@ -87,72 +93,99 @@ def _recompute(
 ) -> Problem | None:
     """Laws of all rows of these requests that this version drew, from their texts."""
     texts = [[*request.prompt_ids, *request.tokens] for request in requests]
-    logits, keys = _causal_logits(policy, texts)
+    logits, keys = causal_logits(policy, texts)
     is_rough = torch.finfo(policy.kv_shape.dtype).bits < 32
     if is_rough:
         with nudged_inputs(policy):
-            nudged, _ = _causal_logits(policy, texts)
+            nudged, _ = causal_logits(policy, texts)
         moved = torch.cat([_distance(*pair) for pair in zip(logits, nudged, strict=True)])
         tolerance = max(tolerance, _ROUNDING_MARGIN * float(moved.quantile(0.99)))
     report.tolerance = max(report.tolerance, tolerance)
     chosen = [np.flatnonzero(request.numbers["version"] == version) for request in requests]
-    firsts = [_first_drafts(*each) for each in zip(requests, chosen, strict=True)]
-    draft_logits = _draft_logits(policy, keys, _lengths(policy, texts), requests, firsts)
-    for request, logits_TV, indices, by_attempt in zip(requests, logits, chosen, draft_logits, strict=True):
-        rows, prompt = request.numbers, request.prompt_ids
-        positions = torch.from_numpy(rows["position"][indices].astype(np.int64)) + len(prompt) - 1
+    firsts = [first_drafts(*each) for each in zip(requests, chosen, strict=True)]
+    drafted = draft_logits(policy, keys, lengths_of(policy, texts), requests, firsts)
+    for request, logits_TV, indices, by_attempt in zip(requests, logits, chosen, drafted, strict=True):
+        rows, sampling = request.numbers, request.sampling()
+        positions = torch.from_numpy(rows["position"][indices].astype(np.int64)) + len(request.prompt_ids) - 1
         row_logits_BV = logits_TV[positions]
         temperature = request.info["sampling"]["temperature"] or 1.0
         tokens_B1 = torch.from_numpy(rows["token"][indices].astype(np.int64))[:, None]
         policy_B = (row_logits_BV.double() / temperature).log_softmax(-1).gather(1, tokens_B1)[:, 0].numpy()
-        pairs = [("policy_logprob", np.exp(rows["policy_logprob"][indices]), np.exp(policy_B))]
-        sampling = request.sampling()
+        drawn_by = f"by the policy of version {version}"
+        found = _differences(
+            [("policy_logprob", np.exp(rows["policy_logprob"][indices]), np.exp(policy_B))],
+            tolerance,
+            drawn_by,
+            report,
+        )
         # Where a cut falls, rounding decides which tokens stay: no bound on laws holds behind it.
         if sampling is None or (is_rough and sampling.truncation):
             report.num_unknown_laws += len(indices)
         else:
-            drafts = _draft_blocks(request, by_attempt, policy, sampling)
-            pairs += _laws_again(request, indices, row_logits_BV, drafts, policy, sampling, tolerance)
-            for index in indices:
-                found = _drafted_again(request, int(index), drafts, tolerance)
-                if found is not None:
-                    return found
-        for name, recorded_B, recomputed_B in pairs:
-            with np.errstate(invalid="ignore"):
-                difference_B = np.abs(recorded_B - recomputed_B)
-            report.largest_difference = max(
-                report.largest_difference, float(np.nanmax(difference_B, initial=0))
+            of_laws = partial(
+                _wrong_laws, request, indices, row_logits_BV, by_attempt, policy, tolerance, drawn_by, report
             )
-            wrong = np.flatnonzero(difference_B > tolerance)
-            if len(wrong):
-                first = int(wrong[0])
-                return request.problem(
-                    int(indices[first]),
-                    f"{name} is {recorded_B[first]:.6g} in the file and {recomputed_B[first]:.6g} by the "
-                    f"policy of version {version}",
-                )
+            wrong = of_laws(sampling)
+            for close in _close_cuts(sampling) if wrong else ():
+                others = of_laws(close)
+                wrong = {row: what for row, what in wrong.items() if row in others}
+            found = {**wrong, **found}
+        if found:
+            first = min(found)
+            return request.problem(int(indices[first]), found[first])
     return None
+
+
+def _wrong_laws(
+    request: AuditedRequest,
+    indices: np.ndarray,
+    logits_BV: torch.Tensor,
+    by_attempt: Mapping[int, tuple[int, torch.Tensor]],
+    policy: HFPolicy,
+    tolerance: float,
+    drawn_by: str,
+    report: AuditReport,
+    sampling: Sampling,
+) -> dict[int, str]:
+    """By row, what its laws and its draft would have been otherwise."""
+    drafts = _draft_blocks(request, by_attempt, policy, sampling)
+    again = _laws_again(request, indices, logits_BV, drafts, policy, sampling, tolerance)
+    return {
+        **_drafted_otherwise(request, indices, drafts, tolerance),
+        **_differences(again, tolerance, drawn_by, report),
+    }
+
+
+def _differences(
+    pairs: Sequence[tuple[str, np.ndarray, np.ndarray]], tolerance: float, drawn_by: str, report: AuditReport
+) -> dict[int, str]:
+    """By row, what differs by more than the tolerance; what is within goes into the report."""
+    found: dict[int, str] = {}
+    for name, recorded_B, recomputed_B in pairs:
+        with np.errstate(invalid="ignore"):
+            difference_B = np.abs(recorded_B - recomputed_B)
+        within_B = difference_B[difference_B <= tolerance]
+        report.largest_difference = max(report.largest_difference, float(np.max(within_B, initial=0)))
+        for row in np.flatnonzero(difference_B > tolerance).tolist():
+            found.setdefault(
+                row, f"{name} is {recorded_B[row]:.6g} in the file and {recomputed_B[row]:.6g} {drawn_by}"
+            )
+    return found
+
+
+def _close_cuts(sampling: Sampling) -> Iterator[Sampling]:
+    """The same with cuts just beside these, where the rounding of another machine may have put them."""
+    for factor in (1 - _CUT, 1 + _CUT):
+        if sampling.top_p < 1:
+            yield replace(sampling, top_p=min(1.0, sampling.top_p * factor))
+        if sampling.min_p:
+            yield replace(sampling, min_p=min(1.0, sampling.min_p * factor))
 
 
 def _distance(logits_TV: torch.Tensor, others_TV: torch.Tensor) -> torch.Tensor:
     """Total variation between the laws of each row, at temperature 1: no event differs by more."""
     laws = (each.double().softmax(dim=-1) for each in (logits_TV, others_TV))
     return torch.sub(*laws).abs().sum(dim=-1) / 2
-
-
-def _causal_logits(policy: HFPolicy, texts: Sequence[Sequence[int]]) -> tuple[list[torch.Tensor], TextKeys]:
-    """Float32 logits (T, V) of each text, by one causal forward of all; and the keys of their rows."""
-    longest = max(map(len, texts))
-    ids_BT = torch.zeros((len(texts), longest), dtype=torch.int64)
-    for row, text in enumerate(texts):
-        ids_BT[row, : len(text)] = torch.tensor(text)
-    hidden_BTW, keys = clean_pass(policy, ids_BT.to(policy.device), _lengths(policy, texts))
-    logits_BTV = policy.logits(hidden_BTW).cpu()
-    return [logits_TV[: len(text)] for logits_TV, text in zip(logits_BTV, texts, strict=True)], keys
-
-
-def _lengths(policy: HFPolicy, texts: Sequence[Sequence[int]]) -> torch.Tensor:
-    return torch.tensor([len(text) for text in texts], device=policy.device)
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,64 +203,6 @@ class _Block:
         return self.soft_KV is not None and bool(
             _is_tied(self.soft_KV[[offset]], np.array([token]), tolerance)[0]
         )
-
-
-def _first_drafts(request: AuditedRequest, indices: np.ndarray) -> dict[int, int]:
-    """Of each step, by its attempt, the first of these rows that had a draft."""
-    drafted = indices[request.numbers["draft"][indices] >= 0]
-    attempts, first = np.unique(request.numbers["attempt"][drafted], return_index=True)
-    return dict(zip(attempts.tolist(), drafted[first].tolist(), strict=True))
-
-
-def _draft_logits(
-    policy: HFPolicy,
-    keys: TextKeys,
-    lengths_B: torch.Tensor,
-    requests: Sequence[AuditedRequest],
-    firsts: Sequence[Mapping[int, int]],
-) -> list[dict[int, tuple[int, torch.Tensor]]]:
-    """By attempt, the first row of each step, and the logits (K, V) of its drafts from that row's on.
-
-    A step's masks stand behind the tokens they knew and see each other alone: blocks of one width run side by
-    side, over the keys of their texts.
-    """
-    num_tokens = int(lengths_B.max())
-    found: list[dict[int, tuple[int, torch.Tensor]]] = [{} for _ in requests]
-    steps = defaultdict(list)
-    for row, (request, by_attempt) in enumerate(zip(requests, firsts, strict=True)):
-        for attempt, first in by_attempt.items():
-            steps[int(request.numbers["num_masks"][first])].append((row, attempt, first))
-    for width, of_width in steps.items():
-        waiting = [[each for each in of_width if each[0] == row] for row in range(len(requests))]
-        per_block = len(requests) * width
-        num_blocks = max(
-            1, min(_MAX_LOGITS // (per_block * policy.vocab_size), _blocks(per_block, num_tokens))
-        )
-        for start in range(0, max(map(len, waiting)), num_blocks):
-            part = [each[start : start + num_blocks] for each in waiting]
-            anchors_BG = torch.zeros((len(requests), max(map(len, part))), dtype=torch.int64)
-            for row, of_row in enumerate(part):
-                for block, (_, _, first) in enumerate(of_row):
-                    anchors_BG[row, block] = int(requests[row].numbers["context"][first]) - 1
-            blocks = MaskBlocks(anchors_BG=anchors_BG.to(policy.device), num_drafts=width, first_slot=0)
-            states_BMW = mask_pass(policy, blocks, keys, lengths_B)
-            logits_BMV = policy.logits(states_BMW).cpu()
-            logits_BGKV = logits_BMV.view(len(requests), -1, width, logits_BMV.shape[-1])
-            for row, of_row in enumerate(part):
-                for block, (_, attempt, first) in enumerate(of_row):
-                    # Slots of a step are consecutive; the file may begin in its middle.
-                    numbers = requests[row].numbers
-                    before = int(numbers["slot"][first]) - int(numbers["offset"][first])
-                    found[row][attempt] = first, logits_BGKV[row, block, before:]
-    return found
-
-
-def _blocks(rows_per_block: int, num_tokens: int) -> int:
-    """Blocks of one forward whose attention mask, rows times all keys, is not too large."""
-    blocks = max(1, _MAX_MASK // (rows_per_block * num_tokens))
-    while blocks > 1 and blocks * rows_per_block * (num_tokens + blocks * rows_per_block) > _MAX_MASK:
-        blocks //= 2
-    return blocks
 
 
 def _draft_blocks(
@@ -358,22 +333,22 @@ def _laws_again(
     return [(name, recorded, np.where(is_tied_B, recorded, again)) for name, recorded, again in pairs]
 
 
-def _drafted_again(
-    request: AuditedRequest, index: int, blocks: Mapping[int, _Block], tolerance: float
-) -> Problem | None:
-    """The drafted token is the one its coin draws from the recomputed law, up to its noise."""
-    row = request.numbers[index]
-    drafted = int(row["draft"])
-    if drafted < 0:
-        return None
-    block, offset = blocks[int(row["attempt"])], int(row["offset"])
-    if block.tokens_K[offset] == drafted or block.is_tied(offset, drafted, tolerance):
-        return None
-    cumulative_V = block.probs_KV[offset].cumsum()
-    low = cumulative_V[drafted - 1] if drafted else 0.0
-    if low - tolerance <= block.uniforms_K[offset] <= cumulative_V[drafted] + tolerance:
-        return None
-    return request.problem(
-        index,
-        f"token {drafted} was drafted, its coin draws {block.tokens_K[offset]} from the policy's rows",
-    )
+def _drafted_otherwise(
+    request: AuditedRequest, indices: np.ndarray, blocks: Mapping[int, _Block], tolerance: float
+) -> dict[int, str]:
+    """By row, a drafted token that is not the one its coin draws from the law again, up to its noise."""
+    found = {}
+    for place, row in enumerate(request.numbers[indices]):
+        drafted = int(row["draft"])
+        if drafted < 0:
+            continue
+        block, offset = blocks[int(row["attempt"])], int(row["offset"])
+        if block.tokens_K[offset] == drafted or block.is_tied(offset, drafted, tolerance):
+            continue
+        cumulative_V = block.probs_KV[offset].cumsum()
+        low = cumulative_V[drafted - 1] if drafted else 0.0
+        if not low - tolerance <= block.uniforms_K[offset] <= cumulative_V[drafted] + tolerance:
+            found[place] = (
+                f"token {drafted} was drafted, its coin draws {block.tokens_K[offset]} from the policy's rows"
+            )
+    return found
