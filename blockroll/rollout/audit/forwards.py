@@ -5,19 +5,22 @@ Shapes: B texts, G blocks of a text, K drafted tokens, M masks, T tokens, V voca
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from blockroll.policies.draft_training import MaskBlocks, TextKeys, clean_pass, mask_pass
-from blockroll.policies.hf import HFPolicy
 from blockroll.rollout.audit.rows import AuditedRequest
+
+if TYPE_CHECKING:
+    from blockroll.policies.hf import HFPolicy
 
 MAX_LOGITS = 1 << 26  # of one forward: rows times vocabulary
 _MAX_MASK = 1 << 26  # entries of a forward's attention mask
 
 
-def causal_logits(policy: HFPolicy, texts: Sequence[Sequence[int]]) -> tuple[list[torch.Tensor], TextKeys]:
+def causal_logits(policy: "HFPolicy", texts: Sequence[Sequence[int]]) -> tuple[list[torch.Tensor], TextKeys]:
     """Float32 logits (T, V) of each text, by one causal forward of all; and the keys of their rows."""
     longest = max(map(len, texts))
     ids_BT = torch.zeros((len(texts), longest), dtype=torch.int64)
@@ -28,7 +31,7 @@ def causal_logits(policy: HFPolicy, texts: Sequence[Sequence[int]]) -> tuple[lis
     return [logits_TV[: len(text)] for logits_TV, text in zip(logits_BTV, texts, strict=True)], keys
 
 
-def lengths_of(policy: HFPolicy, texts: Sequence[Sequence[int]]) -> torch.Tensor:
+def lengths_of(policy: "HFPolicy", texts: Sequence[Sequence[int]]) -> torch.Tensor:
     return torch.tensor([len(text) for text in texts], device=policy.device)
 
 
@@ -40,7 +43,7 @@ def first_drafts(request: AuditedRequest, indices: np.ndarray) -> dict[int, int]
 
 
 def draft_logits(
-    policy: HFPolicy,
+    policy: "HFPolicy",
     keys: TextKeys,
     lengths_B: torch.Tensor,
     requests: Sequence[AuditedRequest],
