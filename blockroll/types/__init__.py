@@ -1,6 +1,6 @@
 """What moves between the parts of blockroll: requests, rollouts, drafts, verdicts, plans and laws."""
 
-from blockroll.types.plan import PLAIN, Law, Plan
+from blockroll.types.plan import PLAIN, Law, Plan, PlanKind
 from blockroll.types.replica import (
     ReplicaHealth,
     ReplicaState,
@@ -24,6 +24,7 @@ __all__ = [
     "Law",
     "LogitsProcessor",
     "Plan",
+    "PlanKind",
     "Prefix",
     "ReplicaHealth",
     "ReplicaState",

@@ -1,7 +1,8 @@
 """How a step decodes, and what tokens are drawn from."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from enum import StrEnum
 
 from blockroll.errors import InvalidInput
 
@@ -27,6 +28,14 @@ class Law:
         return "target" if self.weight == 1.0 else f"mixed({self.weight:g})"
 
 
+class PlanKind(StrEnum):
+    """Who drafts for a step, and where drafts are verified."""
+
+    PLAIN = "plain"  # nobody
+    TWO_FORWARD = "two_forward"  # masks in a forward of their own, before the one that verifies
+    FUSED = "fused"  # masks in the forward that verifies, for the next step
+
+
 @dataclass(frozen=True, slots=True)
 class Plan:
     """How the next step decodes; one plan per step for the whole batch.
@@ -36,6 +45,7 @@ class Plan:
 
     num_drafts: int
     levels: tuple[int, ...] = ()
+    kind: PlanKind = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.num_drafts < 0:
@@ -49,32 +59,35 @@ class Plan:
                 f"the levels of a fused plan must rise from 0 to at most K = {self.num_drafts}, got "
                 f"{list(self.levels)}; without level 0 a step that accepts nothing has no drafts after it"
             )
+        kind = PlanKind.FUSED if self.levels and self.num_drafts else PlanKind.TWO_FORWARD
+        object.__setattr__(self, "kind", kind if self.num_drafts else PlanKind.PLAIN)
 
     @property
     def name(self) -> str:
         """`plain`, `two_forward(K)` or `fused(K,[levels])`."""
-        if self.num_drafts == 0:
-            return "plain"
-        if not self.levels:
-            return f"two_forward({self.num_drafts})"
-        return f"fused({self.num_drafts},[{','.join(map(str, self.levels))}])"
+        match self.kind:
+            case PlanKind.PLAIN:
+                return "plain"
+            case PlanKind.TWO_FORWARD:
+                return f"two_forward({self.num_drafts})"
+            case PlanKind.FUSED:
+                return f"fused({self.num_drafts},[{','.join(map(str, self.levels))}])"
 
     @property
     def forwards_per_step(self) -> int:
         """Request-forwards that one step costs."""
-        return 2 if self.num_drafts and not self.levels else 1
+        return 2 if self.kind is PlanKind.TWO_FORWARD else 1
 
     @property
     def layout(self) -> str | None:
         """What a policy must have been trained to draft for: `two_forward`, `fused`, or None for plain."""
-        if self.num_drafts == 0:
-            return None
-        return "fused" if self.levels else "two_forward"
+        return None if self.kind is PlanKind.PLAIN else self.kind.value
 
     @property
     def rows_per_forward(self) -> int:
         """New rows of one request in the widest forward of a step."""
-        return (self.num_drafts + 1) * (len(self.levels) + 1)
+        num_blocks = len(self.levels) + 1 if self.kind is PlanKind.FUSED else 1
+        return (self.num_drafts + 1) * num_blocks
 
     @classmethod
     def parse(cls, text: str, *, default_drafts: int) -> "Plan":

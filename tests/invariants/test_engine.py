@@ -2,21 +2,18 @@
 
 import dataclasses
 import itertools
-import random
 
 import pytest
 import torch
 
-from blockroll.errors import InvalidInput
 from blockroll.rollout.engine.engine import Engine
-from blockroll.rollout.engine.scheduler import Scheduler
 from blockroll.rollout.planning.planner import Planner
 from blockroll.samplers import uniforms
 from blockroll.samplers.uniforms import philox4x32
 from blockroll.types import Law, Plan, Sampling
 from tests.engines import PlansInTurn, causal_logprobs, make_requests, run
 from tests.equality import assert_same_rollouts
-from tests.models import EOS_ID, FAMILIES, MASK_ID, adapted_policy, prompts, random_policy
+from tests.models import EOS_ID, FAMILIES, adapted_policy, prompts, random_policy
 
 PLAIN, TWO_FORWARD, FUSED = Plan(0), Plan(4), Plan(4, (0, 2, 4))
 LEVEL_SETS = [(0,), (0, 4), (0, 2, 4), (0, 1, 2, 3, 4)]
@@ -367,162 +364,3 @@ def test_a_weight_update_in_flight_recomputes_the_cache_and_stamps_new_tokens():
         want = causal_logprobs(policy, rollout)[fresh:]
         got = torch.tensor(rollout.policy_logprobs[fresh:]).double()
         torch.testing.assert_close(got, want, atol=1e-4, rtol=0)
-
-
-@pytest.mark.parametrize(
-    ("prompt", "advice"),
-    [
-        ((), "empty prompt"),
-        (tuple([5] * 96), "96 tokens, but the context holds 96"),
-        ((5, 24), "token 24 at position 1, outside the vocabulary of 24"),
-        ((-1,), "token -1 at position 0"),
-    ],
-)
-def test_a_request_that_cannot_be_served_is_refused_at_the_door(policy, prompt, advice):
-    engine = Engine(policy, plan=TWO_FORWARD)
-    with pytest.raises(InvalidInput, match=advice):
-        engine.submit(make_requests([(5, 6), prompt], Sampling()))
-    assert engine.num_requests == 0
-
-
-@pytest.mark.parametrize("plan", [TWO_FORWARD, FUSED], ids=lambda plan: plan.name)
-def test_a_mask_token_in_a_text_is_a_token_like_any_other(policy, plan):
-    """A policy may have drawn its own, and a later turn of the text must go on: rows are masks by kind."""
-    assert policy.mask_token_id == MASK_ID
-    texts = [(5, MASK_ID, 6), (MASK_ID, MASK_ID), (7, 8, MASK_ID)]
-    sampling = Sampling(max_tokens=12, ignore_eos=True, logit_bias={MASK_ID: 4.0})
-    finished = run(policy, make_requests(texts, sampling), plan)
-    assert any(MASK_ID in rollout.token_ids for rollout in finished.values())
-    for rollout in finished.values():
-        got = torch.tensor(rollout.policy_logprobs).double()
-        torch.testing.assert_close(got, causal_logprobs(policy, rollout), atol=1e-4, rtol=0)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "advice"),
-    [
-        ({"temperature": -0.5}, "temperature must be at least 0, got -0.5; 0 means greedy"),
-        ({"temperature": float("nan")}, "temperature must be at least 0"),
-        ({"draft_temperature": -1.0}, "draft_temperature must be at least 0"),
-        ({"max_tokens": 0}, "max_tokens must be at least 1"),
-        ({"stop": ("",)}, "stop strings must not be empty"),
-    ],
-)
-def test_sampling_outside_its_range_is_refused(arguments, advice):
-    with pytest.raises(InvalidInput, match=advice):
-        Sampling(**arguments)
-
-
-def test_plans_outside_the_policys_reach_are_refused_or_named():
-    with pytest.raises(InvalidInput, match="drafts nothing"):
-        Plan.parse("two_forward(0)", default_drafts=4)
-    with pytest.raises(InvalidInput, match="has levels, which only fused plans have"):
-        Plan.parse("two_forward(4,[0,2])", default_drafts=4)
-    with pytest.raises(InvalidInput, match="plan must be"):
-        Plan.parse("three_forward", default_drafts=4)
-    policy = random_policy(trained_drafts=4, layouts=("two_forward",))
-    with pytest.warns(UserWarning, match=r"two_forward\(6\) drafts more than the 4 tokens"):
-        Engine(policy, plan=Plan(6))
-    with pytest.warns(UserWarning, match="in a layout this policy was not trained for, only for two_forward"):
-        Engine(policy, plan=FUSED)
-    policy.mask_token_id = None
-    with pytest.raises(InvalidInput, match="needs a policy that drafts"):
-        Engine(policy, plan=Plan(4))
-    with pytest.raises(InvalidInput, match="serves 96 positions"):
-        Engine(policy, plan=PLAIN, max_length=97)
-
-
-def test_the_same_request_id_twice_is_refused(policy):
-    engine = Engine(policy, plan=PLAIN)
-    (request,) = make_requests([(5, 6)], Sampling())
-    with pytest.raises(InvalidInput, match="'r0' is already being served"):
-        engine.submit([request, request])
-
-
-def test_requests_join_several_at_a_time_but_never_wait_for_what_does_not_come():
-    scheduler = Scheduler(max_batch_size=16)
-    for index in range(20):
-        scheduler.submit(f"r{index}", 5)
-    assert len(scheduler.admit()) == 16
-    scheduler.release(3)
-    assert scheduler.admit() == ()  # one of 16 slots is free, and four wait
-    scheduler.release(3)
-    assert scheduler.admit() == ("r16", "r17")
-    scheduler.drop("r18")
-    scheduler.release(0)
-    assert scheduler.admit() == ("r19",)  # the last does not wait for company
-
-
-def test_every_scheduled_request_runs_once_and_slots_have_no_holes():
-    rng = random.Random(0)
-    for _ in range(30):
-        scheduler = Scheduler(max_batch_size=rng.randint(1, 6), max_prefill_tokens=20)
-        slots: list[str] = []
-        waiting = [f"r{index}" for index in range(40)]
-        finished: list[str] = []
-        while waiting or slots or scheduler.waiting:
-            for _ in range(rng.randint(0, 3)):
-                if waiting:
-                    scheduler.submit(waiting.pop(0), rng.randint(0, 30))
-            slots += scheduler.admit()
-            scheduler.check_integrity()
-            assert tuple(slots) == scheduler.running
-            for slot in reversed(range(len(slots))):
-                if rng.random() < 0.3:
-                    finished.append(slots[slot])
-                    move = scheduler.release(slot)
-                    last = slots.pop()
-                    if move is not None:
-                        assert (move.source, move.target) == (len(slots), slot)
-                        slots[slot] = last
-        assert sorted(finished) == sorted(f"r{index}" for index in range(40))
-
-
-def test_requests_that_join_later_find_room_and_draw_what_they_would_alone(policy):
-    early = make_requests(prompts(6), Sampling(max_tokens=8))
-    late = make_requests(prompts(6, seed=5), Sampling(max_tokens=40, ignore_eos=True), seed=9)
-    late = [dataclasses.replace(request, request_id=f"late {i}") for i, request in enumerate(late)]
-    alone = {**run(policy, early, TWO_FORWARD), **run(policy, late, TWO_FORWARD)}
-    engine = Engine(policy, plan=TWO_FORWARD, max_batch_size=8)
-    engine.submit(early)
-    finished = [*engine.step().finished]
-    engine.submit(late)  # longer than what the cache was made for, while others run
-    while engine.num_requests:
-        finished += engine.step().finished
-    assert_same_rollouts(alone, finished, policy)
-
-
-@pytest.mark.parametrize("plan", [PLAIN, FUSED], ids=lambda plan: plan.name)
-def test_a_bound_on_the_cache_lets_fewer_run_together_and_changes_no_token(policy, plan):
-    requests = make_requests(prompts(9), Sampling(max_tokens=12))
-    free = run(policy, requests, plan)
-    longest = max(len(request.prompt_ids) for request in requests) + 12 + plan.rows_per_forward
-    engine = Engine(policy, plan=plan, max_cache_rows=3 * (longest + 16))
-    engine.submit(requests)
-    widest, finished = 0, []
-    while engine.num_requests:
-        finished += engine.step().finished
-        widest = max(widest, len(engine._scheduler.running))
-    assert 1 < widest <= 3
-    assert sum(tensor.shape[0] * tensor.shape[2] for tensor in engine._cache._keys) <= 2 * 3 * (longest + 16)
-    assert_same_rollouts(free, finished, policy)
-    with pytest.raises(InvalidInput, match="memory_fraction"):
-        Engine(policy, plan=plan, max_cache_rows=longest // 2).submit(requests)
-
-
-def test_memory_is_given_back_between_requests_and_never_under_them(policy):
-    requests = make_requests(prompts(3), Sampling(max_tokens=8))
-    engine = Engine(policy, plan=TWO_FORWARD)
-    drawn = []
-    for _ in range(2):
-        engine.submit(requests)
-        with pytest.raises(InvalidInput, match="3 requests are being served"):
-            engine.release_memory()
-        finished = []
-        while engine.num_requests:
-            finished += engine.step().finished
-        assert engine._cache._keys
-        engine.release_memory()
-        assert not engine._cache._keys
-        drawn.append(finished)
-    assert_same_rollouts(*drawn, policy)

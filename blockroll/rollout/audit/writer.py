@@ -30,7 +30,7 @@ from torch import Tensor
 
 from blockroll.errors import AuditError, InvalidInput
 from blockroll.rollout.engine.trace import StepTrace
-from blockroll.types import Evidence, Request, Sampling
+from blockroll.types import Evidence, PlanKind, Request, Sampling
 
 SCHEMA_VERSION = 1
 KINDS = ("accepted", "recovered", "extra", "plain")  # by their codes
@@ -302,7 +302,10 @@ def _numbers(step: StepTrace, is_kept_B: np.ndarray, serials_B: np.ndarray) -> t
         numbers_N["token"] = tokens_BL[row_N, index_N]
         kinds = np.where(drafted_N, RECOVERED, EXTRA if step.plan.num_drafts else PLAIN_TOKEN)
         numbers_N["kind"] = np.where(accepted_N, ACCEPTED, kinds)
-        numbers_N["num_drafts"], numbers_N["is_fused"] = step.plan.num_drafts, bool(step.plan.levels)
+        numbers_N["num_drafts"], numbers_N["is_fused"] = (
+            step.plan.num_drafts,
+            step.plan.kind is PlanKind.FUSED,
+        )
         numbers_N["version"], numbers_N["attempt"] = step.version, attempts_B[row_N]
         numbers_N["offset"] = first + index_N
         for name in ("draft", "context", "slot", "num_masks"):

@@ -29,7 +29,7 @@ from blockroll.samplers import (
     step_uniforms,
     verify_block,
 )
-from blockroll.types import Draft, Plan, Verdict
+from blockroll.types import Draft, Plan, PlanKind, Verdict
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,7 +76,7 @@ class Decoder:
 
         `first_logits` (B, K + 1, V) are the anchors' and the masks' rows of a batch whose prefill had both.
         """
-        if plan.levels:
+        if plan.kind is PlanKind.FUSED:
             self._start_proposals(batch, plan, first_logits)
         device = self._policy.device
         state = torch.tensor([running.state for running in batch], device=device)
@@ -85,7 +85,7 @@ class Decoder:
         positions_B = torch.tensor([running.num_tokens for running in batch], device=device)
 
         clock = self._clock()
-        settles = plan.num_drafts > 0 and not plan.levels
+        settles = plan.kind is PlanKind.TWO_FORWARD
         draft_uniforms_BK, verify_uniforms = step_uniforms(
             seeds_B, positions_B, attempts_B, plan.num_drafts, settles=settles
         )
@@ -135,7 +135,7 @@ class Decoder:
         ids_BL = torch.cat([anchors_B[:, None], draft.token_ids_BK], dim=1)
         window = self._cache.window(0, len(ids_BL), plan.rows_per_forward)
         states_BPLW = None
-        if plan.levels:
+        if plan.kind is PlanKind.FUSED:
             fused = self._policy.fused_rows(ids_BL, plan.levels, window)
             logits_BLV, states_BPLW = fused.verify_logits_BLV, fused.proposal_states_BPLW
         elif first_logits is not None:
@@ -205,7 +205,7 @@ class Decoder:
         From a draft forward they come behind the anchor's causal row: (B, K + 1, V).
         """
         device = self._policy.device
-        if plan.levels:
+        if plan.kind is PlanKind.FUSED:
             proposals = [running.proposal for running in batch]
             rows = [proposal.logits_KV for proposal in proposals if proposal is not None]
             counts = [proposal.num_drafts for proposal in proposals if proposal is not None]
@@ -272,7 +272,7 @@ class Decoder:
 
 def _origins(batch: Sequence[RunningRequest], plan: Plan) -> list[tuple[int, int, int]]:
     """Where the draft rows of each request come from: context, first slot and masks."""
-    if plan.levels:
+    if plan.kind is PlanKind.FUSED:
         return [running.proposal.origin for running in batch if running.proposal is not None]
     return [(running.num_tokens, 0, plan.num_drafts) if plan.num_drafts else (0, 0, 0) for running in batch]
 

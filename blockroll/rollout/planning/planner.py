@@ -316,5 +316,5 @@ def cost_key(policy: "HFPolicy") -> str:
 
 def _is_narrower(plan: Plan, other: Plan) -> bool:
     """Whether it is of the same kind with fewer drafts."""
-    kind, other_kind = (plan.layout, len(plan.levels)), (other.layout, len(other.levels))
+    kind, other_kind = (plan.kind, len(plan.levels)), (other.kind, len(other.levels))
     return kind == other_kind and plan.num_drafts < other.num_drafts

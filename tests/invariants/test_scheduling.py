@@ -1,0 +1,110 @@
+"""Which requests run together, in how much memory: nothing of it changes a token."""
+
+import dataclasses
+import random
+
+import pytest
+
+from blockroll.errors import InvalidInput
+from blockroll.rollout.engine.engine import Engine
+from blockroll.rollout.engine.scheduler import Scheduler
+from blockroll.types import Plan, Sampling
+from tests.engines import make_requests, run
+from tests.equality import assert_same_rollouts
+from tests.models import prompts, random_policy
+
+PLAIN, TWO_FORWARD, FUSED = Plan(0), Plan(4), Plan(4, (0, 2, 4))
+
+
+@pytest.fixture(scope="module")
+def policy():
+    return random_policy()
+
+
+def test_requests_join_several_at_a_time_but_never_wait_for_what_does_not_come():
+    scheduler = Scheduler(max_batch_size=16)
+    for index in range(20):
+        scheduler.submit(f"r{index}", 5)
+    assert len(scheduler.admit()) == 16
+    scheduler.release(3)
+    assert scheduler.admit() == ()  # one of 16 slots is free, and four wait
+    scheduler.release(3)
+    assert scheduler.admit() == ("r16", "r17")
+    scheduler.drop("r18")
+    scheduler.release(0)
+    assert scheduler.admit() == ("r19",)  # the last does not wait for company
+
+
+def test_every_scheduled_request_runs_once_and_slots_have_no_holes():
+    rng = random.Random(0)
+    for _ in range(30):
+        scheduler = Scheduler(max_batch_size=rng.randint(1, 6), max_prefill_tokens=20)
+        slots: list[str] = []
+        waiting = [f"r{index}" for index in range(40)]
+        finished: list[str] = []
+        while waiting or slots or scheduler.waiting:
+            for _ in range(rng.randint(0, 3)):
+                if waiting:
+                    scheduler.submit(waiting.pop(0), rng.randint(0, 30))
+            slots += scheduler.admit()
+            scheduler.check_integrity()
+            assert tuple(slots) == scheduler.running
+            for slot in reversed(range(len(slots))):
+                if rng.random() < 0.3:
+                    finished.append(slots[slot])
+                    move = scheduler.release(slot)
+                    last = slots.pop()
+                    if move is not None:
+                        assert (move.source, move.target) == (len(slots), slot)
+                        slots[slot] = last
+        assert sorted(finished) == sorted(f"r{index}" for index in range(40))
+
+
+def test_requests_that_join_later_find_room_and_draw_what_they_would_alone(policy):
+    early = make_requests(prompts(6), Sampling(max_tokens=8))
+    late = make_requests(prompts(6, seed=5), Sampling(max_tokens=40, ignore_eos=True), seed=9)
+    late = [dataclasses.replace(request, request_id=f"late {i}") for i, request in enumerate(late)]
+    alone = {**run(policy, early, TWO_FORWARD), **run(policy, late, TWO_FORWARD)}
+    engine = Engine(policy, plan=TWO_FORWARD, max_batch_size=8)
+    engine.submit(early)
+    finished = [*engine.step().finished]
+    engine.submit(late)  # longer than what the cache was made for, while others run
+    while engine.num_requests:
+        finished += engine.step().finished
+    assert_same_rollouts(alone, finished, policy)
+
+
+@pytest.mark.parametrize("plan", [PLAIN, FUSED], ids=lambda plan: plan.name)
+def test_a_bound_on_the_cache_lets_fewer_run_together_and_changes_no_token(policy, plan):
+    requests = make_requests(prompts(9), Sampling(max_tokens=12))
+    free = run(policy, requests, plan)
+    longest = max(len(request.prompt_ids) for request in requests) + 12 + plan.rows_per_forward
+    engine = Engine(policy, plan=plan, max_cache_rows=3 * (longest + 16))
+    engine.submit(requests)
+    widest, finished = 0, []
+    while engine.num_requests:
+        finished += engine.step().finished
+        widest = max(widest, len(engine._scheduler.running))
+    assert 1 < widest <= 3
+    assert sum(tensor.shape[0] * tensor.shape[2] for tensor in engine._cache._keys) <= 2 * 3 * (longest + 16)
+    assert_same_rollouts(free, finished, policy)
+    with pytest.raises(InvalidInput, match="memory_fraction"):
+        Engine(policy, plan=plan, max_cache_rows=longest // 2).submit(requests)
+
+
+def test_memory_is_given_back_between_requests_and_never_under_them(policy):
+    requests = make_requests(prompts(3), Sampling(max_tokens=8))
+    engine = Engine(policy, plan=TWO_FORWARD)
+    drawn = []
+    for _ in range(2):
+        engine.submit(requests)
+        with pytest.raises(InvalidInput, match="3 requests are being served"):
+            engine.release_memory()
+        finished = []
+        while engine.num_requests:
+            finished += engine.step().finished
+        assert engine._cache._keys
+        engine.release_memory()
+        assert not engine._cache._keys
+        drawn.append(finished)
+    assert_same_rollouts(*drawn, policy)
