@@ -38,7 +38,9 @@ EXTRAS = {  # optional package: what it gives
 def doctor(
     model: Annotated[
         str | None,
-        typer.Option(help="A checkpoint folder to check: are its rollouts lossless? Loaded in float32."),
+        typer.Option(
+            help="A checkpoint to check (a folder or Hub id): are its rollouts lossless? Loaded in float32."
+        ),
     ] = None,
     adapter: AdapterOption = None,
     prompts: PromptsOption = None,

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 PolicyOption = Annotated[
     str,
     typer.Option(
-        help="A Hugging Face checkpoint folder, or 'tiny' for the policy that ships, an untrained start."
+        help="A checkpoint folder, a Hugging Face Hub id, or 'tiny' for the untrained start that ships."
     ),
 ]
 AdapterOption = Annotated[

@@ -33,7 +33,9 @@ Several = Annotated[tuple[T, ...], MinLen(1), Strict(False)]
 class PolicyConfig:
     """The language model."""
 
-    path: PathText = "tiny"  # a Hugging Face checkpoint folder, or "tiny" for the policy that ships
+    path: PathText = (
+        "tiny"  # a checkpoint folder, an id of the Hugging Face Hub, or "tiny" for the one that ships
+    )
     adapter: PathText | None = None  # folder of a draft adapter; one beside the weights is used unasked
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # weights and forward, not samplers
     device: str = "auto"  # torch device; "auto" takes the accelerator if there is one
