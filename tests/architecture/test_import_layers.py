@@ -1,6 +1,7 @@
 """Imports point down, and each third-party package is imported where it belongs; inside functions too."""
 
 import ast
+import re
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -128,6 +129,13 @@ def test_every_import_points_down_and_stays_where_it_belongs():
 def test_every_unit_on_disk_has_a_row():
     units = {module_name(path).partition(".")[0] for path in PACKAGE.rglob("*.py")} - {""}
     assert units <= set(RANKS)
+
+
+def test_the_page_on_architecture_names_the_same_floors():
+    page = (PACKAGE.parent / "docs" / "architecture.md").read_text()
+    sentence = page[page.index("holds the floors:") : page.index("Rooms of one floor")]
+    floors = [set(re.findall(r"`(\w+)`", floor)) for floor in sentence.split("→")]
+    assert floors == [set(units) for units in reversed(ROWS) if units != ("__main__",)]
 
 
 @pytest.mark.parametrize(
