@@ -7,6 +7,7 @@ traceback through.
 
 import sys
 import traceback
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -34,7 +35,8 @@ class Commands(typer.core.TyperGroup):
         if "--debug" in options:
             given.remove("--debug")
             given.insert(0, "--debug")
-        return super().main(given, *rest, **extra)
+        with _warnings_in_one_line():
+            return super().main(given, *rest, **extra)
 
     def make_context(self, *arguments: Any, **extra: Any) -> Any:
         """Read the options that stand before the command."""
@@ -67,6 +69,23 @@ def one_line(*, is_debug: bool = False) -> Iterator[None]:
             raise
         _say(f"Error: {_sentence(error)}")
         raise typer.Exit(USAGE if isinstance(error, ASKED_WRONGLY) else FAILED) from None
+
+
+@contextmanager
+def _warnings_in_one_line() -> Iterator[None]:
+    """What the library warns of is meant for this person: without the place in the code."""
+    usual = warnings.formatwarning
+
+    def in_one_line(message: Warning | str, category: type[Warning], *place: Any, **line: Any) -> str:
+        if category is UserWarning:
+            return f"Warning: {' '.join(str(message).split())}\n"
+        return usual(message, category, *place, **line)
+
+    warnings.formatwarning = in_one_line
+    try:
+        yield
+    finally:
+        warnings.formatwarning = usual
 
 
 def _sentence(error: Exception) -> str:

@@ -55,6 +55,7 @@ def demo(
         rollout=dataclasses.replace(DEMO.rollout, backend=backend),
         train=dataclasses.replace(DEMO.train, steps=steps, eval_every=min(DEMO.train.eval_every, steps)),
     )
+    check_output("the run folder", config.run_dir, is_folder=True)
     _remove_run(config.run_dir, console)
     run_training(config, console=console)
     _finish_with_speed(config, console)

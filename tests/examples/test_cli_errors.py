@@ -3,6 +3,8 @@
 import json
 import shlex
 import shutil
+import subprocess
+import sys
 
 import pytest
 
@@ -271,6 +273,33 @@ def test_every_option_of_an_example_exists(example):
     shown = blockroll(*command, "--help").stdout
     for option in (word for word in words if word.startswith("--")):
         assert f"{option} " in shown or f"{option}\n" in shown
+
+
+def test_a_warning_is_one_line_without_a_place_in_the_code(policy_path):
+    # Its own process: here a warning is an error.
+    command = [
+        sys.executable,
+        "-m",
+        "blockroll",
+        "generate",
+        "hi",
+        "--policy",
+        policy_path,
+        "--max-tokens",
+        "2",
+    ]
+    done = subprocess.run([*command, "--plan", "two_forward(6)"], capture_output=True, text=True, check=True)
+    warned = [line for line in done.stderr.splitlines() if "arn" in line]
+    assert len(warned) == 1
+    assert warned[0].startswith("Warning: plan two_forward(6) drafts more than the 4 tokens")
+
+
+def test_the_demo_says_where_it_cannot_write(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").write_text("a file")
+    result = blockroll("demo")
+    assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
+    assert "runs is a file" in result.stderr
 
 
 def test_shells_can_complete():
