@@ -48,7 +48,8 @@ def trainer(folder, cls=GRPOTrainer, *, model=str(TINY_POLICY_DIR), options=None
         arguments.setdefault("rollout", TWO_FORWARD)
     config = trl.RLOOConfig if cls is RLOOTrainer else trl.GRPOConfig
     arguments.setdefault("reward_funcs", correctness)
-    return cls(model, args=settings(folder, config, **(options or {})), train_dataset=ROWS, **arguments)
+    arguments.setdefault("train_dataset", ROWS)
+    return cls(model, args=settings(folder, config, **(options or {})), **arguments)
 
 
 def logs(made):

@@ -25,6 +25,7 @@ from blockroll.rl_loops.trl.generation import TrainerRollouts, trainer_sampling
 from blockroll.rl_loops.trl.metrics import PADDING, LearnersView, drawn_versions, round_metrics
 from blockroll.rl_loops.trl.modules import base_model, has_dropout
 from blockroll.rl_loops.trl.placement import forward_dtype, place
+from blockroll.rl_loops.trl.prompt_lengths import check_prompts
 from blockroll.rl_loops.trl.record import Record
 from blockroll.rl_loops.trl.rewards import RewardErrors
 from blockroll.rl_loops.trl.together import on_any, raise_together
@@ -63,6 +64,8 @@ class _DraftedRollouts(_Trainer):
         sampling = trainer_sampling(self, config)
         self._check_law(sampling)
         placement = place(self, rollout, adapter, alignment)
+        datasets = {"train_dataset": self.train_dataset, "eval_dataset": self.eval_dataset}
+        check_prompts(self, datasets, max_tokens=placement.pool.limits.max_length - 1)
         self.rollouts = TrainerRollouts(self, placement, sampling, check_sync=config.check_sync)
         if placement.alignment is not None:
             self.add_callback(AfterUpdate(self))
