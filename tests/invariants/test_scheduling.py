@@ -6,6 +6,7 @@ import random
 import pytest
 
 from blockroll.errors import InvalidInput
+from blockroll.policies.hf import HFPolicy
 from blockroll.rollout.engine.engine import Engine
 from blockroll.rollout.engine.scheduler import Scheduler
 from blockroll.types import Plan, Sampling
@@ -108,3 +109,14 @@ def test_memory_is_given_back_between_requests_and_never_under_them(policy):
         assert not engine._cache._keys
         drawn.append(finished)
     assert_same_rollouts(*drawn, policy)
+
+
+def test_a_stop_string_that_is_a_special_token_ends_a_rollout():
+    policy = HFPolicy.from_pretrained("tiny")
+    (end,) = policy.eos_token_ids
+    text = policy.tokenizer.convert_ids_to_tokens(end)
+    sampling = Sampling(max_tokens=40, ignore_eos=True, stop=(text,), logit_bias={end: 4.0})
+    requests = make_requests([tuple(policy.tokenizer("1+2=?\n")["input_ids"])] * 3, sampling)
+    for rollout in run(policy, requests, TWO_FORWARD).values():
+        assert (rollout.finish_reason, rollout.token_ids[-1]) == ("stop", end)
+        assert rollout.token_ids.count(end) == 1
