@@ -58,3 +58,9 @@ MUTANTS = {
     "no_cumulative_stop": Sampler(draw_draft, no_cumulative_stop),
     "coin_reused": Sampler(draw_draft, coin_reused),
 }
+
+
+def draws_from_bfloat16(logits_BKV: Tensor, temperature_B: Tensor, uniforms_BK: Tensor) -> Draft:
+    """Draws from rounded logits, and returns the law of the others."""
+    drawn = draw_draft(logits_BKV.bfloat16().float(), temperature_B, uniforms_BK)
+    return replace(drawn, probs_BKV=logits_BKV.double().softmax(-1))

@@ -3,6 +3,8 @@
 from collections.abc import Callable
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from tests.law.integrate import Tokens, Toy
 
@@ -80,3 +82,10 @@ TOYS = {
     "hot": _stochastic(temperature=1.7, draft_temperature=0.6),
     "cold": _stochastic(temperature=0.4, draft_temperature=1.3),
 }
+
+
+def rows(size: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Draft logits (V,) and target logits (2, V), as far apart as a fair draft is from its target."""
+    generator = torch.Generator().manual_seed(seed)
+    target_LV = 2 * torch.randn(2, size, generator=generator)
+    return target_LV[0] + 0.7 * torch.randn(size, generator=generator), target_LV
