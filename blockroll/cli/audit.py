@@ -135,11 +135,13 @@ def check(
     from blockroll.rollout.audit.files import audit_files
 
     console = Console(highlight=False, soft_wrap=True)
-    with Progress(console=Console(stderr=True), transient=True) as progress:
+    files, policy_of = audit_files(_folder(run)), _policies(run, policy) if level == 2 else None
+    errors = Console(stderr=True)
+    with Progress(console=errors, transient=True, disable=not errors.is_terminal) as progress:
         task = progress.add_task("check", total=None)
         report = check_audit(
-            audit_files(_folder(run)),
-            policy_of=_policies(run, policy) if level == 2 else None,
+            files,
+            policy_of=policy_of,
             progress=lambda done, total: progress.update(task, completed=done, total=total),
         )
     if as_json:

@@ -11,7 +11,7 @@ from pydantic import BeforeValidator, Strict
 from blockroll.config.checks import options
 from blockroll.errors import ConfigError
 from blockroll.types.bounds import hints_of
-from blockroll.types.plan import Law, Plan
+from blockroll.types.plan import MAX_DRAFTS, Law, Plan
 from blockroll.types.sampling import Sampling, SamplingOptions
 
 
@@ -23,6 +23,7 @@ T = TypeVar("T")
 PathText = Annotated[str, BeforeValidator(_path_text)]  # a `Path` will do
 Count = Annotated[int, Ge(0)]
 Positive = Annotated[int, Ge(1)]
+NumDrafts = Annotated[int, Ge(1), Le(MAX_DRAFTS)]
 Amount = Annotated[float, Ge(0)]
 Share = Annotated[float, Gt(0), Le(1)]
 Weight = Annotated[float, Ge(0), Le(1)]
@@ -124,7 +125,7 @@ class DraftConfig:
         "adapter"  # an adapter beside the weights, or the weights themselves
     )
     rank: Positive = 32  # of the adapter's low-rank updates
-    block_sizes: Several[Positive] = (8,)  # K to train; several share one adapter, turn about
+    block_sizes: Several[NumDrafts] = (8,)  # K to train; several share one adapter, turn about
     layouts: Several[Literal["two_forward", "fused"]] = (
         "two_forward",
         "fused",
@@ -196,6 +197,14 @@ class RunConfig:
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+
+    def __post_init__(self) -> None:
+        path = Path(self.name)
+        if not path.parts or path.is_absolute() or ".." in path.parts or not self.name.isprintable():
+            raise ConfigError(
+                f"name must be that of a folder below runs_dir, got {self.name!r}; another place for runs is "
+                "runs_dir=FOLDER"
+            )
 
     @property
     def run_dir(self) -> Path:

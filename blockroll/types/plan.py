@@ -6,6 +6,9 @@ from enum import StrEnum
 
 from blockroll.errors import InvalidInput
 
+MAX_DRAFTS = 256  # of a plan: no policy accepts blocks of that length, and every step pays for all rows
+MAX_ROWS = 4096  # of a plan, for each request in a forward
+
 
 @dataclass(frozen=True, slots=True)
 class Law:
@@ -49,18 +52,28 @@ class Plan:
 
     def __post_init__(self) -> None:
         if self.num_drafts < 0:
-            raise InvalidInput(f"a plan needs at least 0 drafts, got {self.num_drafts}; 0 is plain decoding")
+            raise InvalidInput(f"plan needs at least 0 drafts, got {self.num_drafts}; 0 is plain decoding")
+        if self.num_drafts > MAX_DRAFTS:
+            raise InvalidInput(
+                f"plan may draft at most {MAX_DRAFTS} tokens a step, got K = {self.num_drafts}; K is what a "
+                "policy was trained to draft, often 4 to 32"
+            )
         if self.levels and (
             list(self.levels) != sorted(set(self.levels))
             or self.levels[0] != 0
             or self.levels[-1] > self.num_drafts
         ):
             raise InvalidInput(
-                f"the levels of a fused plan must rise from 0 to at most K = {self.num_drafts}, got "
+                f"plan levels must rise from 0 to at most K = {self.num_drafts}, got "
                 f"{list(self.levels)}; without level 0 a step that accepts nothing has no drafts after it"
             )
         kind = PlanKind.FUSED if self.levels and self.num_drafts else PlanKind.TWO_FORWARD
         object.__setattr__(self, "kind", kind if self.num_drafts else PlanKind.PLAIN)
+        if self.rows_per_forward > MAX_ROWS:
+            raise InvalidInput(
+                f"plan may have at most {MAX_ROWS} rows in a forward, got {self.rows_per_forward}: "
+                f"{len(self.levels)} proposals of {self.num_drafts} drafts; give fewer levels"
+            )
 
     @property
     def name(self) -> str:

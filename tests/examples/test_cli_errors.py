@@ -79,6 +79,9 @@ generate hi --plan wild                              | 'two_forward'
 generate hi --plan ''                                | 'two_forward'
 generate hi --policy POLICY --plan two_forward(0)    | at least 1
 generate hi --policy POLICY --plan fused(4,[1])      | must rise from 0
+generate hi --policy POLICY --plan two_forward(9999) | at most 256 tokens a step
+generate hi --policy POLICY --plan two_forward(128)  | give K of at most 127
+generate hi --policy POLICY --plan fused(200)        | give K of at most 127
 generate hi --policy PLAIN --plan fused              | make an adapter
 generate hi --chat                                   | no chat template
 generate hi --temperature -1                         | 0 means greedy
@@ -104,6 +107,7 @@ generate hi --do-sample                              | --temperature 0 is greedy
 generate hi --tempreature 1                          | did you mean --temperature?
 bench --bogus                                        | blockroll bench has no option --bogus
 bench --policy POLICY --plans plain,wild             | 'two_forward'
+bench --policy POLICY --plans plain,two_forward(128) | give K of at most 127
 bench --plans plain,plain                            | each plan is measured once
 bench --batch 1,x                                    | whole numbers
 bench --batch 0                                      | at least 1
@@ -144,6 +148,12 @@ train --train.steps=3                                | written without dashes
 train --steps 3                                      | written without dashes
 train policy.dtype=float8                            | must be one of 'float32'
 train rollout.plan=wild                              | rollout.plan must be 'plain'
+train good.yaml rollout.plan=fused(9999)             | rollout.plan may draft at most 256
+train good.yaml policy.path=POLICY rollout.plan=two_forward(128) rollout.backend=ray | give K of at most 127
+train good.yaml name=a/../../b                       | below runs_dir
+train good.yaml name=..                              | below runs_dir
+train good.yaml name=/tmp                            | below runs_dir
+train good.yaml name=                                | name must be
 train good.yaml policy.device=foo                    | none that torch knows
 train good.yaml policy.path=nowhere                  | give a folder with config.json
 train good.yaml policy.adapter=folder                | no draft adapter in folder
@@ -172,6 +182,7 @@ convert --out o --prompts broken.jsonl               | line 1 of
 convert --out o --prompts chat.jsonl                 | no chat template
 convert --out o --device foo                         | none that torch knows
 convert --out o draft.rnk=3                          | did you mean 'rank'
+convert --out o draft.block_sizes=[4,9999]           | between 1 and 256
 convert --out o --max-tokens 0                       | at least 1
 convert --out o --num-replicas 2                     | here it is --replicas
 convert --resume folder                              | no conversion was begun
@@ -212,7 +223,7 @@ def test_what_cannot_be_done_is_one_line_with_advice_and_exit_code_2(folder, mon
     result = blockroll(*["1+" * 200 if argument == "XXXXXX" else argument for argument in shlex.split(typed)])
 
     assert result.exit_code == 2, result.output
-    line = result.stderr.strip()
+    line = result.stderr.removesuffix("\n")
     assert line.startswith("Error: ")
     assert "\n" not in line
     assert advice in line

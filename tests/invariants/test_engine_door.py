@@ -73,7 +73,13 @@ def test_plans_outside_the_policys_reach_are_refused_or_named():
         Plan.parse("two_forward(4,[0,2])", default_drafts=4)
     with pytest.raises(InvalidInput, match="plan must be"):
         Plan.parse("three_forward", default_drafts=4)
+    with pytest.raises(InvalidInput, match="at most 256 tokens a step, got K = 9999"):
+        Plan.parse("two_forward(9999)", default_drafts=4)
+    with pytest.raises(InvalidInput, match="at most 4096 rows in a forward, got 16770: 129 proposals of 128"):
+        Plan(128, tuple(range(129)))
     policy = random_policy(trained_drafts=4, layouts=("two_forward",))
+    with pytest.raises(InvalidInput, match="drafts 96 tokens, but the policy's context holds 96"):
+        Engine(policy, plan=Plan(96))
     with pytest.warns(UserWarning, match=r"two_forward\(6\) drafts more than the 4 tokens"):
         Engine(policy, plan=Plan(6))
     with pytest.warns(UserWarning, match="in a layout this policy was not trained for, only for two_forward"):

@@ -220,7 +220,7 @@ def test_a_name_of_another_library_or_of_another_section_is_answered_with_ours(k
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"block_sizes": [4, 0]}, r"block_sizes\[1\] must be at least 1, got 0"),
+        ({"block_sizes": [4, 0]}, r"block_sizes\[1\] must be between 1 and 256, got 0"),
         ({"block_sizes": []}, r"block_sizes must be one or more values, got \[\]"),
         ({"block_sizes": 4}, r"block_sizes must be a list, got 4"),
         ({"layouts": ["fusd"]}, r"layouts\[0\] must be one of 'two_forward', 'fused', got 'fusd'"),

@@ -35,11 +35,16 @@ class PlanChooser(Protocol):
 
 
 def check_plan(plan: Plan, policy: Policy) -> None:
-    """Refuse a plan the policy cannot follow; warn of more drafts than it was trained for."""
+    """Raise InvalidInput for a plan the policy cannot follow; warn of more drafts than it was trained for."""
     if plan.num_drafts and not policy.can_draft:
         raise InvalidInput(
             f"plan {plan.name} needs a policy that drafts, and this one has neither a draft adapter nor a "
             "mask token; use 'plain', or make an adapter with `blockroll convert`"
+        )
+    if plan.num_drafts >= policy.max_length:
+        raise InvalidInput(
+            f"plan {plan.name} drafts {plan.num_drafts} tokens, but the policy's context holds "
+            f"{policy.max_length}, one of them before the block; give K of at most {policy.max_length - 1}"
         )
     if plan.num_drafts > policy.trained_drafts:
         warnings.warn(

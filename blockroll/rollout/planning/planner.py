@@ -27,6 +27,7 @@ from blockroll.config import cache_dir
 from blockroll.policies.base import Policy
 from blockroll.rollout.planning.cost_table import SAMPLES_KEPT, Bucket, CostTable
 from blockroll.types import PLAIN, Plan
+from blockroll.types.plan import MAX_DRAFTS
 
 if TYPE_CHECKING:
     from blockroll.policies.hf import HFPolicy
@@ -276,7 +277,7 @@ def candidate_plans(policy: Policy) -> tuple[Plan, ...]:
     """The plans a policy was trained for, plain first."""
     if not (policy.can_draft and policy.trained_drafts):
         return (PLAIN,)
-    trained = policy.trained_drafts
+    trained = min(policy.trained_drafts, policy.max_length - 1, MAX_DRAFTS)
     sizes = [*(num_drafts for num_drafts in _NUM_DRAFTS if num_drafts < trained), trained]
     plans = [PLAIN]
     if "two_forward" in policy.trained_layouts:
