@@ -117,6 +117,7 @@ def honest(num_rows, *, seed=0):
         AuditedRequest(
             name=f"r{start}",
             session="s",
+            pool_id="p",
             info={"seed": int(start), "prompt_ids": [1], "prefix_ids": []},
             numbers=numbers[start : start + 100],
             files=["file"],
@@ -308,7 +309,7 @@ def test_a_cut_that_rounding_moves_is_no_finding_and_another_cut_is_one(policy, 
     edge = float(probs[:3].sum())
     writer = AuditWriter(tmp_path)
     sampling = Sampling(max_tokens=1, top_p=edge * (1 + 2e-5))  # the fourth token is in
-    run(policy, make_requests([prompt] * 30, sampling), Plan(0), audit=writer, max_batch_size=4)
+    run(policy, make_requests([prompt] * 30, sampling), Plan(0), observers=(writer,), max_batch_size=4)
     writer.flush()
     (path,) = audit_files(tmp_path)
     assert check_audit([path], policy_of=lambda version: policy).passed

@@ -182,23 +182,24 @@ def _coins(rows: AuditRows) -> Iterator[Wrong]:
 
 
 def _served_twice(rows: AuditRows) -> Problem | None:
-    """A row that stands in two sessions: a step that was cut off and drawn again by the same weights.
+    """A row that two pools have drawn: a step that was cut off, and drawn again by the same weights.
 
-    An id that one session serves again is another request, and so is one of another version.
+    An id that one pool serves again is another request, and so is one of another version. The pool may be
+    asked again, or hand to another replica what one that died had in flight: both are served, once delivered.
     """
     numbers = rows.numbers_N
     ids: dict[tuple[str, int], int] = {}
     id_S = np.array([ids.setdefault((each.name, each.info["seed"]), len(ids)) for each in rows.requests])
-    sessions: dict[str, int] = {}
-    session_S = np.array([sessions.setdefault(each.session, len(sessions)) for each in rows.requests])
+    pools: dict[str, int] = {}
+    pool_S = np.array([pools.setdefault(each.pool_id, len(pools)) for each in rows.requests])
     again = np.flatnonzero((np.bincount(id_S) > 1)[id_S][rows.serving_N])
-    id_R, session_R = id_S[rows.serving_N[again]], session_S[rows.serving_N[again]]
+    id_R, pool_R = id_S[rows.serving_N[again]], pool_S[rows.serving_N[again]]
     version_R, position_R = numbers["version"][again], numbers["position"][again]
-    order = np.lexsort((session_R, position_R, version_R, id_R))
+    order = np.lexsort((pool_R, position_R, version_R, id_R))
     is_same = np.ones(max(len(order) - 1, 0), dtype=bool)
     for each in (id_R, version_R, position_R):
         is_same &= np.diff(each[order]) == 0
-    found = np.flatnonzero(is_same & (np.diff(session_R[order]) != 0))
+    found = np.flatnonzero(is_same & (np.diff(pool_R[order]) != 0))
     if not len(found):
         return None
     pairs = (
@@ -211,7 +212,7 @@ def _served_twice(rows: AuditRows) -> Problem | None:
     first, second = min(pairs, key=lambda pair: (pair[1].file, pair[1].row))
     return second._replace(
         what=f"the row stands twice: {first.file}, row {first.row} is of the same request and version, by "
-        "another writer; a step was drawn again, or an id was served twice"
+        "another run or pool; a step was drawn again, or an id was served twice"
     )
 
 

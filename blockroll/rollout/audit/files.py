@@ -26,6 +26,7 @@ class AuditFile(NamedTuple):
 
     path: Path
     session: str  # of the writer: with it a serial is unique
+    pool_id: str  # of the pool whose replica wrote it; in files of before it was kept, the session
     requests: list[str]
     infos: list[str | None]
     numbers_N: np.ndarray
@@ -53,7 +54,8 @@ def read_audit(path: Path) -> AuditFile:
         metadata = table.schema.metadata or {}
         version = metadata.get(b"blockroll_audit", b"none").decode(errors="replace")
         if version == str(SCHEMA_VERSION):
-            return _audit_file(path, table, metadata.get(b"session", b"").decode())
+            session = metadata.get(b"session", b"")
+            return _audit_file(path, table, session.decode(), metadata.get(b"pool", session).decode())
     except (pyarrow.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
         line = f"{error}".strip().partition("\n")[0] or type(error).__name__
         raise InvalidInput(
@@ -62,7 +64,7 @@ def read_audit(path: Path) -> AuditFile:
     raise InvalidInput(f"{path} has audit schema {version}, this version reads {SCHEMA_VERSION}")
 
 
-def _audit_file(path: Path, table: Any, session: str) -> AuditFile:
+def _audit_file(path: Path, table: Any, session: str, pool_id: str) -> AuditFile:
     names = ("request", *(NUMBERS.names or ()), "request_info", "checksum")
     missing = [name for name in names if name not in table.column_names]
     if missing:
@@ -76,6 +78,7 @@ def _audit_file(path: Path, table: Any, session: str) -> AuditFile:
     return AuditFile(
         path,
         session,
+        pool_id,
         table["request"].to_pylist(),
         table["request_info"].to_pylist(),
         numbers_N,

@@ -59,6 +59,7 @@ class AuditedRequest:
 
     name: str
     session: str
+    pool_id: str
     info: dict[str, Any]  # empty if its first rows are missing
     numbers: np.ndarray
     files: Sequence[str]  # of the audit
@@ -149,10 +150,12 @@ def joined(files: Sequence[AuditFile]) -> AuditRows:
     serving_N, starts_S = np.cumsum(is_first_N) - 1, np.flatnonzero(is_first_N)
     infos = _infos(files, order, serving_N)
     names, session_names, file_names = list(codes), list(sessions), [file.path.name for file in files]
+    pool_ids = {file.session: file.pool_id for file in files}
     requests = [
         AuditedRequest(
             name=names[code_N[start]],
             session=session_names[session_N[start]],
+            pool_id=pool_ids[session_names[session_N[start]]],
             info=infos.get(serving, {}),
             numbers=numbers_N[start:stop],
             files=file_names,

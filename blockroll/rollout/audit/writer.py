@@ -84,9 +84,14 @@ class AuditWriter:
         *,
         share: float = 1.0,
         replica_id: int = 0,
+        pool_id: str | None = None,
         rows_per_file: int = ROWS_PER_FILE,
     ) -> None:
-        """`share` of the requests is kept, whole, chosen by a hash of their ids."""
+        """`share` of the requests is kept, whole, chosen by a hash of their ids.
+
+        Writers of one pool bear its `pool_id`: what one replica has drawn another may draw again, after a
+        death. None: a pool of this writer alone.
+        """
         if not 0 < share <= 1:
             raise InvalidInput(f"the share of audited requests must be above 0 and at most 1, got {share}")
         self.folder = Path(folder)
@@ -100,6 +105,7 @@ class AuditWriter:
         self._num_rows = 0
         self._version, self._precision = 0, ""
         self._session = uuid.uuid4().hex[:12]
+        self._pool_id = pool_id or self._session
         self._serials: dict[str, int] = {}  # of requests being served
         self._num_requests = 0
         self._described: set[int] = set()  # serials whose info is in a file
@@ -201,7 +207,11 @@ class AuditWriter:
         columns |= {name: pa.array(numbers_N[name]) for name in NUMBERS.names or ()}
         columns["request_info"] = pa.array(infos, type=pa.string())
         columns["checksum"] = pa.array(row_checksums(names, numbers_N, infos), type=pa.uint32())
-        metadata = {"blockroll_audit": str(SCHEMA_VERSION), "session": self._session}
+        metadata = {
+            "blockroll_audit": str(SCHEMA_VERSION),
+            "session": self._session,
+            "pool": self._pool_id,
+        }
         return pa.table(columns).replace_schema_metadata(metadata), described
 
 

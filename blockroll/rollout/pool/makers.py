@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import logging
 import os
+import uuid
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
@@ -35,7 +36,11 @@ def make_pool(policy: PolicyConfig, config: RolloutConfig) -> RolloutPool:
     """The pool that a config asks for: engines in this process, or Ray actors."""
     if config.uses_ray:
         return make_ray_pool(policy, config)
-    replicas = [build_replica(policy, config, replica_id=index) for index in range(config.num_replicas)]
+    pool_id = uuid.uuid4().hex
+    replicas = [
+        build_replica(policy, config, replica_id=index, pool_id=pool_id)
+        for index in range(config.num_replicas)
+    ]
     return _pool(replicas, policy, config)
 
 
@@ -92,6 +97,7 @@ def make_ray_pool(
 
     policy = dataclasses.replace(policy, path=str(resolve_checkpoint(policy.path).resolve()))
     num_gpus = config.gpus_per_replica if resolve_device(policy.device).type == "cuda" else 0
+    pool_id = uuid.uuid4().hex
     with ExitStack() as undo:
         disconnect = connect()
         undo.callback(disconnect)
@@ -99,7 +105,7 @@ def make_ray_pool(
         for index in range(config.num_replicas):
             replica = RayReplica.start(
                 index,
-                functools.partial(build_replica, policy, config, replica_id=index),
+                functools.partial(build_replica, policy, config, replica_id=index, pool_id=pool_id),
                 num_threads=config.threads_per_replica,
                 num_gpus=num_gpus,
                 name=name and f"{name}-{index}",
@@ -131,17 +137,24 @@ def join_ray_pool(name: str, policy: PolicyConfig, config: RolloutConfig, *, add
     return pool
 
 
-def build_replica(policy: PolicyConfig, config: RolloutConfig, *, replica_id: int = 0) -> LocalReplica:
+def build_replica(
+    policy: PolicyConfig, config: RolloutConfig, *, replica_id: int = 0, pool_id: str | None = None
+) -> LocalReplica:
     """Load the policy and put an engine around it."""
     loaded = HFPolicy.from_pretrained(
         policy.path, device=policy.device, dtype=policy.dtype, adapter=policy.adapter
     )
-    return replica_around(loaded, config, replica_id=replica_id)
+    return replica_around(loaded, config, replica_id=replica_id, pool_id=pool_id)
 
 
-def replica_around(policy: HFPolicy, config: RolloutConfig, *, replica_id: int = 0) -> LocalReplica:
-    """Put an engine around a policy that is there already."""
-    audit = _audit(config, replica_id)
+def replica_around(
+    policy: HFPolicy, config: RolloutConfig, *, replica_id: int = 0, pool_id: str | None = None
+) -> LocalReplica:
+    """Put an engine around a policy that is there already.
+
+    `pool_id` is the same for all replicas of a pool, and no other's: the audit tells pools apart by it.
+    """
+    audit = _audit(config, replica_id, pool_id)
     engine = Engine(
         policy,
         plan=read_plan(config.plan, policy),
@@ -197,10 +210,10 @@ def _pool(
     )
 
 
-def _audit(config: RolloutConfig, replica_id: int) -> AuditWriter | None:
+def _audit(config: RolloutConfig, replica_id: int, pool_id: str | None) -> AuditWriter | None:
     if config.audit == "off":
         return None
     if not config.audit_dir:
         raise InvalidInput(f"audit is {config.audit!r}, but audit_dir names no folder to write to")
     share = config.audit_share if config.audit == "share" else 1.0
-    return AuditWriter(config.audit_dir, share=share, replica_id=replica_id)
+    return AuditWriter(config.audit_dir, share=share, replica_id=replica_id, pool_id=pool_id)
