@@ -11,9 +11,10 @@ from rich.table import Table
 
 
 class StepProgress:
-    """A progress bar over steps with the latest reward, acceptance and speed."""
+    """A progress bar over steps with the latest reward, acceptance and speed; in a log a line per step."""
 
     def __init__(self, console: Console, *, name: str, done: int, total: int) -> None:
+        self._console, self._name, self._total = console, name, total
         self._progress = Progress(
             TextColumn("[bold]{task.description}"),
             BarColumn(),
@@ -21,6 +22,7 @@ class StepProgress:
             TextColumn("{task.fields[live]}"),
             TimeElapsedColumn(),
             console=console,
+            disable=not console.is_terminal,
         )
         self._task = self._progress.add_task(name, total=total, completed=done, live="")
 
@@ -38,6 +40,9 @@ class StepProgress:
             f"{number(metrics['rollout/generated_tok_s'], 0)} tok/s"
         )
         self._progress.update(self._task, completed=metrics["step"], live=live)
+        if not self._console.is_terminal:
+            line = f"{self._name} {metrics['step']}/{self._total} {live}"
+            self._console.print(line, soft_wrap=True, highlight=False, markup=False)
 
 
 def summary_table(rows: Sequence[Mapping[str, Any]], *, name: str, report: Path) -> Table:

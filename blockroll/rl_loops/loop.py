@@ -159,7 +159,8 @@ def _run_to_the_end(
         audit_dir = audit_folder(config)
         if pool is None:
             rollout = dataclasses.replace(config.rollout, audit_dir=str(audit_dir))
-            pool = make_pool(dataclasses.replace(config.policy, path=path), rollout)
+            with console.status("starting replicas ..."):
+                pool = make_pool(dataclasses.replace(config.policy, path=path), rollout)
             stack.enter_context(stop_signals())  # again: Ray has put a handler of its own in the place
             stack.callback(pool.close)
         random.seed(config.seed)
@@ -176,7 +177,9 @@ def _run_to_the_end(
         records = Records(config, stack)
         try:
             with stop_signals():
-                run.start(None if checkpoint is None else checkpoint.state)
+                what = "first evaluation" if checkpoint is None else "publishing weights"
+                with console.status(f"{what} ..."):
+                    run.start(None if checkpoint is None else checkpoint.state)
                 _steps(run, records, callbacks, console)
         except BaseException as error:
             _save_after(error, run, console)

@@ -123,6 +123,7 @@ def test_train_reads_yaml_and_overrides_and_reports_and_refuses_its_own_folder(
     )
     first = blockroll("train", "run.yaml", "train.steps=1")
     assert first.exit_code == 0, first.output
+    assert re.search(r"^short 1/1 reward .* tok/s$", first.stdout, re.MULTILINE)  # no bar in a pipe
     assert len((tmp_path / "runs/short/metrics.jsonl").read_text().splitlines()) == 1
 
     again = blockroll("train", "run.yaml", "train.steps=1")

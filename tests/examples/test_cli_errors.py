@@ -266,6 +266,15 @@ def test_an_environment_variable_lets_the_traceback_through(tmp_path, monkeypatc
     assert type(blockroll("report", "x").exception).__name__ == "InvalidInput"
 
 
+@pytest.mark.parametrize("example", sorted({each for some in EXAMPLES.values() for each in some}))
+def test_every_example_of_a_help_text_names_arguments_that_there_are(example):
+    words = shlex.split(example)[1:]
+    num_words = 2 if words[0] == "audit" else 1
+    listed = blockroll(*words[:num_words], "--help").stdout
+    for word in words[num_words:]:
+        assert not word.startswith("--") or word in listed, word
+
+
 @pytest.mark.parametrize("command", EXAMPLES)
 def test_every_help_text_ends_with_examples(command):
     result = blockroll(*command.split(), "--help")
