@@ -35,7 +35,7 @@ EXAMPLES = {
         "blockroll doctor --model DIR --adapter ADAPTER",
         "blockroll doctor --model DIR --prompts prompts.jsonl --json",
     ),
-    "audit show": ("blockroll audit show runs/demo", "blockroll audit show runs/demo ID"),
+    "audit show": ("blockroll audit show runs/demo", 'blockroll audit show runs/demo "train step 1/0/0"'),
     "audit check": ("blockroll audit check runs/demo", "blockroll audit check runs/demo --level 1 --json"),
     "audit stats": ("blockroll audit stats runs/demo --json",),
 }

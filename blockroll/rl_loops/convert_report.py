@@ -41,7 +41,7 @@ def plan_table(config: ConvertConfig, trainer: DraftTrainer, costs: Costs) -> Ta
         ("trainable parameters", f"{trainer.num_parameters:,} ({config.draft.conversion})"),
         ("tokens", f"at most {config.max_tokens:,} of the policy's own, {rounds:,} rounds"),
         ("memory", f"{(model_bytes + trained_bytes) / 2**30:.2f} GiB for weights and optimizer"),
-        ("time", f"at most {answering_s / 60:.0f} minutes for the answers; training about as long again"),
+        ("time", f"at most {answering_s / 60:.1f} minutes for the answers; training about as long again"),
         ("blocks", ", ".join(plan.name for plan in plans_of(config)[1:])),
     ):
         table.add_row(name, value)

@@ -1,6 +1,7 @@
 """TRL's trainers with our rollouts: what stays TRL's, and what the metrics can see."""
 
 import dataclasses
+import logging
 import math
 from contextlib import nullcontext
 
@@ -17,6 +18,7 @@ from blockroll.policies.loading import load_tokenizer
 from blockroll.rl_loops.trl import GRPOTrainer, RLOOTrainer
 from blockroll.rollout.audit.check import check_audit
 from blockroll.rollout.audit.files import audit_files
+from tests.command_line import save_random_policy
 from tests.trl_trainers import PROBLEMS, ROWS, logs, trainer
 
 pytestmark = pytest.mark.filterwarnings(
@@ -42,6 +44,14 @@ def test_every_metric_of_the_stock_trainer_is_logged_and_ours_beside_it(tmp_path
     ):
         assert math.isfinite(ours[0][name]), name
     assert [row["rollout/weight_version"] for row in ours] == [0, 1]
+
+
+def test_a_trainer_whose_policy_has_no_drafts_says_once_that_it_decodes_plainly(tmp_path, caplog):
+    bare = save_random_policy(tmp_path / "bare", can_draft=False)
+    with caplog.at_level(logging.WARNING):
+        logs(trainer(tmp_path, model=bare, rollout=RolloutConfig(plan="auto"), options={"max_steps": 1}))
+    (said,) = [record.message for record in caplog.records if "decodes plainly" in record.message]
+    assert "blockroll convert" in said
 
 
 def test_lossless_rollouts_are_the_learners_own_law_at_every_version(tmp_path):

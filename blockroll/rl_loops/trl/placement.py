@@ -1,5 +1,6 @@
 """Where a trainer's replicas run: in each rank's own process, or as Ray actors on devices of their own."""
 
+import logging
 import os
 import shutil
 import socket
@@ -39,6 +40,8 @@ from blockroll.rollout.pool.makers import join_ray_pool, make_ray_pool, replica_
 from blockroll.rollout.pool.pool import RolloutPool
 from blockroll.rollout.pool.weight_sync import named_adapter_weights
 from blockroll.types import Request, Rollout
+
+logger = logging.getLogger(__name__)
 
 
 class Placement(Protocol):
@@ -105,6 +108,8 @@ class Colocated:
             self.alignment = Alignment(trainer, self.policy, alignment, shares=self._shares)
         rank = trainer.accelerator.process_index
         self._replica = replica_around(self.policy, config, replica_id=rank)
+        if self._replica.notice is not None and rank == 0:
+            logger.warning(self._replica.notice)
         planner = self._replica.engine.planner
         self.planner = planner if isinstance(planner, Planner) else None
         self.pool = RolloutPool(
