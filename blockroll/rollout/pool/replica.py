@@ -1,4 +1,4 @@
-"""One engine with its weights and version, behind the six calls that a pool makes.
+"""One engine with its weights and version, behind the calls that a pool makes.
 
 In process and inside a Ray actor it is the same class.
 """
