@@ -47,9 +47,10 @@ def doctor(
     as_json: JsonOption = False,
     device: DeviceOption = "auto",
 ) -> None:
-    """Say what this machine has and whether the tiny policy generates; with --model, check a checkpoint.
+    """Say what this machine has, or check a checkpoint by --model.
 
-    With --prompts the check runs on texts of yours: long ones reach sliding windows and scaled positions.
+    Without --model the tiny policy generates once. With --prompts the check runs on texts of yours: long
+    ones reach sliding windows and scaled positions.
     """
     for option, given in (("--adapter", adapter), ("--prompts", prompts)):
         if given is not None and model is None:

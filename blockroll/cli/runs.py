@@ -37,7 +37,7 @@ def demo(
     backend: BackendOption = "ray",
     wandb: WandbOption = False,
 ) -> None:
-    """GRPO on arithmetic with the tiny policy on two replicas; replaces runs/demo."""
+    """GRPO on arithmetic with the tiny policy on two replicas. Replaces runs/demo."""
     from blockroll.rl_loops.loop import train as run_training
 
     console = Console()

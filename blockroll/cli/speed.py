@@ -89,7 +89,7 @@ def bench(
     device: DeviceOption = "auto",
     threads: ThreadsOption = 1,
 ) -> None:
-    """Measure plans, laws and transformers against each other in one run; lists span a grid."""
+    """Measure plans, laws and transformers against each other. Lists span a grid, in one run."""
     from blockroll.bench.bench import BenchOptions, run_bench
     from blockroll.rollout.planning.planner import read_plan
 

@@ -66,7 +66,7 @@ def generate(
     device: DeviceOption = "auto",
     threads: ThreadsOption = 1,
 ) -> None:
-    """Stream samples token by token; drafted and accepted tokens are marked."""
+    """Stream samples token by token. Drafted and accepted tokens are marked."""
     options = Sampling(**sampling, constraint=_constraint(regex, json_schema))
     if not chat and (task == "arithmetic" or (task == "auto" and policy == "tiny")):
         prompt = prompt.rstrip("\n") + "\n"
