@@ -244,7 +244,8 @@ class _Processing:
                 if row not in self.failed:
                     with self._request(row):
                         path.mask(rows[row, span])
-            probs.append(self._truncated(target_probs(rows[:, span], temperature_B)))
+            drawable = _drawable(rows[:, span])
+            probs.append(self._truncated(target_probs(drawable, temperature_B)))
             tokens.append(inverse_cdf(probs[-1], uniforms_BK[:, span]))
             if paths:
                 drawn = tokens[-1].tolist()
@@ -310,6 +311,12 @@ class _Processing:
         return (
             truncate(probs_BLV, self.top_k_B, self.top_p_B, self.min_p_B) if self.is_truncating else probs_BLV
         )
+
+
+def _drawable(rows_BKV: Tensor) -> Tensor:
+    """The rows, of which those that no token is left in are even: whatever is drafted there is rejected."""
+    is_empty_BK1 = ~rows_BKV.amax(dim=-1, keepdim=True).isfinite()
+    return torch.where(is_empty_BK1, 0.0, rows_BKV) if is_empty_BK1.any() else rows_BKV
 
 
 @lru_cache(maxsize=256)

@@ -1,6 +1,7 @@
 """What one request brings along may raise: that request ends by name, and its neighbours go on."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -116,3 +117,47 @@ def test_a_processor_that_raises_behind_a_rejected_draft_fails_nobody():
     (got,) = run(policy, [dataclasses.replace(request, sampling=sampling)], Plan(4)).values()
     assert met > 0
     assert (got.token_ids, got.error) == (want.token_ids, None)
+
+
+class Only:
+    """A constraint that allows one token alone, and cannot walk along any other."""
+
+    def __init__(self, token_id):
+        self.token_id = token_id
+
+    def start(self, vocab_size, tokenizer, end_token_ids):
+        self.vocab_size = vocab_size
+        return self
+
+    def allowed(self, drafts, first):
+        is_path = [token_id == self.token_id for token_id in drafts]
+        assert all(is_path[:first]), "asked to walk along a token that it does not allow"
+        num_rows = len(drafts) - first + 1 if all(is_path) else is_path.index(False) - first + 1
+        mask = torch.zeros(num_rows, self.vocab_size, dtype=torch.bool)
+        mask[:, self.token_id] = True
+        return mask
+
+    def advance(self, token_ids):
+        pass
+
+
+@PLANS
+@pytest.mark.parametrize("is_constrained", [True, False], ids=["constrained", "masked"])
+def test_a_request_whose_options_together_leave_no_token_ends_by_name_and_alone(plan, is_constrained):
+    """A bias of -inf takes the last token that a constraint, or nothing else, had left."""
+    policy = random_policy()
+    options = (
+        {"constraint": Only(7), "logit_bias": {7: -math.inf}}
+        if is_constrained
+        else {"logit_bias": dict.fromkeys(range(policy.vocab_size), -math.inf)}
+    )
+    plain = make_requests([text[:5] for text in prompts(8)], Sampling(max_tokens=16, ignore_eos=True))
+    mixed = list(plain)
+    mixed[ODD] = dataclasses.replace(plain[ODD], sampling=Sampling(max_tokens=16, **options))
+    want = run(policy, plain, plan, max_batch_size=5)
+    got = run(policy, mixed, plan, max_batch_size=5)
+    failed = got.pop(f"r{ODD}")
+    assert (failed.finish_reason, failed.token_ids) == ("error", ())
+    assert failed.error.startswith("EmptySupport: ")
+    del want[f"r{ODD}"]
+    assert_same_rollouts(want, got, policy)

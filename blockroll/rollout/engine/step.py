@@ -172,6 +172,9 @@ class Decoder:
         first = laws.target_rows(
             anchor_logits_B1V, draft.token_ids_BK[:, :0], draft_logits_BKV[:, :1], draft.num_drafts_B
         )
+        if first.is_empty_BL is not None:  # what is settled there is no token that the others may go by
+            for slot in first.is_empty_BL[:, 0].nonzero().flatten().tolist():
+                laws.failed.setdefault(slot, _EMPTY)
         settled = settle_first(draft, first.probs_BLV, uniforms[:, [0, -1]])
         rest = Draft(
             token_ids_BK=draft.token_ids_BK[:, 1:],
@@ -300,6 +303,9 @@ def _joined(first_B1: Tensor | None, others_BK: Tensor | None, num_others: int) 
     return torch.cat([first_B1, others_BK], dim=1)
 
 
+_EMPTY = f"{EmptySupport.__name__}: constraint, masks and logits processors leave no next token"
+
+
 def _failures(
     bad_drafts_B: Tensor | None, verified: Verified, raised: Mapping[int, str]
 ) -> dict[int, tuple[int, str]]:
@@ -312,7 +318,6 @@ def _failures(
         # A row behind the last committed token decided nothing.
         offsets_L = torch.arange(verified.is_empty_BL.shape[1], device=verified.is_empty_BL.device)
         is_met_BL = verified.is_empty_BL & (offsets_L < verified.verdict.num_committed_B[:, None])
-        empty = f"{EmptySupport.__name__}: constraint, masks and logits processors leave no next token"
         for slot in is_met_BL.any(dim=1).nonzero().flatten().tolist():
-            failed.setdefault(slot, (int(is_met_BL[slot].int().argmax()), raised.get(slot, empty)))
+            failed.setdefault(slot, (int(is_met_BL[slot].int().argmax()), raised.get(slot, _EMPTY)))
     return failed
