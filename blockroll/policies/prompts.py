@@ -51,7 +51,7 @@ def encode_prompt(
     messages where the tokenizer has no chat template or its template refuses them.
     """
     if isinstance(prompt, str):
-        token_ids = _encode_text(_needed(tokenizer, name), prompt)
+        token_ids = _encode_text(_needed(tokenizer, name), prompt, name)
         kind = "empty text, to which this tokenizer adds no start token"
     elif isinstance(prompt, list | tuple) and not prompt:
         token_ids, kind = (), "empty"
@@ -124,8 +124,8 @@ def fit_prompts(
     return [FittedPrompt(index, tuple(token_ids[-max_tokens:])) for index, token_ids in enumerate(prompts)]
 
 
-def _encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
-    bare = _ids(tokenizer, text, add_special_tokens=False)
+def _encode_text(tokenizer: PreTrainedTokenizerBase, text: str, name: str) -> tuple[int, ...]:
+    bare = _ids(tokenizer, text, add_special_tokens=False, name=name)
     start = _added_before(tokenizer)
     return bare if bare[: len(start)] == start else (*start, *bare)
 
@@ -143,7 +143,16 @@ def _added_before(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     )
 
 
-def _ids(tokenizer: PreTrainedTokenizerBase, text: str, *, add_special_tokens: bool) -> tuple[int, ...]:
+def _ids(
+    tokenizer: PreTrainedTokenizerBase, text: str, *, add_special_tokens: bool, name: str = "the prompt"
+) -> tuple[int, ...]:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidInput(
+            f"{name} holds {text[error.start]!a} at character {error.start}: half of a surrogate pair, which "
+            "is no text (bytes that are no UTF-8, or a JSON escape cut in two); clean it before"
+        ) from None
     # Its own limit on length only warns; the engine's door refuses what the policy can't hold.
     return tuple(tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"])
 
@@ -170,7 +179,7 @@ def _encode_messages(
         )
     except Exception as error:  # a template is a program of the checkpoint's authors
         raise InvalidInput(f"the chat template refuses {name}: {error}") from error
-    return _ids(tokenizer, str(text), add_special_tokens=False)
+    return _ids(tokenizer, str(text), add_special_tokens=False, name=name)
 
 
 def _needed(tokenizer: PreTrainedTokenizerBase | None, name: str) -> PreTrainedTokenizerBase:

@@ -7,6 +7,7 @@ semicolon of a field's sentence says what to give instead.
 import dataclasses
 import math
 import typing
+from numbers import Integral, Real
 from typing import Any
 
 from annotated_types import Ge, Gt, Le
@@ -37,6 +38,12 @@ def allowed(hint: Any) -> str:
     return " and ".join(parts)
 
 
+def is_number(hint: Any, value: object) -> bool:
+    """Whether a value is a number of its annotation's type, which is int or float; bool is none here."""
+    kind = Integral if _type_of(hint) is int else Real
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
 def is_within(hint: Any, value: float) -> bool:
     """Whether a number is finite and keeps the bounds of its annotation."""
     if not math.isfinite(value):
@@ -59,9 +66,12 @@ def refusal(name: str, hint: Any, value: object) -> str:
 
 
 def check_bounds(cls: type, carrier: Any) -> None:
-    """InvalidInput for the first field of dataclass `cls` whose value in `carrier` is out of its bounds."""
+    """InvalidInput for the first field of dataclass `cls` whose value in `carrier` is no number in bounds."""
     for name, hint in hints_of(cls).items():
         value = getattr(carrier, name)
+        if not is_number(hint, value):
+            kind = "a whole number" if _type_of(hint) is int else "a number"
+            raise InvalidInput(f"{name} must be {kind}, got {value!r}")
         if not is_within(hint, value):
             raise InvalidInput(refusal(name, hint, value))
 
@@ -72,6 +82,11 @@ def hints_of(cls: type) -> dict[str, Any]:
         hints = typing.get_type_hints(cls, include_extras=True)
         _HINTS[cls] = {each.name: hints[each.name] for each in dataclasses.fields(cls)}
     return _HINTS[cls]
+
+
+def _type_of(hint: Any) -> type:
+    kind: type = typing.get_args(hint)[0] if typing.get_origin(hint) is typing.Annotated else hint
+    return kind
 
 
 _HINTS: dict[type, dict[str, Any]] = {}

@@ -6,6 +6,7 @@ Shapes: N positions, V vocabulary.
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
 from annotated_types import Ge, Gt, Le
@@ -79,7 +80,7 @@ class Sampling(SamplingOptions):
     """How the tokens of one request are drawn and when it ends."""
 
     draft_temperature: float | None = None  # None: as temperature; 0: argmax drafts, a point mass
-    stop: tuple[str, ...] = ()  # the token that completes a stop string is the last one kept
+    stop: tuple[str, ...] = ()  # a string alone is one; the token that completes it is the last one kept
     stop_token_ids: tuple[int, ...] = ()  # beside the policy's own end tokens
     ignore_eos: bool = False  # go on past the policy's own end tokens (for speed runs)
     law: Law = field(default_factory=Law)
@@ -93,6 +94,7 @@ class Sampling(SamplingOptions):
 
     def __post_init__(self) -> None:
         check_bounds(SamplingOptions, self)
+        self._check_types()
         self._check_processing()
         if self.draft_temperature is not None and not (
             math.isfinite(self.draft_temperature) and self.draft_temperature >= 0
@@ -112,6 +114,52 @@ class Sampling(SamplingOptions):
                 f"law {self.law.name} has no greedy form: give a temperature above 0, or the target law "
                 "(weight 1)"
             )
+
+    def _check_types(self) -> None:
+        """What a wrong type would turn into another request, or into a fault of a step that serves others."""
+        for name, allowed, kind in (
+            ("stop", "a string or a list of strings", str),
+            ("stop_token_ids", "a list of token ids", Integral),
+            ("bad_words_ids", "a list of lists of token ids", list | tuple),
+            ("logits_processors", "a list of functions", Callable),
+        ):
+            value = getattr(self, name)
+            listed = (value,) if name == "stop" and isinstance(value, str) else value
+            if not _is_list_of(listed, kind):
+                raise InvalidInput(f"{name} must be {allowed}, got {value!r}")
+            object.__setattr__(self, name, tuple(listed))
+        object.__setattr__(self, "bad_words_ids", tuple(map(tuple, self.bad_words_ids)))
+        bias = self.logit_bias
+        for name, is_allowed, allowed in (
+            ("ignore_eos", isinstance(self.ignore_eos, bool), "True or False"),
+            ("allow_truncated_mix", isinstance(self.allow_truncated_mix, bool), "True or False"),
+            ("min_tokens", _is_list_of([self.min_tokens], Integral), "a whole number"),
+            (
+                "bad_words_ids",
+                all(_is_list_of(word, Integral) for word in self.bad_words_ids),
+                "a list of lists of token ids",
+            ),
+            (
+                "logit_bias",
+                isinstance(bias, Mapping)
+                and _is_list_of([*bias], Integral)
+                and _is_list_of([*bias.values()], Real),
+                "a dict of a number for each token id",
+            ),
+            (
+                "draft_temperature",
+                self.draft_temperature is None or _is_list_of([self.draft_temperature], Real),
+                "a number or None",
+            ),
+            ("law", isinstance(self.law, Law), "a Law, as Law(1.0), the target, or Law(0.5), a mixed one"),
+            (
+                "constraint",
+                self.constraint is None or callable(getattr(self.constraint, "start", None)),
+                "a Regex, a JsonSchema or another Constraint",
+            ),
+        ):
+            if not is_allowed:
+                raise InvalidInput(f"{name} must be {allowed}, got {getattr(self, name)!r}")
 
     def _check_processing(self) -> None:
         for name, is_allowed, allowed in (
@@ -170,6 +218,13 @@ class Sampling(SamplingOptions):
     def logprob_temperature(self) -> float:
         """The temperature policy log-probabilities are reported at: 1 when greedy."""
         return self.temperature or 1.0
+
+
+def _is_list_of(value: Any, kind: Any) -> bool:
+    """Whether it is a list or tuple, and its items are of this kind; bool is no number here."""
+    return isinstance(value, list | tuple) and all(
+        isinstance(item, kind) and not isinstance(item, bool) for item in value
+    )
 
 
 Sampling.__init__ = names_options("Sampling")(Sampling.__init__)  # type: ignore[method-assign]

@@ -70,11 +70,27 @@ def test_a_long_prompt_is_refused_before_anything_runs_or_handled_by_the_rule_as
 
 
 def test_no_samples_and_no_tokens_are_refused_and_no_prompts_are_no_requests(pool):
-    with pytest.raises(InvalidInput, match="num_samples must be at least 1"):
+    with pytest.raises(InvalidInput, match="num_samples must be a whole number, at least 1, got 0"):
         pool.requests("hi", num_samples=0)
     with pytest.raises(InvalidInput, match="prompt 1 is empty"):
         pool.requests(["hi", []])
     assert pool.requests([]) == []
+
+
+@pytest.mark.parametrize("given", ["hi", ["hi"], [5, 6], None, 7])
+def test_what_is_no_request_is_refused_with_the_way_to_make_one(pool, given):
+    with pytest.raises(InvalidInput, match=r"generate takes a list of requests, got .* `requests\("):
+        pool.generate(given)
+    with pytest.raises(InvalidInput, match="generate takes a list of requests, got Request "):
+        pool.generate(pool.requests("hi")[0])
+
+
+@pytest.mark.parametrize("num_samples", [1.5, "2", True, None])
+def test_samples_are_counted_in_whole_numbers_and_drawn_by_a_sampling(pool, num_samples):
+    with pytest.raises(InvalidInput, match="num_samples must be a whole number, at least 1, got "):
+        pool.requests("hi", num_samples=num_samples)
+    with pytest.raises(InvalidInput, match=r"sampling must be a Sampling, as Sampling\("):
+        pool.requests("hi", {"max_tokens": 4})
 
 
 def test_decode_leaves_special_tokens_out_unless_asked(pool):

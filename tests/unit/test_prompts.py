@@ -105,6 +105,14 @@ def test_what_is_no_prompt_is_refused_by_name_and_with_advice(prompt, message):
         encode_prompt(tokenizer(template=template), prompt, name="row 3")
 
 
+@pytest.mark.parametrize("prompt", ["ab\ud800", [{"role": "user", "content": "\udcff"}]])
+def test_half_a_surrogate_pair_is_no_text(prompt):
+    with pytest.raises(
+        InvalidInput, match=r"row 3 holds '\\ud[8c][0f][0f]' at character \d+: half of a surrogate"
+    ):
+        encode_prompt(tokenizer("<s> $A", template="{{ messages[0].content }}"), prompt, name="row 3")
+
+
 def test_empty_text_needs_a_start_token():
     with pytest.raises(InvalidInput, match="is empty text, to which this tokenizer adds no start token"):
         encode_prompt(tokenizer("$A </s>"), "")

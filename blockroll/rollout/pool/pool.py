@@ -19,7 +19,7 @@ from blockroll.errors import InvalidInput, ReplicaError, WeightSyncError
 from blockroll.policies.prompts import Messages, OverlongRule, PromptInput, check_messages
 from blockroll.rollout.engine.requests import check_request
 from blockroll.rollout.pool.calls import Member, Rollouts
-from blockroll.rollout.pool.prompted import make_requests
+from blockroll.rollout.pool.prompted import as_requests, make_requests
 from blockroll.rollout.pool.replica import Replica
 from blockroll.rollout.pool.router import Router
 from blockroll.rollout.pool.weight_sync import make_update, named_weights, unwrapped
@@ -199,7 +199,7 @@ class RolloutPool:
         An update between two rollouts, or from another thread, is safe: what runs goes on by the new weights.
         ReplicaError if no replica is ready: what was committed stays with the iterator.
         """
-        requests = tuple(requests)
+        requests = as_requests(requests)
         if len({request.request_id for request in requests}) < len(requests):
             raise InvalidInput("request ids must be unique within one generate call")
         for request in requests:

@@ -1,6 +1,8 @@
 """Requests for prompts as users have them."""
 
+import reprlib
 from collections.abc import Iterable, Mapping
+from numbers import Integral
 from typing import Any
 
 from blockroll.errors import InvalidInput
@@ -28,8 +30,10 @@ def make_requests(
     overlong_prompts: OverlongRule = "error",
 ) -> list[Request]:
     """As `RolloutPool.requests`; the tokenizer may be None where all prompts are token ids."""
-    if num_samples < 1:
-        raise InvalidInput(f"num_samples must be at least 1, got {num_samples}")
+    if isinstance(num_samples, bool) or not isinstance(num_samples, Integral) or num_samples < 1:
+        raise InvalidInput(f"num_samples must be a whole number, at least 1, got {num_samples!r}")
+    if not isinstance(sampling, Sampling):
+        raise InvalidInput(f"sampling must be a Sampling, as Sampling(max_tokens=64), got {sampling!r}")
     encoded = [
         encode_prompt(tokenizer, prompt, chat_template_kwargs=chat_template_kwargs, name=f"prompt {number}")
         for number, prompt in enumerate(as_prompts(prompts))
@@ -50,3 +54,17 @@ def make_requests(
         for number, token_ids in fitted
         for sample in range(num_samples)
     ]
+
+
+def as_requests(requests: Iterable[Request]) -> tuple[Request, ...]:
+    """All of them, at once; InvalidInput where something else was given."""
+    listed = tuple(requests) if isinstance(requests, Iterable) else None
+    wrong = (
+        requests if listed is None else next((each for each in listed if not isinstance(each, Request)), None)
+    )
+    if listed is None or wrong is not None:
+        raise InvalidInput(
+            f"generate takes a list of requests, got {type(wrong).__name__} {reprlib.repr(wrong)}"
+            f"{' in it' if listed is not None else ''}; make them with `requests(prompts, sampling)`"
+        )
+    return listed
