@@ -18,6 +18,7 @@ from typing import Any, Literal, Self
 
 import safetensors.torch
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -130,7 +131,7 @@ class DraftAdapter(nn.Module):
                 f"the draft adapter in {folder} was made for the family {config.family!r}, the policy is "
                 f"{family!r}; convert this policy with `blockroll convert`"
             )
-        tensors = safetensors.torch.load_file(folder / ADAPTER_WEIGHTS)
+        tensors = _read_weights(folder / ADAPTER_WEIGHTS)
         adapter = cls(model, config)
         problems = _differences(adapter.state_dict(), tensors)
         if problems:
@@ -168,14 +169,28 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
     path = folder / ADAPTER_CONFIG
     if not path.is_file():
         raise AdapterMismatch(f"no draft adapter in {folder}: it has no {ADAPTER_CONFIG}")
-    values: dict[str, Any] = {
-        key: tuple(value) if isinstance(value, list) else value
-        for key, value in json.loads(path.read_text()).items()
-    }
     try:
-        return AdapterConfig(**values)
-    except TypeError as wrong:
+        read: Any = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise AdapterMismatch(f"{path} cannot be read: {error}; copy the draft adapter again") from None
+    try:
+        return AdapterConfig(
+            **{key: tuple(value) if isinstance(value, list) else value for key, value in read.items()}
+        )
+    except (AttributeError, TypeError) as wrong:
         raise AdapterMismatch(f"{path} is not a draft adapter of this version: {wrong}") from None
+
+
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors of an adapter's file, all of them finite."""
+    try:
+        tensors = safetensors.torch.load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise AdapterMismatch(f"{path} cannot be read: {error}; copy the draft adapter again") from None
+    for name, tensor in tensors.items():
+        if not bool(tensor.isfinite().all()):
+            raise AdapterMismatch(f"{path} holds NaN or infinity in {name}: take an earlier draft adapter")
+    return tensors
 
 
 def parent_hash(model: nn.Module) -> str:

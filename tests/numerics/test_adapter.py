@@ -202,6 +202,35 @@ class TestMismatch:
         self.refused(folder, "not a draft adapter of this version")
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("draft_adapter.json", b""),
+        ("draft_adapter.json", b"[]"),
+        ("draft_adapter.json", b"\xff"),
+        ("draft_adapter.safetensors", b""),
+        ("draft_adapter.safetensors", b"not weights"),
+        ("draft_adapter.safetensors", None),
+    ],
+)
+def test_a_damaged_adapter_is_refused_by_the_name_of_its_file(tmp_path, name, content):
+    policy = random_policy()
+    random_adapter(policy).save_pretrained(tmp_path)
+    (tmp_path / name).unlink() if content is None else (tmp_path / name).write_bytes(content)
+    with pytest.raises(AdapterMismatch, match=rf"{name} (cannot be read|is not a draft adapter)"):
+        DraftAdapter.from_pretrained(tmp_path, policy.model)
+
+
+def test_an_adapter_that_is_not_finite_is_refused(tmp_path):
+    policy = random_policy()
+    adapter = random_adapter(policy)
+    with torch.no_grad():
+        adapter.mask_embedding[3] = torch.nan
+    adapter.save_pretrained(tmp_path)
+    with pytest.raises(AdapterMismatch, match="holds NaN or infinity in mask_embedding"):
+        DraftAdapter.from_pretrained(tmp_path, policy.model)
+
+
 def test_the_parent_hash_changes_with_any_weight():
     model = random_model()
     before = parent_hash(model)
