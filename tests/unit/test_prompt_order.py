@@ -98,6 +98,30 @@ def test_skipped_rows_leave_the_others_in_their_order(tmp_path, policy_path):
     assert [order.rows(start, 2) for start in range(9)] == [kept[start : start + 2] for start in range(9)]
 
 
+def test_a_conversion_leaves_out_what_a_task_has_too_long_and_goes_on(
+    policy_path, caplog, monkeypatch, tmp_path
+):
+    (tmp_path / "mine.py").write_text(
+        "from blockroll.rl_loops.tasks import Task\n"
+        "def row(seed, index):\n"
+        "    return {'prompt': f'{index}+' * (40 if index % 3 == 1 else 1) + '1=?'}\n"
+        "def long(seed, index):\n"
+        "    return {'prompt': '1+' * 40}\n"
+        "some, none = (Task(name=each.__name__, train_row=each, eval_rows=None, reward_fn=None)\n"
+        "    for each in (row, long))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    policy = HFPolicy.from_pretrained(policy_path, device="cpu")
+    prompts = load_prompts("mine:some", policy, {})
+    drawn = [policy.decode(list(prompts.token_ids(0, index))) for index in (0, 1, 2, 3, 4, 3)]
+    assert drawn == ["0+1=?", "2+1=?", "3+1=?", "5+1=?", "6+1=?", "5+1=?"]
+    assert caplog.text.count("prompts that are too long are left out") == 1
+    with pytest.raises(
+        InvalidInput, match="10000 prompts of task 'long', from prompt 0 on, have more than 63"
+    ):
+        load_prompts("mine:none", policy, {})
+
+
 def test_an_epoch_of_a_long_prompts_file_is_shuffled_once(tmp_path, policy_path):
     """Counted, not timed: shuffling for every prompt costs the square of their number."""
     path = tmp_path / "prompts.jsonl"
