@@ -1,5 +1,6 @@
 """Checkpoint folders of supported families, read whole or not at all."""
 
+import json
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -8,12 +9,12 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -66,6 +67,7 @@ def resolve_checkpoint(path: str | Path) -> Path:
     with _named(folder, "config.json"):
         config = AutoConfig.from_pretrained(folder)
     check_family(config.model_type)
+    _check_unquantized(folder, config)
     context_of(config)
     return folder
 
@@ -92,6 +94,7 @@ def load_model(
     process others. A head tied to the embedding needs no weight of its own.
     """
     torch_dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    _check_generation_config(folder)
     with _quiet(), _named(folder, "the weights"):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch_dtype, output_loading_info=True, ignore_mismatched_sizes=True
@@ -99,6 +102,7 @@ def load_model(
     model: PreTrainedModel = loaded[0]
     info: dict[str, Any] = loaded[1]
     _check_whole(folder, model, info)
+    _check_tied(folder, model)
     _check_finite(folder, model)
     nn.Module.to(model, resolve_device(device))
     return model
@@ -166,10 +170,41 @@ def _named(folder: Path, part: str) -> Iterator[None]:
     """Say which checkpoint and which part of it cannot be read."""
     try:
         yield
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+    except Exception as error:  # a damaged file makes transformers raise anything
+        reason = " ".join(f"{error}".split()) or type(error).__name__
         raise CheckpointError(
-            f"{part} of the checkpoint in {folder} cannot be read: {error}; copy or download it again"
+            f"{part} of the checkpoint in {folder} cannot be read: {reason}; copy or download it again"
         ) from error
+
+
+def _check_unquantized(folder: Path, config: PretrainedConfig) -> None:
+    quantization: Any = getattr(config, "quantization_config", None)
+    if quantization:
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+        raise InvalidInput(
+            f"the checkpoint in {folder} is quantized ({method}), and only weights in float32, bfloat16 or "
+            "float16 are served and synced: give the checkpoint that it was made from"
+        )
+
+
+def _check_generation_config(folder: Path) -> None:
+    """transformers goes on without one that it cannot read, and without the end tokens that stand in it."""
+    path = folder / "generation_config.json"
+    if path.is_file():
+        with _named(folder, path.name):
+            if not isinstance(json.loads(path.read_text(encoding="utf-8")), dict):
+                raise ValueError("it holds no JSON object")
+
+
+def _check_tied(folder: Path, model: PreTrainedModel) -> None:
+    """transformers unties what the config ties where the file holds another head; other readers drop it."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()  # type: ignore[no-untyped-call]
+    if model.config.tie_word_embeddings and head.weight is not embedding.weight:
+        raise CheckpointError(
+            f"the checkpoint in {folder} holds lm_head.weight, which is not the embedding that its config "
+            "ties it to: set tie_word_embeddings to false in config.json, if the head is right, or take "
+            "lm_head.weight out of the file"
+        )
 
 
 def _check_whole(folder: Path, model: PreTrainedModel, info: dict[str, Any]) -> None:

@@ -89,6 +89,55 @@ def test_a_head_tied_to_the_embedding_needs_no_weight_of_its_own(tmp_path, famil
     assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
 
 
+def test_a_head_that_the_config_ties_to_another_embedding_is_refused(tmp_path):
+    model = random_model()
+    model.config.tie_word_embeddings = True
+    model.tie_weights()
+    model.save_pretrained(tmp_path)
+    edit(tmp_path, lambda tensors: tensors.update({"lm_head.weight": torch.randn(24, 32)}))
+    with pytest.raises(
+        CheckpointError, match=r"holds lm_head\.weight, which is not the embedding that .* ties"
+    ):
+        load_model(tmp_path)
+    edit(tmp_path, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
+    loaded = load_model(tmp_path)
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize("method", ["gptq", "bitsandbytes", "fp8", "unheard-of"])
+def test_a_quantized_checkpoint_is_refused_by_its_method(folder, method):
+    edit(folder, nothing, quantization_config={"quant_method": method})
+    with pytest.raises(InvalidInput, match=rf"is quantized \({method}\), and only weights in float32"):
+        resolve_checkpoint(folder)
+
+
+@pytest.mark.parametrize("content", ["{", "[1]"])
+def test_end_tokens_are_not_lost_with_a_generation_config_that_cannot_be_read(folder, content):
+    (folder / "generation_config.json").write_text(content)
+    with pytest.raises(
+        CheckpointError, match=r"generation_config\.json of the checkpoint in .* cannot be read"
+    ):
+        load_model(folder)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [{"eos_token_id": "2"}, {"hidden_size": "32"}, {"max_position_embeddings": None}, {"vocab_size": 0}],
+)
+def test_a_config_that_makes_transformers_raise_anything_is_one_error_of_one_line(folder, config):
+    edit(folder, nothing, **config)
+    with pytest.raises(CheckpointError, match=r"cannot be read|is not the model") as caught:
+        load_model(resolve_checkpoint(folder))
+    assert "\n" not in str(caught.value)
+
+
+def test_end_tokens_outside_the_vocabulary_are_named_in_a_warning(caplog):
+    model = random_model()
+    model.generation_config.eos_token_id = [EOS_ID, 99, 1000]
+    assert end_token_ids(model, None) == (EOS_ID,)
+    assert "end tokens 99, 1000 are outside the vocabulary of 24" in caplog.text
+
+
 def test_an_adapter_may_lie_beside_the_weights(folder):
     random_adapter(HFPolicy.from_pretrained(folder, with_tokenizer=False)).save_pretrained(folder)
     assert HFPolicy.from_pretrained(folder, with_tokenizer=False).can_draft
