@@ -28,7 +28,7 @@ def prompts_from(path: Path, policy: "HFPolicy") -> list[tuple[int, ...]]:
     prompts: list[Any]
     try:
         is_json = path.suffix in JSON_LINES
-        prompts = list(read_prompts(path)) if is_json else path.read_text(encoding="utf-8").split("\n")
+        prompts = list(read_prompts(path)) if is_json else path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise InvalidInput(
             f"--prompts {path} is no UTF-8 text (byte {error.start}); give {FILE_HELP}"

@@ -132,7 +132,7 @@ def read_prompts(path: Path) -> list[str | list[dict[str, str]]]:
         where = f"line {number} of {path}"
         try:
             row = json.loads(line.decode("utf-8-sig"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InvalidInput(f"{where} is not JSON ({error}); expected {_EXPECTED}") from None
         prompt: Any = row.get("prompt") if isinstance(row, dict) else None
         if not _is_prompt(prompt):

@@ -141,7 +141,7 @@ def test_a_prompt_may_hold_what_other_formats_end_lines_with(tmp_path, separator
     assert read_prompts(path) == [f"a{separator}b", "c"]
 
 
-@pytest.mark.parametrize("content", [b"\xff\xfe", b'{"prompt": 3}', b'{"prompt"'])
+@pytest.mark.parametrize("content", [b"\xff\xfe", b'{"prompt": 3}', b'{"prompt"', b"[" * 100_000])
 def test_a_line_that_is_no_prompt_is_named_with_its_number(tmp_path, content):
     path = tmp_path / "prompts.jsonl"
     path.write_bytes(b'\xef\xbb\xbf{"prompt": "after a byte order mark"}\n' + content + b"\n")
