@@ -11,8 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
-
 from blockroll.errors import InvalidInput
 from blockroll.policies.adapter import chat_template_hash
 from blockroll.policies.hf import HFPolicy
@@ -82,7 +80,7 @@ def load_prompts(source: str, policy: HFPolicy, chat_template_kwargs: Mapping[st
 class _TaskOrder:
     """`token_ids` of a task: its prompts in its order, without those that are too long."""
 
-    def __init__(self, task: Task, tokenizer: PreTrainedTokenizerBase, *, max_tokens: int) -> None:
+    def __init__(self, task: Task, tokenizer: Any, *, max_tokens: int) -> None:
         self._task, self._tokenizer, self._max_tokens = task, tokenizer, max_tokens
         self._rows: dict[int, list[int]] = {}  # by seed, the rows that fit, as far as they were asked for
         self._has_warned = False
