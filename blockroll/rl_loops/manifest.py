@@ -100,7 +100,7 @@ def _read(folder: Path, step: int) -> dict[str, FileRecord]:
         data = path.read_bytes()
         content: Any = json.loads(data)
         content.pop("sha256")
-        is_sound = data == _bytes_of(content)
+        is_sound = data == _bytes_of(content) and "format" in content
     except (ValueError, AttributeError, KeyError, TypeError):
         is_sound = False
     if not is_sound:
@@ -110,12 +110,17 @@ def _read(folder: Path, step: int) -> dict[str, FileRecord]:
             f"{path} has format {content['format']}, and this version of blockroll reads {FORMAT}: resume "
             "with the version that wrote it"
         )
-    if content["step"] != step:
+    try:
+        files = {name: FileRecord(**record) for name, record in content["files"].items()}
+        its_step = content["step"]
+    except (AttributeError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} is damaged: it is no list of files and their checksums") from error
+    if its_step != step:
         raise CheckpointError(
-            f"{path} is of step {content['step']}, and its folder's name says {step}: give the folder its "
+            f"{path} is of step {its_step}, and its folder's name says {step}: give the folder its "
             "own name back"
         )
-    return {name: FileRecord(**record) for name, record in content["files"].items()}
+    return files
 
 
 def _bytes_of(content: dict[str, Any]) -> bytes:

@@ -1,5 +1,6 @@
 """Checkpoints that were damaged after they were written, and saves that fail."""
 
+import hashlib
 import json
 import random
 import resource
@@ -104,6 +105,19 @@ def a_manifest_without_the_weights(folder):
     (folder / MANIFEST_FILE).write_text(json.dumps(content))
 
 
+def forge_manifest(change):
+    """With a checksum of its own that holds."""
+
+    def forge(folder):
+        content = json.loads((folder / MANIFEST_FILE).read_text())
+        del content["sha256"]
+        change(content)
+        digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+        (folder / MANIFEST_FILE).write_text(json.dumps({**content, "sha256": digest}, indent=1) + "\n")
+
+    return forge, MANIFEST_FILE
+
+
 def an_adapter_of_nobody(folder):
     (folder / "draft_adapter.safetensors").write_bytes(b"weights")
 
@@ -129,6 +143,10 @@ DAMAGES = {
     "another step's manifest": (another_steps_manifest, MANIFEST_FILE),
     "another step's content": (another_steps_content, MANIFEST_FILE),
     "a manifest without the weights": (a_manifest_without_the_weights, MANIFEST_FILE),
+    "a manifest of a later format": forge_manifest(lambda content: content.update(format=2)),
+    "a manifest without a format": forge_manifest(lambda content: content.pop("format")),
+    "a manifest without files": forge_manifest(lambda content: content.pop("files")),
+    "a manifest without checksums": forge_manifest(lambda content: content["files"][WEIGHTS].pop("sha256")),
     "broken json of the config": break_json("config.json"),
     "broken json of the tokenizer": break_json("tokenizer.json"),
     "broken json of the tokenizer's config": break_json("tokenizer_config.json"),
