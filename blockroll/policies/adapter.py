@@ -174,9 +174,10 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
     except (OSError, ValueError) as error:
         raise AdapterMismatch(f"{path} cannot be read: {error}; copy the draft adapter again") from None
     try:
-        return AdapterConfig(
-            **{key: tuple(value) if isinstance(value, list) else value for key, value in read.items()}
-        )
+        values: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in read.items()
+        }
+        return AdapterConfig(**values)
     except (AttributeError, TypeError) as wrong:
         raise AdapterMismatch(f"{path} is not a draft adapter of this version: {wrong}") from None
 
