@@ -18,7 +18,7 @@ from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from blockroll.errors import InvalidInput
 from blockroll.policies import attention
@@ -73,7 +73,7 @@ class HFPolicy:
         self._rotary = use_text_rotary(model)
         self.eos_token_ids = end_token_ids(model, tokenizer)
         self.adapter: DraftAdapter | None = None
-        section: dict[str, Any] = getattr(model.config, "blockroll", None) or {}
+        section = _trained_drafts_of(model.config)
         self.mask_token_id: int | None = section.get("mask_token_id")
         self.trained_drafts = 0
         self.trained_layouts: tuple[str, ...] = ()
@@ -301,3 +301,23 @@ class HFPolicy:
             return folded(self._sliding_window)
         windows = {"full_attention": None, "sliding_attention": self._sliding_window}
         return {kind: folded(windows[kind]) for kind in self._layer_types}
+
+
+def _trained_drafts_of(config: PretrainedConfig) -> dict[str, Any]:
+    """What a config says of the drafts that its weights were trained for; empty where it says nothing."""
+    section: Any = getattr(config, "blockroll", None) or {}
+    if not isinstance(section, dict):
+        raise InvalidInput(f"the section `blockroll` of a config is a mapping, got {section!r}; leave it out")
+    mask, sizes, layouts = (section.get(key) for key in ("mask_token_id", "block_sizes", "layouts"))
+    if mask is not None and not (type(mask) is int and 0 <= mask < config.vocab_size):
+        raise InvalidInput(
+            f"blockroll.mask_token_id of the config is {mask!r}, and must be a token of the vocabulary of "
+            f"{config.vocab_size}: correct it, or leave the section out"
+        )
+    for key, values, kind in (("block_sizes", sizes, int), ("layouts", layouts, str)):
+        is_list = isinstance(values, list | tuple) and all(type(each) is kind for each in values)
+        if values is not None and not is_list:
+            raise InvalidInput(
+                f"blockroll.{key} of the config must be a list of {kind.__name__}, got {values!r}"
+            )
+    return section

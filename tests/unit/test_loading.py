@@ -131,6 +131,17 @@ def test_a_config_that_makes_transformers_raise_anything_is_one_error_of_one_lin
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "section",
+    ["yes", {"mask_token_id": 24}, {"mask_token_id": "3"}, {"block_sizes": "4"}, {"layouts": 5}],
+)
+def test_what_a_config_says_of_drafts_is_checked_before_anything_drafts(section):
+    model = random_model()
+    model.config.blockroll = section
+    with pytest.raises(InvalidInput, match=r"blockroll.* of (a|the) config"):
+        HFPolicy(model)
+
+
 def test_end_tokens_outside_the_vocabulary_are_named_in_a_warning(caplog):
     model = random_model()
     model.generation_config.eos_token_id = [EOS_ID, 99, 1000]
