@@ -3,6 +3,7 @@
 import pytest
 
 from blockroll.config import RolloutConfig
+from blockroll.errors import InvalidInput
 from blockroll.rl_loops.tracking import read_lines
 from blockroll.rollout.audit.check import check_audit
 from blockroll.rollout.audit.files import audit_files
@@ -71,3 +72,29 @@ def test_the_audit_of_a_trainers_rollouts_lies_beside_its_report_and_passes(tmp_
     assert again.passed, again.problem
     # What was drawn behind the checkpoint is dropped, drawn again, and stands there once.
     assert again.rows_by_version == report.rows_by_version
+
+
+def test_an_audit_lies_where_the_config_says_and_is_resumed_there(tmp_path):
+    audit = tmp_path / "elsewhere"
+    config = RolloutConfig(plan="two_forward", audit="all", audit_dir=str(audit))
+    made = trainer(tmp_path, rollout=config, options={"save_strategy": "steps", "save_steps": 1})
+    made.train()
+    report = check_audit(audit_files(audit))
+    assert set(report.rows_by_version) == {0, 1}
+    trainer(tmp_path, rollout=config).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    again = check_audit(audit_files(audit))
+    assert again.passed, again.problem
+    assert again.rows_by_version == report.rows_by_version
+    assert not (tmp_path / "blockroll" / "audit").exists()
+
+
+def test_a_run_from_the_start_does_not_write_between_the_rows_of_another(tmp_path):
+    config = RolloutConfig(plan="two_forward", audit="all")
+    made = trainer(tmp_path, rollout=config, options={"max_steps": 1})
+    made.train()
+    made.train()  # its own rows are no other run's
+    files = audit_files(tmp_path / "blockroll" / "audit")
+    other = trainer(tmp_path, rollout=config, options={"max_steps": 1})
+    with pytest.raises(InvalidInput, match=r"audit holds the audit of another run.*resume_from_checkpoint"):
+        other.train()
+    assert audit_files(tmp_path / "blockroll" / "audit") == files

@@ -301,6 +301,13 @@ class Given:
         """Nothing: whoever made the pool closes it."""
 
 
+def audit_folder(args: Any, rollout: RolloutConfig | RolloutPool) -> Path | None:
+    """Where a trainer's audit is written, if it is; None for a pool that is given, which has its own."""
+    if isinstance(rollout, RolloutPool):
+        return None
+    return Path(rollout.audit_dir or Path(args.output_dir) / "blockroll" / "audit")
+
+
 def place(
     trainer: Any,
     rollout: RolloutConfig | RolloutPool,
@@ -308,8 +315,8 @@ def place(
     alignment: AlignmentConfig | None,
 ) -> Placement:
     """The placement that a trainer's arguments ask for. All ranks call it."""
-    if isinstance(rollout, RolloutConfig) and rollout.audit != "off" and not rollout.audit_dir:
-        rollout = replace(rollout, audit_dir=str(Path(trainer.args.output_dir) / "blockroll" / "audit"))
+    if isinstance(rollout, RolloutConfig) and rollout.audit != "off":
+        rollout = replace(rollout, audit_dir=str(audit_folder(trainer.args, rollout)))
     if isinstance(rollout, RolloutConfig) and not rollout.is_separate:
         return Colocated(trainer, rollout, adapter, alignment)
     if isinstance(rollout, RolloutConfig):

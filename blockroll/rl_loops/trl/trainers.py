@@ -14,7 +14,7 @@ from trl.extras.profiling import profiling_context
 from trl.trainer.utils import pad
 
 from blockroll.config import AlignmentConfig, RolloutConfig
-from blockroll.errors import ConfigError
+from blockroll.errors import ConfigError, InvalidInput
 from blockroll.policies.ends import end_token_ids
 from blockroll.policies.prompts import encode_prompt
 from blockroll.rl_loops.trl.alignment import AfterUpdate
@@ -24,11 +24,12 @@ from blockroll.rl_loops.trl.contract import GRPO_PARTS, TRAINER_PARTS, require_p
 from blockroll.rl_loops.trl.generation import TrainerRollouts, trainer_sampling
 from blockroll.rl_loops.trl.metrics import PADDING, LearnersView, drawn_versions, round_metrics
 from blockroll.rl_loops.trl.modules import base_model, has_dropout
-from blockroll.rl_loops.trl.placement import forward_dtype, place
+from blockroll.rl_loops.trl.placement import audit_folder, forward_dtype, place
 from blockroll.rl_loops.trl.prompt_lengths import check_prompts
 from blockroll.rl_loops.trl.record import Record
 from blockroll.rl_loops.trl.rewards import RewardErrors
-from blockroll.rl_loops.trl.together import on_any, raise_together
+from blockroll.rl_loops.trl.together import on_any, raise_together, together
+from blockroll.rollout.audit.files import audit_mark
 from blockroll.rollout.pool.pool import RolloutPool
 from blockroll.types import Sampling
 
@@ -63,6 +64,8 @@ class _DraftedRollouts(_Trainer):
         config = RolloutConfig() if isinstance(rollout, RolloutPool) else rollout
         sampling = trainer_sampling(self, config)
         self._check_law(sampling)
+        self._audit = audit_folder(self.args, rollout)
+        self._begins_audit = config.audit != "off" and self._audit is not None
         placement = place(self, rollout, adapter, alignment)
         datasets = {"train_dataset": self.train_dataset, "eval_dataset": self.eval_dataset}
         check_prompts(self, datasets, max_tokens=placement.pool.limits.max_length - 1)
@@ -82,16 +85,22 @@ class _DraftedRollouts(_Trainer):
         raise NotImplementedError
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
-        """As TRL's; a checkpoint brings back drafts and planner too."""
+        """As TRL's; a checkpoint brings back drafts and planner too.
+
+        InvalidInput, before anything is drawn, if the audit's folder holds what another run has drawn and no
+        checkpoint is given to go on from.
+        """
+        with together(self.accelerator, "looking at the audit's folder"):
+            if self.accelerator.is_main_process and not resume_from_checkpoint:
+                self._check_audit_is_new()
         if resume_from_checkpoint:
             folder = resume_from_checkpoint
             if folder is True:
                 folder = get_last_checkpoint(self.args.output_dir)  # type: ignore[no-untyped-call]
             if folder is not None:
-                audit = Path(self.args.output_dir) / "blockroll" / "audit"
                 is_main = self.accelerator.is_main_process
                 version, views = load_rollout_state(
-                    Path(folder), self.rollouts.placement, audit=audit if is_main else None
+                    Path(folder), self.rollouts.placement, audit=self._audit if is_main else None
                 )
                 self.rollouts.begin_version(after=version)
                 for mode, state in views.items():
@@ -100,6 +109,14 @@ class _DraftedRollouts(_Trainer):
         if self.accelerator.is_main_process:
             self._record.write_report()
         return done
+
+    def _check_audit_is_new(self) -> None:
+        if self._begins_audit and self.rollouts.version < 0 and self._audit and audit_mark(self._audit):
+            raise InvalidInput(
+                f"{self._audit} holds the audit of another run, whose requests have the names that this one's "
+                "would have: resume that run (resume_from_checkpoint), move the folder away, or set another "
+                "output_dir or RolloutConfig(audit_dir=...)"
+            )
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
