@@ -4,6 +4,7 @@ import pytest
 import torch
 from peft import (
     IA3Config,
+    LNTuningConfig,
     LoHaConfig,
     LoraConfig,
     OFTConfig,
@@ -26,6 +27,7 @@ from tests.trl_trainers import even_share, logs, trainer
 
 pytestmark = [
     pytest.mark.filterwarnings(
+        "ignore:Unsupported layer type:UserWarning",  # PEFT, of the norms that it is asked to train
         "ignore:`.*gradient_checkpointing.*` is deprecated:FutureWarning",  # what TRL itself calls
     ),
     pytest.mark.filterwarnings(
@@ -131,6 +133,11 @@ SETUPS = {
         True,
     ),
     "loha": (LoHaConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "down_proj"]), "llama", False),
+    "norms": (
+        LNTuningConfig(task_type="CAUSAL_LM", target_modules=["norm", "input_layernorm"]),
+        "llama",
+        True,
+    ),
     "oft": (OFTConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], oft_block_size=8), "llama", False),
 }
 

@@ -157,6 +157,8 @@ def find_module(module: nn.Module) -> tuple[Any, tuple[Any, ...]]:
             module = module.token_adapter  # type: ignore[assignment]
         elif kind == "ModulesToSaveWrapper":
             module = _copy_in_use(module)
+        elif kind == "LNTuningLayer":
+            module = _norm_in_use(module)
         elif _is_tuner(module):
             tuners.append(module)
             module = module.base_layer  # type: ignore[assignment]
@@ -199,6 +201,17 @@ def _copy_in_use(wrapper: Any) -> nn.Module:
         return original
     copied: nn.Module = wrapper.modules_to_save[names[0]]
     return copied
+
+
+def _norm_in_use(layer: Any) -> nn.Module:
+    """A trained copy beside the original, which merging exchanges: there is no update to add."""
+    original, copies = layer.base_layer, layer.ln_tuning_layers
+    used: nn.Module = original
+    if layer.merged and layer.disable_adapters:
+        used = copies[layer.merged_adapters[0]]  # where the original lies then
+    elif not layer.merged and not layer.disable_adapters and layer.active_adapters:
+        used = copies[layer.active_adapters[0]]
+    return used
 
 
 def _merge(tuner: Any) -> None:
