@@ -36,6 +36,8 @@ pytestmark = pytest.mark.filterwarnings(
         (GRPOTrainer, {"top_p": 0.9}, {}, "vllm_importance_sampling_correction=False"),
         (GRPOTrainer, {"top_k": 5}, {}, "vllm_importance_sampling_correction=False"),
         (GRPOTrainer, {"loss_type": "vespo"}, {}, "token_truncate"),
+        (GRPOTrainer, {"temperature": 0.0}, {}, "temperature=0.0: it must be above 0"),
+        (RLOOTrainer, {"max_completion_length": None}, {}, "max_completion_length=None"),
         (GRPOTrainer, {"generation_kwargs": {"do_sample": False}}, {}, "generation_kwargs"),
         (GRPOTrainer, {}, {"rollout": RolloutConfig(temperature=0.5)}, "temperature=1.0"),
         (GRPOTrainer, {}, {"rollout": RolloutConfig(max_tokens=9)}, "max_completion_length=48"),
@@ -146,6 +148,9 @@ def test_a_refused_argument_is_refused_by_name_before_the_model_is_loaded(tmp_pa
         ("max_new_tokens", 7),
         ("eos_token_id", 5),
         ("suppress_tokens", [5]),
+        ("bad_words_ids", [5]),
+        ("logit_bias", {"abc": 1.0}),
+        ("stop_strings", 5),
     ],
 )
 def test_a_generation_kwarg_that_is_not_done_is_refused_by_name(tmp_path, key, value):
@@ -160,6 +165,14 @@ def uncorrected(**options):
 def drawn(made):
     made.train()
     return [rollout.token_ids for rollout in made.rollouts.trained]
+
+
+def test_none_among_the_arguments_asks_for_nothing(tmp_path):
+    options = {"top_p": None, "top_k": None, "min_p": None, "repetition_penalty": None}
+    kwargs = {"min_new_tokens": None, "stop_strings": None, "typical_p": None}
+    made = trainer(tmp_path, options={**options, "generation_kwargs": kwargs})
+    assert made.rollouts.sampling.is_policy
+    assert made.rollouts.sampling.stop == ()
 
 
 def test_generation_kwargs_that_are_options_of_sampling_are_obeyed(tmp_path):

@@ -138,11 +138,19 @@ NEUTRAL_KEYS = {"do_sample": True, "num_beams": 1, "use_cache": True, "n": 1, "n
 
 
 def check_arguments(args: Any, *, rollout_func: Any = None) -> None:
-    """InvalidInput, by name, for the first argument that is refused."""
+    """InvalidInput, by name, for the first argument that is refused, or has a value that nobody can do."""
     defaults = {field.name: field.default for field in dataclasses.fields(args)}
     for name, advice in REFUSED.items():
         if name in defaults and getattr(args, name) != defaults[name]:
             raise InvalidInput(f"{type(args).__name__} has {name}={getattr(args, name)!r}: {advice}")
+    name = type(args).__name__
+    if not args.temperature > 0:
+        raise InvalidInput(
+            f"{name} has temperature={args.temperature!r}: it must be above 0, for the loss divides logits "
+            "by it"
+        )
+    if args.max_completion_length is None:
+        raise InvalidInput(f"{name} has max_completion_length=None: say how long a completion may be")
     if rollout_func is not None:
         raise InvalidInput(
             "rollout_func and rollout=... both want to generate: leave one out, or give a stock "
@@ -161,11 +169,16 @@ def check_head(args: Any, dtype: torch.dtype) -> None:
 
 
 def sampling_of(generation_kwargs: Mapping[str, Any] | None, args: Any) -> dict[str, Any]:
-    """Options of `Sampling` that `generation_kwargs` asks for; InvalidInput for a key that is none."""
+    """Options of `Sampling` that `generation_kwargs` asks for; InvalidInput for what is none."""
     asked: dict[str, Any] = {}
     for key, value in (generation_kwargs or {}).items():
+        if value is None:
+            continue  # as where the key is left out
         if key in SAMPLING_KEYS:
-            asked[SAMPLING_KEYS[key]] = _as_option(key, value)
+            try:
+                asked[SAMPLING_KEYS[key]] = _as_option(key, value)
+            except (TypeError, ValueError, AttributeError) as error:
+                raise InvalidInput(f"generation_kwargs has {key}={value!r}: {error}") from error
         elif key in ARGUMENT_KEYS:
             argument = ARGUMENT_KEYS[key]
             if value != getattr(args, argument):
@@ -184,9 +197,9 @@ def sampling_of(generation_kwargs: Mapping[str, Any] | None, args: Any) -> dict[
 
 def _as_option(key: str, value: Any) -> Any:
     if key in ("stop", "stop_strings"):
-        return (value,) if isinstance(value, str) else tuple(value or ())
+        return (value,) if isinstance(value, str) else tuple(value)
     if key == "bad_words_ids":
-        return tuple(tuple(word) for word in value or ())
+        return tuple(tuple(word) for word in value)
     if key == "logit_bias":
-        return {int(token): float(bias) for token, bias in (value or {}).items()}
+        return {int(token): float(bias) for token, bias in value.items()}
     return value

@@ -71,7 +71,7 @@ def require_parts(trainer: Any, parts: Iterable[str]) -> None:
 
 
 def _is_optional(part: str) -> bool:
-    return part in ("min_p", "top_k")  # None is a value they may have
+    return part in ("min_p", "repetition_penalty", "top_k", "top_p")  # None is a value they may have
 
 
 require_tested(trl.__version__)

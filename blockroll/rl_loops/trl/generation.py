@@ -224,7 +224,7 @@ def trainer_sampling(trainer: Any, config: RolloutConfig) -> Sampling:
                 f"{TRL_NAMES.get(name, name)}={value}; set it there, and leave it out of RolloutConfig"
             )
     asked = sampling_of(args.generation_kwargs, args)
-    if args.vllm_structured_outputs_regex:
+    if args.vllm_structured_outputs_regex is not None:
         asked["constraint"] = Regex(args.vllm_structured_outputs_regex)
     return config.sampling(
         **{**mine, **asked},

@@ -113,9 +113,9 @@ class _DraftedRollouts(_Trainer):
     def _check_audit_is_new(self) -> None:
         if self._begins_audit and self.rollouts.version < 0 and self._audit and audit_mark(self._audit):
             raise InvalidInput(
-                f"{self._audit} holds the audit of another run, whose requests have the names that this one's "
-                "would have: resume that run (resume_from_checkpoint), move the folder away, or set another "
-                "output_dir or RolloutConfig(audit_dir=...)"
+                f"{self._audit} holds the audit of another run, whose requests have the names that this "
+                "one's would have: resume that run (resume_from_checkpoint), move the folder away, or set "
+                "another output_dir or RolloutConfig(audit_dir=...)"
             )
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
