@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from blockroll import RolloutPool
+from blockroll.errors import AuditError
 from blockroll.policies.loading import load_tokenizer
 from blockroll.rollout.audit.check import check_audit
 from blockroll.rollout.audit.files import audit_files, read_audit
@@ -94,3 +95,28 @@ def test_a_pool_may_be_asked_again_and_another_pool_must_not_draw_the_same_versi
     assert problem is not None
     assert "the row stands twice" in problem.what
     assert problem.request == requests[0].request_id
+
+
+@pytest.mark.parametrize("backend", ["local", "ray"])
+def test_an_audit_that_cannot_be_written_is_one_line_and_the_call_goes_on_after_it(
+    ray_session, checkpoint, tmp_path, backend
+):
+    folder = tmp_path / "audit"
+    requests = make_requests(prompts(3), SAMPLING)
+    threads = {"threads_per_replica": 1} if backend == "ray" else {}
+    with audited(checkpoint, folder, backend=backend, **threads) as pool:
+        folder.write_text("no folder")
+        calls = pool.generate(requests)
+        with pytest.raises(AuditError, match=r"^\d+ rows of the audit could not be written to \S*audit: "):
+            list(calls)
+        folder.unlink()
+        assert {len(each.token_ids) for each in calls} == {12}
+    # Rows that waited for a folder are written, at the latest when the pool is closed.
+    rows = {
+        (name.partition("~")[0], position)  # drawn again, a request has a number behind its name
+        for file in map(read_audit, audit_files(folder))
+        for name, position in zip(file.requests, file.numbers_N["position"].tolist(), strict=True)
+    }
+    assert len(rows) == 3 * 12
+    report = check_audit(audit_files(folder))
+    assert report.passed, report.problem

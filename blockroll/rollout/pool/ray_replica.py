@@ -5,6 +5,7 @@ own over the same actors, and gets its own rollouts back. Weights come from the 
 """
 
 import dataclasses
+import logging
 import socket
 import uuid
 from collections.abc import Callable, Sequence
@@ -20,7 +21,7 @@ from blockroll.types import ReplicaHealth, Request, Rollout, UpdateReceipt, Weig
 
 try:
     import ray
-    from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError
+    from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayTaskError
 except ImportError as missing:
     raise MissingDependency(
         "Ray is not installed; install it with pip install 'blockroll[ray]', or use rollout.backend=local"
@@ -28,6 +29,9 @@ except ImportError as missing:
 
 _POLL_WAIT_S = 0.02
 _START_TIMEOUT_S = 120.0
+_CLOSE_TIMEOUT_S = 5.0  # to write what the audit still holds
+
+logger = logging.getLogger(__name__)
 
 NAMESPACE = "blockroll"
 
@@ -72,6 +76,10 @@ class ReplicaActor:
 
     def update(self, update: WeightUpdate) -> UpdateReceipt:
         return self._replica.update(dataclasses.replace(update, buckets=tuple(map(_fetch, update.buckets))))
+
+    def close(self) -> None:
+        if self._refusal is None:
+            self._replica.close()
 
     def devices(self) -> tuple[str, ...]:
         return tuple(f"{socket.gethostname()}:{index}" for index in ray.get_gpu_ids())
@@ -190,9 +198,17 @@ class RayReplica:
         return devices
 
     def close(self) -> None:
-        """Kill the actor's process, if it is one's own; leave it otherwise."""
+        """End the actor's process, if it is one's own; leave it otherwise.
+
+        AuditError if it held rows of an audit that it could not write. One that does not answer is killed.
+        """
         if self._is_own:
-            ray.kill(self.actor)
+            try:
+                self._get(self.actor.close.remote(), timeout=_CLOSE_TIMEOUT_S)
+            except ReplicaError as death:
+                logger.info("%s while it was closed", death)
+            finally:
+                ray.kill(self.actor)
         else:
             self.actor.leave.remote(self._client)
 
@@ -219,6 +235,10 @@ class RayReplica:
     def _get(self, reference: "ray.ObjectRef[Any]", timeout: float | None = None) -> Any:
         try:
             return ray.get(reference, timeout=timeout)
+        except RayTaskError as failure:
+            if isinstance(failure.cause, BlockrollError):  # itself, and not within the actor's traceback
+                raise failure.cause from failure
+            raise
         except RayActorError as death:
             raise ReplicaError(f"replica {self.replica_id} died: {death}") from death
         except GetTimeoutError as late:
