@@ -24,6 +24,7 @@ from blockroll.rl_loops.trl.agreement import policy_gap, pool_gap
 from blockroll.rl_loops.trl.alignment import Alignment
 from blockroll.rl_loops.trl.fingerprint import Fingerprint, fingerprint
 from blockroll.rl_loops.trl.modules import base_model
+from blockroll.rl_loops.trl.record import audit_folder
 from blockroll.rl_loops.trl.together import on_any, raise_together, together
 from blockroll.rl_loops.trl.weights import (
     are_whole,
@@ -299,13 +300,6 @@ class Given:
 
     def close(self) -> None:
         """Nothing: whoever made the pool closes it."""
-
-
-def audit_folder(args: Any, rollout: RolloutConfig | RolloutPool) -> Path | None:
-    """Where a trainer's audit is written, if it is; None for a pool that is given, which has its own."""
-    if isinstance(rollout, RolloutPool):
-        return None
-    return Path(rollout.audit_dir or Path(args.output_dir) / "blockroll" / "audit")
 
 
 def place(

@@ -3,10 +3,19 @@
 from pathlib import Path
 from typing import Any
 
+from blockroll.config import RolloutConfig
 from blockroll.rl_loops.report import write_trainer_report
 from blockroll.rl_loops.tracking import JsonLines, read_lines, truncate_lines
+from blockroll.rollout.pool.pool import RolloutPool
 
 FOLDER = "blockroll"
+
+
+def audit_folder(args: Any, rollout: RolloutConfig | RolloutPool) -> Path | None:
+    """Where a trainer's audit is written, if it is; None for a pool that is given, which has its own."""
+    if isinstance(rollout, RolloutPool):
+        return None
+    return Path(rollout.audit_dir or Path(args.output_dir) / FOLDER / "audit")
 
 
 class Record:

@@ -24,9 +24,9 @@ from blockroll.rl_loops.trl.contract import GRPO_PARTS, TRAINER_PARTS, require_p
 from blockroll.rl_loops.trl.generation import TrainerRollouts, trainer_sampling
 from blockroll.rl_loops.trl.metrics import PADDING, LearnersView, drawn_versions, round_metrics
 from blockroll.rl_loops.trl.modules import base_model, has_dropout
-from blockroll.rl_loops.trl.placement import audit_folder, forward_dtype, place
+from blockroll.rl_loops.trl.placement import forward_dtype, place
 from blockroll.rl_loops.trl.prompt_lengths import check_prompts
-from blockroll.rl_loops.trl.record import Record
+from blockroll.rl_loops.trl.record import Record, audit_folder
 from blockroll.rl_loops.trl.rewards import RewardErrors
 from blockroll.rl_loops.trl.together import on_any, raise_together, together
 from blockroll.rollout.audit.files import audit_mark
