@@ -16,6 +16,7 @@ import torch
 from blockroll.policies.hf import HFPolicy
 from blockroll.rollout.engine.engine import Engine
 from blockroll.rollout.engine.trace import StepTrace
+from blockroll.samplers import draft_probs
 from blockroll.types import Rollout
 
 COIN_TOLERANCE = 1e-5
@@ -127,19 +128,20 @@ class CoinMargins:
     def __call__(self, record: StepTrace) -> None:
         verdict, draft = record.verdict, record.draft
         (num_drafts,), (committed,) = draft.num_drafts_B.tolist(), verdict.num_committed_B.tolist()
+        draft_probs_KV = draft_probs(draft, record.target_probs_BLV.shape[-1])[0]
         margins = []
         for i in range(min(committed, num_drafts)):
             coin, token = record.verify_uniforms_BL[0, i], draft.token_ids_BK[0, i]
-            ratio = record.target_probs_BLV[0, i, token] / draft.probs_BKV[0, i, token]
+            ratio = record.target_probs_BLV[0, i, token] / draft_probs_KV[i, token]
             margins.append(float((coin - ratio).abs()))
-            margins.append(_edge_distance(draft.probs_BKV[0, i], record.draft_uniforms_BK[0, i]))
+            margins.append(_edge_distance(draft_probs_KV[i], record.draft_uniforms_BK[0, i]))
         replaced = [(committed - 1, record.verify_uniforms_BL[0, -1])]
         if record.settle_uniforms_B is not None and not verdict.is_draft_BL[0, 0]:
             replaced.append((0, record.settle_uniforms_B[0]))
         for i, uniform in replaced:
             law = record.target_probs_BLV[0, i]
             if i < num_drafts:
-                law = (law - draft.probs_BKV[0, i]).clamp(min=0)
+                law = (law - draft_probs_KV[i]).clamp(min=0)
             margins.append(_edge_distance(law, uniform))
         self._steps.append((committed, min(margins)))
 

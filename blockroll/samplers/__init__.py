@@ -2,6 +2,7 @@
 
 from blockroll.samplers.laws import Laws
 from blockroll.samplers.lossless import (
+    draft_probs,
     draw_draft,
     join_verdicts,
     mixed_logits,
@@ -14,6 +15,7 @@ from blockroll.samplers.uniforms import step_uniforms
 
 __all__ = [
     "Laws",
+    "draft_probs",
     "draw_draft",
     "join_verdicts",
     "mixed_logits",

@@ -24,7 +24,7 @@ from blockroll.errors import RequestFailed
 from blockroll.samplers.growing import IdBuffer, TokenCounts
 from blockroll.samplers.lossless import draw_draft, inverse_cdf, mixed_logits, policy_logprobs, target_probs
 from blockroll.samplers.processing import completed_by, counts_by_row, penalize, truncate
-from blockroll.types import Draft, Guide, Sampling, Verdict
+from blockroll.types import POINT_MASS, Draft, Guide, Sampling, Verdict
 
 
 @dataclass(slots=True, kw_only=True)
@@ -108,7 +108,8 @@ class Laws:
     weight_B: Tensor
     is_mixed: bool  # whether any request mixes,
     has_greedy: bool  # decodes greedily,
-    has_greedy_draft: bool  # or drafts greedily
+    has_greedy_draft: bool  # or drafts greedily,
+    all_greedy_draft: bool  # or all of them do
     processing: "_Processing | None"
     failed: dict[int, str]  # by row of the batch: what its request brought along raised; the row is empty
     is_policy_B: Tensor | None  # which requests draw from the policy at its temperature; None: all of them
@@ -128,6 +129,7 @@ class Laws:
             is_mixed=any(weight < 1 for _, _, weight in kinds),
             has_greedy=any(temperature == 0 for temperature, _, _ in kinds),
             has_greedy_draft=any(temperature == 0 for _, temperature, _ in kinds),
+            all_greedy_draft=all(temperature == 0 for _, temperature, _ in kinds),
             processing=_Processing.of(texts, vocab_size, device, failed) if is_processed else None,
             failed=failed,
             is_policy_B=None
@@ -144,8 +146,10 @@ class Laws:
                 uniforms_BK,
                 num_drafts_B,
                 has_greedy=self.has_greedy_draft,
+                all_greedy=self.all_greedy_draft,
             )
-        return self.processing.draw(logits_BKV, self.draft_temperature_B, uniforms_BK, num_drafts_B)
+        scale_B = None if self.all_greedy_draft else self.draft_temperature_B
+        return self.processing.draw(logits_BKV, scale_B, uniforms_BK, num_drafts_B)
 
     def target_rows(
         self, logits_BLV: Tensor, between_BN: Tensor, draft_logits_BKV: Tensor, num_drafts_B: Tensor
@@ -224,9 +228,9 @@ class _Processing:
         )
 
     def draw(
-        self, logits_BKV: Tensor, temperature_B: Tensor, uniforms_BK: Tensor, num_drafts_B: Tensor
+        self, logits_BKV: Tensor, temperature_B: Tensor | None, uniforms_BK: Tensor, num_drafts_B: Tensor
     ) -> Draft:
-        """As `Laws.draw`."""
+        """As `Laws.draw`; without temperatures greedily: truncation leaves a point mass as it is."""
         rows = self._biased(logits_BKV)
         if self.penalties_B3 is not None:
             rows = self._penalized(rows, torch.empty((len(rows), 0), dtype=torch.int64, device=rows.device))
@@ -245,15 +249,18 @@ class _Processing:
                     with self._request(row):
                         path.mask(rows[row, span])
             drawable = _drawable(rows[:, span])
-            probs.append(self._truncated(target_probs(drawable, temperature_B)))
-            tokens.append(inverse_cdf(probs[-1], uniforms_BK[:, span]))
+            if temperature_B is None:
+                tokens.append(drawable.argmax(dim=-1))
+            else:
+                probs.append(self._truncated(target_probs(drawable, temperature_B)))
+                tokens.append(inverse_cdf(probs[-1], uniforms_BK[:, span]))
             if paths:
                 drawn = tokens[-1].tolist()
                 for row, path in paths:
                     path.extend(drawn[row])
         return Draft(
             token_ids_BK=torch.cat(tokens, dim=1),
-            probs_BKV=torch.cat(probs, dim=1),
+            probs_BKV=POINT_MASS if temperature_B is None else torch.cat(probs, dim=1),
             num_drafts_B=num_drafts_B,
         )
 

@@ -9,7 +9,7 @@ Shapes: B requests, K drafted tokens, L = K + 1 target positions, V vocabulary.
 import torch
 from torch import Tensor
 
-from blockroll.types import Draft, Evidence, Verdict
+from blockroll.types import POINT_MASS, Draft, Evidence, PointMass, Verdict
 
 
 def target_probs(logits_BLV: Tensor, temperature_B: Tensor, *, has_greedy: bool | None = None) -> Tensor:
@@ -58,10 +58,13 @@ def draw_draft(
     num_drafts_B: Tensor | None = None,
     *,
     has_greedy: bool | None = None,
+    all_greedy: bool | None = None,
 ) -> Draft:
     """Draw every draft independently from its own row; temperature 0 takes the argmax, a point mass.
 
-    The law returned is the law drawn from, whatever the rows hold. Without `num_drafts_B` every row counts.
+    The law returned is the law drawn from, whatever the rows hold: POINT_MASS where every request takes the
+    argmax. Without `num_drafts_B` every row counts. Who knows whether any or all temperatures are 0 saves a
+    look.
     """
     batch, num_drafts = uniforms_BK.shape
     if num_drafts_B is None:
@@ -69,17 +72,31 @@ def draw_draft(
     if num_drafts == 0:
         no_tokens = torch.empty((batch, 0), dtype=torch.int64, device=logits_BKV.device)
         return Draft(token_ids_BK=no_tokens, probs_BKV=logits_BKV.double(), num_drafts_B=num_drafts_B)
+    if all_greedy is None:
+        all_greedy = bool((temperature_B == 0).all())
+    if all_greedy:
+        return Draft(token_ids_BK=logits_BKV.argmax(dim=-1), probs_BKV=POINT_MASS, num_drafts_B=num_drafts_B)
     probs_BKV = target_probs(logits_BKV, temperature_B, has_greedy=has_greedy)
     return Draft(
         token_ids_BK=inverse_cdf(probs_BKV, uniforms_BK), probs_BKV=probs_BKV, num_drafts_B=num_drafts_B
     )
 
 
+def draft_probs(draft: Draft, vocab_size: int) -> Tensor:
+    """The law of every draft as dense rows, float64 (B, K, V), whichever way the draft states it."""
+    if not isinstance(draft.probs_BKV, PointMass):
+        return draft.probs_BKV
+    tokens_BK = draft.token_ids_BK
+    rows_BKV = torch.zeros((*tokens_BK.shape, vocab_size), dtype=torch.float64, device=tokens_BK.device)
+    return rows_BKV.scatter_(-1, tokens_BK[..., None], 1.0)
+
+
 def verify_block(draft: Draft, target_probs_BLV: Tensor, uniforms_BL: Tensor) -> Verdict:
     """Accept the longest draft prefix the target allows, then take one token from the target.
 
     Law: if each draft token was drawn from its row of `draft.probs_BKV` and the uniforms are
-    independent on (0, 1), the committed tokens are a sample of the target.
+    independent on (0, 1), the committed tokens are a sample of the target. A point mass is accepted with the
+    token's own target probability, and its residual is the target without that token: no dense row is formed.
     Source: Leviathan et al. 2023, appendix A.1; Chen et al. 2023, theorem 1.
     Rows sum to one and are float64; K may be zero, and a request may have fewer drafts than K.
     """
@@ -88,7 +105,7 @@ def verify_block(draft: Draft, target_probs_BLV: Tensor, uniforms_BL: Tensor) ->
         return _draw(target_probs_BLV, uniforms_BL)
     rows_B = torch.arange(len(target_probs_BLV), device=target_probs_BLV.device)
     drafted_BK1 = draft.token_ids_BK[..., None]
-    draft_p_BK = draft.probs_BKV.gather(-1, drafted_BK1).squeeze(-1)
+    draft_p_BK = _own_probs(draft)
     target_p_BK = target_probs_BLV[:, :num_drafts].gather(-1, drafted_BK1).squeeze(-1)
 
     # u * draft < target is u < target / draft without the division, so draft == 0 is no special case.
@@ -98,7 +115,8 @@ def verify_block(draft: Draft, target_probs_BLV: Tensor, uniforms_BL: Tensor) ->
 
     final_weights_BV = _final_weights(
         target_probs_BLV[rows_B, num_accepted_B],
-        draft.probs_BKV[rows_B, num_accepted_B.clamp(max=num_drafts - 1)],
+        draft,
+        num_accepted_B.clamp(max=num_drafts - 1),
         is_rejected_B=num_accepted_B < draft.num_drafts_B,
     )
     cumulative_BV = final_weights_BV.cumsum(dim=-1)
@@ -128,12 +146,12 @@ def settle_first(draft: Draft, target_probs_B1V: Tensor, uniforms_B2: Tensor) ->
     `uniforms_B2` are its accept coin and the coin of the token that replaces a rejected draft.
     Law: verify_block on one draft without its extra token; the token that stands is a sample of the target.
     """
-    target_BV, draft_BV = target_probs_B1V[:, 0], draft.probs_BKV[:, 0]
-    drafted_B1 = draft.token_ids_BK[:, :1]
-    draft_p_B1, target_p_B1 = draft_BV.gather(-1, drafted_B1), target_BV.gather(-1, drafted_B1)
+    target_BV, drafted_B1 = target_probs_B1V[:, 0], draft.token_ids_BK[:, :1]
+    draft_p_B1, target_p_B1 = _own_probs(draft)[:, :1], target_BV.gather(-1, drafted_B1)
     is_draft_B1 = uniforms_B2[:, :1] * draft_p_B1 < target_p_B1
     is_draft_B1 &= draft.num_drafts_B[:, None] > 0
-    final_weights_BV = _final_weights(target_BV, draft_BV, is_rejected_B=draft.num_drafts_B > 0)
+    first_B = torch.zeros_like(draft.num_drafts_B)
+    final_weights_BV = _final_weights(target_BV, draft, first_B, is_rejected_B=draft.num_drafts_B > 0)
     cumulative_BV = final_weights_BV.cumsum(dim=-1)
     final_B = _search(cumulative_BV, uniforms_B2[:, 1])
     tokens_B1 = torch.where(is_draft_B1, drafted_B1, final_B[:, None])
@@ -169,12 +187,27 @@ def _draw(target_probs_B1V: Tensor, uniforms_B1: Tensor) -> Verdict:
     )
 
 
-def _final_weights(target_BV: Tensor, draft_BV: Tensor, *, is_rejected_B: Tensor) -> Tensor:
-    """What the token behind the accepted drafts is drawn from: residual of a rejected one, or target."""
-    residual_BV = (target_BV - draft_BV).clamp(min=0)
+def _own_probs(draft: Draft) -> Tensor:
+    """Of each drafted token under the law it was drawn from, float64 (B, K)."""
+    if isinstance(draft.probs_BKV, PointMass):
+        return torch.ones_like(draft.token_ids_BK, dtype=torch.float64)
+    return draft.probs_BKV.gather(-1, draft.token_ids_BK[..., None]).squeeze(-1)
+
+
+def _final_weights(target_BV: Tensor, draft: Draft, offset_B: Tensor, *, is_rejected_B: Tensor) -> Tensor:
+    """What the token at these offsets is drawn from: the residual of the rejected draft there, or target."""
+    residual_BV = _residual(target_BV, draft, offset_B)
     # Rounding can reject a token and leave no mass: draft and target are then equal.
     use_residual_B = is_rejected_B & (residual_BV.sum(dim=-1) > 0)
     return torch.where(use_residual_B[:, None], residual_BV, target_BV)
+
+
+def _residual(target_BV: Tensor, draft: Draft, offset_B: Tensor) -> Tensor:
+    """The positive part of target less draft, not normalised; of a point mass, target without its token."""
+    if isinstance(draft.probs_BKV, PointMass):
+        return target_BV.scatter(-1, draft.token_ids_BK.gather(1, offset_B[:, None]), 0.0)
+    rows_B = torch.arange(len(target_BV), device=target_BV.device)
+    return (target_BV - draft.probs_BKV[rows_B, offset_B]).clamp(min=0)
 
 
 def join_verdicts(first: Verdict, rest: Verdict) -> Verdict:

@@ -11,10 +11,11 @@ from blockroll.types.replica import (
 )
 from blockroll.types.rollout import Commit, FinishReason, Prefix, Request, Rollout, RolloutStats
 from blockroll.types.sampling import Constraint, Guide, LogitsProcessor, Sampling, SamplingOptions
-from blockroll.types.verdict import Draft, Evidence, Verdict
+from blockroll.types.verdict import POINT_MASS, Draft, Evidence, PointMass, Verdict
 
 __all__ = [
     "PLAIN",
+    "POINT_MASS",
     "Commit",
     "Constraint",
     "Draft",
@@ -25,6 +26,7 @@ __all__ = [
     "LogitsProcessor",
     "Plan",
     "PlanKind",
+    "PointMass",
     "Prefix",
     "ReplicaHealth",
     "ReplicaState",

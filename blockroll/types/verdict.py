@@ -4,7 +4,8 @@ Shapes: B requests, K drafted tokens, L = K + 1 target positions, V vocabulary.
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from enum import Enum
+from typing import TYPE_CHECKING, Final
 
 from blockroll.errors import InvalidInput
 
@@ -12,19 +13,41 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+class PointMass(Enum):
+    """Stands where a dense law would: each draft is the one token its law could give."""
+
+    POINT_MASS = "point mass"
+
+
+POINT_MASS: Final = PointMass.POINT_MASS
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Draft:
-    """Proposed tokens and the law they were really drawn from."""
+    """Proposed tokens and the law they were really drawn from.
+
+    Raises InvalidInput without a law: tokens that were drawn from one are no point masses, so those are said.
+    """
 
     token_ids_BK: "Tensor"  # int64; behind a request's number of drafts they hold no meaning
-    probs_BKV: "Tensor"  # float64; argmax drafts are a point mass
+    probs_BKV: "Tensor | PointMass"  # float64; POINT_MASS: every token was certain, as argmax drafts are
     num_drafts_B: "Tensor"  # int64, 0..K: how many drafts each request really has
 
     def __post_init__(self) -> None:
         if self.probs_BKV is None:
             raise InvalidInput(
-                "drafts need probs_BKV, the law they were drawn from; argmax drafts are a point mass"
+                "drafts need probs_BKV, the law they were drawn from (B, K, V), or POINT_MASS where each was "
+                "certain, as argmax drafts and looked-up tokens are"
             )
+
+    def behind_first(self) -> "Draft":
+        """The drafts without those of the first position."""
+        probs = self.probs_BKV
+        return Draft(
+            token_ids_BK=self.token_ids_BK[:, 1:],
+            probs_BKV=probs if isinstance(probs, PointMass) else probs[:, 1:],
+            num_drafts_B=self.num_drafts_B - 1,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

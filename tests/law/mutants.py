@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from blockroll.samplers import draw_draft, verify_block
+from blockroll.samplers import draft_probs, draw_draft, verify_block
 from blockroll.samplers.lossless import inverse_cdf
 from blockroll.types import Draft, Verdict
 from tests.law.integrate import Sampler
@@ -33,7 +33,7 @@ def no_cumulative_stop(draft: Draft, target_probs_BLV: Tensor, uniforms_BL: Tens
     """Accepted drafts are counted past the first rejection: the cumprod is dropped."""
     num_drafts = draft.token_ids_BK.shape[1]
     drafted_BK1 = draft.token_ids_BK[..., None]
-    draft_p_BK = draft.probs_BKV.gather(-1, drafted_BK1).squeeze(-1)
+    draft_p_BK = draft_probs(draft, target_probs_BLV.shape[-1]).gather(-1, drafted_BK1).squeeze(-1)
     target_p_BK = target_probs_BLV[:, :num_drafts].gather(-1, drafted_BK1).squeeze(-1)
     num_accepted_B = (uniforms_BL[:, :-1] * draft_p_BK < target_p_BK).sum(dim=1)
     # Coins that force this count: -1 always accepts, infinity never does.

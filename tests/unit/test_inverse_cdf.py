@@ -6,9 +6,9 @@ Shapes: B rows, K drafted tokens, L = K + 1 target positions, V vocabulary, N un
 import pytest
 import torch
 
-from blockroll.samplers import draw_draft, target_probs, verify_block
+from blockroll.samplers import draft_probs, draw_draft, target_probs, verify_block
 from blockroll.samplers.lossless import inverse_cdf
-from blockroll.types import Draft, Verdict
+from blockroll.types import POINT_MASS, Draft, Verdict
 
 EXTREME_UNIFORMS = [2.0**-53, 1e-12, 0.5, 1 - 1e-12, 1 - 2.0**-53]
 
@@ -149,7 +149,8 @@ def test_an_argmax_draft_is_the_lowest_best_id_whatever_its_uniform():
     uniforms_BK = torch.tensor(EXTREME_UNIFORMS, dtype=torch.float64)[:, None]
     draft = draw_draft(logits_BKV, torch.zeros(5), uniforms_BK)
     assert draft.token_ids_BK.flatten().tolist() == [1] * 5
-    assert (draft.probs_BKV == torch.tensor([0.0, 1.0, 0.0])).all()
+    assert draft.probs_BKV is POINT_MASS
+    assert (draft_probs(draft, 3) == torch.tensor([0.0, 1.0, 0.0])).all()
 
 
 def test_greedy_and_sampled_rows_share_a_batch_without_touching_each_other():

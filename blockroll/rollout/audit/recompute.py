@@ -24,7 +24,7 @@ from blockroll.rollout.audit.forwards import (
 )
 from blockroll.rollout.audit.rows import AuditedRequest, AuditReport, Problem
 from blockroll.rollout.audit.writer import ACCEPTED, RECOVERED
-from blockroll.samplers import step_uniforms
+from blockroll.samplers import draft_probs, step_uniforms
 from blockroll.samplers.laws import Laws, Text
 from blockroll.types import Sampling
 
@@ -231,12 +231,15 @@ def _draft_blocks(
         laws, softened = _laws(request, starts, policy, sampling)
         num_drafts_B = torch.full((len(steps),), width)
         draft = laws.draw(logits_BKV, uniforms_BK, num_drafts_B)
-        soft = softened.draw(logits_BKV, uniforms_BK, num_drafts_B) if laws.has_greedy_draft else None
+        probs_BKV, soft_BKV = draft_probs(draft, policy.vocab_size), None
+        if laws.has_greedy_draft:
+            soft = softened.draw(logits_BKV, uniforms_BK, num_drafts_B)
+            soft_BKV = draft_probs(soft, policy.vocab_size)
         for index, (attempt, _, _) in enumerate(steps):
             blocks[attempt] = _Block(
                 logits_BKV[index],
-                draft.probs_BKV[index].numpy(),
-                None if soft is None else soft.probs_BKV[index].numpy(),
+                probs_BKV[index].numpy(),
+                None if soft_BKV is None else soft_BKV[index].numpy(),
                 draft.token_ids_BK[index].tolist(),
                 uniforms_BK[index].numpy(),
             )

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from blockroll.errors import AuditError, InvalidInput
 from blockroll.rollout.engine.trace import StepTrace
-from blockroll.types import Evidence, PlanKind, Request, Sampling
+from blockroll.types import Evidence, PlanKind, PointMass, Request, Sampling
 
 SCHEMA_VERSION = 1
 KINDS = ("accepted", "recovered", "extra", "plain")  # by their codes
@@ -128,7 +128,9 @@ class AuditWriter:
         self._num_held += sum(step.num_kept)
         for draft, verdict in step.parts:
             assert verdict.evidence is not None
-            self._bytes_held += draft.probs_BKV.nbytes + verdict.evidence.cumulative_BV.nbytes
+            self._bytes_held += verdict.evidence.cumulative_BV.nbytes
+            if not isinstance(draft.probs_BKV, PointMass):
+                self._bytes_held += draft.probs_BKV.nbytes
         if self._num_held >= _ROWS_HELD or self._bytes_held >= _BYTES_HELD:
             self._convert()
         if self._num_rows >= self._rows_per_file:

@@ -176,11 +176,7 @@ class Decoder:
             for slot in first.is_empty_BL[:, 0].nonzero().flatten().tolist():
                 laws.failed.setdefault(slot, _EMPTY)
         settled = settle_first(draft, first.probs_BLV, uniforms[:, [0, -1]])
-        rest = Draft(
-            token_ids_BK=draft.token_ids_BK[:, 1:],
-            probs_BKV=draft.probs_BKV[:, 1:],
-            num_drafts_B=draft.num_drafts_B - 1,
-        )
+        rest = draft.behind_first()
         ids_BK = torch.cat([settled.token_ids_BL, rest.token_ids_BK], dim=1)
         clock = self._charge("sampler_s", clock)
         window = self._cache.window(0, size, num_drafts, num_pending=1)

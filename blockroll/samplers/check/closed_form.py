@@ -20,7 +20,7 @@ from blockroll.samplers.check.finding import Finding
 from blockroll.samplers.check.laws import softmax
 from blockroll.samplers.check.tables import Sampler
 from blockroll.samplers.check.watch import Watch
-from blockroll.samplers.lossless import target_probs
+from blockroll.samplers.lossless import draft_probs, target_probs
 from blockroll.types import Draft
 
 TOLERANCE = 1e-5
@@ -82,18 +82,19 @@ def arithmetic_of(
     half = torch.tensor([[0.5]], dtype=torch.float64)
     with Watch() as drafting:
         drawn = sampler.draw_draft(draft_logits_V[None, None], temperature_1, half)
+    drawn_11V = draft_probs(drawn, size)
     target_11V = target_probs(target_logits_V[None, None], temperature_1)
     draft = Draft(
         token_ids_BK=torch.arange(size)[None],
-        probs_BKV=drawn.probs_BKV.expand(1, size, -1),
+        probs_BKV=drawn_11V.expand(1, size, -1),
         num_drafts_B=torch.tensor([size]),
     )
     with Watch() as accepting:
         sampler.verify_block(draft, target_11V.expand(1, size + 1, -1), half.new_ones(1, size + 1))
     sides = [(left, right) for left, right in accepting.compared if left.numel() == right.numel() == size]
     one = Draft(
-        token_ids_BK=(target_11V - drawn.probs_BKV).argmin(dim=-1),  # surely rejected by a coin of 1
-        probs_BKV=drawn.probs_BKV,
+        token_ids_BK=(target_11V - drawn_11V).argmin(dim=-1),  # surely rejected by a coin of 1
+        probs_BKV=drawn_11V,
         num_drafts_B=torch.tensor([1]),
     )
     with Watch() as rejecting:

@@ -19,7 +19,7 @@ from blockroll.errors import InvalidInput
 from blockroll.samplers.check.chi_square import POWER, critical, needed_noncentrality, survival
 from blockroll.samplers.check.finding import Finding
 from blockroll.samplers.check.laws import as_law
-from blockroll.types import Draft
+from blockroll.types import Draft, PointMass
 
 SIGNIFICANCE = 1e-3
 FEWEST = 20  # expected draws of a cell; cells that expect fewer are one cell
@@ -133,14 +133,19 @@ def check_draft_law(
 
     `drafter(call)` drafts once, by its own randomness, after whatever prefix it likes; every draft of every
     call counts. A drafter that takes its uniforms can be checked exactly instead: `check_stratified` on its
-    tokens, against the law it returns. Raises InvalidInput for a call without drafts, and as `check_tokens`
-    does.
+    tokens, against the law it returns. Raises InvalidInput without a draft in
+    any call, for a draft that claims point masses, and as `check_tokens` does.
     """
     tokens, laws = [], []
     for call in range(num_calls):
         draft = drafter(call)
         is_drafted_BK = torch.arange(draft.token_ids_BK.shape[1]) < draft.num_drafts_B[:, None]
         tokens.append(draft.token_ids_BK[is_drafted_BK])
+        if isinstance(draft.probs_BKV, PointMass):
+            raise InvalidInput(
+                "the drafter returned POINT_MASS: a token cannot contradict a law of that token alone; check "
+                "instead that one prefix always has the same drafts"
+            )
         laws.append(draft.probs_BKV[is_drafted_BK])
     if not sum(map(len, tokens)):
         raise InvalidInput(f"the drafter drafted nothing in {num_calls} calls; its law can't be checked")
