@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from blockroll.errors import RequestFailed
+from blockroll.samplers.brought import allowed_rows, processed
 from blockroll.samplers.growing import IdBuffer, TokenCounts
 from blockroll.samplers.lossless import draw_draft, inverse_cdf, mixed_logits, policy_logprobs, target_probs
 from blockroll.samplers.processing import completed_by, counts_by_row, penalize, truncate
@@ -338,7 +339,7 @@ def _edit_rows(rows_LV: Tensor, text: Text, between: Sequence[int]) -> None:
     first = len(between) - (len(rows_LV) - 1)
     if text.guide is not None:
         try:
-            allowed_NV = _allowed(text.guide, between, first, rows_LV.device)
+            allowed_NV = allowed_rows(text.guide, between, first, rows_LV[0])
         except RequestFailed:
             rows_LV[0] = -torch.inf
             raise
@@ -350,21 +351,13 @@ def _edit_rows(rows_LV: Tensor, text: Text, between: Sequence[int]) -> None:
         if len(text.token_ids) + num_drafts < sampling.min_tokens:
             row_V[list(text.end_token_ids)] = -torch.inf
         row_V[text.completed_by(drafts)] = -torch.inf
-        for processor in sampling.logits_processors:
+        if sampling.logits_processors:
             try:
-                row_V.copy_(processor(text.ids(drafts, row_V.device), row_V[None].clone())[0])
-            except Exception as error:
+                ids_1T = text.ids(drafts, row_V.device)
+                row_V.copy_(processed(sampling.logits_processors, ids_1T, row_V))
+            except RequestFailed:
                 row_V.fill_(-torch.inf)  # a row behind a draft that is rejected fails nobody
-                name = type(processor).__name__
-                raise RequestFailed(f"its logits processor {name} raised {error!r}") from error
-
-
-def _allowed(guide: Guide, drafts: Sequence[int], first: int, device: torch.device) -> Tensor:
-    """As `Guide.allowed`; RequestFailed where it raises."""
-    try:
-        return guide.allowed(drafts, first).to(device)
-    except Exception as error:
-        raise RequestFailed(f"its constraint raised {error!r}") from error
+                raise
 
 
 class _DraftPath:
@@ -384,7 +377,7 @@ class _DraftPath:
         text, sampling = self._text, self._text.sampling
         mask_V = torch.zeros_like(row_1V[0], dtype=torch.bool)
         if self._is_allowed and text.guide is not None:
-            self._allowed_V = _allowed(text.guide, self._drafts, len(self._drafts), mask_V.device)[0]
+            self._allowed_V = allowed_rows(text.guide, self._drafts, len(self._drafts), mask_V)[0]
             mask_V |= ~self._allowed_V
         mask_V[text.completed_by(self._drafts)] = True
         if len(text.token_ids) + len(self._drafts) < sampling.min_tokens:

@@ -243,3 +243,22 @@ def test_the_next_turn_of_a_group_goes_where_its_texts_are_until_weights_change(
     assert {name: stats.num_prefilled for name, stats in later.items()} == {"g1": 3, "g3": 3}
     pool.update(moved_update())
     assert {stats.num_reused for stats in turn(range(4), "third").values()} == {0}
+
+
+@pytest.mark.parametrize("num_read", [0, 1])
+def test_a_closed_pool_serves_nothing_and_its_iterators_give_back_what_was_committed(num_read):
+    """Replicas in this process would go on for ever, as if nothing had been closed."""
+    pool = local_pool()
+    requests = make_requests(prompts(6), Sampling(max_tokens=40, ignore_eos=True))
+    rollouts = pool.generate(requests)
+    read = [next(rollouts) for _ in range(num_read)]
+    pool.close()
+    for ask in (lambda: pool.generate(requests), lambda: pool.sync(moved_model())):
+        with pytest.raises(InvalidInput, match="the pool was closed"):
+            ask()
+    with pytest.raises(InvalidInput, match="the pool was closed"):
+        read.extend(iter(rollouts.__next__, None))  # keeps what came before the error
+    left = rollouts.close()
+    assert sorted(each.request.request_id for each in (*read, *left)) == [f"r{i}" for i in range(6)]
+    assert {each.finish_reason for each in left} == {"abort"}
+    pool.close()

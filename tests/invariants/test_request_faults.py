@@ -2,10 +2,13 @@
 
 import dataclasses
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
+from transformers.generation.logits_process import InfNanRemoveLogitsProcessor
 
+from blockroll.errors import InvalidInput
 from blockroll.types import Plan, Sampling
 from tests.engines import make_requests, run
 from tests.equality import assert_same_rollouts
@@ -28,16 +31,37 @@ def raises_from(length: int):
     return processor
 
 
-def returns_a_wrong_shape(input_ids, scores):
-    return scores if input_ids.shape[1] < 8 else scores[:, :3].expand(2, -1)
+def gives_from(length: int, answer):
+    return lambda input_ids, scores: scores if input_ids.shape[1] < length else answer(scores)
+
+
+NO_SCORES = {
+    "of some tokens": lambda scores: scores[:, :3].expand(2, -1),
+    "of one token": lambda scores: scores[:, :1],  # would be every token's
+    "of no batch": lambda scores: scores[0],  # its first number would be every token's
+    "of two rows": lambda scores: scores.expand(2, -1),
+    "of nothing": lambda scores: None,
+    "that are NaN": lambda scores: scores * float("nan"),
+    "that are infinite": lambda scores: scores.masked_fill(scores == scores.amax(), float("inf")),
+}
+NO_MASKS = {
+    "of few tokens": lambda allowed: allowed[:, :5],
+    "of one row": lambda allowed: allowed[0],
+    "of one token": lambda allowed: allowed[:, :1],  # would be every token's
+    "of too many rows": lambda allowed: allowed.repeat(3, 1),
+    "of no rows": lambda allowed: allowed[:0],
+    "of numbers": lambda allowed: allowed.long(),
+    "of nothing": lambda allowed: None,
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class Anything:
-    """A constraint that allows everything, until its guide raises at one of its calls."""
+    """A constraint that allows everything, until its guide raises at one of its calls, or gives no masks."""
 
-    raising: str
+    raising: str = ""
     after: int = 3
+    masks: Callable | None = None  # what becomes of them then
 
     def start(self, vocab_size, tokenizer, end_token_ids):
         return Guide(self, vocab_size)
@@ -53,7 +77,9 @@ class Guide:
 
     def allowed(self, drafts, first):
         self.meet("allowed")
-        return torch.ones(len(drafts) - first + 1, self.vocab_size, dtype=torch.bool)
+        allowed = torch.ones(len(drafts) - first + 1, self.vocab_size, dtype=torch.bool)
+        masks = self.constraint.masks
+        return allowed if masks is None or self.num_tokens < self.constraint.after else masks(allowed)
 
     def advance(self, token_ids):
         self.meet("advance")
@@ -65,7 +91,14 @@ FAULTS = {
         {"logits_processors": (raises_from(8),)},
         "its logits processor function raised",
     ),
-    "processor of a wrong shape": ({"logits_processors": (returns_a_wrong_shape,)}, "its logits processor"),
+    **{
+        f"scores {name}": ({"logits_processors": (gives_from(8, answer),)}, "its logits processor")
+        for name, answer in NO_SCORES.items()
+    },
+    **{
+        f"masks {name}": ({"constraint": Anything(masks=masks)}, "its constraint gave")
+        for name, masks in NO_MASKS.items()
+    },
     "guide's masks": ({"constraint": Anything("allowed")}, "its constraint raised Ends"),
     "guide's walk": ({"constraint": Anything("advance")}, "its constraint raised Ends"),
     "decoding": ({"stop": ("zz",)}, "its text cannot be decoded to look for stop strings: Ends"),
@@ -161,3 +194,38 @@ def test_a_request_whose_options_together_leave_no_token_ends_by_name_and_alone(
     assert failed.error.startswith("EmptySupport: ")
     del want[f"r{ODD}"]
     assert_same_rollouts(want, got, policy)
+
+
+def test_processors_one_after_another_mend_what_the_first_gave():
+    """Transformers looks at no score before the last processor has run: neither do we."""
+    policy = random_policy()
+    (request,) = make_requests([(5, 6)], Sampling(max_tokens=12, ignore_eos=True))
+    broken = gives_from(6, lambda scores: scores * float("nan"))
+    chain = dataclasses.replace(request.sampling, logits_processors=(broken, InfNanRemoveLogitsProcessor()))
+    got = run(policy, [dataclasses.replace(request, sampling=chain)], Plan(0))["r0"]
+    assert (got.error, len(got.token_ids)) == (None, 12)
+
+
+@dataclasses.dataclass(frozen=True)
+class Starts:
+    """A constraint whose start gives this."""
+
+    given: object
+
+    def start(self, vocab_size, tokenizer, end_token_ids):
+        if isinstance(self.given, Exception):
+            raise self.given
+        return self.given
+
+
+@pytest.mark.parametrize(
+    ("constraint", "message"),
+    [
+        (Starts(KeyError("no such tool")), "cannot start: KeyError"),
+        (Starts(None), "gave no guide"),  # or its text would be drawn without it
+    ],
+)
+def test_a_constraint_without_a_guide_is_refused_with_the_request(constraint, message):
+    (request,) = make_requests([(5, 6)], Sampling(constraint=constraint))
+    with pytest.raises(InvalidInput, match=f"request 'r0' has a constraint .*{message}"):
+        run(random_policy(), [request], Plan(0))

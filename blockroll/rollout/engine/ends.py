@@ -65,9 +65,9 @@ class StopRule:
             return True
         try:
             (allowed_V,) = guide.allowed(new, len(new))
+            return bool(allowed_V[list(self.end_token_ids)].any())
         except Exception as error:
             raise RequestFailed(f"its constraint raised {error!r}") from error
-        return bool(allowed_V[list(self.end_token_ids)].any())
 
 
 class _StopStrings:

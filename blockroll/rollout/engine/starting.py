@@ -1,6 +1,6 @@
 """What a request needs to run: its stop rule and a walk through its constraint."""
 
-from blockroll.errors import InvalidInput
+from blockroll.errors import BlockrollError, InvalidInput
 from blockroll.policies.base import Policy
 from blockroll.policies.ends import special_token_ids
 from blockroll.rollout.engine.ends import Decode, StopRule
@@ -30,7 +30,16 @@ class Starter:
         constraint = request.sampling.constraint
         if constraint is None:
             return None
-        return constraint.start(self._policy.vocab_size, self._policy.tokenizer, self._ends(request))
+        name = f"request {request.request_id!r}"
+        try:
+            guide = constraint.start(self._policy.vocab_size, self._policy.tokenizer, self._ends(request))
+        except BlockrollError:
+            raise
+        except Exception as error:
+            raise InvalidInput(f"{name} has a constraint that cannot start: {error!r}") from error
+        if guide is None:
+            raise InvalidInput(f"{name} has a constraint whose start() gave no guide; it must return one")
+        return guide
 
     def _ends(self, request: Request) -> frozenset[int]:
         """Tokens that end a text and are no part of it: the policy's, and stop tokens that are special."""

@@ -235,6 +235,7 @@ class RolloutPool:
         raised. If some accept, the others are STALE and serve nothing until an update succeeds: what they had
         in flight goes on elsewhere from its last committed token.
         """
+        self._router.require_open()
         sent = self._transport(update) if self._transport else update
         with self._router.alone():
             living = [member for member in self._members if member.state != "DEAD"]
@@ -266,11 +267,16 @@ class RolloutPool:
             return tuple(member.replica.health() for member in self._members if member.state != "DEAD")
 
     def close(self) -> None:
-        """Stop every replica, whatever one of them raises; calling it again changes nothing."""
+        """Stop every replica, whatever one of them raises; calling it again changes nothing.
+
+        A closed pool serves nothing more (InvalidInput). Its iterators can still be closed, which
+        gives back what their calls had committed.
+        """
         if self._is_closed:
             return
         self._is_closed = True
         with self._router.alone(), ExitStack() as stack:
+            self._router.is_closed = True
             if self._on_close:
                 stack.callback(self._on_close)
             for member in self._members:

@@ -27,6 +27,7 @@ class Router:
         self.members = [Member(replica) for replica in replicas]
         self.version = 0
         self.num_redispatched = 0
+        self.is_closed = False  # nothing is asked of the replicas any more
         self._requests_per_replica = requests_per_replica
         self._lock = TurnLock()
         # Whose each request is, by alias; of nobody: one that could not be aborted when its call ended.
@@ -44,9 +45,15 @@ class Router:
         finally:
             self._end_dropped()
 
+    def require_open(self) -> None:
+        """InvalidInput where the pool was closed."""
+        if self.is_closed:
+            raise InvalidInput("the pool was closed: nothing serves requests any more; make another one")
+
     def open_call(self, requests: Iterable[Request]) -> Call:
         """A call of checked requests, none of which has started."""
         with self.alone():
+            self.require_open()
             call = Call.of(requests, self._owners)
             self._owners.update(dict.fromkeys(call.asked, call))
         return call
@@ -56,7 +63,8 @@ class Router:
         try:
             while True:
                 with self.alone():
-                    if not call.arrived:
+                    if not call.arrived and call.asked:
+                        self.require_open()
                         self._serve(call)
                     if call.arrived:
                         rollout = call.arrived.popleft()
