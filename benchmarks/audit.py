@@ -13,7 +13,7 @@ from blockroll.policies.hf import HFPolicy
 from blockroll.rollout.audit.check import check_audit
 from blockroll.rollout.audit.files import audit_files
 from blockroll.rollout.audit.writer import AuditWriter
-from blockroll.rollout.engine.engine import Engine
+from blockroll.rollout.drafters.engine import Engine
 from blockroll.types import PLAIN, Plan, Sampling
 
 

@@ -13,7 +13,7 @@ from benchmarks.workload import SMOLLM2, has_smollm2
 from blockroll.config import DraftConfig
 from blockroll.policies.hf import HFPolicy
 from blockroll.rl_loops.draft_trainer import DraftTrainer
-from blockroll.rollout.engine.engine import Engine
+from blockroll.rollout.drafters.engine import Engine
 from blockroll.rollout.engine.requests import derive_seed
 from blockroll.samplers.constraints import JsonSchema, Regex
 from blockroll.types import PLAIN, Constraint, Plan, Request, Rollout, Sampling

@@ -15,7 +15,7 @@ from blockroll.policies.hf import HFPolicy
 from blockroll.rl_loops.arithmetic import problems, reward
 from blockroll.rl_loops.convert import STATE_FILE, convert, load_convert_config
 from blockroll.rl_loops.loop import load_run_config
-from blockroll.rollout.engine.engine import Engine
+from blockroll.rollout.drafters.engine import Engine
 from blockroll.rollout.planning.acceptance import AcceptanceByPosition
 from blockroll.types import Plan, Request, Rollout, Sampling
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from blockroll.rl_loops.convert import convert
     from blockroll.rl_loops.draft_trainer import DraftTrainer
     from blockroll.rl_loops.loop import train
-    from blockroll.rollout.engine.engine import Engine
+    from blockroll.rollout.drafters.engine import Engine
     from blockroll.rollout.pool.pool import RolloutPool
     from blockroll.samplers.constraints import JsonSchema, Regex
     from blockroll.types import Law, Plan, Request, Rollout, Sampling
@@ -60,7 +60,7 @@ _MODULES = {
     "ConvertConfig": "blockroll.config",
     "DraftConfig": "blockroll.config",
     "DraftTrainer": "blockroll.rl_loops.draft_trainer",
-    "Engine": "blockroll.rollout.engine.engine",
+    "Engine": "blockroll.rollout.drafters.engine",
     "HFPolicy": "blockroll.policies.hf",
     "JsonSchema": "blockroll.samplers.constraints",
     "Law": "blockroll.types",

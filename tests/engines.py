@@ -5,7 +5,7 @@ from itertools import cycle
 
 import torch
 
-from blockroll.rollout.engine.engine import Engine
+from blockroll.rollout.drafters.engine import Engine
 from blockroll.types import Plan, Request, Rollout, Sampling
 
 

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 
 from blockroll.policies.hf import HFPolicy
-from blockroll.rollout.engine.engine import Engine
+from blockroll.rollout.drafters.engine import Engine
 from blockroll.rollout.engine.trace import StepTrace
 from blockroll.samplers import draft_probs
 from blockroll.types import Rollout

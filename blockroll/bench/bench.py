@@ -48,7 +48,7 @@ from blockroll.bench.workload import (
 )
 from blockroll.errors import InvalidInput
 from blockroll.policies.hf import HFPolicy
-from blockroll.rollout.engine.engine import Engine
+from blockroll.rollout.drafters.engine import Engine
 from blockroll.rollout.engine.trace import StepTrace
 from blockroll.rollout.planning.acceptance import AcceptanceByPosition
 from blockroll.rollout.planning.planner import Planner

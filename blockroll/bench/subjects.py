@@ -12,7 +12,7 @@ from blockroll.bench.reference import LOOKUP_TOKENS, REFERENCES, Reference, Refe
 from blockroll.errors import InvalidInput, NonFiniteLogits
 from blockroll.policies.hf import HFPolicy
 from blockroll.policies.loading import load_model, resolve_checkpoint
-from blockroll.rollout.engine.engine import Engine
+from blockroll.rollout.drafters.engine import Engine
 from blockroll.rollout.engine.trace import EngineTimes
 from blockroll.rollout.planning.planner import Planner
 from blockroll.types import Law, Plan, Request, Rollout

@@ -26,7 +26,7 @@ from blockroll.types import Constraint, Plan, Request, Rollout, Sampling
 
 if TYPE_CHECKING:
     from blockroll.policies.hf import HFPolicy
-    from blockroll.rollout.engine.engine import Engine
+    from blockroll.rollout.drafters.engine import Engine
 
 DRAFTED_STYLE = "bold green underline"
 
@@ -143,7 +143,7 @@ def engine_for(
     num_samples: int,
 ) -> tuple["Engine", list[Request]]:
     """An engine that decodes one request at a time, and the requests, as a pool would make them."""
-    from blockroll.rollout.engine.engine import Engine
+    from blockroll.rollout.drafters.engine import Engine
     from blockroll.rollout.planning.planner import read_plan
     from blockroll.rollout.pool.pool import RolloutPool
     from blockroll.rollout.pool.replica import LocalReplica

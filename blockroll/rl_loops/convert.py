@@ -57,7 +57,7 @@ from blockroll.rl_loops.prompts import Prompts, load_prompts
 from blockroll.rl_loops.signals import exit_code, interrupts_held, stop_signals
 from blockroll.rl_loops.step_costs import step_costs
 from blockroll.rl_loops.tracking import JsonLines, read_lines
-from blockroll.rollout.engine.engine import Engine
+from blockroll.rollout.drafters.engine import Engine
 from blockroll.rollout.engine.requests import check_request, derive_seed
 from blockroll.rollout.pool.makers import make_pool
 from blockroll.rollout.pool.pool import RolloutPool

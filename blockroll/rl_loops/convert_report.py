@@ -15,7 +15,7 @@ from rich.table import Table
 from blockroll.config import ConvertConfig
 from blockroll.rl_loops.convert_state import KindMetrics
 from blockroll.rl_loops.draft_trainer import DraftTrainer
-from blockroll.types import Plan
+from blockroll.types import Plan, PlanKind
 
 BATCHES = (1, 4, 16, 64)  # whose speed-up is predicted
 COST_CONTEXT = 32  # tokens behind which steps are timed: short, because every batch is prefilled
@@ -87,7 +87,7 @@ def expected_tokens(kind: KindMetrics, plan: Plan) -> float:
     only the drafts behind what is missing: a Markov chain over how many are missing, whose mean is taken. A
     position that was not met counts as refused.
     """
-    if not plan.levels:
+    if plan.kind is not PlanKind.FUSED:
         return kind.tokens_per_step
     num_drafts = plan.num_drafts
     accept_K = [0.0 if math.isnan(value) else value for value in kind.acceptance_K]

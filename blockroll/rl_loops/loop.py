@@ -29,7 +29,7 @@ from blockroll.rl_loops.signals import exit_code, interrupts_held, stop_signals
 from blockroll.rl_loops.tasks import Task, load_task
 from blockroll.rl_loops.tracking import JsonLines, Wandb, read_lines, require_wandb, truncate_lines
 from blockroll.rollout.audit.files import drop_audit
-from blockroll.rollout.engine.plans import check_plan
+from blockroll.rollout.drafters.engine import Engine
 from blockroll.rollout.planning.planner import read_plan
 from blockroll.rollout.pool.makers import make_pool
 from blockroll.rollout.pool.pool import RolloutPool
@@ -152,7 +152,7 @@ def _run_to_the_end(
         )
         plan = read_plan(config.rollout.plan, policy)
         if isinstance(plan, Plan):
-            check_plan(plan, policy)  # here, not in each of the replicas
+            Engine.check_plan(plan, policy)  # here, not in each of the replicas
         learner = Learner(policy, config.train, ALGORITHMS[config.train.algorithm])
         if checkpoint is not None:
             learner.load_state_dict(checkpoint.state["learner"])

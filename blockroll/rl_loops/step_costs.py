@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 
 from blockroll.policies.base import Policy
-from blockroll.rollout.engine.engine import Engine
+from blockroll.rollout.drafters.engine import Engine
 from blockroll.types import Plan, Request, Sampling
 
 

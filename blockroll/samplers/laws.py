@@ -153,13 +153,13 @@ class Laws:
         return self.processing.draw(logits_BKV, scale_B, uniforms_BK, num_drafts_B)
 
     def target_rows(
-        self, logits_BLV: Tensor, between_BN: Tensor, draft_logits_BKV: Tensor, num_drafts_B: Tensor
+        self, logits_BLV: Tensor, between_BN: Tensor, draft_logits_BKV: Tensor | None, num_drafts_B: Tensor
     ) -> TargetRows:
         """The law of every row, the last one behind all N tokens that follow the text.
 
-        Draft row i is mixed into target row i where a request mixes and has a draft there.
+        Draft row i is mixed into target row i where a request mixes and has a draft there; None: no rows.
         """
-        if self.is_mixed:
+        if self.is_mixed and draft_logits_BKV is not None:
             logits_BLV = mixed_logits(logits_BLV, draft_logits_BKV, self.weight_B, num_drafts_B)
         if self.processing is None:
             probs_BLV = target_probs(logits_BLV, self.temperature_B, has_greedy=self.has_greedy)

@@ -31,23 +31,29 @@ class Law:
         return "target" if self.weight == 1.0 else f"mixed({self.weight:g})"
 
 
-class PlanKind(StrEnum):
-    """Who drafts for a step, and where drafts are verified."""
+MASK_ROWS = "mask_rows"  # the drafter of plans that name none
 
-    PLAIN = "plain"  # nobody
+
+class PlanKind(StrEnum):
+    """Where drafts come about, and where they are verified."""
+
+    PLAIN = "plain"  # there are none
     TWO_FORWARD = "two_forward"  # masks in a forward of their own, before the one that verifies
     FUSED = "fused"  # masks in the forward that verifies, for the next step
+    ONE_FORWARD = "one_forward"  # without a forward of the policy; one verifies
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
     """How the next step decodes; one plan per step for the whole batch.
 
-    (0) is plain, (K) is two-forward with K drafts, (K, levels) is fused with one proposal per level.
+    (0) is plain, (K) is two-forward with K drafts, (K, levels) is fused with one proposal per level. With
+    another drafter than the policy's masks, (K) is one forward that verifies K drafts.
     """
 
     num_drafts: int
     levels: tuple[int, ...] = ()
+    drafter: str = field(default=MASK_ROWS, kw_only=True)  # by its name; of a plain plan it means nothing
     kind: PlanKind = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -67,17 +73,28 @@ class Plan:
                 f"plan levels must rise from 0 to at most K = {self.num_drafts}, got "
                 f"{list(self.levels)}; without level 0 a step that accepts nothing has no drafts after it"
             )
-        kind = PlanKind.FUSED if self.levels and self.num_drafts else PlanKind.TWO_FORWARD
-        object.__setattr__(self, "kind", kind if self.num_drafts else PlanKind.PLAIN)
+        if self.levels and self.drafter != MASK_ROWS:
+            raise InvalidInput(
+                f"levels belong to fused plans, whose drafts are mask rows; a plan of drafter "
+                f"{self.drafter!r} has none"
+            )
+        object.__setattr__(self, "kind", self._kind())
         if self.rows_per_forward > MAX_ROWS:
             raise InvalidInput(
                 f"plan may have at most {MAX_ROWS} rows in a forward, got {self.rows_per_forward}: "
                 f"{len(self.levels)} proposals of {self.num_drafts} drafts; give fewer levels"
             )
 
+    def _kind(self) -> PlanKind:
+        if not self.num_drafts:
+            return PlanKind.PLAIN
+        if self.drafter != MASK_ROWS:
+            return PlanKind.ONE_FORWARD
+        return PlanKind.FUSED if self.levels else PlanKind.TWO_FORWARD
+
     @property
     def name(self) -> str:
-        """`plain`, `two_forward(K)` or `fused(K,[levels])`."""
+        """`plain`, `two_forward(K)`, `fused(K,[levels])`, or a drafter's name as in `history(K)`."""
         match self.kind:
             case PlanKind.PLAIN:
                 return "plain"
@@ -85,6 +102,8 @@ class Plan:
                 return f"two_forward({self.num_drafts})"
             case PlanKind.FUSED:
                 return f"fused({self.num_drafts},[{','.join(map(str, self.levels))}])"
+            case PlanKind.ONE_FORWARD:
+                return f"{self.drafter}({self.num_drafts})"
 
     @property
     def forwards_per_step(self) -> int:
@@ -93,8 +112,8 @@ class Plan:
 
     @property
     def layout(self) -> str | None:
-        """What a policy must have been trained to draft for: `two_forward`, `fused`, or None for plain."""
-        return None if self.kind is PlanKind.PLAIN else self.kind.value
+        """What a policy must have been trained to draft for: `two_forward`, `fused`, or None."""
+        return self.kind.value if self.kind in (PlanKind.TWO_FORWARD, PlanKind.FUSED) else None
 
     @property
     def rows_per_forward(self) -> int:

@@ -29,7 +29,7 @@ from blockroll.rollout.audit.check import TOLERANCE, check_audit
 from blockroll.rollout.audit.files import audit_files, drop_audit, read_audit
 from blockroll.rollout.audit.stats import audit_stats
 from blockroll.rollout.audit.writer import KINDS, NUMBERS, AuditWriter, is_audited, row_checksums
-from blockroll.rollout.engine.engine import Engine
+from blockroll.rollout.drafters.engine import Engine
 from blockroll.rollout.pool.pool import RolloutPool
 from blockroll.samplers.constraints import Regex
 from blockroll.types import Law, Plan, Sampling
@@ -257,7 +257,7 @@ def test_a_killed_writer_leaves_files_that_pass(tmp_path):
     script = textwrap.dedent(f"""
         from blockroll import HFPolicy, Plan, Sampling
         from blockroll.rollout.audit import writer as audit
-        from blockroll.rollout.engine.engine import Engine
+        from blockroll.rollout.drafters.engine import Engine
         from tests.engines import make_requests
         audit._ROWS_HELD = 50
         policy = HFPolicy.from_pretrained("tiny")

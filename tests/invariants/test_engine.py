@@ -6,7 +6,7 @@ import itertools
 import pytest
 import torch
 
-from blockroll.rollout.engine.engine import Engine
+from blockroll.rollout.drafters.engine import Engine
 from blockroll.rollout.planning.planner import Planner
 from blockroll.samplers import uniforms
 from blockroll.samplers.uniforms import philox4x32

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from blockroll.errors import InvalidInput
-from blockroll.rollout.engine.engine import Engine
+from blockroll.rollout.drafters.engine import Engine
 from blockroll.types import Plan, PlanKind, Sampling
 from tests.engines import causal_logprobs, make_requests, run
 from tests.models import MASK_ID, random_policy

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from blockroll.rollout import engine as engine_package
+from blockroll.rollout.drafters.engine import Engine
 from blockroll.rollout.engine.cache import SlotCache
-from blockroll.rollout.engine.engine import Engine
 from blockroll.rollout.engine.running import RunningRequest
 from blockroll.types import Plan, Request, Sampling
 from tests.engines import make_requests

@@ -7,7 +7,7 @@ import torch
 
 from blockroll.errors import InvalidInput, ReplicaError, WeightSyncError
 from blockroll.policies.hf import HFPolicy
-from blockroll.rollout.engine.engine import Engine
+from blockroll.rollout.drafters.engine import Engine
 from blockroll.rollout.pool.pool import RolloutPool
 from blockroll.rollout.pool.replica import LocalReplica
 from blockroll.rollout.pool.weight_sync import make_update, named_weights

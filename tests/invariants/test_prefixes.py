@@ -5,9 +5,9 @@ import random
 import pytest
 import torch
 
+from blockroll.rollout.drafters.engine import Engine
 from blockroll.rollout.engine import engine as engine_module
 from blockroll.rollout.engine.cache import ROW_STEP, SlotCache
-from blockroll.rollout.engine.engine import Engine
 from blockroll.rollout.engine.prefill import prefill
 from blockroll.types import Plan, Request, Sampling
 from tests.engines import make_requests

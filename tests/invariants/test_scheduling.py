@@ -7,7 +7,7 @@ import pytest
 
 from blockroll.errors import InvalidInput
 from blockroll.policies.hf import HFPolicy
-from blockroll.rollout.engine.engine import Engine
+from blockroll.rollout.drafters.engine import Engine
 from blockroll.rollout.engine.scheduler import Scheduler
 from blockroll.types import Plan, Sampling
 from tests.engines import make_requests, run

@@ -27,8 +27,8 @@ import torch
 from torch import Tensor
 
 from blockroll.policies.base import FusedRows, KVShape
+from blockroll.rollout.drafters.engine import Engine
 from blockroll.rollout.engine import step as decoding
-from blockroll.rollout.engine.engine import Engine
 from blockroll.types import Law, Plan, Request, Sampling
 from tests.engines import PlansInTurn
 from tests.law.integrate import Tokens, Toy, _boundaries, _product, _split, tempered

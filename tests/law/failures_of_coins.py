@@ -10,8 +10,8 @@ import torch
 
 import blockroll
 from blockroll.policies.hf import HFPolicy
+from blockroll.rollout.drafters.engine import Engine
 from blockroll.rollout.engine import step as decoding
-from blockroll.rollout.engine.engine import Engine
 from blockroll.rollout.engine.running import RunningRequest
 from blockroll.rollout.pool import prompted
 from blockroll.rollout.pool.pool import RolloutPool

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from blockroll.errors import InvalidInput
+from blockroll.rollout.drafters.mask_rows import MaskRows
 from blockroll.rollout.engine import step as decoding
 from blockroll.samplers import draw_draft, mixed_logits
 from blockroll.samplers import laws as laws_module
@@ -92,11 +93,11 @@ def forgets_the_draft_temperature(logits, temperature, uniforms, num_drafts, **k
     return dataclasses.replace(draft, probs_BKV=logits.double().softmax(-1))
 
 
-def keeps_a_slot_too_early(decoder, batch, plan, states, verdict):
-    return proposals_of(decoder, batch, plan, states.roll(1, dims=2), verdict)
+def keeps_a_slot_too_early(drafter, step, states, verdict):
+    return proposals_of(drafter, step, states.roll(1, dims=2), verdict)
 
 
-proposals_of = decoding.Decoder._proposals
+proposals_of = MaskRows.keep
 
 
 @pytest.mark.parametrize(
@@ -104,7 +105,7 @@ proposals_of = decoding.Decoder._proposals
     [
         (laws_module, "mixed_logits", mixes_the_extra_row, 0.5),
         (laws_module, "draw_draft", forgets_the_draft_temperature, 1.0),
-        (decoding.Decoder, "_proposals", keeps_a_slot_too_early, 1.0),
+        (MaskRows, "keep", keeps_a_slot_too_early, 1.0),
     ],
 )
 def test_a_planted_bug_of_the_engine_breaks_the_law(monkeypatch, where, name, bug, weight):

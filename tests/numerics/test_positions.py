@@ -14,7 +14,7 @@ from blockroll.policies.loading import resolve_checkpoint
 from blockroll.policies.positions import context_of
 from blockroll.rl_loops.grpo import GRPO
 from blockroll.rl_loops.learner import Learner
-from blockroll.rollout.engine.engine import Engine
+from blockroll.rollout.drafters.engine import Engine
 from blockroll.rollout.engine.requests import Limits, check_request
 from blockroll.types import Plan, Request, Sampling
 from tests.engines import make_requests, run

@@ -10,7 +10,7 @@ from blockroll.bench.bench import TRANSFORMERS, Judge, run_bench
 from blockroll.bench.pass_at_k import pass_at_k
 from blockroll.bench.workload import make_waves
 from blockroll.errors import InvalidInput
-from blockroll.rollout.engine.engine import Engine
+from blockroll.rollout.drafters.engine import Engine
 from blockroll.rollout.planning.acceptance import AcceptanceByPosition
 from blockroll.types import Plan
 from tests.models import prompts

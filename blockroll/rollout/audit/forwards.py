@@ -36,8 +36,8 @@ def lengths_of(policy: "HFPolicy", texts: Sequence[Sequence[int]]) -> torch.Tens
 
 
 def first_drafts(request: AuditedRequest, indices: np.ndarray) -> dict[int, int]:
-    """Of each step, by its attempt, the first of these rows that had a draft."""
-    drafted = indices[request.numbers["draft"][indices] >= 0]
+    """Of each step, by its attempt, the first of these rows that had a draft from mask rows."""
+    drafted = indices[request.numbers["num_masks"][indices] > 0]
     attempts, first = np.unique(request.numbers["attempt"][drafted], return_index=True)
     return dict(zip(attempts.tolist(), drafted[first].tolist(), strict=True))
 

@@ -297,7 +297,10 @@ def _laws_again(
     draft_logits_B1V = torch.zeros_like(logits_BV)[:, None]
     draft_probs_BV = np.zeros(logits_BV.shape)
     is_tied_B = np.zeros(len(rows), dtype=bool)  # rounding could have made another token the best one
-    for index in np.flatnonzero(drafted).tolist():
+    has_rows = rows["num_masks"] > 0
+    is_certain = drafted & ~has_rows  # what was looked up is a point mass
+    draft_probs_BV[is_certain, rows["draft"][is_certain]] = 1.0
+    for index in np.flatnonzero(drafted & has_rows).tolist():
         block, offset = blocks[int(rows["attempt"][index])], int(rows["offset"][index])
         draft_logits_B1V[index, 0] = block.logits_KV[offset]
         draft_probs_BV[index] = block.probs_KV[offset]
@@ -307,7 +310,7 @@ def _laws_again(
 
     def target_rows(of: Laws) -> np.ndarray:
         no_tokens = torch.empty((len(rows), 0), dtype=torch.int64)
-        num_drafts_B = torch.from_numpy(drafted.astype(np.int64))
+        num_drafts_B = torch.from_numpy((drafted & has_rows).astype(np.int64))
         targets = of.target_rows(logits_BV[:, None], no_tokens, draft_logits_B1V, num_drafts_B)
         probs_BV: np.ndarray = targets.probs_BLV[:, 0].numpy()
         return probs_BV
@@ -343,7 +346,7 @@ def _drafted_otherwise(
     found = {}
     for place, row in enumerate(request.numbers[indices]):
         drafted = int(row["draft"])
-        if drafted < 0:
+        if drafted < 0 or row["num_masks"] == 0:
             continue
         block, offset = blocks[int(row["attempt"])], int(row["offset"])
         if block.tokens_K[offset] == drafted or block.is_tied(offset, drafted, tolerance):

@@ -47,7 +47,7 @@ NUMBERS = np.dtype(
         ("token", "<i4"),
         ("kind", "<i1"),
         ("num_drafts", "<i2"),  # K of the plan,
-        ("is_fused", "<i1"),  # and whether drafts came from a fused forward
+        ("is_fused", "<i1"),  # and whether one forward verified all of them
         ("version", "<i4"),  # of the weights
         ("attempt", "<i4"),  # forwards the request had run: a word of every coin of the step
         ("offset", "<i2"),  # of the token in its step
@@ -57,7 +57,7 @@ NUMBERS = np.dtype(
         ("coin", "<f8"),
         ("context", "<i4"),  # tokens of the text that the draft rows of this step knew
         ("slot", "<i2"),  # mask row the draft came from, of so many
-        ("num_masks", "<i2"),
+        ("num_masks", "<i2"),  # 0: no row of the policy gave it
         ("uniform", "<f8"),  # that drew the token, NaN if it was accepted; likewise:
         ("mass", "<f8"),  # of the residual, or 1
         ("low", "<f8"),  # the token's interval of the cumulative law
@@ -316,7 +316,7 @@ def _numbers(step: StepTrace, is_kept_B: np.ndarray, serials_B: np.ndarray) -> t
         numbers_N["kind"] = np.where(accepted_N, ACCEPTED, kinds)
         numbers_N["num_drafts"], numbers_N["is_fused"] = (
             step.plan.num_drafts,
-            step.plan.kind is PlanKind.FUSED,
+            step.plan.kind in (PlanKind.FUSED, PlanKind.ONE_FORWARD),
         )
         numbers_N["version"], numbers_N["attempt"] = step.version, attempts_B[row_N]
         numbers_N["offset"] = first + index_N

@@ -1,8 +1,7 @@
 """One engine: continuous batching of requests under one decoding plan, or one chosen for each step.
 
-A step is: admit waiting requests and prefill them, decode (step.py), commit. A planner is asked before
-each step and told what the step took and committed, unless the prefill did a part of its work. The engine
-owns the cache and the per-request state; it knows neither processes nor weights' origins.
+A step is: admit waiting requests and prefill them, decode (step.py), commit. A planner is asked before each,
+and told what it took unless a prefill did a part of it. The engine owns the cache and the requests' state.
 """
 
 import time
@@ -15,6 +14,7 @@ from torch import Tensor
 from blockroll.errors import InvalidInput, RequestFailed
 from blockroll.policies.base import Policy
 from blockroll.rollout.engine.cache import ROW_STEP, SlotCache
+from blockroll.rollout.engine.drafting import Drafter
 from blockroll.rollout.engine.ends import Decode
 from blockroll.rollout.engine.plans import PlanChooser, check_plan
 from blockroll.rollout.engine.prefill import prefill
@@ -35,8 +35,10 @@ class StepResult:
     finished: tuple[Rollout, ...]
 
 
-class Engine:
+class BareEngine:
     """Decodes requests with one policy, one plan a step for all. Not thread-safe: one caller at a time."""
+
+    own_drafters: tuple[Drafter, ...] = ()  # that plans may name without handing them in
 
     def __init__(
         self,
@@ -49,20 +51,23 @@ class Engine:
         decode: Decode | None = None,
         policy_version: int = 0,
         observers: Iterable[Observer] = (),
+        drafters: Iterable[Drafter] = (),
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         """`max_length` 0 is what the policy was built for.
 
         Stop strings are looked for in what `decode` makes of tokens; None: the policy's own tokenizer, with
-        special tokens kept. `observers` are told of every step in turn, once it is final.
+        special tokens kept. `observers` are told of every step in turn, once it is final. `drafters` serve
+        the plans that name them.
 
         The cache has room for the longest text that the requests at hand can become. `max_cache_rows` bounds
         its rows over all slots: then fewer than `max_batch_size` requests run together. 0: no bound.
         """
         self.planner = None if isinstance(plan, Plan) else plan
         plans = (plan,) if isinstance(plan, Plan) else plan.candidates
+        by_name = {each.name: each for each in (*self.own_drafters, *drafters)}
         for each in plans:
-            check_plan(each, policy)
+            check_plan(each, policy, by_name)
         if max_length > policy.max_length:
             raise InvalidInput(
                 f"max_length is {max_length}, but the policy serves {policy.max_length} positions"
@@ -80,7 +85,7 @@ class Engine:
         self._block_rows = max(each.rows_per_forward for each in plans)
         self._cache = SlotCache(policy)
         self._rows_per_slot = 0  # that the cache has once the requests at hand have joined
-        self._decoder = Decoder(policy, self._cache, clock)
+        self._decoder = Decoder(policy, self._cache, by_name, clock)
         self._requests: dict[str, RunningRequest] = {}
         # What a step has made final stands here until a step returns: an exception on the way loses nothing.
         self._commits: list[Commit] = []
@@ -209,9 +214,7 @@ class Engine:
         assert self._requests.keys() == {*running, *self._scheduler.waiting}, "a request is nowhere scheduled"
         if self._is_interrupted:
             return  # the next call puts it right
-        assert self._cache.num_open == len(running), (
-            f"{self._cache.num_open} slots for {len(running)} requests"
-        )
+        assert self._cache.num_open == len(running), f"{self._cache.num_open} slots, not {len(running)}"
         for slot, request_id in enumerate(running):
             is_held = tuple(self._cache.tokens(slot)) == self._requests[request_id].token_ids[:-1]
             assert is_held, f"slot {slot} does not hold the text of request {request_id!r}"
@@ -268,8 +271,8 @@ class Engine:
             self._cache.reserve(
                 num_slots=min(num_slots, self._scheduler.max_batch_size), capacity=self._rows_per_slot
             )
-            num_drafts = None if num_running else self.plan.num_drafts
-            first_logits = self._prefill(num_running, batch[num_running:], num_drafts)
+            num_masks = None if num_running else self._decoder.num_masks_at_start(self.plan)
+            first_logits = self._prefill(num_running, batch[num_running:], num_masks)
             self._scheduler.admit()
         started, start_s, num_commits = self._clock(), self.times.start_s, len(self._commits)
         self._decode_step(batch, first_logits)

@@ -1,11 +1,12 @@
 """Which plan a step takes: what an engine asks of whoever chooses, and what a policy can follow."""
 
-import warnings
+from collections.abc import Mapping
 from typing import Protocol
 
 from blockroll.errors import InvalidInput
 from blockroll.policies.base import Policy
-from blockroll.types import Plan
+from blockroll.rollout.engine.drafting import Drafter
+from blockroll.types import Plan, PlanKind
 
 
 class PlanChooser(Protocol):
@@ -34,27 +35,19 @@ class PlanChooser(Protocol):
         ...
 
 
-def check_plan(plan: Plan, policy: Policy) -> None:
-    """Raise InvalidInput for a plan the policy cannot follow; warn of more drafts than it was trained for."""
-    if plan.num_drafts and not policy.can_draft:
+def check_plan(plan: Plan, policy: Policy, drafters: Mapping[str, Drafter]) -> None:
+    """Raise InvalidInput for a plan that policy or drafters cannot follow; its drafter may warn."""
+    if plan.kind is PlanKind.PLAIN:
+        return
+    if plan.drafter not in drafters:
         raise InvalidInput(
-            f"plan {plan.name} needs a policy that drafts, and this one has neither a draft adapter nor a "
-            "mask token; use 'plain', or make an adapter with `blockroll convert`"
+            f"plan {plan.name} asks for the drafter {plan.drafter!r}, and this engine has "
+            f"{', '.join(map(repr, drafters)) or 'none'}; hand it in by `drafters`, or make the engine by "
+            "`blockroll.Engine`, which has those of the package"
         )
     if plan.num_drafts >= policy.max_length:
         raise InvalidInput(
             f"plan {plan.name} drafts {plan.num_drafts} tokens, but the policy's context holds "
             f"{policy.max_length}, one of them before the block; give K of at most {policy.max_length - 1}"
         )
-    if plan.num_drafts > policy.trained_drafts:
-        warnings.warn(
-            f"plan {plan.name} drafts more than the {policy.trained_drafts} tokens this policy was "
-            "trained for; the law stays exact, the later drafts will rarely be accepted",
-            stacklevel=2,
-        )
-    elif plan.layout is not None and plan.layout not in policy.trained_layouts:
-        warnings.warn(
-            f"plan {plan.name} drafts in a layout this policy was not trained for, only for "
-            f"{', '.join(policy.trained_layouts) or 'none'}; the law stays exact, fewer drafts are accepted",
-            stacklevel=2,
-        )
+    drafters[plan.drafter].check(plan, policy)

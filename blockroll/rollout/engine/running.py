@@ -1,24 +1,9 @@
 """A request while it runs: its committed tokens, their records, and when it ends."""
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
 from blockroll.errors import RequestFailed
 from blockroll.rollout.engine.ends import StopRule
 from blockroll.samplers.laws import Text
 from blockroll.types import Commit, FinishReason, Guide, Plan, Request, Rollout, RolloutStats
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Proposal:
-    """The draft rows that a fused step leaves for the next one."""
-
-    logits_KV: "Tensor"  # float32; rows behind `num_drafts` hold no meaning
-    num_drafts: int
-    origin: tuple[int, int, int]  # tokens of the text its rows know, slot of the first, masks in the block
 
 
 class RunningRequest:
@@ -49,7 +34,7 @@ class RunningRequest:
         self._num_drafted = stats.num_drafted
         self._num_accepted = stats.num_accepted
         self._steps_by_plan = dict(stats.steps_by_plan)
-        self.proposal: Proposal | None = None  # for the position behind the anchor; kept by fused plans only
+        self.proposal: object | None = None  # what its drafter keeps for the position behind the anchor
 
     @property
     def is_running(self) -> bool:
@@ -87,7 +72,7 @@ class RunningRequest:
         self._num_prefilled += num_prefilled
         self._num_reused += num_reused
 
-    def start_proposal(self, proposal: Proposal) -> None:
+    def start_proposal(self, proposal: object) -> None:
         """Take the drafts of a draft forward of its own, which counts."""
         self.proposal = proposal
         self._num_forwards += 1
@@ -102,7 +87,7 @@ class RunningRequest:
         *,
         plan: Plan,
         num_drafts: int,
-        proposal: Proposal | None,
+        proposal: object | None,
     ) -> Commit:
         """One step has run, with so many drafts to verify: append its tokens up to the end of the request.
 

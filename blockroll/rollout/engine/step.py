@@ -17,10 +17,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from blockroll.errors import EmptySupport, NonFiniteLogits
+from blockroll.errors import EmptySupport, InvalidInput, NonFiniteLogits
 from blockroll.policies.base import Policy
 from blockroll.rollout.engine.cache import SlotCache
-from blockroll.rollout.engine.running import Proposal, RunningRequest
+from blockroll.rollout.engine.drafting import Drafter, DraftRows, DraftStep
+from blockroll.rollout.engine.running import RunningRequest
 from blockroll.rollout.engine.trace import EngineTimes
 from blockroll.samplers import (
     Laws,
@@ -30,6 +31,8 @@ from blockroll.samplers import (
     verify_block,
 )
 from blockroll.types import Draft, Plan, PlanKind, Verdict
+
+_NO_ORIGIN = (0, 0, 0)  # of drafts that no row of the policy gave
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,7 +44,7 @@ class Verified:
     target_probs: tuple[Tensor, ...]  # of the same rows
     bad_targets_B: Tensor | None
     is_empty_BL: Tensor | None  # rows that nothing may follow
-    states_BPLW: Tensor | None  # proposals of a fused forward
+    leftover: object  # what the drafter left in the forward that verified
     parts: tuple[tuple[Draft, Verdict], ...]  # the verifications it came from, in order
 
 
@@ -57,17 +60,31 @@ class Decoded:
     attempts_B: Tensor
     origins: Sequence[tuple[int, int, int]]  # of the draft rows: context, first slot and masks
     failed: dict[int, tuple[int, str]]  # by slot: tokens before the first row that is wrong, and what is
-    proposals: Sequence[Proposal | None]  # for what each request accepted; None: it has to start anew
+    proposals: Sequence[object | None]  # what the drafter keeps for each request; None: nothing
 
 
 class Decoder:
     """Runs the forwards and the sampler of a step on the slots of a cache, and counts their time."""
 
-    def __init__(self, policy: Policy, cache: SlotCache, clock: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        cache: SlotCache,
+        drafters: Mapping[str, Drafter],
+        clock: Callable[[], float],
+    ) -> None:
+        """`drafters`, by their names, are those of every plan that a step may have."""
         self.times = EngineTimes()
+        self._drafters = drafters
         self._policy = policy
         self._cache = cache
         self._clock = clock
+
+    def num_masks_at_start(self, plan: Plan) -> int | None:
+        """Masks that the prefill of a whole batch should bring along, 0 for anchors alone; None: nothing."""
+        if plan.kind is PlanKind.PLAIN:
+            return 0
+        return self._drafters[plan.drafter].num_masks_at_start(plan)
 
     def decode(
         self, batch: Sequence[RunningRequest], plan: Plan, first_logits: Tensor | None = None
@@ -76,8 +93,12 @@ class Decoder:
 
         `first_logits` (B, K + 1, V) are the anchors' and the masks' rows of a batch whose prefill had both.
         """
-        if plan.kind is PlanKind.FUSED:
-            self._start_proposals(batch, plan, first_logits)
+        step = DraftStep(
+            plan=plan, batch=batch, policy=self._policy, cache=self._cache, first_logits=first_logits
+        )
+        clock = self._clock()
+        if plan.kind is not PlanKind.PLAIN and self._drafters[plan.drafter].start(step):
+            self.times.start_s += self._charge("forward_s", clock) - clock
         device = self._policy.device
         state = torch.tensor([running.state for running in batch], device=device)
         anchors_B, seeds_B, attempts_B = state.unbind(dim=1)
@@ -90,23 +111,22 @@ class Decoder:
             seeds_B, positions_B, attempts_B, plan.num_drafts, settles=settles
         )
         clock = self._charge("sampler_s", clock)
-        draft_logits, num_drafts_B = self._draft_logits(batch, plan, anchors_B, first_logits)
+        drafted = self._draft(step)
         clock = self._charge("forward_s", clock)
-        draft_logits, bad_drafts_B = _without_non_finite(draft_logits)
-        draft_logits_BKV = draft_logits[:, 1:] if settles else draft_logits
-        draft = laws.draw(draft_logits_BKV, draft_uniforms_BK, num_drafts_B)
+        draft, draft_rows, bad_drafts_B = self._drawn(drafted, laws, draft_uniforms_BK, settles=settles)
         self._charge("sampler_s", clock)
         if settles:
-            verified = self._settle_and_verify(draft_logits, draft, laws, verify_uniforms)
+            assert draft_rows is not None, "a two-forward plan drafts by rows behind the anchor's"
+            verified = self._settle_and_verify(draft_rows, draft, laws, verify_uniforms)
         else:
-            verified = self._verify(plan, anchors_B, draft_logits, draft, laws, verify_uniforms, first_logits)
+            verified = self._verify(step, anchors_B, draft_rows, draft, laws, verify_uniforms)
 
         clock = self._clock()
         policy_logprobs_BL = laws.policy_logprobs(verified.logits, verified.verdict)
         clock = self._charge("sampler_s", clock)
-        proposals: Sequence[Proposal | None] = [None] * len(batch)
-        if verified.states_BPLW is not None:
-            proposals = self._proposals(batch, plan, verified.states_BPLW, verified.verdict)
+        proposals: Sequence[object | None] = [None] * len(batch)
+        if plan.kind is not PlanKind.PLAIN:
+            proposals = self._drafters[plan.drafter].keep(step, verified.leftover, verified.verdict)
             self._charge("forward_s", clock)
         return Decoded(
             draft=draft,
@@ -115,31 +135,30 @@ class Decoder:
             draft_uniforms_BK=draft_uniforms_BK,
             verify_uniforms=verify_uniforms,
             attempts_B=attempts_B,
-            origins=_origins(batch, plan),
+            origins=[_NO_ORIGIN] * len(batch) if isinstance(drafted, Draft) else drafted.origins,
             failed=_failures(bad_drafts_B, verified, laws.failed),
             proposals=proposals,
         )
 
     def _verify(
         self,
-        plan: Plan,
+        step: DraftStep,
         anchors_B: Tensor,
-        draft_logits_BKV: Tensor,
+        draft_logits_BKV: Tensor | None,
         draft: Draft,
         laws: Laws,
         uniforms_BL: Tensor,
-        first_logits: Tensor | None,
     ) -> Verified:
-        """The anchor and all drafts in one forward, which a fused plan also lets propose."""
+        """The anchor and all drafts in one forward, in which the drafter may draft as well."""
         clock = self._clock()
         ids_BL = torch.cat([anchors_B[:, None], draft.token_ids_BK], dim=1)
-        window = self._cache.window(0, len(ids_BL), plan.rows_per_forward)
-        states_BPLW = None
-        if plan.kind is PlanKind.FUSED:
-            fused = self._policy.fused_rows(ids_BL, plan.levels, window)
-            logits_BLV, states_BPLW = fused.verify_logits_BLV, fused.proposal_states_BPLW
-        elif first_logits is not None:
-            logits_BLV = first_logits
+        window = self._cache.window(0, len(ids_BL), step.plan.rows_per_forward)
+        leftover = None
+        if step.plan.kind is not PlanKind.PLAIN:
+            verifying = self._drafters[step.plan.drafter].verify(step, ids_BL, window)
+            logits_BLV, leftover = verifying.logits_BLV, verifying.leftover
+        elif step.first_logits is not None:
+            logits_BLV = step.first_logits
         else:
             logits_BLV = self._policy.verify_logits(ids_BL, window)
         clock = self._charge("forward_s", clock)
@@ -153,7 +172,7 @@ class Decoder:
             target_probs=(targets.probs_BLV,),
             bad_targets_B=bad_targets_B,
             is_empty_BL=targets.is_empty_BL,
-            states_BPLW=states_BPLW,
+            leftover=leftover,
             parts=((draft, verdict),),
         )
 
@@ -192,88 +211,40 @@ class Decoder:
             target_probs=(first.probs_BLV, others.probs_BLV),
             bad_targets_B=bad_targets_B,
             is_empty_BL=_joined(first.is_empty_BL, others.is_empty_BL, num_drafts),
-            states_BPLW=None,
+            leftover=None,
             parts=((draft, settled), (rest, verified)),
         )
 
-    def _draft_logits(
-        self, batch: Sequence[RunningRequest], plan: Plan, anchors_B: Tensor, first_logits: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """Draft rows, float32 (B, K, V), and how many of them each request has.
+    def _draft(self, step: DraftStep) -> DraftRows | Draft:
+        """What the plan's drafter proposes; of a plain plan, nothing."""
+        if step.plan.kind is not PlanKind.PLAIN:
+            return self._drafters[step.plan.drafter].propose(step)
+        size, device = len(step.batch), self._policy.device
+        return DraftRows(
+            logits=torch.empty((size, 0, self._policy.vocab_size), device=device),
+            num_drafts_B=torch.zeros(size, dtype=torch.int64, device=device),
+            origins=[_NO_ORIGIN] * size,
+        )
 
-        From a draft forward they come behind the anchor's causal row: (B, K + 1, V).
-        """
-        device = self._policy.device
-        if plan.kind is PlanKind.FUSED:
-            proposals = [running.proposal for running in batch]
-            rows = [proposal.logits_KV for proposal in proposals if proposal is not None]
-            counts = [proposal.num_drafts for proposal in proposals if proposal is not None]
-            return torch.stack(rows), torch.tensor(counts, device=device)
-        num_drafts_B = torch.full((len(batch),), plan.num_drafts, device=device)
-        if plan.num_drafts == 0:
-            return torch.empty((len(batch), 0, self._policy.vocab_size), device=device), num_drafts_B
-        if first_logits is not None:
-            return first_logits, num_drafts_B
-        window = self._cache.window(0, len(batch), plan.num_drafts + 1)
-        return self._policy.draft_logits(anchors_B[:, None], plan.num_drafts, window), num_drafts_B
-
-    def _start_proposals(
-        self, batch: Sequence[RunningRequest], plan: Plan, first_logits: Tensor | None
-    ) -> None:
-        """A draft forward of their own for requests that no fused step has proposed for."""
-        first = next((slot for slot, running in enumerate(batch) if running.proposal is None), None)
-        if first is None:
-            return
-        clock = self._clock()
-        num_drafts, late = plan.num_drafts, batch[first:]  # those that join lie behind the others
-        if first_logits is None:
-            anchors_B1 = torch.tensor([running.state[:1] for running in late], device=self._policy.device)
-            window = self._cache.window(first, len(batch), num_drafts + 1)
-            first_logits = self._policy.draft_logits(anchors_B1, num_drafts, window)
-        for logits_KV, running in zip(first_logits[:, 1:], late, strict=True):
-            if running.proposal is None:
-                origin = (running.num_tokens, 0, num_drafts)
-                running.start_proposal(Proposal(logits_KV=logits_KV, num_drafts=num_drafts, origin=origin))
-        self.times.start_s += self._charge("forward_s", clock) - clock
-
-    def _proposals(
-        self, batch: Sequence[RunningRequest], plan: Plan, states_BPLW: Tensor, verdict: Verdict
-    ) -> list[Proposal]:
-        """The proposals made for what each request accepted.
-
-        That is the one of the largest level p at or below the n accepted drafts. Its slot j stands p + 1 + j
-        positions behind the old anchor, so slots n - p + 1 and up stand on those of the next drafts.
-        """
-        num_drafts, device = plan.num_drafts, self._policy.device
-        levels_P = torch.tensor(plan.levels, device=device)
-        accepted_B = verdict.num_accepted_B
-        chosen_B = (levels_P <= accepted_B[:, None]).sum(dim=1) - 1
-        shift_B = accepted_B - levels_P[chosen_B]
-        slots_BK = (shift_B[:, None] + 1 + torch.arange(num_drafts, device=device)).clamp(max=num_drafts)
-        rows_B1 = torch.arange(len(batch), device=device)[:, None]
-        logits_BKV = self._policy.proposal_logits(states_BPLW[rows_B1, chosen_B[:, None], slots_BK])
-        steps = zip(batch, logits_BKV, shift_B.tolist(), verdict.num_committed_B.tolist(), strict=True)
-        return [
-            Proposal(
-                logits_KV=logits_KV,
-                num_drafts=num_drafts - shift,
-                # It knows all but the drafts past its level and the token that the verdict added.
-                origin=(running.num_tokens + num_committed - shift - 1, shift + 1, num_drafts + 1),
-            )
-            for running, logits_KV, shift, num_committed in steps
-        ]
+    def _drawn(
+        self, drafted: DraftRows | Draft, laws: Laws, uniforms_BK: Tensor, *, settles: bool
+    ) -> tuple[Draft, Tensor | None, Tensor | None]:
+        """Drafts, the rows they were drawn from if they come from rows, and which requests' rows were bad."""
+        if isinstance(drafted, Draft):
+            if drafted.token_ids_BK.shape != uniforms_BK.shape:
+                raise InvalidInput(
+                    f"a drafter must fill (B, K) = {tuple(uniforms_BK.shape)} drafts, got "
+                    f"{tuple(drafted.token_ids_BK.shape)}; num_drafts_B says how many of them are meant"
+                )
+            return drafted, None, None
+        rows, bad_B = _without_non_finite(drafted.logits)
+        draft = laws.draw(rows[:, 1:] if settles else rows, uniforms_BK, drafted.num_drafts_B)
+        return draft, rows, bad_B
 
     def _charge(self, part: str, since: float) -> float:
         now = self._clock()
         setattr(self.times, part, getattr(self.times, part) + now - since)
         return now
-
-
-def _origins(batch: Sequence[RunningRequest], plan: Plan) -> list[tuple[int, int, int]]:
-    """Where the draft rows of each request come from: context, first slot and masks."""
-    if plan.kind is PlanKind.FUSED:
-        return [running.proposal.origin for running in batch if running.proposal is not None]
-    return [(running.num_tokens, 0, plan.num_drafts) if plan.num_drafts else (0, 0, 0) for running in batch]
 
 
 def _without_non_finite(logits: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -16,7 +16,7 @@ from blockroll.errors import InvalidInput
 from blockroll.policies.hf import HFPolicy
 from blockroll.policies.loading import load_tokenizer, resolve_checkpoint, resolve_device
 from blockroll.rollout.audit.writer import AuditWriter
-from blockroll.rollout.engine.engine import Engine
+from blockroll.rollout.drafters.engine import Engine
 from blockroll.rollout.planning.planner import read_plan
 from blockroll.rollout.pool.pool import RolloutPool
 from blockroll.rollout.pool.replica import LocalReplica

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from blockroll.errors import ReplicaError
-from blockroll.rollout.engine.engine import Engine
+from blockroll.rollout.drafters.engine import Engine
 from blockroll.rollout.engine.requests import Limits
 from blockroll.rollout.pool.weight_sync.buckets import (
     ADAPTER_PREFIX,

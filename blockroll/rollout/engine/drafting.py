@@ -1,0 +1,92 @@
+"""What an engine asks of whoever drafts for it: the seam that every source of drafts stands behind.
+
+A plan names its drafter (`Plan.drafter`); the engine is handed drafters and knows none of them. What drafts
+cost is the plan's to say (`forwards_per_step`, `rows_per_forward`), where they are verified its kind.
+
+Shapes: B running requests, K drafted tokens, L = K + 1 rows to verify, V vocabulary.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from blockroll.policies.base import KVWindow, Policy
+from blockroll.rollout.engine.cache import SlotCache
+from blockroll.rollout.engine.running import RunningRequest
+from blockroll.types import Draft, Plan, Verdict
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DraftStep:
+    """The step to draft for. Request i stands in slot i of the cache, committed up to its anchor."""
+
+    plan: Plan
+    batch: Sequence[RunningRequest]
+    policy: Policy
+    cache: SlotCache
+    first_logits: Tensor | None  # float32 (B, K + 1, V), where the prefill brought them along
+
+    def anchors(self, first: int = 0) -> Tensor:
+        """The last committed tokens of the requests from `first` on, int64 (B, 1)."""
+        return torch.tensor([[running.anchor] for running in self.batch[first:]], device=self.policy.device)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DraftRows:
+    """Rows of a forward, from which each request's own draft law and coins draw its drafts."""
+
+    logits: Tensor  # float32 (B, K, V); two-forward (B, K + 1, V), the anchor's causal row first
+    num_drafts_B: Tensor  # int64, 0..K
+    # By request, for the audit: tokens of the text that its rows know, slot of the first, masks in the block.
+    origins: Sequence[tuple[int, int, int]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verifying:
+    """What the forward that verifies gave."""
+
+    logits_BLV: Tensor  # float32, causal: row i is the law of the token behind row i
+    leftover: object = None  # for `Drafter.keep`
+
+
+class Drafter(ABC):
+    """Drafts a step's tokens. It changes no text, and the cache only by uncommitted rows of its forwards.
+
+    Drafts may depend on committed tokens, and on drafts that are settled: never on a coin of this step, nor
+    on a draft that is not settled yet. Then, whatever they are, tokens follow the law that requests ask for.
+    """
+
+    name: str  # by which plans ask for it
+
+    def check(self, plan: Plan, policy: Policy) -> None:
+        """Raise InvalidInput for a plan this policy cannot follow; warn where it will draft badly."""
+        return
+
+    def num_masks_at_start(self, plan: Plan) -> int | None:
+        """Masks that texts which begin together should bring along in their prefill; None: nothing."""
+        return None
+
+    def start(self, step: DraftStep) -> bool:
+        """Run what requests need that no step before has drafted for; whether that took a forward."""
+        return False
+
+    @abstractmethod
+    def propose(self, step: DraftStep) -> DraftRows | Draft:
+        """The drafts of a step, K wide, and by which law they are drawn.
+
+        Rows: the engine draws from them, by each request's draft law. A Draft: tokens that were drawn
+        already, with the law that they were really drawn from (POINT_MASS for tokens that were looked up).
+        Such a draft has no rows to mix, so a mixed law is the target's where it stands. A request may have
+        fewer drafts than K, or none; behind them any token id of the vocabulary stands.
+        """
+
+    def verify(self, step: DraftStep, ids_BL: Tensor, window: KVWindow) -> Verifying:
+        """The forward over anchors and drafts; one that drafts in the same forward leaves something over."""
+        return Verifying(logits_BLV=step.policy.verify_logits(ids_BL, window))
+
+    def keep(self, step: DraftStep, leftover: object, verdict: Verdict) -> Sequence[object | None]:
+        """By request, what `RunningRequest.proposal` holds once the verdict is final; None: nothing."""
+        return [None] * len(step.batch)
