@@ -59,12 +59,13 @@ def conversion(policy: Path) -> Row:
     """What it took and gave: expected tokens of a step on fresh answers in its first and last round, and
     the KL from the shipped policy, nats per token."""
     progress = torch.load(policy / STATE_FILE, map_location="cpu", weights_only=True)["progress"]
-    scores = progress["scores"]
+    (kind,) = {name for name in progress["scores"][0] if " position " not in name}
+    tokens_per_step = [scores[kind] for scores in progress["scores"]]
     last = [row for row in read_lines(policy / METRICS_FILE) if row["round"] == progress["round"]]
     return {
         "minutes": progress["minutes"],
         "tokens": progress["num_tokens"],
-        "tokens_per_step": [scores[0], scores[-1]],
+        "tokens_per_step": [tokens_per_step[0], tokens_per_step[-1]],
         "policy_kl": statistics.mean(row["policy_kl"] for row in last),
     }
 
