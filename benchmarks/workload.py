@@ -47,7 +47,13 @@ def decode(
     policy: HFPolicy, wanted: Sequence[Request], plan: Plan, acceptance: AcceptanceByPosition | None = None
 ) -> list[Rollout]:
     """All rollouts, in the order of the requests."""
-    engine = Engine(policy, plan=plan, max_batch_size=BATCH, max_length=512, observers=(acceptance,))
+    engine = Engine(
+        policy,
+        plan=plan,
+        max_batch_size=BATCH,
+        max_length=512,
+        observers=() if acceptance is None else (acceptance,),
+    )
     engine.submit(wanted)
     finished: dict[str, Rollout] = {}
     while engine.num_requests:

@@ -1,7 +1,7 @@
 """The core tests as other machines would run them: other instruction sets, thread counts and rounding.
 
     python -m tests.machines NAME          under one of MACHINES
-    python -m tests.machines next          under the next one; each run takes its turn
+    python -m tests.machines next          the quick ones under the next one; each run takes its turn
     python -m tests.machines all           under each, one after the other
     ... -- -k greedy -n 2                  what follows is pytest's
 
@@ -13,6 +13,7 @@ import argparse
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 THREADS, ROUNDING = "BLOCKROLL_TEST_THREADS", "BLOCKROLL_TEST_ROUNDING"
@@ -34,6 +35,14 @@ MACHINES = {
 }
 # The law, numerics, golden rollouts, and what an engine in one process must satisfy.
 CORE = ("tests/law", "tests/numerics", "tests/golden", "tests/invariants", "tests/unit/test_equality.py")
+# Of them, what rounding reaches most: enough for a turn of every `make test`.
+QUICK = (
+    "tests/numerics",
+    "tests/golden",
+    "tests/invariants/test_engine.py",
+    "tests/invariants/test_prefixes.py",
+    "tests/unit/test_equality.py",
+)
 LEFT_OUT = ("*ray*", "*trl*")  # processes and trainers of their own
 TURN = Path(sys.prefix) / ".next_machine"
 
@@ -45,16 +54,18 @@ def main() -> int:
     parser.add_argument("pytest", nargs=argparse.REMAINDER, help="arguments for pytest, behind --")
     given = parser.parse_args()
     names = list(MACHINES) if given.machine == "all" else [given.machine]
+    tests = CORE
     if names == ["next"]:
-        names = [next_in_turn()]
-    failed = [name for name in names if run(name, [each for each in given.pytest if each != "--"])]
+        names, tests = [next_in_turn()], QUICK
+    arguments = [each for each in given.pytest if each != "--"]
+    failed = [name for name in names if run(name, tests, arguments)]
     if failed:
         print(f"core tests failed under: {', '.join(failed)}", file=sys.stderr)
     return bool(failed)
 
 
-def run(name: str, arguments: list[str]) -> int:
-    """The core tests under one machine, pytest's exit status."""
+def run(name: str, tests: Sequence[str], arguments: list[str]) -> int:
+    """These tests under one machine, pytest's exit status."""
     variables = MACHINES[name]
     shown = " ".join(f"{key}={value}" for key, value in variables.items())
     print(f"core tests under {name}: {shown}", flush=True)
@@ -63,7 +74,7 @@ def run(name: str, arguments: list[str]) -> int:
         arguments = [*arguments, "-n", "0"]  # two processes with two threads each would wait for each other
     ignored = [f"--ignore-glob={pattern}" for pattern in LEFT_OUT]
     return subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", *CORE, *ignored, *arguments],
+        [sys.executable, "-m", "pytest", "-q", *tests, *ignored, *arguments],
         env={**os.environ, **variables, "OMP_NUM_THREADS": threads},
         check=False,
     ).returncode
