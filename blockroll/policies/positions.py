@@ -11,6 +11,7 @@ Shapes: B texts, R rows of a forward, D head width.
 """
 
 import logging
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -56,7 +57,8 @@ def context_of(config: PretrainedConfig) -> Context:
     except where parameters are given by layer type: those families have the scaled context there. Texts of
     a `dynamic` config end at `max_position_embeddings`.
 
-    Raises InvalidInput for a rope type that is not known here.
+    Raises InvalidInput for a rope type that is not known here, and for parameters that give other widths than
+    that of a head: no family served rotates a part of one.
     """
     plain = int(config.max_position_embeddings)
     parameters: Mapping[str, Any] = getattr(config, "rope_parameters", None) or {}
@@ -68,9 +70,17 @@ def context_of(config: PretrainedConfig) -> Context:
                 f"rope type {_type_of(each)!r} is not supported; supported are {', '.join(_ROPE_TYPES)}. "
                 "Correct rope_parameters (or rope_scaling) in config.json"
             )
+    for layer_type, each in by_layer.items() or [(None, parameters)]:
+        if _type_of(each) != "default":  # each family computes that itself, for whole heads
+            _check_rotary(config, each, layer_type)
     longest = max(_scaled(each, plain, is_by_layer=bool(by_layer)) for each in sets)
     if any(_type_of(each) == "dynamic" for each in sets):
         longest = plain
+    if longest < 2:
+        raise InvalidInput(
+            f"config.json says a context of {longest} tokens; correct max_position_embeddings or the factor of "
+            "rope_parameters"
+        )
     boundaries = {_original(each, plain) for each in sets if _type_of(each) == "longrope"}
     return Context(
         max_length=longest, boundaries=tuple(sorted(each for each in boundaries if each < longest))
@@ -142,6 +152,30 @@ def use_text_rotary(model: PreTrainedModel) -> TextRotary | None:
         logger.warning("%s", context.note)
     rotary: TextRotary = base.rotary_emb
     return rotary
+
+
+def _check_rotary(config: PretrainedConfig, parameters: Mapping[str, Any], layer_type: str | None) -> None:
+    """InvalidInput where transformers makes no frequencies of them, or not those of a whole head."""
+    where = "rope_parameters" if layer_type is None else f"rope_parameters[{layer_type!r}]"
+    options: dict[str, Any] = {} if layer_type is None else {"layer_type": layer_type}
+    kind, compute = _type_of(parameters), ROPE_INIT_FUNCTIONS[_type_of(parameters)]
+    try:
+        # The second of longrope are those of long texts; other types read no length here.
+        frequencies, scaling = compute(config, torch.device("cpu"), **options)
+        others, _ = compute(config, torch.device("cpu"), seq_len=1 << 30, **options)
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        missing = f"has no {error}" if isinstance(error, KeyError) else f"cannot be used: {error}"
+        raise InvalidInput(f"rope type {kind!r} {missing}; correct {where} in config.json") from error
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if 2 * len(frequencies) != width:
+        part = parameters.get("partial_rotary_factor", 1.0)
+        raise InvalidInput(
+            f"rope type {kind!r} rotates {2 * len(frequencies)} of the {width} numbers of a head "
+            f"(partial_rotary_factor is {part}), and no supported family rotates a part of a head; correct "
+            f"{where} in config.json"
+        )
+    if not (torch.cat([frequencies, others]).isfinite().all() and math.isfinite(scaling)):
+        raise InvalidInput(f"rope type {kind!r} gives NaN or infinity; correct {where} in config.json")
 
 
 def _long_factors(config: PretrainedConfig, layer_type: str | None) -> _LongFactors:

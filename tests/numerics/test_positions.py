@@ -192,6 +192,52 @@ def test_an_old_rope_scaling_section_is_read_and_an_unknown_type_refused_when_th
         resolve_checkpoint(tmp_path)
 
 
+SCALED = {
+    "linear": {"factor": 2.0},
+    "dynamic": {"factor": 2.0},
+    "yarn": {"factor": 2.0},
+    "llama3": {"factor": 2.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+    "longrope": {"factor": 2.0, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4},
+}
+HALF, FACTORS = {"partial_rotary_factor": 0.5}, {"short_factor": [1.0] * 2, "long_factor": [2.0] * 2}
+UNUSABLE = [
+    *((kind, HALF, "rotates 4 of the 8 numbers of a head") for kind in SCALED if kind != "longrope"),
+    ("longrope", {**HALF, **FACTORS}, "rotates 4 of the 8 numbers of a head"),
+    ("linear", {"factor": 0.0}, "gives NaN or infinity"),
+    ("linear", {"factor": "2"}, "rope type 'linear' cannot be used: unsupported operand"),
+    ("longrope", {"short_factor": [1.0] * 3}, "rope type 'longrope' cannot be used"),
+    ("longrope", {"long_factor": [1.0] * 3}, "rope type 'longrope' cannot be used"),
+]
+
+
+@pytest.mark.parametrize(("kind", "options", "message"), UNUSABLE)
+@pytest.mark.parametrize("where", ["whole", "by layer type", "at the top"])
+def test_rotary_parameters_that_no_forward_could_use_are_refused_when_the_folder_is(
+    tmp_path, kind, options, message, where
+):
+    family = "gemma3_text" if where == "by layer type" else "llama"
+    by_layer = {"full_attention": PLAIN, "sliding_attention": PLAIN}
+    model(family, by_layer if where == "by layer type" else PLAIN).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    parameters = {"rope_type": kind, "rope_theta": 1e4, **SCALED[kind], **options}
+    if where == "at the top" and "partial_rotary_factor" in options:  # as older files have it
+        config["partial_rotary_factor"] = parameters.pop("partial_rotary_factor")
+    config["rope_parameters"] = (
+        {**by_layer, "full_attention": parameters} if family != "llama" else parameters
+    )
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InvalidInput, match=message):
+        resolve_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("positions", [{"max_position_embeddings": 0}, {"factor": -2.0}])
+def test_a_context_that_holds_no_text_is_refused(positions):
+    linear = {"rope_type": "linear", "rope_theta": 1e4, "factor": positions.pop("factor", 2.0)}
+    config = AutoConfig.for_model("llama", **{**SHAPE, **positions, "rope_parameters": linear})
+    with pytest.raises(InvalidInput, match=r"says a context of (0|-192) tokens"):
+        context_of(config)
+
+
 def test_a_yarn_text_past_the_short_context_has_the_law_of_its_own_forward():
     parameters = yarn(original_max_position_embeddings=48)
     policy = HFPolicy(model(parameters=parameters, max_position_embeddings=48))
