@@ -85,7 +85,7 @@ class Sampling(SamplingOptions):
     ignore_eos: bool = False  # go on past the policy's own end tokens (for speed runs)
     law: Law = field(default_factory=Law)
     logit_bias: Mapping[int, float] = field(default_factory=dict, hash=False)  # added, by token id
-    min_tokens: int = 0  # no end token before
+    min_tokens: int = 0  # so many tokens stand before one that ends it, or completes a stop string that does
     bad_words_ids: tuple[tuple[int, ...], ...] = ()  # sequences that are never completed
     # Called as transformers calls them: ids (1, T), scores (1, V) of one row; state of their own is refused.
     logits_processors: tuple[LogitsProcessor, ...] = ()

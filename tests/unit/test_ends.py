@@ -116,6 +116,33 @@ def test_a_text_ends_where_its_whole_decoding_first_holds_the_string(name, stop)
                 assert ends_at(rule_of(tokenizer, *strings), text, most=most, rng=rng) == want
 
 
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_what_stop_strings_and_stop_tokens_complete_within_min_tokens_is_text(name):
+    tokenizer, rng = TOKENIZERS[name], random.Random(name)
+    decode, held_back = decoding(tokenizer), 0
+    for _ in range(8):
+        text = random_text(tokenizer, rng, 160)
+        stop, stop_id, min_tokens = decode(text)[20:22], rng.choice(text), rng.randint(0, 120)
+        ends = [
+            count
+            for count in range(1, len(text) + 1)
+            if text[count - 1] == stop_id
+            or decode(text[:count]).rfind(stop) > decode(text[: count - 1]).rfind(stop)
+        ]
+        want = next((count for count in ends if count > min_tokens), None)
+        held_back += ends[0] != want
+        for most in (1, 5):
+            rule = StopRule(
+                stop_token_ids=frozenset({stop_id}),
+                stop=(stop,),
+                max_tokens=10**6,
+                decode=decode,
+                min_tokens=min_tokens,
+            )
+            assert ends_at(rule, text, most=most, rng=rng) == want
+    assert held_back
+
+
 def test_a_string_of_many_tokens_is_found_far_into_a_text():
     tokenizer, stop = TOKENIZERS["byte level"], "z" * 60 + "\N{EURO SIGN}"
     text = tokenizer("ab" * 400 + "z" * 59 + "b" + "a" * 77 + stop + "ab")["input_ids"]

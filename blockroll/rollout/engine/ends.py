@@ -28,6 +28,7 @@ class StopRule:
 
     Under a constraint, a stop string or a stop token that is text ends it only where the constraint accepts
     the completion as it then stands; elsewhere it is text like other. So what ends by `stop` matches.
+    No stop string or stop token ends it with one of its first `min_tokens` tokens: there it is text.
     """
 
     stop_token_ids: frozenset[int]
@@ -36,6 +37,7 @@ class StopRule:
     decode: Decode | None  # of a list of tokens, special ones included
     # Of the stop tokens, those that a constraint allows only where a text may end.
     end_token_ids: frozenset[int] = frozenset()
+    min_tokens: int = 0
     _strings: "_StopStrings | None" = field(init=False, default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -52,6 +54,8 @@ class StopRule:
         """
         room = self.max_tokens - len(committed)
         for kept, token_id in enumerate(new[:room], start=1):
+            if len(committed) + kept <= self.min_tokens:
+                continue
             is_stop = token_id in self.stop_token_ids or (
                 self._strings is not None and self._strings.is_one_completed(committed, new[:kept])
             )

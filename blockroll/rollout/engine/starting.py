@@ -52,6 +52,7 @@ class Starter:
             stop_token_ids=frozenset((*ends, *request.sampling.stop_token_ids)),
             end_token_ids=self._ends(request),
             stop=request.sampling.stop,
+            min_tokens=request.sampling.min_tokens,
             max_tokens=min(request.sampling.max_tokens, self._limits.room(len(request.prompt_ids))),
             decode=self._decode,
         )
