@@ -78,8 +78,8 @@ def context_of(config: PretrainedConfig) -> Context:
         longest = plain
     if longest < 2:
         raise InvalidInput(
-            f"config.json says a context of {longest} tokens; correct max_position_embeddings or the factor of "
-            "rope_parameters"
+            f"config.json says a context of {longest} tokens; correct max_position_embeddings or the factor "
+            "of rope_parameters"
         )
     boundaries = {_original(each, plain) for each in sets if _type_of(each) == "longrope"}
     return Context(
