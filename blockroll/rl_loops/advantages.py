@@ -8,7 +8,7 @@ Shapes: B rollouts.
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -108,9 +108,18 @@ def group_advantages(rewards_B: Tensor, group_ids: Sequence[str], *, epsilon: fl
 
         A_i = (r_i - mean(r)) / (std(r) + epsilon)      over the valid rollouts of the group
 
-    with the sample standard deviation (divisor n - 1), as in TRL. A group with fewer than two valid
-    rollouts has no spread: its advantages are 0.
+    with the sample standard deviation (divisor n - 1), as in TRL.
     Source: DeepSeekMath (arXiv 2402.03300), section 4.1.2, outcome supervision.
+    """
+    return by_group(
+        rewards_B, group_ids, lambda rewards: (rewards - rewards.mean()) / (rewards.std() + epsilon)
+    )
+
+
+def by_group(rewards_B: Tensor, group_ids: Sequence[str], worth: Callable[[Tensor], Tensor]) -> Advantages:
+    """Advantages that `worth` gives a group's valid rewards (n of them, n >= 2, float64), in their order.
+
+    A group with fewer than two valid rollouts has nothing to be compared with: its advantages are 0.
     """
     is_valid_B = rewards_B.isfinite()
     advantages_B = torch.zeros(len(rewards_B), dtype=torch.float64)
@@ -125,10 +134,10 @@ def group_advantages(rewards_B: Tensor, group_ids: Sequence[str], *, epsilon: fl
             num_flat += 1
             continue
         rewards = rewards_B[valid]
-        std = rewards.std()
-        stds.append(float(std))
-        num_flat += bool(std == 0)
-        advantages_B[valid] = (rewards - rewards.mean()) / (std + epsilon)
+        std = float(rewards.std())
+        stds.append(std)
+        num_flat += std == 0
+        advantages_B[valid] = worth(rewards)
     return Advantages(
         advantages_B=advantages_B.float(),
         is_valid_B=is_valid_B,

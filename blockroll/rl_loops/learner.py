@@ -11,7 +11,7 @@ import contextlib
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from blockroll.errors import CheckpointError, InvalidInput
 from blockroll.policies.hf import HFPolicy
 from blockroll.rl_loops.advantages import Advantages
 from blockroll.rl_loops.algorithms import Algorithm
-from blockroll.rl_loops.losses import behavior_correction
+from blockroll.rl_loops.losses import LossTokens, TokenLoss, behavior_correction
 from blockroll.rl_loops.token_laws import TokenLaws, token_laws
 from blockroll.rollout.pool.weight_sync import named_weights
 from blockroll.types import Rollout
@@ -182,39 +182,40 @@ class Learner:
         valid_B: Sequence[Tensor],
         advantages_B: Tensor,
     ) -> "_StepResult":
-        """One optimizer step on the rollouts `part`: the mean over all their valid tokens, across chunks.
+        """One optimizer step on the rollouts `part`: the loss of all their valid tokens, across chunks.
 
         A rollout of advantage 0 has loss and gradient 0 whatever the policy: it counts, but costs no forward.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate
         self.optimizer.zero_grad(set_to_none=True)
+
+        def loss_of(indices: Sequence[int], learner_logprobs_N: Tensor) -> TokenLoss:
+            repeats = torch.tensor([len(batch[i].token_ids) for i in indices], device=self.policy.device)
+            tokens = LossTokens(
+                rollouts=[batch[i] for i in indices],
+                learner_logprobs_N=learner_logprobs_N,
+                old_logprobs_N=torch.cat([old_B[i] for i in indices]),
+                weights_N=torch.cat([weights_B[i] for i in indices]),
+                advantages_N=advantages_B[indices].repeat_interleave(repeats),
+                is_valid_N=torch.cat([valid_B[i] for i in indices]),
+            )
+            return self.algorithm.loss(tokens, self.config)
+
         worthless = [i for i in part if advantages_B[i] == 0]
         teaching = [i for i in part if advantages_B[i] != 0]
-        num_tokens = sum(int(valid_B[i].sum()) for i in worthless)
-        num_dropped = sum(len(valid_B[i]) for i in worthless) - num_tokens
-        loss_sum, clipped = 0.0, 0.0
+        results = [loss_of(worthless, torch.cat([old_B[i] for i in worthless]))] if worthless else []
         for chunk in length_chunks([batch[i] for i in teaching]):
             indices = [teaching[j] for j in chunk]
-            repeats = torch.tensor([len(batch[i].token_ids) for i in indices], device=self.policy.device)
-            result = self.algorithm.loss(
-                self._forward([batch[i] for i in indices]).logprobs_N,
-                torch.cat([old_B[i] for i in indices]),
-                torch.cat([weights_B[i] for i in indices]),
-                advantages_B[indices].repeat_interleave(repeats),
-                is_valid_N=torch.cat([valid_B[i] for i in indices]),
-                clip_epsilon=self.config.clip_epsilon,
-            )
-            num_dropped += result.num_dropped
-            if result.num_tokens == 0:
-                continue
-            torch.autograd.backward(result.loss * result.num_tokens)
-            loss_sum += float(result.loss.detach()) * result.num_tokens
-            clipped += result.clip_ratio * result.num_tokens
-            num_tokens += result.num_tokens
+            result = loss_of(indices, self._forward([batch[i] for i in indices]).logprobs_N)
+            if result.num_tokens:
+                torch.autograd.backward(result.loss_sum)
+            results.append(replace(result, loss_sum=result.loss_sum.detach()))
+        denominator = sum(result.denominator for result in results)
+        num_tokens = sum(result.num_tokens for result in results)
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         for gradient in gradients:
-            gradient.div_(max(num_tokens, 1))
+            gradient.div_(denominator or 1)
         norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm))
         self.num_optimizer_steps += 1  # before the weights move, so that a step cut off is seen
         if math.isfinite(norm):
@@ -223,11 +224,11 @@ class Learner:
             self.num_skipped += 1
             log.warning("NonFiniteGradient: gradient norm %s; the optimizer step is skipped", norm)
         return _StepResult(
-            loss=loss_sum / num_tokens if num_tokens else math.nan,
-            clip_ratio=clipped / num_tokens if num_tokens else math.nan,
+            loss=sum(float(each.loss_sum) for each in results) / denominator if denominator else math.nan,
+            clip_ratio=sum(each.num_clipped for each in results) / num_tokens if num_tokens else math.nan,
             grad_norm=norm,
             num_tokens=num_tokens,
-            num_dropped=num_dropped,
+            num_dropped=sum(each.num_dropped for each in results),
         )
 
     def _forward(self, rollouts: Sequence[Rollout]) -> TokenLaws:

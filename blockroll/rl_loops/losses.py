@@ -8,11 +8,13 @@ Shapes: N completion tokens of all rollouts, one rollout after another.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from blockroll.types import Rollout
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,13 +28,26 @@ class BehaviorCorrection:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TokenLoss:
-    """A masked mean over tokens. Chunks add up: `loss * num_tokens` is the sum."""
+class LossTokens:
+    """Completion tokens of a chunk of rollouts, and what their loss is made from."""
 
-    loss: Tensor  # scalar; 0 without valid tokens
-    num_tokens: int  # tokens in sum and denominator
-    num_dropped: int  # tokens left out of both because a logprob is not finite
-    clip_ratio: float  # share of tokens where the clip decides, and so takes the gradient away
+    rollouts: Sequence[Rollout]  # whose tokens these are, in this order
+    learner_logprobs_N: Tensor  # the only one that carries a gradient
+    old_logprobs_N: Tensor
+    weights_N: Tensor  # correct for the behaviour law
+    advantages_N: Tensor  # of each token's rollout
+    is_valid_N: Tensor  # bool; False leaves the loss
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenLoss:
+    """The loss of a chunk's tokens, as a sum and what it is to be divided by. Chunks add up in both."""
+
+    loss_sum: Tensor  # scalar; 0 without valid tokens
+    denominator: float  # 0 where nothing counts
+    num_tokens: int  # tokens in the sum
+    num_dropped: int  # tokens left out because a logprob is not finite
+    num_clipped: int  # tokens where the clip decides, and so takes the gradient away
 
 
 def behavior_correction(
@@ -59,16 +74,8 @@ def behavior_correction(
     )
 
 
-def token_loss(
-    learner_logprobs_N: Tensor,
-    old_logprobs_N: Tensor,
-    weights_N: Tensor,
-    advantages_N: Tensor,
-    *,
-    is_valid_N: Tensor,
-    clip_epsilon: float,
-) -> TokenLoss:
-    """The clipped surrogate, weighted for the behaviour law, as a mean over valid tokens.
+def token_loss(tokens: LossTokens, *, clip_epsilon: float) -> TokenLoss:
+    """The clipped surrogate, weighted for the behaviour law, summed over valid tokens and divided by them.
 
         -min(rho A, clip(rho, 1 - eps, 1 + eps) A) * stopgrad(w),    rho = pi / pi_old
 
@@ -76,19 +83,20 @@ def token_loss(
     or old logprob is not finite leaves sum and denominator alike.
     Source: PPO (arXiv 1707.06347), equation 7; DeepSeekMath (arXiv 2402.03300), equation 3.
     """
-    is_used_N = is_valid_N & learner_logprobs_N.isfinite() & old_logprobs_N.isfinite()
-    learner, old = learner_logprobs_N[is_used_N], old_logprobs_N[is_used_N].detach()
-    advantages = advantages_N[is_used_N]
+    is_used_N = tokens.is_valid_N & tokens.learner_logprobs_N.isfinite() & tokens.old_logprobs_N.isfinite()
+    learner, old = tokens.learner_logprobs_N[is_used_N], tokens.old_logprobs_N[is_used_N].detach()
+    advantages = tokens.advantages_N[is_used_N]
     ratios = (learner - old).exp()
     free = ratios * advantages
     clipped = ratios.clamp(1 - clip_epsilon, 1 + clip_epsilon) * advantages
-    losses = -torch.minimum(free, clipped) * weights_N[is_used_N].detach()
+    losses = -torch.minimum(free, clipped) * tokens.weights_N[is_used_N].detach()
     num_tokens = int(is_used_N.sum())
     return TokenLoss(
-        loss=losses.sum() / max(num_tokens, 1),
+        loss_sum=losses.sum(),
+        denominator=num_tokens,
         num_tokens=num_tokens,
-        num_dropped=len(learner_logprobs_N) - num_tokens,
-        clip_ratio=float((clipped < free).double().mean()) if num_tokens else math.nan,
+        num_dropped=len(is_used_N) - num_tokens,
+        num_clipped=int((clipped < free).sum()),
     )
 
 

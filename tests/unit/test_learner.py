@@ -131,6 +131,30 @@ def test_the_gradient_does_not_depend_on_how_a_batch_is_chunked(monkeypatch):
     assert chunked_metrics["loss"] == pytest.approx(whole_metrics["loss"], abs=1e-6)
 
 
+class EveryRolloutWeighsTheSame(GRPO):
+    """An algorithm that divides by rollouts: those of no advantage are among them."""
+
+    def loss(self, tokens, config):
+        result = super().loss(tokens, config)
+        sizes = torch.tensor([len(each.token_ids) for each in tokens.rollouts])
+        losses_N = -(tokens.learner_logprobs_N - tokens.old_logprobs_N).exp() * tokens.advantages_N
+        mean_B = torch.stack([part.mean() for part in losses_N.split(sizes.tolist())])
+        return dataclasses.replace(result, loss_sum=mean_B.sum(), denominator=len(sizes))
+
+
+@pytest.mark.parametrize("is_chunked", [False, True])
+def test_an_algorithm_says_what_its_loss_is_divided_by(monkeypatch, is_chunked):
+    if is_chunked:
+        monkeypatch.setattr(
+            "blockroll.rl_loops.learner.length_chunks", lambda rollouts: [[i] for i in range(len(rollouts))]
+        )
+    subject = learner()
+    subject.algorithm = EveryRolloutWeighsTheSame()
+    metrics = subject.update(on_policy(subject, BATCH), worth(1.0, 0.0, 2.0, 0.5))
+    assert metrics["loss"] == pytest.approx(-(1.0 + 2.0 + 0.5) / 4, abs=1e-5)
+    assert metrics["update/num_tokens"] == 13
+
+
 def test_an_update_makes_good_rollouts_likelier_and_bad_ones_less_likely():
     subject = learner()
     batch = on_policy(subject, BATCH[:2])

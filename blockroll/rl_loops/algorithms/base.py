@@ -5,17 +5,16 @@ A step of the loop draws a batch of rollouts and then asks its algorithm, in thi
 Collecting, the correction for the behaviour law, the optimizer, publishing and checkpoints are the loop's own
 and the same for all.
 
-Shapes: B rollouts of a batch, N completion tokens of a chunk, one rollout after another.
+Shapes: B rollouts of a batch.
 """
 
 from collections.abc import Sequence
 from typing import Protocol
 
-from torch import Tensor
-
+from blockroll.config import TrainConfig
 from blockroll.rl_loops.advantages import Advantages, Scores
 from blockroll.rl_loops.collect import Batch
-from blockroll.rl_loops.losses import TokenLoss
+from blockroll.rl_loops.losses import LossTokens, TokenLoss
 from blockroll.rl_loops.tasks import RewardFunction
 
 
@@ -35,19 +34,11 @@ class Algorithm(Protocol):
         """What each rollout is worth to the loss, `group_ids` saying which share a prompt. Deterministic."""
         ...
 
-    def loss(
-        self,
-        learner_logprobs_N: Tensor,
-        old_logprobs_N: Tensor,
-        weights_N: Tensor,
-        advantages_N: Tensor,
-        *,
-        is_valid_N: Tensor,
-        clip_epsilon: float,
-    ) -> TokenLoss:
-        """The loss of a chunk's tokens; only `learner_logprobs_N` carries a gradient.
+    def loss(self, tokens: LossTokens, config: TrainConfig) -> TokenLoss:
+        """The loss of a chunk's tokens, and its share of what an optimizer step divides its sum by.
 
-        `weights_N` correct for the behaviour law. Tokens that are not valid leave sum and denominator alike.
-        Sums of chunks add up to that of the batch.
+        Options come from `config`; lengths and limits, where they count, from `tokens.rollouts`. Tokens that
+        are not valid stay out. Sums and denominators of chunks add up to those of the batch. Rollouts of
+        advantage 0 are asked for too, with the old log-probabilities as the learner's and without a gradient.
         """
         ...

@@ -5,11 +5,10 @@ Source: DeepSeekMath (arXiv 2402.03300), without the KL term to a reference poli
 
 from collections.abc import Sequence
 
-from torch import Tensor
-
+from blockroll.config import TrainConfig
 from blockroll.rl_loops.advantages import Advantages, Scores, group_advantages, score_rollouts
 from blockroll.rl_loops.collect import Batch
-from blockroll.rl_loops.losses import TokenLoss, token_loss
+from blockroll.rl_loops.losses import LossTokens, TokenLoss, token_loss
 from blockroll.rl_loops.tasks import RewardFunction
 
 
@@ -26,22 +25,6 @@ class GRPO:
         """Rewards less their group's mean, over its standard deviation; `advantages.group_advantages`."""
         return group_advantages(scores.rewards_B, group_ids)
 
-    def loss(
-        self,
-        learner_logprobs_N: Tensor,
-        old_logprobs_N: Tensor,
-        weights_N: Tensor,
-        advantages_N: Tensor,
-        *,
-        is_valid_N: Tensor,
-        clip_epsilon: float,
-    ) -> TokenLoss:
+    def loss(self, tokens: LossTokens, config: TrainConfig) -> TokenLoss:
         """The clipped surrogate as a mean over valid tokens; `losses.token_loss`."""
-        return token_loss(
-            learner_logprobs_N,
-            old_logprobs_N,
-            weights_N,
-            advantages_N,
-            is_valid_N=is_valid_N,
-            clip_epsilon=clip_epsilon,
-        )
+        return token_loss(tokens, clip_epsilon=config.clip_epsilon)
