@@ -1,12 +1,14 @@
 """A Ray cluster that runs already is joined and left as it was; actors are shared by several processes."""
 
+import contextlib
 import os
-import signal
+import re
 import subprocess
 import sys
 import tempfile
 import time
 
+import psutil
 import pytest
 
 from blockroll.config import PolicyConfig, RolloutConfig
@@ -21,7 +23,7 @@ TINY = PolicyConfig(path="tiny", device="cpu")
 USE_A_POOL = """
 import ray
 from blockroll import RolloutPool, Sampling
-with RolloutPool.from_pretrained("tiny", backend="ray", num_replicas=1) as pool:
+with RolloutPool.from_pretrained("tiny", backend="ray", num_replicas=1, plan="plain") as pool:
     rollouts = list(pool.generate(pool.requests(["1+1=?"], Sampling(max_tokens=4))))
     print(ray.get_runtime_context().gcs_address, len(rollouts), flush=True)
 print(ray.is_initialized(), flush=True)
@@ -46,18 +48,20 @@ def in_a_process(code, *arguments, **environment):
         [sys.executable, "-c", code, *arguments],
         env={**os.environ, **environment},
         stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
     )
 
 
-def test_a_cluster_that_ray_start_left_is_joined_and_left_running():
+@contextlib.contextmanager
+def cluster_that_ray_start_left(**environment):
+    """What finds it, as variables of the environment, and its address."""
     with tempfile.TemporaryDirectory(prefix="r", dir="/tmp") as folder:  # sockets need a short path
-        environment = {**os.environ, "RAY_TMPDIR": folder}
         command = [os.path.join(os.path.dirname(sys.executable), "ray"), "start", "--head", "--block"]
         options = ["--num-cpus=1", "--include-dashboard=false", "--port=0"]
         cluster = subprocess.Popen(
             [*command, *options],
-            env=environment,
+            env={**os.environ, "RAY_TMPDIR": folder, **environment},
             start_new_session=True,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -69,13 +73,37 @@ def test_a_cluster_that_ray_start_left_is_joined_and_left_running():
                     break
                 time.sleep(0.2)
             with open(file) as opened:
-                address = opened.read().strip()
-            for where in ({"RAY_TMPDIR": folder}, {"RAY_TMPDIR": folder, "RAY_ADDRESS": address}):
-                said, _ = in_a_process(USE_A_POOL, **where).communicate(timeout=180)
-                assert said.split() == [address, "1", "False"]
+                yield {"RAY_TMPDIR": folder}, opened.read().strip()
         finally:
-            os.killpg(cluster.pid, signal.SIGTERM)
+            # Ended by hand, `ray start` gives its daemons half a minute.
+            for process in [*psutil.Process(cluster.pid).children(recursive=True), cluster]:
+                process.kill()
             cluster.wait(timeout=60)
+
+
+@pytest.mark.slow
+def test_a_cluster_that_ray_start_left_is_joined_and_left_running():
+    with cluster_that_ray_start_left(RAY_AUTH_MODE="disabled") as (where, address):
+        for named in ({}, {"RAY_ADDRESS": address}):
+            process = in_a_process(USE_A_POOL, **where, **named, RAY_AUTH_MODE="disabled")
+            said, _ = process.communicate(timeout=180)
+            assert said.split() == [address, "1", "False"]
+
+
+@pytest.mark.slow
+def test_a_cluster_that_asks_for_a_token_says_so():
+    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "a" * 32}
+    with cluster_that_ray_start_left(**token) as (where, address):
+        refused = in_a_process(
+            USE_A_POOL, **where, RAY_ADDRESS=address, RAY_AUTH_MODE="disabled", RAY_NUM_REDIS_GET_RETRIES="1"
+        )
+        said, errors = refused.communicate(timeout=180)
+        assert not said
+        assert re.search(
+            rf"ReplicaError: the Ray cluster at {address} asks for a token: set RAY_AUTH_MODE", errors
+        )
+        said, _ = in_a_process(USE_A_POOL, **where, **token, RAY_ADDRESS=address).communicate(timeout=180)
+        assert said.split() == [address, "1", "False"]
 
 
 def test_a_cluster_that_does_not_answer_is_named(monkeypatch):

@@ -69,7 +69,22 @@ def _init(address: str | None) -> None:
             configure_logging=True,
         )
     except (ConnectionError, TimeoutError, RuntimeError) as error:
-        raise ReplicaError(f"Ray could not be reached at {named or 'this machine'}: {error}") from error
+        where = named or "this machine"
+        if _asks_for_a_token(error):
+            raise ReplicaError(
+                f"the Ray cluster at {where} asks for a token: set RAY_AUTH_MODE=token, and have the cluster's token in "
+                "~/.ray/auth_token or RAY_AUTH_TOKEN, or start the cluster with RAY_AUTH_MODE=disabled"
+            ) from error
+        raise ReplicaError(f"Ray could not be reached at {where}: {error}") from error
+
+
+def _asks_for_a_token(error: BaseException) -> bool:
+    """Ray joins a cluster that is named by an address without its token, unless RAY_AUTH_MODE says otherwise."""
+    causes: list[BaseException] = [error]
+    while causes[-1].__cause__ is not None:
+        causes.append(causes[-1].__cause__)
+    # Where Ray gives up asking, the last refusal is in its text alone; old Rays have no such error.
+    return any("AuthenticationError" in f"{type(each).__name__}: {each}" for each in causes)
 
 
 def _answers(address: str | None) -> bool:
