@@ -72,14 +72,14 @@ def _init(address: str | None) -> None:
         where = named or "this machine"
         if _asks_for_a_token(error):
             raise ReplicaError(
-                f"the Ray cluster at {where} asks for a token: set RAY_AUTH_MODE=token, and have the cluster's token in "
+                f"the Ray cluster at {where} asks for a token: set RAY_AUTH_MODE=token, with its token in "
                 "~/.ray/auth_token or RAY_AUTH_TOKEN, or start the cluster with RAY_AUTH_MODE=disabled"
             ) from error
         raise ReplicaError(f"Ray could not be reached at {where}: {error}") from error
 
 
 def _asks_for_a_token(error: BaseException) -> bool:
-    """Ray joins a cluster that is named by an address without its token, unless RAY_AUTH_MODE says otherwise."""
+    """Ray gives a cluster that an address names no token, unless RAY_AUTH_MODE says so."""
     causes: list[BaseException] = [error]
     while causes[-1].__cause__ is not None:
         causes.append(causes[-1].__cause__)
