@@ -5,10 +5,11 @@ import inspect
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
+from blockroll.config import Backend
 from blockroll.errors import InvalidInput
 from blockroll.types import SamplingOptions
 from blockroll.types.bounds import hints_of, sentence_of
@@ -35,9 +36,7 @@ SeedOption = Annotated[int, typer.Option(help="Equal seeds give equal tokens und
 ThreadsOption = Annotated[
     int, typer.Option(min=0, max=1024, help="torch threads; 0 leaves torch's own choice.")
 ]
-BackendOption = Annotated[
-    Literal["ray", "local"], typer.Option(help="Replicas as Ray actors, or in this process.")
-]
+BackendOption = Annotated[Backend, typer.Option(help="Replicas as Ray actors, or in this process.")]
 WandbOption = Annotated[bool, typer.Option("--wandb", help="Also log to Weights & Biases.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead, one object a line.")]
 

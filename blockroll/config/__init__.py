@@ -8,6 +8,7 @@ from blockroll.config.checks import from_mapping, to_mapping
 from blockroll.config.files import load_config, read_yaml, with_overrides
 from blockroll.config.options import (
     AlignmentConfig,
+    Backend,
     ConvertConfig,
     DraftConfig,
     PolicyConfig,
@@ -19,6 +20,7 @@ from blockroll.config.options import (
 
 __all__ = [
     "AlignmentConfig",
+    "Backend",
     "ConvertConfig",
     "DraftConfig",
     "PolicyConfig",

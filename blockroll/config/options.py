@@ -3,7 +3,7 @@
 import os
 from dataclasses import field
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, assert_never
 
 from annotated_types import Ge, Gt, Le, MinLen
 from pydantic import BeforeValidator, Strict
@@ -27,6 +27,7 @@ NumDrafts = Annotated[int, Ge(1), Le(MAX_DRAFTS)]
 Amount = Annotated[float, Ge(0)]
 Share = Annotated[float, Gt(0), Le(1)]
 Weight = Annotated[float, Ge(0), Le(1)]
+Backend = Literal["ray", "local"]  # kinds of replica: Ray actors, or in this process
 Several = Annotated[tuple[T, ...], MinLen(1), Strict(False)]
 
 
@@ -47,7 +48,7 @@ class RolloutConfig(SamplingOptions):
     """How rollouts are generated and by whom."""
 
     # Replicas as Ray actors, or in this process; None: as `placement` says, or Ray actors.
-    backend: Literal["ray", "local"] | None = None
+    backend: Backend | None = None
     # Of a TRL trainer: replicas in each rank's process, or Ray actors on devices of their own; None: as
     # `backend` says, or in each rank's process.
     placement: Literal["colocated", "separate"] | None = None
@@ -72,14 +73,20 @@ class RolloutConfig(SamplingOptions):
             Plan.parse(self.plan, default_drafts=1)  # how many a policy drafts, it says itself
 
     @property
-    def uses_ray(self) -> bool:
-        """Whether the replicas of a pool are Ray actors."""
-        return (self.backend or {"colocated": "local"}.get(self.placement or "", "ray")) == "ray"
+    def replica_kind(self) -> Backend:
+        """What the replicas of a pool are, which is not what those of a TRL trainer are."""
+        return self.backend or ("local" if self.placement == "colocated" else "ray")
 
     @property
     def is_separate(self) -> bool:
         """Whether the replicas of a TRL trainer are Ray actors on devices of their own."""
-        return (self.placement or {"ray": "separate"}.get(self.backend or "", "colocated")) == "separate"
+        match self.placement or self.backend:
+            case "separate" | "ray":
+                return True
+            case "colocated" | "local" | None:
+                return False
+            case other:
+                assert_never(other)
 
     def sampling(self, **others: Any) -> Sampling:
         """What these options ask of a request; `others` are options of `Sampling` that no config has."""

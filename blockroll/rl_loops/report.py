@@ -217,7 +217,8 @@ def _samples(samples: Rows) -> str:
 
 def _setting(config: Mapping[str, Any], rows: Rows) -> dict[str, str]:
     policy, rollout, train, last = config["policy"], config["rollout"], config["train"], rows[-1]
-    replicas = "Ray actors" if _uses_ray(rollout) else "in the learner's process"
+    kind = rollout["backend"] or ("local" if rollout.get("placement") == "colocated" else "ray")
+    replicas = {"ray": "Ray actors", "local": "in the learner's process"}.get(kind, f"of backend {kind}")
     return {
         "policy": f"{policy['path']}, {policy['dtype']}, device {policy['device']}",
         "task": f"{config['task']}, seed {config['seed']}",
@@ -257,8 +258,3 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def _uses_ray(rollout: Mapping[str, Any]) -> bool:
-    placement = {"colocated": "local"}.get(rollout.get("placement") or "", "ray")
-    return (rollout["backend"] or placement) == "ray"

@@ -112,20 +112,20 @@ def test_sampling_and_requests_name_ours_for_the_options_of_others(name, message
 
 
 @pytest.mark.parametrize(
-    ("options", "uses_ray", "is_separate"),
+    ("options", "replica_kind", "is_separate"),
     [
-        ({}, True, False),
-        ({"backend": "ray"}, True, True),
-        ({"backend": "local"}, False, False),
-        ({"placement": "separate"}, True, True),
-        ({"placement": "colocated"}, False, False),
-        ({"backend": "ray", "placement": "colocated"}, True, False),  # each caller's own says it
-        ({"backend": "local", "placement": "separate"}, False, True),
+        ({}, "ray", False),
+        ({"backend": "ray"}, "ray", True),
+        ({"backend": "local"}, "local", False),
+        ({"placement": "separate"}, "ray", True),
+        ({"placement": "colocated"}, "local", False),
+        ({"backend": "ray", "placement": "colocated"}, "ray", False),  # each caller's own says it
+        ({"backend": "local", "placement": "separate"}, "local", True),
     ],
 )
-def test_backend_and_placement_mean_the_same_to_both_kinds_of_caller(options, uses_ray, is_separate):
+def test_backend_and_placement_mean_the_same_to_both_kinds_of_caller(options, replica_kind, is_separate):
     config = RolloutConfig(**options)
-    assert (config.uses_ray, config.is_separate) == (uses_ray, is_separate)
+    assert (config.replica_kind, config.is_separate) == (replica_kind, is_separate)
 
 
 def test_sync_publishes_a_learners_weights_in_the_replicas_precision(checkpoint):

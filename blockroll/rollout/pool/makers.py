@@ -7,7 +7,7 @@ import os
 import uuid
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any
+from typing import Any, assert_never
 
 import torch
 
@@ -19,13 +19,10 @@ from blockroll.rollout.audit.writer import AuditWriter
 from blockroll.rollout.drafters.engine import Engine
 from blockroll.rollout.planning.planner import read_plan
 from blockroll.rollout.pool.pool import RolloutPool
-from blockroll.rollout.pool.replica import LocalReplica
+from blockroll.rollout.pool.replica import LocalReplica, Replica
 from blockroll.rollout.pool.weight_sync.buckets import dtype_name
 from blockroll.types.bounds import hints_of
 from blockroll.types.names import unknown_option
-
-if TYPE_CHECKING:
-    from blockroll.rollout.pool.ray_replica import RayReplica
 
 logger = logging.getLogger(__name__)
 
@@ -33,9 +30,18 @@ CLIENT_TIMEOUT_S = 600.0  # of a process that shares a replica: longer than anyb
 
 
 def make_pool(policy: PolicyConfig, config: RolloutConfig) -> RolloutPool:
-    """The pool that a config asks for: engines in this process, or Ray actors."""
-    if config.uses_ray:
-        return make_ray_pool(policy, config)
+    """The pool of the kind of replica that a config asks for."""
+    match config.replica_kind:
+        case "ray":
+            return make_ray_pool(policy, config)
+        case "local":
+            return make_local_pool(policy, config)
+        case other:
+            assert_never(other)
+
+
+def make_local_pool(policy: PolicyConfig, config: RolloutConfig) -> RolloutPool:
+    """Engines in this process."""
     pool_id = uuid.uuid4().hex
     replicas = [
         build_replica(policy, config, replica_id=index, pool_id=pool_id)
@@ -68,7 +74,7 @@ def pool_from_options(path: str | os.PathLike[str], options: Mapping[str, Any]) 
 def _refuse_without_effect(given: Collection[str], config: RolloutConfig) -> None:
     """InvalidInput for an option that was given, and that others leave without a meaning."""
     for names, has_effect, needed in (
-        (("threads_per_replica", "gpus_per_replica"), config.uses_ray, "backend='ray'"),
+        (("threads_per_replica", "gpus_per_replica"), config.replica_kind == "ray", "backend='ray'"),
         (("audit_share",), config.audit == "share", "audit='share'"),
         (("audit_dir",), config.audit != "off", "audit='all' or audit='share'"),
         (("check_sync",), False, "a TRL trainer's RolloutConfig"),
@@ -189,7 +195,7 @@ def cache_rows(policy: HFPolicy, memory_fraction: float) -> int:
 
 
 def _pool(
-    replicas: Sequence[LocalReplica] | Sequence["RayReplica"],
+    replicas: Sequence[Replica],
     policy: PolicyConfig,
     config: RolloutConfig,
     *,

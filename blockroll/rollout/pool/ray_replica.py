@@ -57,7 +57,7 @@ class ReplicaActor:
         return self._refusal or self._replica.limits
 
     def notice(self) -> str | None:
-        return getattr(self._replica, "notice", None)
+        return self._replica.notice
 
     def enter(self, client: str) -> None:
         self._shared.enter(client)

@@ -35,6 +35,7 @@ class Replica(Protocol):
 
     replica_id: int
     limits: Limits
+    notice: str | None  # what whoever made it should know; said once for a pool
 
     def submit(self, requests: Sequence[Request]) -> None:
         """Queue checked requests."""
@@ -90,7 +91,7 @@ class LocalReplica:
         self._on_close = on_close  # the engine's observers write what they still hold
         self._weights: list[tuple[str, Tensor]] = list(named_weights(model))
         self._adapter_weights = [] if adapter is None else list(named_adapter_weights(adapter))
-        self.notice: str | None = None  # what whoever made it should know
+        self.notice: str | None = None
         self._check_finite_weights = check_finite_weights
         self._is_whole = True  # False while weights are written, and after an error in the middle of it
         self._interrupted: list[
