@@ -7,7 +7,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from blockroll.config import TrainConfig
-from blockroll.errors import InvalidInput
+from blockroll.errors import CheckpointError, InvalidInput
 from blockroll.policies import hf
 from blockroll.policies.hf import HFPolicy
 from blockroll.policies.loading import resolve_checkpoint
@@ -66,12 +66,16 @@ def prompt(length, seed=0):
 @torch.no_grad()
 def gaps(family, parameters, rollout):
     """How far recorded log-probabilities are from stock forwards of the whole text, and of each prefix."""
-    stock = model(family, parameters)
     first = len(rollout.request.prompt_ids)
     ids = torch.tensor([[*rollout.request.prompt_ids, *rollout.token_ids]])
     recorded = torch.tensor(rollout.policy_logprobs)
-    whole = stock(input_ids=ids).logits[0, first - 1 : -1]
-    each = [stock(input_ids=ids[:, :end]).logits[0, -1] for end in range(first, ids.shape[1])]
+
+    def stock(length):
+        # Made anew: one of several layer types survives a single long forward in early transformers 5.
+        return model(family, parameters)(input_ids=ids[:, :length]).logits[0]
+
+    whole = stock(ids.shape[1])[first - 1 : -1]
+    each = [stock(end)[-1] for end in range(first, ids.shape[1])]
     return [
         float((logits.log_softmax(-1).gather(-1, ids[0, first:, None])[:, 0] - recorded).abs().max())
         for logits in (whole, torch.stack(each))
@@ -226,7 +230,9 @@ def test_rotary_parameters_that_no_forward_could_use_are_refused_when_the_folder
         {**by_layer, "full_attention": parameters} if family != "llama" else parameters
     )
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(InvalidInput, match=message):
+    if (where, kind) == ("by layer type", "yarn"):
+        message += r"|config\.json .* cannot be read: 'original_max"  # by early transformers 5 itself
+    with pytest.raises((InvalidInput, CheckpointError), match=message):
         resolve_checkpoint(tmp_path)
 
 
