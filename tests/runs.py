@@ -25,7 +25,7 @@ def even_share(*, completion_ids, **_):
 TASK = from_rows(name="even", train=ROWS, held_out=ROWS[:3], reward_fn=even_share)
 
 
-def save_policy(folder, seed):
+def save_policy(folder, seed, **options):
     torch.manual_seed(seed)
     tokenizer = load_tokenizer("tiny")
     config = LlamaConfig(
@@ -42,6 +42,7 @@ def save_policy(folder, seed):
         eos_token_id=2,
         pad_token_id=0,
         blockroll={"mask_token_id": 3, "block_sizes": [3], "layouts": ["two_forward"], "conversion": "full"},
+        **options,
     )
     HFPolicy(LlamaForCausalLM(config), tokenizer).save_pretrained(folder)
     return folder

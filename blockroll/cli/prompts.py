@@ -11,18 +11,19 @@ if TYPE_CHECKING:
     from blockroll.policies.hf import HFPolicy
 
 JSON_LINES = (".jsonl", ".json")
-FILE_HELP = "a .jsonl file with a `prompt` per line (text or messages), or any other file: one prompt a line"
+FILE_HELP = (
+    "a .jsonl file with a `prompt` per line (text, messages or token ids), or any other file: "
+    "one prompt a line"
+)
 
 PromptsOption = Annotated[Path | None, typer.Option(help=f"{FILE_HELP[:1].upper()}{FILE_HELP[1:]}.")]
 
 
 def prompts_from(path: Path, policy: "HFPolicy") -> list[tuple[int, ...]]:
     """The prompts of a file as tokens; InvalidInput names the line that holds none."""
-    from blockroll.policies.prompts import encode_prompt
+    from blockroll.policies.prompts import PromptEncoder
     from blockroll.rl_loops.prompts import read_prompts
 
-    if policy.tokenizer is None:
-        raise InvalidInput(f"--prompts {path}: the checkpoint has no tokenizer, and prompts are text")
     if not path.is_file():
         raise InvalidInput(f"--prompts {path}: there is no such file; give {FILE_HELP}")
     prompts: list[Any]
@@ -38,6 +39,5 @@ def prompts_from(path: Path, policy: "HFPolicy") -> list[tuple[int, ...]]:
     named = [(number, prompt) for number, prompt in enumerate(prompts, start=1) if prompt and prompt != "\r"]
     if not named:
         raise InvalidInput(f"--prompts {path} holds no prompt; give {FILE_HELP}")
-    return [
-        encode_prompt(policy.tokenizer, prompt, name=f"prompt {number} of {path}") for number, prompt in named
-    ]
+    encode = PromptEncoder(policy.tokenizer, vocab_size=policy.vocab_size)
+    return [encode(prompt, name=f"prompt {number} of {path}") for number, prompt in named]

@@ -168,13 +168,14 @@ def _check_outputs(json_file: Path | None, picture: Path | None) -> None:
 
 
 def arithmetic_prompts(policy: "HFPolicy") -> list[tuple[int, ...]]:
-    from blockroll.policies.prompts import encode_prompt
+    from blockroll.policies.prompts import PromptEncoder
     from blockroll.rl_loops.tasks import load_task
 
     if policy.tokenizer is None:
         raise InvalidInput("the checkpoint has no tokenizer, and the bench's prompts are text")
     rows = load_task("arithmetic").eval_rows(BENCH_PROMPTS)
-    return [encode_prompt(policy.tokenizer, row["prompt"]) for row in rows]
+    encode = PromptEncoder(policy.tokenizer)
+    return [encode(row["prompt"]) for row in rows]
 
 
 def _arithmetic_judge(policy: "HFPolicy", samples: int, k: int) -> "Judge":

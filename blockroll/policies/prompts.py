@@ -6,6 +6,7 @@ from the same tokens.
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from numbers import Integral
 from typing import Any, Literal, NamedTuple
 
@@ -32,6 +33,83 @@ class FittedPrompt(NamedTuple):
     token_ids: tuple[int, ...]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Room:
+    """How long a prompt may be, where `free` tokens must fit behind it."""
+
+    ends: tuple[int, ...]  # ascending lengths that no text crosses; the last one is the context's
+    free: int = 1
+
+    @classmethod
+    def of(cls, max_length: int, boundaries: Sequence[int], *, free: int = 1) -> "Room":
+        """Of a context of so many tokens, with the boundaries below it (`Policy.length_boundaries`)."""
+        return cls(ends=(*(each for each in boundaries if each < max_length), max_length), free=free)
+
+    def kept(self, num_tokens: int) -> int:
+        """The most tokens of a prompt of so many that leave room: all of them where it fits, 0 where none."""
+        kept = before = 0
+        for end in self.ends:
+            fitting = min(num_tokens, end - self.free)
+            kept, before = (fitting if fitting > before else kept), end
+        return kept
+
+    def fits(self, num_tokens: int) -> bool:
+        """Whether a prompt of so many tokens leaves room."""
+        return self.kept(num_tokens) == num_tokens
+
+    @property
+    def excess(self) -> str:
+        """What prompts that don't fit have, in words."""
+        spans = [(max(end - self.free + 1, 1), end) for end in self.ends[:-1]]
+        between = [f"{low} to {high} tokens" if low < high else f"{high} tokens" for low, high in spans]
+        return " or ".join([*between, f"more than {self.ends[-1] - self.free} tokens"])
+
+
+class PromptEncoder:
+    """Makes tokens of prompts, one after another; what does not depend on the prompt is found out once."""
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase | None,
+        *,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        vocab_size: int | None = None,
+    ) -> None:
+        """The tokenizer stays as it is meanwhile. `vocab_size` bounds the tokens; None: who serves does."""
+        self._tokenizer = tokenizer
+        self._template_options = dict(chat_template_kwargs or {})
+        self._vocab_size = vocab_size
+        self._start: tuple[int, ...] | None = None
+
+    def __call__(self, prompt: PromptInput, *, name: str = "the prompt") -> tuple[int, ...]:
+        """The token ids of one prompt, as `encode_prompt` says."""
+        if isinstance(prompt, str):
+            token_ids = self._encode_text(prompt, name)
+            kind = "empty text, to which this tokenizer adds no start token"
+        elif isinstance(prompt, list | tuple) and not prompt:
+            token_ids, kind = (), "empty"
+        elif _is_list_of(prompt, Mapping):
+            token_ids = _encode_messages(_needed(self._tokenizer, name), prompt, self._template_options, name)
+            kind = "messages that the chat template makes no text of"
+        elif _is_list_of(prompt, Integral):
+            token_ids, kind = tuple(map(int, prompt)), "empty"
+        else:
+            raise InvalidInput(f"{name} is {_shown(prompt)}; a prompt is {_KINDS}{_advice(prompt)}")
+        if not token_ids:
+            raise InvalidInput(f"{name} is {kind}; at least one token is needed (a start token will do)")
+        if self._vocab_size is not None and not 0 <= min(token_ids) <= max(token_ids) < self._vocab_size:
+            unknown = next(each for each in token_ids if not 0 <= each < self._vocab_size)
+            raise InvalidInput(f"{name} holds token {unknown}, outside the vocabulary of {self._vocab_size}")
+        return token_ids
+
+    def _encode_text(self, text: str, name: str) -> tuple[int, ...]:
+        tokenizer = _needed(self._tokenizer, name)
+        bare = _ids(tokenizer, text, add_special_tokens=False, name=name)
+        if self._start is None:
+            self._start = _added_before(tokenizer)
+        return bare if bare[: len(self._start)] == self._start else (*self._start, *bare)
+
+
 def encode_prompt(
     tokenizer: PreTrainedTokenizerBase | None,
     prompt: PromptInput,
@@ -39,7 +117,7 @@ def encode_prompt(
     chat_template_kwargs: Mapping[str, Any] | None = None,
     name: str = "the prompt",
 ) -> tuple[int, ...]:
-    """The token ids of one prompt; at least one.
+    """The token ids of one prompt; at least one. For many of them make one `PromptEncoder`.
 
     Text gets the start token that the tokenizer adds, unless it begins with it (templated text does), and
     never the end token that some add: a policy goes on from a prompt, it does not begin behind its end.
@@ -50,21 +128,16 @@ def encode_prompt(
     Raises InvalidInput, which calls the prompt by `name`, for anything else, for an empty prompt, and for
     messages where the tokenizer has no chat template or its template refuses them.
     """
-    if isinstance(prompt, str):
-        token_ids = _encode_text(_needed(tokenizer, name), prompt, name)
-        kind = "empty text, to which this tokenizer adds no start token"
-    elif isinstance(prompt, list | tuple) and not prompt:
-        token_ids, kind = (), "empty"
-    elif _is_list_of(prompt, Mapping):
-        token_ids = _encode_messages(_needed(tokenizer, name), prompt, chat_template_kwargs or {}, name)
-        kind = "messages that the chat template makes no text of"
-    elif _is_list_of(prompt, Integral):
-        token_ids, kind = tuple(map(int, prompt)), "empty"
-    else:
-        raise InvalidInput(f"{name} is {_shown(prompt)}; a prompt is {_KINDS}{_advice(prompt)}")
-    if not token_ids:
-        raise InvalidInput(f"{name} is {kind}; at least one token is needed (a start token will do)")
-    return token_ids
+    return PromptEncoder(tokenizer, chat_template_kwargs=chat_template_kwargs)(prompt, name=name)
+
+
+def is_prompt(value: Any) -> bool:
+    """Whether data files and tasks may hold it as a prompt: text, token ids or messages, none empty."""
+    if isinstance(value, str):
+        return bool(value)
+    if not value or not _is_list_of(value, Mapping):
+        return bool(value) and _is_list_of(value, Integral)
+    return all(map(_is_message, value))
 
 
 def as_prompts(prompts: PromptInput | Iterable[PromptInput]) -> list[Any]:
@@ -91,9 +164,9 @@ def check_messages(messages: Any) -> None:
 
 
 def fit_prompts(
-    prompts: Sequence[Sequence[int]], *, max_tokens: int, overlong: OverlongRule, names: Sequence[str] = ()
+    prompts: Sequence[Sequence[int]], *, room: Room, overlong: OverlongRule, names: Sequence[str] = ()
 ) -> list[FittedPrompt]:
-    """The prompts of at most `max_tokens` tokens, by the rule for those that are longer; before a run starts.
+    """The prompts that leave room, by the rule for those that are longer; before a run starts.
 
     `error` raises InvalidInput with all of them counted and the longest named; `skip` leaves them out;
     `truncate` keeps their last tokens. The last two are counted in one warning. `names` stand for
@@ -101,33 +174,27 @@ def fit_prompts(
     """
     if overlong not in ("error", "skip", "truncate"):
         raise InvalidInput(f"overlong_prompts must be 'error', 'skip' or 'truncate', got {overlong!r}")
-    if max_tokens < 1:
-        raise InvalidInput(f"prompts may have {max_tokens} tokens; at least 1 must fit: lower max_tokens")
-    long = [index for index, token_ids in enumerate(prompts) if len(token_ids) > max_tokens]
-    if not long:
-        return [FittedPrompt(index, tuple(token_ids)) for index, token_ids in enumerate(prompts)]
-    longest = max(long, key=lambda index: len(prompts[index]))
-    found = (
-        f"{len(long)} of {len(prompts)} prompts have more than {max_tokens} tokens, the longest is "
-        f"{names[longest] if names else f'prompt {longest}'} with {len(prompts[longest])}"
-    )
-    if overlong == "error":
-        raise InvalidInput(f"{found}; shorten them, or set overlong_prompts to 'skip' or 'truncate'")
-    if overlong == "skip":
-        logger.warning("%s: they are left out", found)
-        return [
-            FittedPrompt(index, tuple(token_ids))
-            for index, token_ids in enumerate(prompts)
-            if len(token_ids) <= max_tokens
-        ]
-    logger.warning("%s: the last %d tokens of each are kept", found, max_tokens)
-    return [FittedPrompt(index, tuple(token_ids[-max_tokens:])) for index, token_ids in enumerate(prompts)]
-
-
-def _encode_text(tokenizer: PreTrainedTokenizerBase, text: str, name: str) -> tuple[int, ...]:
-    bare = _ids(tokenizer, text, add_special_tokens=False, name=name)
-    start = _added_before(tokenizer)
-    return bare if bare[: len(start)] == start else (*start, *bare)
+    if room.kept(room.ends[-1]) < 1:
+        raise InvalidInput(
+            f"prompts may have {room.ends[-1] - room.free} tokens; at least 1 must fit: lower max_tokens"
+        )
+    kept = [room.kept(len(token_ids)) for token_ids in prompts]
+    long = [index for index, token_ids in enumerate(prompts) if kept[index] < len(token_ids)]
+    if long:
+        longest = max(long, key=lambda index: len(prompts[index]))
+        found = (
+            f"{len(long)} of {len(prompts)} prompts have {room.excess}, the longest is "
+            f"{names[longest] if names else f'prompt {longest}'} with {len(prompts[longest])}"
+        )
+        if overlong == "error":
+            raise InvalidInput(f"{found}; shorten them, or set overlong_prompts to 'skip' or 'truncate'")
+        does = "they are left out" if overlong == "skip" else "the last tokens of each are kept"
+        logger.warning("%s: %s", found, does)
+    return [
+        FittedPrompt(index, tuple(token_ids[len(token_ids) - kept[index] :]))
+        for index, token_ids in enumerate(prompts)
+        if kept[index] == len(token_ids) or overlong == "truncate"
+    ]
 
 
 def _added_before(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
@@ -161,7 +228,7 @@ def _encode_messages(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Any], options: Mapping[str, Any], name: str
 ) -> tuple[int, ...]:
     for number, message in enumerate(messages):
-        if not isinstance(message.get("role"), str) or not ({"content", "tool_calls"} & message.keys()):
+        if not _is_message(message):
             raise InvalidInput(
                 f"message {number} of {name} is {_shown(message)}; a message is a dict with a role and a "
                 "content, like {'role': 'user', 'content': 'text'}"
@@ -184,7 +251,7 @@ def _encode_messages(
 
 def _needed(tokenizer: PreTrainedTokenizerBase | None, name: str) -> PreTrainedTokenizerBase:
     if tokenizer is None:
-        raise InvalidInput(f"{name} needs a tokenizer, and there is none: give token ids")
+        raise InvalidInput(f"{name} needs a tokenizer, and there is no tokenizer here: give token ids")
     return tokenizer
 
 
@@ -193,6 +260,10 @@ def _is_list_of(value: Any, kind: type) -> bool:
     return isinstance(value, list | tuple) and all(
         isinstance(item, kind) and not isinstance(item, bool) for item in value
     )
+
+
+def _is_message(message: Mapping[str, Any]) -> bool:
+    return isinstance(message.get("role"), str) and bool({"content", "tool_calls"} & message.keys())
 
 
 def _shown(value: Any) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from blockroll.errors import InvalidInput
-from blockroll.policies.prompts import encode_prompt
+from blockroll.policies.prompts import PromptEncoder, Room
 from blockroll.rl_loops.advantages import FAILED_REASONS, score_rollouts
 from blockroll.rl_loops.tasks import RewardFunction, Row
 from blockroll.rollout.engine.requests import derive_seed
@@ -37,22 +37,22 @@ def collect(
     seed_words: Sequence[object],
     group_size: int,
     sampling: Sampling,
-    max_prompt_tokens: int,
+    room: Room,
 ) -> Batch:
     """`group_size` rollouts of every row. Equal arguments and weights give equal batches under a fixed plan.
 
     Request ids are `name/row/sample`, as in `train step 3/0/1`; seeds are derived from `seed_words`, row and
-    sample. Of a longer prompt the last `max_prompt_tokens` are what the policy goes on from.
+    sample. Of a prompt that leaves no `room` the last tokens are what the policy goes on from.
     """
+    encode = PromptEncoder(pool.tokenizer)
     prompts = [
-        encode_prompt(pool.tokenizer, row["prompt"], name=f"the prompt of row {index} of {name}")
-        for index, row in enumerate(rows)
+        encode(row["prompt"], name=f"the prompt of row {index} of {name}") for index, row in enumerate(rows)
     ]
     requests = [
         Request(
             request_id=f"{name}/{index}/{sample}",
             group_id=f"{name}/{index}",
-            prompt_ids=prompt_ids[-max_prompt_tokens:],
+            prompt_ids=prompt_ids[-room.kept(len(prompt_ids)) :],
             seed=derive_seed(*seed_words, index, sample),
             sampling=sampling,
         )
@@ -87,7 +87,7 @@ def evaluate(
     name: str,
     seed_words: Sequence[object],
     sampling: Sampling,
-    max_prompt_tokens: int,
+    room: Room,
 ) -> dict[str, float]:
     """One rollout per held-out row; the mean is over valid rewards. Arguments as in `collect`."""
     batch = collect(
@@ -97,7 +97,7 @@ def evaluate(
         seed_words=seed_words,
         group_size=1,
         sampling=sampling,
-        max_prompt_tokens=max_prompt_tokens,
+        room=room,
     )
     scores = score_rollouts(reward_fn, batch.rows, batch.rollouts, batch.completions)
     valid = scores.rewards_B[scores.is_valid_B]

@@ -1,7 +1,7 @@
 """Prompts for a conversion: a task's, or a JSONL file's, as tokens and in an endless order.
 
-As in TRL, a `prompt` that is text is taken as it is, and one that is a list of messages goes through the
-tokenizer's chat template.
+A `prompt` is what `RolloutPool.requests` takes: text, messages, which go through the tokenizer's chat
+template with all that stands in them, or token ids.
 """
 
 import json
@@ -14,8 +14,8 @@ from typing import Any
 from blockroll.errors import InvalidInput
 from blockroll.policies.adapter import chat_template_hash
 from blockroll.policies.hf import HFPolicy
-from blockroll.policies.prompts import encode_prompt, fit_prompts
-from blockroll.rl_loops.prompt_order import MAX_SKIPPED_IN_A_ROW
+from blockroll.policies.prompts import PromptEncoder, PromptInput, Room, fit_prompts, is_prompt
+from blockroll.rl_loops.prompt_order import Walk
 from blockroll.rl_loops.tasks import Task, load_task, shuffled
 from blockroll.rl_loops.tracking import split_lines
 
@@ -39,27 +39,17 @@ def load_prompts(source: str, policy: HFPolicy, chat_template_kwargs: Mapping[st
     InvalidInput names a bad line, and a task of which no prompt fits.
     """
     tokenizer = policy.tokenizer
-    if tokenizer is None:
-        raise InvalidInput("the policy was loaded without a tokenizer, and prompts are text")
+    room = Room.of(policy.max_length, policy.length_boundaries)
+    encode = PromptEncoder(tokenizer, chat_template_kwargs=chat_template_kwargs, vocab_size=policy.vocab_size)
     if not source.endswith((".jsonl", ".json")):
-        order = _TaskOrder(load_task(source), tokenizer, max_tokens=policy.max_length - 1)
+        order = _TaskOrder(load_task(source), encode, room)
         order(0, 0)  # a task without a prompt that fits is refused before anything runs
         return Prompts(token_ids=order)
 
     rows = read_prompts(Path(source))
-    is_chat = any(not isinstance(row, str) for row in rows)
-    if is_chat and not tokenizer.chat_template:
-        raise InvalidInput(
-            f"{source} holds messages, but the policy's tokenizer has no chat template: give prompts as text"
-        )
-
-    encoded = [
-        encode_prompt(
-            tokenizer, row, chat_template_kwargs=chat_template_kwargs, name=f"prompt {number} of {source}"
-        )
-        for number, row in enumerate(rows)
-    ]
-    fitted = fit_prompts(encoded, max_tokens=policy.max_length - 1, overlong="skip")
+    is_chat = any(not isinstance(row, str) and isinstance(row[0], Mapping) for row in rows)
+    encoded = [encode(row, name=f"prompt {number} of {source}") for number, row in enumerate(rows)]
+    fitted = fit_prompts(encoded, room=room, overlong="skip")
     if not fitted:
         raise InvalidInput(
             f"every prompt of {source} is longer than the context of {policy.max_length} tokens, which must "
@@ -72,7 +62,7 @@ def load_prompts(source: str, policy: HFPolicy, chat_template_kwargs: Mapping[st
 
     return Prompts(
         token_ids=of_file,
-        chat_template_hash=chat_template_hash(tokenizer) if is_chat else None,
+        chat_template_hash=chat_template_hash(tokenizer) if is_chat and tokenizer is not None else None,
         chat_template_kwargs=dict(chat_template_kwargs) if is_chat else {},
     )
 
@@ -80,49 +70,44 @@ def load_prompts(source: str, policy: HFPolicy, chat_template_kwargs: Mapping[st
 class _TaskOrder:
     """`token_ids` of a task: its prompts in its order, without those that are too long."""
 
-    def __init__(self, task: Task, tokenizer: Any, *, max_tokens: int) -> None:
-        self._task, self._tokenizer, self._max_tokens = task, tokenizer, max_tokens
-        self._rows: dict[int, list[int]] = {}  # by seed, the rows that fit, as far as they were asked for
+    def __init__(self, task: Task, encode: PromptEncoder, room: Room) -> None:
+        self._task, self._encode, self._room = task, encode, room
+        self._walks: dict[int, Walk] = {}  # by seed
         self._has_warned = False
 
     def __call__(self, seed: int, index: int) -> tuple[int, ...]:
-        rows = self._rows.setdefault(seed, [])
-        while len(rows) <= index:
-            rows.append(self._next_that_fits(seed, rows[-1] + 1 if rows else 0))
-        return self._encode(seed, rows[index])
+        if seed not in self._walks:
+            self._walks[seed] = Walk(
+                lambda number: self._is_overlong(seed, number), task_name=self._task.name
+            )
+        return self._token_ids(seed, self._walks[seed].index(index))
 
-    def _next_that_fits(self, seed: int, start: int) -> int:
-        for number in range(start, start + MAX_SKIPPED_IN_A_ROW):
-            num_tokens = len(self._encode(seed, number))
-            if num_tokens <= self._max_tokens:
-                return number
-            if not self._has_warned:
-                self._has_warned = True
-                log.warning(
-                    "prompt %d of task %r has %d tokens, and the context has room for %d: prompts that are "
-                    "too long are left out",
-                    number,
-                    self._task.name,
-                    num_tokens,
-                    self._max_tokens,
-                )
-        raise InvalidInput(
-            f"{MAX_SKIPPED_IN_A_ROW} prompts of task {self._task.name!r}, from prompt {start} on, have more "
-            f"than {self._max_tokens} tokens, all that the context has room for; give shorter prompts"
-        )
+    def _is_overlong(self, seed: int, number: int) -> bool:
+        num_tokens = len(self._token_ids(seed, number))
+        if self._room.fits(num_tokens):
+            return False
+        if not self._has_warned:
+            self._has_warned = True
+            log.warning(
+                "prompt %d of task %r has %d tokens, and the context no room for prompts of %s: those that "
+                "are too long are left out",
+                number,
+                self._task.name,
+                num_tokens,
+                self._room.excess,
+            )
+        return True
 
-    def _encode(self, seed: int, number: int) -> tuple[int, ...]:
+    def _token_ids(self, seed: int, number: int) -> tuple[int, ...]:
         (row,) = self._task.train_rows(seed, number, 1)
-        return encode_prompt(
-            self._tokenizer, row["prompt"], name=f"prompt {number} of task {self._task.name!r}"
-        )
+        return self._encode(row["prompt"], name=f"prompt {number} of task {self._task.name!r}")
 
 
-def read_prompts(path: Path) -> list[str | list[dict[str, str]]]:
+def read_prompts(path: Path) -> list[PromptInput]:
     """The `prompt` of every line; a bad line is named with its number and what was expected."""
     if not path.is_file():
         raise InvalidInput(f"no prompts file at {path}")
-    prompts: list[str | list[dict[str, str]]] = []
+    prompts: list[PromptInput] = []
     lines, rest = split_lines(path)
     for number, line in enumerate([*lines, rest], start=1):
         if not line.strip():
@@ -133,7 +118,7 @@ def read_prompts(path: Path) -> list[str | list[dict[str, str]]]:
         except (ValueError, RecursionError) as error:
             raise InvalidInput(f"{where} is not JSON ({error}); expected {_EXPECTED}") from None
         prompt: Any = row.get("prompt") if isinstance(row, dict) else None
-        if not _is_prompt(prompt):
+        if not is_prompt(prompt):
             raise InvalidInput(f"{where} has the prompt {prompt!r}; expected {_EXPECTED}")
         prompts.append(prompt)
     if not prompts:
@@ -141,19 +126,7 @@ def read_prompts(path: Path) -> list[str | list[dict[str, str]]]:
     return prompts
 
 
-_EXPECTED = 'an object like {"prompt": "text"} or {"prompt": [{"role": "user", "content": "text"}]}'
-
-
-def _is_prompt(prompt: object) -> bool:
-    if isinstance(prompt, str):
-        return bool(prompt)
-    return (
-        isinstance(prompt, list)
-        and bool(prompt)
-        and all(
-            isinstance(message, dict)
-            and isinstance(message.get("role"), str)
-            and isinstance(message.get("content"), str)
-            for message in prompt
-        )
-    )
+_EXPECTED = (
+    'an object like {"prompt": "text"}, {"prompt": [{"role": "user", "content": "text"}]} or '
+    '{"prompt": [1, 2]}'
+)

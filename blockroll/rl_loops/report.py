@@ -206,11 +206,12 @@ def _samples(samples: Rows) -> str:
     for sample in chosen:
         value = sample["reward"]
         kind = "good" if value is not None and value > 0 else "bad"
+        prompt = sample["prompt"] if isinstance(sample["prompt"], str) else json.dumps(sample["prompt"])
         parts.append(
             f'<div><span class="note">step {sample["step"]} · reward '
             f'<b class="{kind}">{number(value, 2)}</b> · '
             f"{sample['num_accepted']} of {sample['num_tokens']} tokens drafted</span>"
-            f"<pre><i>{html.escape(sample['prompt'])}</i>{html.escape(sample['completion'])}</pre></div>"
+            f"<pre><i>{html.escape(prompt)}</i>{html.escape(sample['completion'])}</pre></div>"
         )
     return "".join(parts) or '<p class="note">None were kept.</p>'
 

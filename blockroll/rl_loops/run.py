@@ -149,7 +149,7 @@ class Run:
             seed_words=(self.config.seed, f"step {self.step + 1}"),
             group_size=self.config.train.group_size,
             sampling=self._sampling,
-            max_prompt_tokens=self._prompts.max_prompt_tokens,
+            room=self._prompts.room,
         )
         scores = self.learner.algorithm.score(self.task.reward_fn, batch)
         return Drawn(batch=batch, scores=scores, start=start)
@@ -240,7 +240,7 @@ class Run:
             name=eval_name(self.step),
             seed_words=(self.config.seed, "eval"),
             sampling=self._sampling,
-            max_prompt_tokens=self._prompts.max_prompt_tokens,
+            room=self._prompts.room,
         )
 
     def _totals(self) -> dict[str, float]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from blockroll.errors import InvalidInput
+from blockroll.policies.prompts import is_prompt
 from blockroll.rl_loops import arithmetic
 
 Row = Mapping[str, Any]
@@ -26,16 +27,36 @@ class RewardFunction(Protocol):
     def __call__(
         self,
         *,
-        prompts: list[str],
+        prompts: list[Any],
         completions: list[str],
         completion_ids: list[list[int]],
         **columns: list[Any],
     ) -> Sequence[float | None]: ...
 
 
+class Epochs:
+    """`train_row` of a finite data set: each epoch has every row once, in an order of its own.
+
+    The order is a function of name, seed and epoch alone.
+    """
+
+    def __init__(self, rows: Sequence[Row], *, name: str) -> None:
+        """At least one row."""
+        self._rows, self._name = rows, name
+        self.num_rows = len(rows)
+
+    def __call__(self, seed: int, index: int) -> Row:
+        """Row `index` of the endless order."""
+        epoch, within = divmod(index, self.num_rows)
+        return self._rows[shuffled(f"{self._name}-{seed}-{epoch}", self.num_rows)[within]]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
-    """Prompts and reward. `train_row` must be a pure function of (seed, index); the index is unbounded."""
+    """Prompts and reward. `train_row` must be a pure function of (seed, index); the index is unbounded.
+
+    A prompt is text, token ids or messages; reward functions get it as the row has it.
+    """
 
     name: str
     train_row: Callable[[int, int], Row]
@@ -57,12 +78,11 @@ def from_rows(*, name: str, train: Sequence[Row], held_out: Sequence[Row], rewar
     columns = dict.fromkeys(key for row in (*train, *held_out) for key in row)
     train_rows, held_out_rows = ([{**columns, **row} for row in rows] for rows in (train, held_out))
 
-    def train_row(seed: int, index: int) -> Row:
-        epoch, within = divmod(index, len(train_rows))
-        return train_rows[shuffled(f"{name}-{seed}-{epoch}", len(train_rows))[within]]
-
     return Task(
-        name=name, train_row=train_row, eval_rows=lambda count: held_out_rows[:count], reward_fn=reward_fn
+        name=name,
+        train_row=Epochs(train_rows, name=name),
+        eval_rows=lambda count: held_out_rows[:count],
+        reward_fn=reward_fn,
     )
 
 
@@ -93,11 +113,12 @@ def load_task(name: str) -> Task:
 
 
 def checked_row(row: Row, task_name: str) -> Row:
-    """The row, if it holds a prompt that is text, and no column called like another argument of rewards."""
+    """The row, if it holds a prompt, and no column called like another argument of rewards."""
     prompt = row.get("prompt")
-    if not isinstance(prompt, str) or not prompt:
+    if not is_prompt(prompt):
         raise InvalidInput(
-            f"a row of task {task_name!r} needs a 'prompt' that is text and not empty, got {prompt!r}"
+            f"a row of task {task_name!r} needs a 'prompt' that is text, token ids or messages, and not "
+            f"empty, got {prompt!r}"
         )
     for name in RESERVED_COLUMNS:
         if name in row:

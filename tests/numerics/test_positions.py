@@ -128,6 +128,13 @@ def test_a_prompt_that_ends_on_the_boundary_is_refused_with_advice():
     assert [limits.room(length) for length in (1, 23, 24, 25, 95, 96, 97)] == [23, 1, 0, 71, 1, 0, 0]
 
 
+def test_a_context_that_is_lowered_below_the_boundary_is_the_end_of_every_text():
+    engine = Engine(HFPolicy(model()), plan=Plan(num_drafts=0), max_length=16)
+    assert [engine.limits.room(length) for length in (1, 15, 16, 20)] == [15, 1, 0, 0]
+    with pytest.raises(InvalidInput, match="has 20 tokens, but the context holds 16"):
+        engine.submit(make_requests([prompt(20)], ENDLESS))
+
+
 def test_a_learner_recomputes_the_laws_of_a_padded_batch():
     policy = HFPolicy(model())
     requests = make_requests([prompt(8), prompt(50, 1), prompt(20, 2)], ENDLESS)

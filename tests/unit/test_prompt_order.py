@@ -7,13 +7,14 @@ import pytest
 
 from blockroll.errors import InvalidInput
 from blockroll.policies.hf import HFPolicy
+from blockroll.rl_loops import prompt_order
 from blockroll.rl_loops import run as run_module
-from blockroll.rl_loops.prompt_order import PromptOrder
+from blockroll.rl_loops.prompt_order import ENDLESS_CHECKED, PromptOrder
 from blockroll.rl_loops.prompts import load_prompts, read_prompts
-from blockroll.rl_loops.tasks import Task, from_rows, shuffled
+from blockroll.rl_loops.tasks import Epochs, Task, from_rows, shuffled
 from blockroll.rl_loops.tracking import read_lines
 from blockroll.rollout.pool.makers import make_pool
-from tests.runs import config_for, even_share, run, stop_after
+from tests.runs import config_for, even_share, run, save_policy, stop_after
 
 SHORT = [{"prompt": f"{i}+{i}=?"} for i in range(5)]
 LONG = [{"prompt": "1+" * 40 + "1=?"}, {"prompt": "2+" * 50 + "2=?"}]  # the context holds 64 tokens
@@ -35,7 +36,7 @@ def test_by_default_a_run_skips_them_says_so_and_goes_to_its_end(tmp_path, polic
     assert len(rows) == 5
     assert rows[-1]["eval/num_rollouts"] == 2
     assert max(map(len, samples(tmp_path / "run"))) < 64
-    assert "of the first 14 training prompts of task 'long' have more than 63 tokens" in caplog.text
+    assert "of the first 7 training prompts of task 'long' have more than 63 tokens" in caplog.text
     assert "1 of 3 prompts have more than 63 tokens" in caplog.text
 
 
@@ -115,9 +116,9 @@ def test_a_conversion_leaves_out_what_a_task_has_too_long_and_goes_on(
     prompts = load_prompts("mine:some", policy, {})
     drawn = [policy.decode(list(prompts.token_ids(0, index))) for index in (0, 1, 2, 3, 4, 3)]
     assert drawn == ["0+1=?", "2+1=?", "3+1=?", "5+1=?", "6+1=?", "5+1=?"]
-    assert caplog.text.count("prompts that are too long are left out") == 1
+    assert caplog.text.count("those that are too long are left out") == 1
     with pytest.raises(
-        InvalidInput, match="10000 prompts of task 'long', from prompt 0 on, have more than 63"
+        InvalidInput, match="10000 prompts of task 'long' in a row, up to prompt 9999, leave no"
     ):
         load_prompts("mine:none", policy, {})
 
@@ -147,6 +148,88 @@ def test_a_line_that_is_no_prompt_is_named_with_its_number(tmp_path, content):
     path.write_bytes(b'\xef\xbb\xbf{"prompt": "after a byte order mark"}\n' + content + b"\n")
     with pytest.raises(InvalidInput, match="line 2 of "):
         read_prompts(path)
+
+
+def counted(task):
+    """A task that counts how many of its rows are asked for."""
+    asked = []
+
+    def train_row(seed, index):
+        asked.append(index)
+        return task.train_row(seed, index)
+
+    return dataclasses.replace(task, train_row=train_row), asked
+
+
+class CountedEpochs(Epochs):
+    asked = 0
+
+    def __call__(self, seed, index):
+        self.asked += 1
+        return super().__call__(seed, index)
+
+
+def test_of_a_run_of_millions_of_steps_only_so_many_prompts_are_read_before_it_starts(tmp_path, policy_path):
+    subject = config(tmp_path, policy_path, eval_every=0)
+    subject = dataclasses.replace(subject, train=dataclasses.replace(subject.train, steps=10**8))
+    pool = make_pool(subject.policy, subject.rollout)
+    task, asked = counted(Task(name="any", train_row=some_long, eval_rows=None, reward_fn=even_share))
+    order = PromptOrder(subject, task, pool)
+    assert len(asked) == ENDLESS_CHECKED
+    fitting = [index for index in range(3 * ENDLESS_CHECKED) if index % 5]
+    assert order.rows(2 * ENDLESS_CHECKED, 2) == [
+        some_long(0, index) for index in fitting[2 * ENDLESS_CHECKED :][:2]
+    ]
+
+    rows = CountedEpochs([*SHORT, *LONG], name="long")
+    order = PromptOrder(subject, dataclasses.replace(TASK, train_row=rows), pool)
+    assert rows.asked == len(SHORT) + len(LONG)
+    far = order.rows(10**8 * 5, 5)  # a whole epoch, of those that fit
+    assert sorted(row["prompt"] for row in far) == [row["prompt"] for row in SHORT]
+    assert rows.asked < 5 * (len(SHORT) + len(LONG))
+
+
+def some_long(seed, index):
+    return LONG[0] if index % 5 == 0 else {"prompt": f"{index}=?"}
+
+
+def test_an_endless_task_beside_error_is_refused_where_the_run_would_draw_too_many(tmp_path, policy_path):
+    subject = config(tmp_path, policy_path, eval_every=0, overlong_prompts="error")
+    endless = dataclasses.replace(TASK, train_row=lambda seed, index: {"prompt": f"{index}=?"})
+    subject = dataclasses.replace(subject, train=dataclasses.replace(subject.train, steps=10**6))
+    with pytest.raises(
+        InvalidInput, match=r"all 2,000,000 prompts .* task 'long' has no end: set it to 'skip'"
+    ):
+        run(subject, task=endless)
+    assert not subject.run_dir.exists()
+
+
+def test_long_prompts_behind_those_looked_at_are_skipped_with_a_word(
+    tmp_path, policy_path, caplog, monkeypatch
+):
+    monkeypatch.setattr(prompt_order, "ENDLESS_CHECKED", 3)
+    late = dataclasses.replace(
+        TASK, train_row=lambda _, index: LONG[0] if index == 6 else {"prompt": f"{index}=?"}
+    )
+    run(config(tmp_path, policy_path, eval_every=0), task=late)
+    assert caplog.text.count("training prompt 6 of task 'long' has 84 tokens; other rows take the place") == 1
+    assert max(map(len, samples(tmp_path / "run"))) < 64
+
+
+def test_a_prompt_as_long_as_a_longrope_boundary_is_found_before_a_run_starts(tmp_path, policy_path):
+    longrope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 24}
+    factors = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "factor": 2.0}
+    save_policy(tmp_path / "longrope", 0, rope_parameters={**longrope, **factors})
+    prompts = [{"prompt": "1" * length} for length in (5, 23, 30)]  # and a start token each
+    task = from_rows(name="edge", train=prompts, held_out=prompts, reward_fn=even_share)
+    strict = config(tmp_path, tmp_path / "longrope", overlong_prompts="error")
+    with pytest.raises(InvalidInput, match="training prompts of task 'edge' have 24 tokens or more than 63"):
+        run(strict, task=task)
+    assert not strict.run_dir.exists()
+    run(config(tmp_path, tmp_path / "longrope"), task=task)
+    assert {len(prompt) for prompt in samples(tmp_path / "run")} == {5, 30}
+    run(config(tmp_path, tmp_path / "longrope", overlong_prompts="truncate", name="cut"), task=task)
+    assert {len(prompt) for prompt in samples(tmp_path / "cut")} == {5, 23, 30}
 
 
 def test_a_column_called_like_an_argument_of_rewards_is_refused(tmp_path, policy_path):

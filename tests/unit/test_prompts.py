@@ -9,7 +9,8 @@ from tokenizers.processors import TemplateProcessing
 
 from blockroll.errors import InvalidInput
 from blockroll.policies.loading import load_tokenizer
-from blockroll.policies.prompts import as_prompts, encode_prompt, fit_prompts
+from blockroll.policies.prompts import PromptEncoder, Room, as_prompts, encode_prompt, fit_prompts
+from blockroll.rollout.engine.requests import Limits
 
 TURNS = (
     "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}"
@@ -122,7 +123,9 @@ def test_messages_need_a_template_and_text_needs_a_tokenizer():
     with pytest.raises(InvalidInput, match=r"has no chat template: .* set tokenizer\.chat_template"):
         encode_prompt(tokenizer(), [USER])
     for prompt in ("hi", [USER]):
-        with pytest.raises(InvalidInput, match="needs a tokenizer, and there is none: give token ids"):
+        with pytest.raises(
+            InvalidInput, match="needs a tokenizer, and there is no tokenizer here: give token ids"
+        ):
             encode_prompt(None, prompt)
 
 
@@ -156,13 +159,13 @@ def test_overlong_prompts_are_an_error_that_counts_them_and_names_the_longest():
     with pytest.raises(
         InvalidInput, match=r"2 of 4 prompts have more than 5 tokens, the longest is line 4 with 9; shorten"
     ):
-        fit_prompts(PROMPTS, max_tokens=5, overlong="error", names=[f"line {n}" for n in range(1, 5)])
+        fit_prompts(PROMPTS, room=Room.of(6, ()), overlong="error", names=[f"line {n}" for n in range(1, 5)])
 
 
 def test_overlong_prompts_are_skipped_or_cut_from_the_front_and_counted(caplog):
     with caplog.at_level(logging.WARNING):
-        skipped = fit_prompts(PROMPTS, max_tokens=5, overlong="skip")
-        cut = fit_prompts(PROMPTS, max_tokens=5, overlong="truncate")
+        skipped = fit_prompts(PROMPTS, room=Room.of(6, ()), overlong="skip")
+        cut = fit_prompts(PROMPTS, room=Room.of(6, ()), overlong="truncate")
     assert [number for number, _ in skipped] == [0, 2]
     assert [token_ids for _, token_ids in cut] == [PROMPTS[0], (1, 2, 3, 4, 5), PROMPTS[2], (4, 5, 6, 7, 8)]
     assert [record.message[:42] for record in caplog.records] == [
@@ -172,13 +175,58 @@ def test_overlong_prompts_are_skipped_or_cut_from_the_front_and_counted(caplog):
 
 @pytest.mark.parametrize("overlong", ["error", "skip", "truncate"])
 def test_prompts_that_fit_stay_as_they_are_without_a_word(overlong, caplog):
-    fitted = fit_prompts(PROMPTS, max_tokens=9, overlong=overlong)
+    fitted = fit_prompts(PROMPTS, room=Room.of(10, ()), overlong=overlong)
     assert [token_ids for _, token_ids in fitted] == PROMPTS
     assert not caplog.records
 
 
 def test_an_unknown_rule_or_no_room_is_refused():
     with pytest.raises(InvalidInput, match="overlong_prompts must be 'error', 'skip' or 'truncate'"):
-        fit_prompts(PROMPTS, max_tokens=9, overlong="drop")
+        fit_prompts(PROMPTS, room=Room.of(10, ()), overlong="drop")
     with pytest.raises(InvalidInput, match="at least 1 must fit: lower max_tokens"):
-        fit_prompts(PROMPTS, max_tokens=0, overlong="skip")
+        fit_prompts(PROMPTS, room=Room.of(8, (), free=8), overlong="skip")
+
+
+@pytest.mark.parametrize("boundaries", [(), (24,), (8, 9, 24), (40,)])
+@pytest.mark.parametrize("free", [1, 7])
+def test_a_prompt_has_room_where_the_door_leaves_it_so_many_tokens(boundaries, free):
+    """The boundary's own length too, behind which the factors of all positions would change."""
+    limits = Limits(vocab_size=8, max_length=32, boundaries=boundaries)
+    room = limits.prompt_room(free=free)
+    for length in range(1, 40):
+        fitting = [shorter for shorter in range(1, length + 1) if limits.room(shorter) >= free]
+        assert room.fits(length) == (limits.room(length) >= free)
+        assert room.kept(length) == max(fitting, default=0)
+
+
+def test_a_prompt_as_long_as_a_boundary_falls_under_the_rule_for_long_ones(caplog):
+    room, prompts = Room.of(32, (6,)), [tuple(range(length)) for length in (5, 6, 7, 32)]
+    with pytest.raises(
+        InvalidInput, match="2 of 4 prompts have 6 tokens or more than 31 tokens, the longest"
+    ):
+        fit_prompts(prompts, room=room, overlong="error")
+    kept = fit_prompts(prompts, room=room, overlong="skip")
+    assert [number for number, _ in kept] == [0, 2]
+    cut = fit_prompts(prompts, room=room, overlong="truncate")
+    assert [token_ids for _, token_ids in cut] == [prompts[0], prompts[1][1:], prompts[2], prompts[3][1:]]
+
+
+def test_what_does_not_depend_on_a_prompt_is_found_out_once():
+    made, asked = tokenizer("<s> $A </s>"), []
+
+    class Counting:
+        def __call__(self, text, **options):
+            asked.append(text)
+            return made(text, **options)
+
+    encode = PromptEncoder(Counting())
+    texts = [f"{index}+1" for index in range(50)]
+    assert [encode(text) for text in texts] == [encode_prompt(made, text) for text in texts]
+    assert [text for text in asked if text in texts] == texts  # each once
+    assert len(asked) == 50 + 2
+
+
+def test_a_token_outside_the_vocabulary_is_named_where_its_size_is_known():
+    with pytest.raises(InvalidInput, match="line 3 holds token 99, outside the vocabulary of 50"):
+        PromptEncoder(None, vocab_size=50)([1, 99], name="line 3")
+    assert PromptEncoder(None)([1, 99]) == (1, 99)

@@ -16,7 +16,7 @@ from trl.trainer.utils import pad
 from blockroll.config import AlignmentConfig, RolloutConfig
 from blockroll.errors import ConfigError, InvalidInput
 from blockroll.policies.ends import end_token_ids
-from blockroll.policies.prompts import encode_prompt
+from blockroll.policies.prompts import PromptEncoder
 from blockroll.rl_loops.trl.alignment import AfterUpdate
 from blockroll.rl_loops.trl.arguments import check_arguments, check_head
 from blockroll.rl_loops.trl.checkpoint import load_rollout_state, save_rollout_state
@@ -129,7 +129,8 @@ class _DraftedRollouts(_Trainer):
     def _tokenize_prompts(self, prompts: list[Any]) -> Any:
         if not all(isinstance(prompt, str) for prompt in prompts):
             return super()._tokenize_prompts(prompts)
-        return [list(encode_prompt(self._tokenizer, prompt)) for prompt in prompts], None, {}
+        encode = PromptEncoder(self._tokenizer)
+        return [list(encode(prompt)) for prompt in prompts], None, {}
 
     def _generate(self, prompts: list[Any]) -> Any:
         mode = self._mode

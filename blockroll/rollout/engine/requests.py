@@ -4,6 +4,7 @@ import hashlib
 from dataclasses import dataclass
 
 from blockroll.errors import InvalidInput
+from blockroll.policies.prompts import Room
 from blockroll.rollout.engine.processors import check_processor
 from blockroll.types import Request
 
@@ -20,8 +21,12 @@ class Limits:
 
     def room(self, num_prompt_tokens: int) -> int:
         """Completion tokens that a prompt leaves room for: up to the end of the context or a boundary."""
-        ends = [end for end in (*self.boundaries, self.max_length) if end >= num_prompt_tokens]
+        ends = [end for end in self.prompt_room().ends if end >= num_prompt_tokens]
         return min(ends) - num_prompt_tokens if ends else 0
+
+    def prompt_room(self, *, free: int = 1) -> Room:
+        """How long prompts may be that leave so many completion tokens."""
+        return Room.of(self.max_length, self.boundaries, free=free)
 
 
 def derive_seed(*words: object) -> int:

@@ -9,9 +9,9 @@ from blockroll.errors import InvalidInput
 from blockroll.policies.prompts import (
     FittedPrompt,
     OverlongRule,
+    PromptEncoder,
     PromptInput,
     as_prompts,
-    encode_prompt,
     fit_prompts,
 )
 from blockroll.rollout.engine.requests import Limits, derive_seed
@@ -34,15 +34,13 @@ def make_requests(
         raise InvalidInput(f"num_samples must be a whole number, at least 1, got {num_samples!r}")
     if not isinstance(sampling, Sampling):
         raise InvalidInput(f"sampling must be a Sampling, as Sampling(max_tokens=64), got {sampling!r}")
-    encoded = [
-        encode_prompt(tokenizer, prompt, chat_template_kwargs=chat_template_kwargs, name=f"prompt {number}")
-        for number, prompt in enumerate(as_prompts(prompts))
-    ]
+    encode = PromptEncoder(tokenizer, chat_template_kwargs=chat_template_kwargs)
+    encoded = [encode(prompt, name=f"prompt {number}") for number, prompt in enumerate(as_prompts(prompts))]
     if overlong_prompts == "error":  # the door of `generate` refuses them
         fitted = [FittedPrompt(number, token_ids) for number, token_ids in enumerate(encoded)]
     else:
-        room = limits.max_length - sampling.max_tokens
-        fitted = fit_prompts(encoded, max_tokens=room, overlong=overlong_prompts)
+        room = limits.prompt_room(free=sampling.max_tokens)
+        fitted = fit_prompts(encoded, room=room, overlong=overlong_prompts)
     return [
         Request(
             request_id=f"{seed}-{number}-{sample}",
