@@ -13,13 +13,13 @@ WHEEL_DEMO_ARGS ?= --steps 2
 INSTALLED := .venv/.installed
 INSTALLED_LOWEST := .venv-lowest/.installed
 
-.PHONY: help demo test test-experiments machines check evidence test-lowest wheel-test clean
+.PHONY: help demo test test-slow machines check evidence test-lowest wheel-test clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo           train the tiny policy with GRPO on drafted rollouts; ends with a report"
-	@echo "make test           every test that needs no GPU, and some of them as another machine runs them"
-	@echo "make test-experiments  the short forms of the experiments in benchmarks/"
+	@echo "make test           every test that is not slow, and some of them as another machine runs them"
+	@echo "make test-slow      tests of over ten seconds, and the short forms of the experiments in benchmarks/"
 	@echo "make machines       the core tests as every other machine runs them: instruction sets, threads, rounding"
 	@echo "make check          ruff, formatter, mypy, architecture tests"
 	@echo "make evidence SUBJECT=law  the long experiments of a subject (law, speed, drafts, learning, constraints,"
@@ -32,11 +32,11 @@ demo: $(INSTALLED)
 	.venv/bin/blockroll demo
 
 test: $(INSTALLED)
-	.venv/bin/python -m pytest $(PARALLEL) --durations=10 --ignore=tests/benchmarks
+	.venv/bin/python -m pytest $(PARALLEL) --durations=10 -m "not slow"
 	.venv/bin/python -m tests.machines next -- $(PARALLEL)
 
-test-experiments: $(INSTALLED)
-	.venv/bin/python -m pytest $(PARALLEL) tests/benchmarks
+test-slow: $(INSTALLED)
+	.venv/bin/python -m pytest $(PARALLEL) --durations=10 -m slow
 
 machines: $(INSTALLED)
 	.venv/bin/python -m tests.machines all -- $(PARALLEL)

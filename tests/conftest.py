@@ -20,10 +20,14 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 SLOW_S = 10.0
+EXPERIMENTS = Path(__file__).parent / "benchmarks"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked `gpu` are skipped, by name, where there is none."""
+    """Experiments are slow; tests marked `gpu` are skipped, by name, where there is none."""
+    for item in items:
+        if EXPERIMENTS in item.path.parents:
+            item.add_marker(pytest.mark.slow)
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
