@@ -6,7 +6,7 @@ What happens inside one step is `Run` in run.py.
 import contextlib
 import dataclasses
 import random
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,7 @@ FIXED_ON_RESUME = (
     ("train", "prompts_per_step"),
     ("train", "group_size"),
 )
+MAY_MOVE = ("name", "runs_dir")  # a run's folder may lie elsewhere
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,6 +77,8 @@ def train(
 ) -> RunResult:
     """Run to `config.train.steps` and leave a report; `resume` goes on from the newest checkpoint.
 
+    A run that goes on may have other options, but for `FIXED_ON_RESUME`: the console says which, and where no
+    step is left for them CheckpointError does.
     `resume_from` goes on from the checkpoint of that name, such as `step_000010`, and discards what the run
     did after it: newer checkpoints, metrics, samples and audit rows; the console says so first.
     Callbacks get the metrics of every step. A `pool` that is given must hold the policy that the run
@@ -140,8 +143,7 @@ def _run_to_the_end(
         if source.resume and run_dir.is_dir():
             stack.enter_context(run_lock(run_dir))
         checkpoint = source.load()
-        if checkpoint is not None:
-            _check_fixed(config, checkpoint)
+        changed = [] if checkpoint is None else _check_resumed(config, checkpoint)
         rollout_sampling(config)  # refuses what it must before anything is loaded
         task = task or load_task(config.task)
         if config.wandb:
@@ -172,7 +174,7 @@ def _run_to_the_end(
             _make_folder(run_dir)
             stack.enter_context(run_lock(run_dir))
         else:
-            _discard_after(checkpoint, run_dir, audit_dir, console)
+            _discard_after(checkpoint, config, audit_dir, changed, console)
         (run_dir / "config.yaml").write_text(yaml.safe_dump(to_mapping(config), sort_keys=False))
         records = Records(config, stack)
         try:
@@ -232,8 +234,11 @@ def _make_folder(run_dir: Path) -> None:
         raise RunExists(f"{run_dir} was made by another process just now: choose another name") from None
 
 
-def _discard_after(checkpoint: Checkpoint, run_dir: Path, audit_dir: Path, console: Console) -> None:
+def _discard_after(
+    checkpoint: Checkpoint, config: RunConfig, audit_dir: Path, changed: Sequence[str], console: Console
+) -> None:
     """What the run did after a checkpoint goes, newest first, so that it may be cut off at any point."""
+    run_dir = config.run_dir
     newer = [path for path in checkpoints(run_dir) if step_of(path) > checkpoint.step]
     is_finished = checkpoint.state["unfinished"] is None
     last = checkpoint.step if is_finished else checkpoint.step - 1
@@ -242,7 +247,12 @@ def _discard_after(checkpoint: Checkpoint, run_dir: Path, audit_dir: Path, conso
     gone = [path.name for path in newer]
     gone += [f"metrics, samples and audit of steps {lost[0]} to {lost[-1]}"] if lost else []
     what = f"; discarding {', '.join(gone)}" if gone else ""
-    console.print(f"Going on from step {checkpoint.step}{what}.", soft_wrap=True, highlight=False)
+    if checkpoint.step < config.train.steps:
+        options = f" with {', '.join(changed)}" if changed else ""
+        going_on = f"Going on from step {checkpoint.step}{options}"
+    else:
+        going_on = f"All {checkpoint.step} steps are done; a larger train.steps goes on"
+    console.print(f"{going_on}{what}.", soft_wrap=True, highlight=False, markup=False)
     for path in reversed(newer):
         discard(path)
     for name in (METRICS_FILE, SAMPLES_FILE):
@@ -286,15 +296,31 @@ def load_run_config(run_dir: str | Path, overrides: Iterable[str] = ()) -> RunCo
     return dataclasses.replace(config, name=folder.resolve().name, runs_dir=str(folder.resolve().parent))
 
 
-def _check_fixed(config: RunConfig, checkpoint: Checkpoint) -> None:
-    """CheckpointError if an option differs that makes it another run."""
-    now = to_mapping(config)
-    for path in FIXED_ON_RESUME:
-        given, saved = now, checkpoint.state["config"]
-        for key in path:
-            given, saved = given[key], saved[key]
-        if given != saved:
+def _check_resumed(config: RunConfig, checkpoint: Checkpoint) -> list[str]:
+    """The options that are others than the checkpoint's, and how, in words.
+
+    CheckpointError if one makes it another run, or if no step is left for one to change.
+    """
+    given, saved = _flat(to_mapping(config)), _flat(checkpoint.state["config"])
+    changed = [name for name in given if name not in MAY_MOVE and given[name] != saved.get(name, given[name])]
+    for name in changed:
+        if tuple(name.split(".")) in FIXED_ON_RESUME:
             raise CheckpointError(
-                f"{'.'.join(path)} is {given!r}, but {config.run_dir} was started with {saved!r}; "
+                f"{name} is {given[name]!r}, but {config.run_dir} was started with {saved[name]!r}; "
                 "resume with that, or start another run"
             )
+    in_words = [f"{name} = {given[name]!r} (it was {saved[name]!r})" for name in changed]
+    if changed and checkpoint.step >= config.train.steps:
+        raise CheckpointError(
+            f"{config.run_dir} has done step {checkpoint.step}, and train.steps is {config.train.steps}: no "
+            f"step is left for {', '.join(in_words)}; give a larger train.steps, or start another run"
+        )
+    return in_words
+
+
+def _flat(values: Mapping[str, Any], where: str = "") -> dict[str, Any]:
+    """Options by their dotted names."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat.update(_flat(value, f"{where}{name}.") if isinstance(value, dict) else {where + name: value})
+    return flat

@@ -5,6 +5,7 @@ import io
 import json
 import multiprocessing
 import random
+import shutil
 import signal
 import time
 
@@ -17,7 +18,7 @@ from blockroll.rl_loops import run as run_module
 from blockroll.rl_loops.algorithms import grpo
 from blockroll.rl_loops.checkpoint import checkpoints, discard, latest_checkpoint, load_checkpoint
 from blockroll.rl_loops.learner import Learner
-from blockroll.rl_loops.loop import train
+from blockroll.rl_loops.loop import load_run_config, train
 from blockroll.rl_loops.run_lock import run_lock
 from blockroll.rl_loops.tracking import read_lines
 from blockroll.rollout.audit.check import check_audit
@@ -288,3 +289,55 @@ def test_a_refused_update_keeps_the_step_that_was_learned(tmp_path, policy_path,
     assert [row["step"] for row in read_lines(config.run_dir / "metrics.jsonl")] == [1, 2]
     run(config, task=NOISY, resume=True)
     assert_equal_runs(config, whole)
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory, policy_path):
+    """A run that has gone to its end."""
+    config = config_for(tmp_path_factory.mktemp("done"), policy_path, plan="plain", steps=2, eval_every=0)
+    run(config)
+    return config
+
+
+@pytest.mark.parametrize(
+    ("section", "changes", "named"),
+    [
+        ("train", {"learning_rate": 0.5}, r"train\.learning_rate = 0\.5 \(it was 0\.01\)"),
+        ("train", {"steps": 1}, r"train\.steps = 1 \(it was 2\)"),
+        ("train", {"minibatches": 2, "clip_epsilon": 0.1}, r"minibatches = 2 .*clip_epsilon = 0\.1"),
+        ("rollout", {"num_replicas": 1}, r"rollout\.num_replicas = 1"),
+        ("policy", {"dtype": "bfloat16"}, r"policy\.dtype = 'bfloat16'"),
+    ],
+)
+def test_an_option_that_a_finished_run_has_no_step_for_is_refused_by_name(done, section, changes, named):
+    before = (done.run_dir / "config.yaml").read_bytes(), (done.run_dir / "metrics.jsonl").read_bytes()
+    changed = dataclasses.replace(done, **{section: dataclasses.replace(getattr(done, section), **changes)})
+    with pytest.raises(CheckpointError, match=rf"has done step 2, .*no step is left for .*({named})"):
+        run(changed, resume=True)
+    assert before == (
+        (done.run_dir / "config.yaml").read_bytes(),
+        (done.run_dir / "metrics.jsonl").read_bytes(),
+    )
+
+
+def test_a_finished_run_that_nothing_changes_says_that_it_is_done(done, tmp_path):
+    output = io.StringIO()
+    train(done, task=TASK, resume=True, console=Console(file=output))
+    assert "All 2 steps are done; a larger train.steps goes on." in output.getvalue().replace("\n", " ")
+    shutil.copytree(done.run_dir, tmp_path / "moved")
+    run(load_run_config(tmp_path / "moved"), resume=True)
+
+
+def test_a_run_that_goes_on_says_which_options_are_others_and_uses_them(tmp_path, policy_path):
+    config = config_for(tmp_path, policy_path, plan="plain", steps=2, eval_every=0, lr_scheduler="constant")
+    run(config)
+    longer = dataclasses.replace(config.train, steps=3, learning_rate=0.5)
+    output = io.StringIO()
+    rows = train(
+        dataclasses.replace(config, train=longer), task=TASK, resume=True, console=Console(file=output)
+    ).metrics
+    said = output.getvalue().replace("\n", " ")
+    assert "Going on from step 2 with train.steps = 3 (it was 2), train.learning_rate = 0.5" in said
+    assert rows[-1]["learning_rate"] == 0.5
+    with pytest.raises(CheckpointError, match=r"seed is 5, but .* was started with 0"):
+        run(dataclasses.replace(config, seed=5), resume=True)
