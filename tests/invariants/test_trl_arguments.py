@@ -6,7 +6,6 @@ from contextlib import nullcontext
 
 import pytest
 import trl
-from datasets import Dataset
 from tokenizers.processors import TemplateProcessing
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, TrainingArguments
 
@@ -248,20 +247,3 @@ def test_text_prompts_begin_once_and_never_end(tmp_path):
     assert ids[0] == ids[1]
     assert ids[0].count(tokenizer.bos_token_id) == 1
     assert tokenizer.eos_token_id not in ids[0]
-
-
-@pytest.mark.parametrize("as_messages", [False, True])
-def test_a_prompt_that_no_completion_fits_behind_is_found_by_its_row_when_the_trainer_is_made(
-    tmp_path, as_messages
-):
-    short = RolloutConfig(plan="plain", max_length=256)
-    texts = ["1+1=", "2+2=", "3+" * 300, "4+4=", "5+" * 400]
-    prompts = [[{"role": "user", "content": text}] if as_messages else text for text in texts]
-    tokenizer = load_tokenizer("tiny")
-    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
-    rows = Dataset.from_list([{"prompt": prompt, "answer": 2} for prompt in prompts])
-    expected = r"2 of 5 rows of (train|eval)_dataset .* first is row 2, the longest row 4 with"
-    for given in ({"train_dataset": rows}, {"eval_dataset": {"held_out": rows}}):
-        expected_here = expected if "train_dataset" in given else r"2 of 5 rows of eval_dataset\['held_out'\]"
-        with pytest.raises(InvalidInput, match=expected_here):
-            trainer(tmp_path, processing_class=tokenizer, rollout=short, **given)

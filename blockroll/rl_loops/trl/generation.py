@@ -61,8 +61,14 @@ class TrainerRollouts:
         self._error: BaseException | None = None  # of a tool loop's call in the round under way
         self._after = -1  # versions up to this one are those of a checkpoint
         self._served: Fingerprint = ()
-        self._checks_left = {"off": 0, "first": 2, "every": math.inf}[check_sync]
+        self._checks_of_run = {"off": 0, "first": 2, "every": math.inf}[check_sync]
+        self.begin_run()
         self._compared: tuple[Any, bool] = ((), False)
+
+    def begin_run(self) -> None:
+        """A training or an evaluation begins: laws are compared anew, whatever was done to the model."""
+        self._checks_left = self._checks_of_run
+        self._begins_run = True
 
     def note_trained(self) -> None:
         """The round that ends here is one to learn from. All ranks call it."""
@@ -95,13 +101,13 @@ class TrainerRollouts:
             now = self.placement.fingerprint()
         pool = self.placement.pool
         differs = now != self._served or pool.version != self.version or self.version <= self._after
+        has_moved = on_any(accelerator, now != self._served)
         if on_any(accelerator, differs):
-            has_moved = on_any(accelerator, now != self._served)
             self.version = self.placement.sync(after=self._after)
-            if has_moved and self._checks_left:
-                self._checks_left -= 1
-                self._require_agreement()
-            self._served = now
+        if self._checks_left and (has_moved or self._begins_run):
+            self._checks_left -= 1
+            self._require_agreement()
+        self._served, self._begins_run = now, False
         self.weight_sync_s = time.perf_counter() - start
 
     def _require_agreement(self) -> None:

@@ -110,6 +110,7 @@ def with_updates(tuners: Sequence[Any], owner: nn.Module) -> Iterator[None]:
         yield
         return
     before = [(each, each.data, each.data.clone()) for each in owner.parameters(recurse=False)]
+    names_before = [list(tuner.merged_adapters) for tuner in tuners]
     merged: list[Any] = []
     taken_out: list[tuple[Any, list[str]]] = []
     try:
@@ -132,6 +133,8 @@ def with_updates(tuners: Sequence[Any], owner: nn.Module) -> Iterator[None]:
         for parameter, storage, values in before:
             storage.copy_(values)
             parameter.data = storage
+        for tuner, names in zip(tuners, names_before, strict=True):
+            tuner.merged_adapters = names  # some kinds cannot unmerge, and would leave their update out
 
 
 def describe_tuners(model: nn.Module) -> tuple[Any, ...]:
@@ -188,8 +191,8 @@ def _find(name: str, shape: torch.Size, trained: nn.Module) -> Place:
     held = getattr(found, "ds_shape", found.shape)
     if tuple(held) != tuple(shape):
         raise InvalidInput(
-            f"the trainer's {name} has shape {tuple(held)}, its config describes {tuple(shape)}: bring the "
-            "config to the model (after new tokens: vocab_size)"
+            f"the trainer's {name} has shape {tuple(held)}, {tuple(shape)} is generated with: change the "
+            "model before the trainer is made, its config too (after new tokens: vocab_size)"
         )
     return Place(name=name, owner=owner, attribute=attribute, tuners=tuners)
 
@@ -220,7 +223,7 @@ def _merge(tuner: Any) -> None:
     except Exception as refusal:
         raise InvalidInput(
             f"PEFT's {type(tuner).__module__.split('.')[-2]}.{type(tuner).__name__} cannot be merged, which "
-            f"decoding with its updates needs: {refusal}"
+            f"decoding with its updates needs: {str(refusal) or type(refusal).__name__}"
         ) from refusal
 
 

@@ -25,7 +25,7 @@ from blockroll.rl_loops.trl.generation import TrainerRollouts, trainer_sampling
 from blockroll.rl_loops.trl.metrics import PADDING, LearnersView, drawn_versions, round_metrics
 from blockroll.rl_loops.trl.modules import base_model, has_dropout
 from blockroll.rl_loops.trl.placement import forward_dtype, place
-from blockroll.rl_loops.trl.prompt_lengths import check_prompts
+from blockroll.rl_loops.trl.prompt_lengths import with_fitting_prompts
 from blockroll.rl_loops.trl.record import Record, audit_folder
 from blockroll.rl_loops.trl.rewards import RewardErrors
 from blockroll.rl_loops.trl.together import on_any, raise_together, together
@@ -67,8 +67,9 @@ class _DraftedRollouts(_Trainer):
         self._audit = audit_folder(self.args, rollout)
         self._begins_audit = config.audit != "off" and self._audit is not None
         placement = place(self, rollout, adapter, alignment)
-        datasets = {"train_dataset": self.train_dataset, "eval_dataset": self.eval_dataset}
-        check_prompts(self, datasets, max_tokens=placement.pool.limits.max_length - 1)
+        self._max_prompt_length = placement.pool.limits.max_length - 1
+        for name in ("train_dataset", "eval_dataset"):
+            setattr(self, name, self._with_fitting_prompts(name, getattr(self, name)))
         self.rollouts = TrainerRollouts(self, placement, sampling, check_sync=config.check_sync)
         if placement.alignment is not None:
             self.add_callback(AfterUpdate(self))
@@ -105,10 +106,26 @@ class _DraftedRollouts(_Trainer):
                 self.rollouts.begin_version(after=version)
                 for mode, state in views.items():
                     self._views[mode].load_state_dict(state)
+        self.rollouts.begin_run()
         done = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         if self.accelerator.is_main_process:
             self._record.write_report()
         return done
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """As TRL's; a dataset that is given to `evaluate` is looked at like that of the trainer."""
+        if eval_dataset is not None and not isinstance(eval_dataset, str):
+            eval_dataset = self._with_fitting_prompts("eval_dataset", eval_dataset)
+        return super().get_eval_dataloader(eval_dataset)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """As TRL's; one outside a training compares the laws, as the beginning of a training does."""
+        if not self.is_in_train:
+            self.rollouts.begin_run()
+        return super().evaluation_loop(*args, **kwargs)
+
+    def _with_fitting_prompts(self, name: str, dataset: Any) -> Any:
+        return with_fitting_prompts(self, name, dataset, max_tokens=self._max_prompt_length)
 
     def _check_audit_is_new(self) -> None:
         if self._begins_audit and self.rollouts.version < 0 and self._audit and audit_mark(self._audit):

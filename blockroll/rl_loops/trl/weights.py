@@ -80,7 +80,8 @@ def sharing_policy(model: PreTrainedModel, tokenizer: Any) -> HFPolicy:
 def share_again(policy: HFPolicy, model: PreTrainedModel) -> None:
     """After whatever happened to `model`: a sharing policy holds its parameters, not ones it had before.
 
-    InvalidInput if embeddings and head were tied and are not now.
+    InvalidInput if embeddings and head were tied and are not now, or if PEFT's layers lie around parameters:
+    their updates would need weights of the policy's own.
     """
     if policy.model.config.tie_word_embeddings and not is_tied(model):
         raise InvalidInput(
@@ -88,6 +89,11 @@ def share_again(policy: HFPolicy, model: PreTrainedModel) -> None:
             "make the trainer after changing the model"
         )
     for place in find_places(policy.model, model):
+        if place.tuners:
+            raise InvalidInput(
+                f"PEFT's layers were put around {place.name} after the trainer was made, and the replica "
+                "holds the model's own weights without them; make the trainer after changing the model"
+            )
         path, _, attribute = place.name.rpartition(".")
         owner = policy.model.get_submodule(path)
         if getattr(owner, attribute) is not place.tensor:
@@ -115,8 +121,8 @@ def copying_policy(model: PreTrainedModel, tokenizer: Any, dtype: torch.dtype) -
 def full_weights(trainer: Any, bare: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """What `named_weights(bare)` names, as the trainer's forward multiplies with it: gathered, updates added.
 
-    `bare` is a module of `bare_architecture(model)`. All ranks must iterate. A tensor is good until the next
-    one is asked for.
+    `bare` is a module of `bare_architecture(model)`. All ranks must iterate. A tensor keeps its values: what
+    is gathered or merged for a moment is copied.
     """
     places = find_places(bare, base_model(trainer.model))
     for _, together in groupby(places, key=lambda place: id(place.owner)):
@@ -124,8 +130,9 @@ def full_weights(trainer: Any, bare: nn.Module) -> Iterator[tuple[str, Tensor]]:
         with gathered(trainer, group), with_updates(group[0].tuners, group[0].owner):
             for place in group:
                 tensor = place.tensor
-                whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-                yield place.name, whole.detach()
+                whole = (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
+                is_passing = bool(place.tuners) or trainer._dist.is_zero3
+                yield place.name, whole.clone() if is_passing else whole
 
 
 @torch.no_grad()
