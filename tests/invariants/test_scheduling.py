@@ -61,6 +61,54 @@ def test_every_scheduled_request_runs_once_and_slots_have_no_holes():
         assert sorted(finished) == sorted(f"r{index}" for index in range(40))
 
 
+def test_an_interrupt_in_the_middle_of_an_admission_leaves_each_request_here_or_there(monkeypatch):
+    scheduler = Scheduler(max_batch_size=4)
+    for index in range(6):
+        scheduler.submit(f"r{index}", 5)
+    with monkeypatch.context() as patch:
+        patch.setattr(scheduler._waiting, "popitem", raising, raising=False)
+        with pytest.raises(KeyboardInterrupt):
+            scheduler.admit()
+    scheduler.check_integrity()
+    assert (scheduler.running, scheduler.waiting) == (("r0", "r1", "r2", "r3"), ("r4", "r5"))
+    assert scheduler.drop("r1") == 1
+    assert scheduler.joining() == ("r4",)
+    assert scheduler.admit() == ("r4",)
+    assert (scheduler.running, scheduler.waiting) == (("r0", "r3", "r2", "r4"), ("r5",))
+
+
+def raising(**_):
+    raise KeyboardInterrupt
+
+
+class CountedName(str):
+    """Counts how often it is compared: what searches a queue compares all that stand in it."""
+
+    num_compared = 0
+    __slots__ = ()
+    __hash__ = str.__hash__
+
+    def __eq__(self, other):
+        CountedName.num_compared += 1
+        return str.__eq__(self, other)
+
+
+def test_what_leaves_a_queue_costs_the_same_however_long_the_queue_is():
+    """Counted, not timed."""
+    counts = []
+    for size in (500, 2000):
+        scheduler = Scheduler(max_batch_size=4)
+        for index in range(size):
+            scheduler.submit(CountedName(f"r{index}"), 5)
+        scheduler.admit()
+        CountedName.num_compared = 0
+        for index in reversed(range(size)):
+            scheduler.drop(CountedName(f"r{index}"))
+        counts.append(CountedName.num_compared)
+        assert scheduler.waiting == scheduler.running == ()
+    assert counts[1] < 5 * counts[0]
+
+
 def test_requests_that_join_later_find_room_and_draw_what_they_would_alone(policy):
     early = make_requests(prompts(6), Sampling(max_tokens=8))
     late = make_requests(prompts(6, seed=5), Sampling(max_tokens=40, ignore_eos=True), seed=9)

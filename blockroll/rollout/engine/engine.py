@@ -115,15 +115,15 @@ class BareEngine:
         `are_checked` says that `check_request` has passed them under this engine's limits.
         """
         requests = tuple(requests)
-        taken = {*self._requests, *self._finished}
+        new: set[str] = set()
         for request in requests:
             if not are_checked:
                 check_request(request, self.limits)
-            if request.request_id in taken:
+            if any(request.request_id in each for each in (new, self._requests, self._finished)):
                 raise InvalidInput(
                     f"request id {request.request_id!r} is already being served; ids must be unique"
                 )
-            taken.add(request.request_id)
+            new.add(request.request_id)
         joining = [self._starter.start(request) for request in requests]
         with self._change():
             self._make_room(requests)

@@ -4,7 +4,7 @@ Running requests occupy slots 0..n-1 without holes, so that every forward works 
 cache: when a request leaves, the last one moves into its slot.
 """
 
-from collections import deque
+from collections import OrderedDict
 from dataclasses import dataclass
 from itertools import islice
 
@@ -26,7 +26,9 @@ class Scheduler:
         """`max_prefill_tokens` bounds the padded prompt tokens of one prefill; one request always fits."""
         self.max_batch_size = max_batch_size
         self.max_prefill_tokens = max_prefill_tokens
-        self._waiting: deque[tuple[str, int]] = deque()
+        # Tokens by id, in order of arrival; any may leave at the same cost. After an interrupt the first may
+        # be such as run already.
+        self._waiting: OrderedDict[str, int] = OrderedDict()
         self._running: list[str] = []
 
     @property
@@ -37,23 +39,25 @@ class Scheduler:
     @property
     def waiting(self) -> tuple[str, ...]:
         """Request ids in order of arrival."""
-        return tuple(request_id for request_id, _ in self._waiting)
+        running = set(self._running)
+        return tuple(request_id for request_id in self._waiting if request_id not in running)
 
     def submit(self, request_id: str, num_tokens: int) -> None:
         """Queue a request whose prefill has `num_tokens` tokens."""
-        self._waiting.append((request_id, num_tokens))
+        self._waiting[request_id] = num_tokens
 
     def joining(self) -> tuple[str, ...]:
         """Waiting requests that fit behind the running ones now, in slot order; they go on waiting.
 
         Few at a time would each cost a forward of their own, so they wait until a share of the slots is free.
         """
+        self._forget_admitted()
         num_free = self.max_batch_size - len(self._running)
         if num_free < min(len(self._waiting), self.max_batch_size // _SLOTS_PER_JOINING):
             return ()
         joining: list[str] = []
         widest = 0
-        for request_id, num_tokens in islice(self._waiting, max(num_free, 0)):
+        for request_id, num_tokens in islice(self._waiting.items(), max(num_free, 0)):
             widest = max(widest, num_tokens)
             if joining and widest * (len(joining) + 1) > self.max_prefill_tokens:
                 break
@@ -63,11 +67,14 @@ class Scheduler:
     def admit(self) -> tuple[str, ...]:
         """Those that join run from now on, in the slots behind the running ones."""
         joining = self.joining()
-        waiting = deque(islice(self._waiting, len(joining), None)) if joining else self._waiting
-        running = [*self._running, *joining]
-        # At once: an interrupt finds a request here or there, and never twice.
-        self._waiting, self._running = waiting, running
+        self._running = [*self._running, *joining]  # at once: an interrupt finds all of them, or none
+        self._forget_admitted()
         return joining
+
+    def _forget_admitted(self) -> None:
+        """What runs waits no more."""
+        while self._waiting and next(iter(self._waiting)) in self._running:
+            self._waiting.popitem(last=False)
 
     def release(self, slot: int) -> Move | None:
         """Free a slot; the move that closes the hole, if there is one."""
@@ -80,12 +87,12 @@ class Scheduler:
 
     def drop(self, request_id: str) -> int | None:
         """Remove a request, waiting or running; the slot it ran in, which the last one now has, if it ran."""
-        if request_id in self._running:
-            slot = self._running.index(request_id)
-            self.release(slot)
-            return slot
-        self._waiting = deque(entry for entry in self._waiting if entry[0] != request_id)
-        return None
+        self._waiting.pop(request_id, None)
+        if request_id not in self._running:
+            return None
+        slot = self._running.index(request_id)
+        self.release(slot)
+        return slot
 
     def check_integrity(self) -> None:
         """No request twice, no more running than slots."""
