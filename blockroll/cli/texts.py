@@ -3,7 +3,7 @@
 import itertools
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from blockroll.rollout.drafters.engine import Engine
 
 DRAFTED_STYLE = "bold green underline"
+_LONGEST_WAIT = 64  # tokens: an untrained policy may never complete a character
 
 
 @with_sampling(max_tokens=64)
@@ -153,19 +154,35 @@ def engine_for(
     return engine, pool.requests([prompt], sampling, seed=seed, num_samples=num_samples)
 
 
+class GrowingText:
+    """The text of a growing list of tokens, piece by piece, at a cost that does not grow with it."""
+
+    def __init__(self, decode: Callable[[list[int]], str]) -> None:
+        self._decode = decode
+        self._window: list[int] = []  # tokens given out last, and those still to be
+        self._num_given = 0  # of the window
+
+    def add(self, token_ids: Sequence[int]) -> str:
+        """What these tokens add. A character whose last bytes are still to come waits for them."""
+        self._window.extend(token_ids)
+        before, text = self._decode(self._window[: self._num_given]), self._decode(self._window)
+        if text.endswith("\ufffd") and len(self._window) - self._num_given < _LONGEST_WAIT:
+            return ""
+        fresh = text[len(before) :]
+        if fresh:
+            self._window = self._window[self._num_given :]
+            self._num_given = len(self._window)
+        return fresh
+
+
 def stream(
     engine: "Engine", policy: "HFPolicy", request: Request, console: Console, *, is_styled: bool, mark: bool
 ) -> Rollout:
     """Print one sample while it is decoded."""
-    token_ids: list[int] = []
-    shown = ""
+    growing = GrowingText(policy.decode)
 
     def show(new_ids: Sequence[int], *, is_drafted: bool) -> None:
-        nonlocal shown
-        token_ids.extend(new_ids)
-        # A character whose last bytes are still to come decodes to U+FFFD: it waits for them.
-        text = policy.decode(token_ids).rstrip("\ufffd")
-        fresh, shown = text[len(shown) :], text
+        fresh = growing.add(new_ids)
         if fresh:
             console.print(_styled(fresh, is_drafted, is_styled=is_styled, mark=mark), end="")
 

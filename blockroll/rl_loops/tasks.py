@@ -6,6 +6,7 @@ A row is a mapping with at least "prompt"; its other columns go to the reward fu
 
 import functools
 import importlib
+import inspect
 import itertools
 import random
 from collections.abc import Callable, Mapping, Sequence
@@ -106,10 +107,21 @@ def load_task(name: str) -> Task:
     if attribute not in vars(module):
         raise InvalidInput(f"task {name!r}: module {module_name!r} has no attribute {attribute!r}")
     found = vars(module)[attribute]
-    task = found() if callable(found) else found
+    task = found() if callable(found) and _takes_nothing(found) else found
     if not isinstance(task, Task):
         raise InvalidInput(f"task {name!r} must be a Task of blockroll.rl_loops.tasks, got {task!r}")
     return task
+
+
+def _takes_nothing(function: Callable[..., Any]) -> bool:
+    """Whether it can be called without arguments; true where that cannot be told."""
+    try:
+        inspect.signature(function).bind()
+    except TypeError:
+        return False
+    except ValueError:
+        return True
+    return True
 
 
 def checked_row(row: Row, task_name: str) -> Row:

@@ -164,6 +164,7 @@ train good.yaml task=:x                              | 'module:attribute'
 train good.yaml task=no_such_module:x                | no module 'no_such_module'
 train good.yaml task=task_without:y                  | has no attribute 'y'
 train good.yaml task=task_without:x                  | must be a Task
+train good.yaml task=json:dumps                      | must be a Task
 train good.yaml runs_dir=list.yaml                   | is a file
 train good.yaml rollout.audit=all rollout.audit_dir=list.yaml | is a file
 train good.yaml name=begun                           | --resume runs/begun
