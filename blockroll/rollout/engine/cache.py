@@ -105,10 +105,26 @@ class SlotCache:
         self.num_open = min(self.num_open, num_slots)
         self.capacity = capacity
 
+    def repair(self) -> None:
+        """Put right what an exception amid a change has left: memory and tokens say what holds."""
+        self._texts.repair()
+        num_slots = self.num_slots
+        if self._keys:
+            num_slots, _, self.capacity, _ = self._keys[0].shape
+            self._texts.resize(num_slots)
+        self._missing = [*self._missing[:num_slots], *[0] * (num_slots - len(self._missing))]
+        self.num_open = min(self.num_open, num_slots)
+
+    def invalidate(self) -> None:
+        """No slot is open and no row valid any more: the weights have changed. No interrupt halves it."""
+        texts, missing = SlotTexts(self.num_slots), [0] * self.num_slots
+        self._texts, self._missing, self.num_open = texts, missing, 0
+
     def clear(self) -> None:
         """Give the memory back and forget everything; a window after the next `reserve` allocates anew."""
-        self._keys, self._values = [], []
-        self._texts, self._missing = SlotTexts(), []
+        texts = SlotTexts()
+        # No calls from here on: an interrupt finds all of it as it was, or all of it gone.
+        self._texts, self._missing, self._keys, self._values = texts, [], [], []
         self.num_open = self.capacity = 0
 
     def forget(self) -> None:

@@ -23,7 +23,7 @@ from blockroll.rollout.engine.running import RunningRequest
 from blockroll.rollout.engine.scheduler import Scheduler
 from blockroll.rollout.engine.starting import Starter
 from blockroll.rollout.engine.step import Decoded, Decoder
-from blockroll.rollout.engine.trace import EngineTimes, Observer, StepTrace
+from blockroll.rollout.engine.trace import EngineTimes, Observer
 from blockroll.types import Commit, Plan, Request, Rollout
 
 
@@ -151,12 +151,20 @@ class BareEngine:
         """Give the cache's memory back while nothing runs; the next request takes it again."""
         if self._requests:
             raise InvalidInput(f"{self.num_requests} requests are being served: their cache is in use")
-        self._cache.clear()
-        self._rows_per_slot = 0
+        with self._change():
+            self._cache.clear()
+            self._rows_per_slot = 0
 
     def forget_prefixes(self) -> None:
         """No text starts from keys and values of one that has ended: benchmarks repeat their prompts."""
-        self._cache.forget()
+        with self._change():
+            self._cache.forget()
+
+    def change_weights(self, policy_version: int) -> None:
+        """The policy's weights are those of this version, wholly or not at all; no row of others is read."""
+        with self._change():
+            self._cache.invalidate()
+            self.policy_version = policy_version
 
     def recompute_cache(self) -> None:
         """The policy's weights have changed: rebuild the keys and values of what runs, forget all others.
@@ -164,8 +172,7 @@ class BareEngine:
         If a forward raises, the next step begins with what is missing.
         """
         with self._change():
-            self._cache.close(0)
-            self._cache.forget()
+            self._cache.invalidate()
             self._prefill_missing()
 
     def _make_room(self, requests: Iterable[Request]) -> None:
@@ -209,11 +216,11 @@ class BareEngine:
     def check_integrity(self) -> None:
         """Raise AssertionError where requests, slots and cache contradict each other."""
         self._scheduler.check_integrity()
-        self._cache.check_integrity()
         running = self._scheduler.running
         assert self._requests.keys() == {*running, *self._scheduler.waiting}, "a request is nowhere scheduled"
         if self._is_interrupted:
             return  # the next call puts it right
+        self._cache.check_integrity()
         assert self._cache.num_open == len(running), f"{self._cache.num_open} slots, not {len(running)}"
         for slot, request_id in enumerate(running):
             is_held = tuple(self._cache.tokens(slot)) == self._requests[request_id].token_ids[:-1]
@@ -230,6 +237,7 @@ class BareEngine:
 
     def _restore(self) -> None:
         """Requests say what was committed: all else follows from them."""
+        self._cache.repair()
         for request_id, running in tuple(self._requests.items()):
             if not running.is_running:
                 self._finished[request_id] = running.rollout()
@@ -303,22 +311,13 @@ class BareEngine:
         self._commit(batch, decoded)
         if not self._observers:
             return
-        trace = StepTrace(
-            requests=[running.request for running in batch],
-            plan=self.plan,
+        trace = decoded.trace(
+            [running.request for running in batch],
+            self.plan,
             version=self.policy_version,
             precision=str(self.policy.kv_shape.dtype).removeprefix("torch."),
-            attempts_B=decoded.attempts_B,
             num_before=num_before,
             num_kept=[running.num_tokens - n for running, n in zip(batch, num_before, strict=True)],
-            origins=decoded.origins,
-            draft=decoded.draft,
-            draft_uniforms_BK=decoded.draft_uniforms_BK,
-            verify_uniforms=decoded.verify_uniforms,
-            target_probs=decoded.verified.target_probs,
-            verdict=decoded.verified.verdict,
-            parts=decoded.verified.parts,
-            policy_logprobs_BL=decoded.policy_logprobs_BL,
             is_last=not self._requests,
         )
         for observer in self._observers:

@@ -56,13 +56,22 @@ class SlotTexts:
     def cut(self, slot: int, num_rows: int) -> None:
         """Only the first rows, so many, are of use any more."""
         held = self._slots[slot]
+        del held.tokens[num_rows:]  # first: what an interrupt leaves of the index is found by `repair`
         for key in held.keys[num_rows // BLOCK :]:
             slots = self._index[key]
             del slots[held]
             if not slots:
                 del self._index[key]
         del held.keys[num_rows // BLOCK :]
-        del held.tokens[num_rows:]
+
+    def repair(self) -> None:
+        """Build the index anew from the tokens: an exception may have left a change of it half done."""
+        index: dict[int, dict[Slot, None]] = {}
+        for held in self._slots:
+            held.keys = _keys(held.tokens, [])
+            for key in held.keys:
+                index.setdefault(key, {})[held] = None
+        self._index = index
 
     def swap(self, first: int, second: int) -> None:
         """Exchange two slots."""

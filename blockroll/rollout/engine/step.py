@@ -22,7 +22,7 @@ from blockroll.policies.base import Policy
 from blockroll.rollout.engine.cache import SlotCache
 from blockroll.rollout.engine.drafting import Drafter, DraftRows, DraftStep
 from blockroll.rollout.engine.running import RunningRequest
-from blockroll.rollout.engine.trace import EngineTimes
+from blockroll.rollout.engine.trace import EngineTimes, StepTrace
 from blockroll.samplers import (
     Laws,
     join_verdicts,
@@ -30,7 +30,7 @@ from blockroll.samplers import (
     step_uniforms,
     verify_block,
 )
-from blockroll.types import Draft, Plan, PlanKind, Verdict
+from blockroll.types import Draft, Plan, PlanKind, Request, Verdict
 
 _NO_ORIGIN = (0, 0, 0)  # of drafts that no row of the policy gave
 
@@ -61,6 +61,37 @@ class Decoded:
     origins: Sequence[tuple[int, int, int]]  # of the draft rows: context, first slot and masks
     failed: dict[int, tuple[int, str]]  # by slot: tokens before the first row that is wrong, and what is
     proposals: Sequence[object | None]  # what the drafter keeps for each request; None: nothing
+
+    def trace(
+        self,
+        requests: Sequence[Request],
+        plan: Plan,
+        *,
+        version: int,
+        precision: str,
+        num_before: Sequence[int],
+        num_kept: Sequence[int],
+        is_last: bool,
+    ) -> StepTrace:
+        """The record of the step, once it is final."""
+        return StepTrace(
+            requests=requests,
+            plan=plan,
+            version=version,
+            precision=precision,
+            attempts_B=self.attempts_B,
+            num_before=num_before,
+            num_kept=num_kept,
+            origins=self.origins,
+            draft=self.draft,
+            draft_uniforms_BK=self.draft_uniforms_BK,
+            verify_uniforms=self.verify_uniforms,
+            target_probs=self.verified.target_probs,
+            verdict=self.verified.verdict,
+            parts=self.verified.parts,
+            policy_logprobs_BL=self.policy_logprobs_BL,
+            is_last=is_last,
+        )
 
 
 class Decoder:

@@ -175,12 +175,13 @@ class LocalReplica:
     def _write(self, update: WeightUpdate, own: Sequence[tuple[str, Tensor]]) -> None:
         self._is_whole = False
         load_update(update, own)
-        self._is_whole = True
         self._renew(update.version)
 
     def _renew(self, version: int) -> None:
         """Serve this version. Keys and values that cannot be renewed now are renewed by the next step."""
-        self.engine.policy_version = version
+        self._is_whole = False  # until nothing of other weights can be read any more
+        self.engine.change_weights(version)
+        self._is_whole = True
         try:
             self.engine.recompute_cache()
         except (RuntimeError, MemoryError) as failure:
