@@ -154,6 +154,7 @@ def check(
             "recomputed_by_version": report.recomputed,
             "versions_without_policy": report.without_policy,
             "rows_of_unknown_law": report.num_unknown_laws,
+            "near_ties": report.num_near_ties,
             "largest_difference": report.largest_difference,
             "tolerance": report.tolerance,
             "unfinished_files": report.unfinished,
@@ -182,6 +183,12 @@ def check(
                 f"{report.num_unknown_laws:,} rows have a constraint or logits processors, whose code is not "
                 "in the file, or truncation below float32, whose cuts move with rounding: of these only the "
                 "policy's log-probability was recomputed.",
+                style="yellow",
+            )
+        if report.num_near_ties:
+            console.print(
+                f"{report.num_near_ties:,} rows were cut (top-k, top-p, min-p) between tokens so close that "
+                "rounding decides, and have another law here: of these the law was not compared.",
                 style="yellow",
             )
         if report.unfinished:

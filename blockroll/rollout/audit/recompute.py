@@ -7,7 +7,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import groupby
 
 import numpy as np
@@ -23,13 +22,13 @@ from blockroll.rollout.audit.forwards import (
     lengths_of,
 )
 from blockroll.rollout.audit.rows import AuditedRequest, AuditReport, Problem
+from blockroll.rollout.audit.ties import is_cut_close, is_tied
 from blockroll.rollout.audit.writer import ACCEPTED, RECOVERED
 from blockroll.samplers import draft_probs, step_uniforms
 from blockroll.samplers.laws import Laws, Text
 from blockroll.types import Sampling
 
 _BATCH = 64  # texts of one forward
-_CUT = 1e-4  # share of top_p or min_p within which rounding decides where the cut falls
 _ROUNDING_MARGIN = 4.0  # times what 99 of 100 laws move by rounding: what is allowed below float32
 
 PolicyOf = Callable[[int], HFPolicy | None]
@@ -122,13 +121,14 @@ def _recompute(
         if sampling is None or (is_rough and sampling.truncation):
             report.num_unknown_laws += len(indices)
         else:
-            of_laws = partial(
-                _wrong_laws, request, indices, row_logits_BV, by_attempt, policy, tolerance, drawn_by, report
+            wrong = _wrong_laws(
+                request, indices, row_logits_BV, by_attempt, policy, tolerance, drawn_by, report, sampling
             )
-            wrong = of_laws(sampling)
-            for close in _close_cuts(sampling) if wrong else ():
-                others = of_laws(close)
-                wrong = {row: what for row, what in wrong.items() if row in others}
+            if wrong and sampling.truncation:
+                is_close_B = _close_cuts(request, indices, row_logits_BV, by_attempt, policy, sampling)
+                num_wrong = len(wrong)
+                wrong = {row: what for row, what in wrong.items() if not is_close_B[row]}
+                report.num_near_ties += num_wrong - len(wrong)
             found = {**wrong, **found}
         if found:
             first = min(found)
@@ -173,13 +173,22 @@ def _differences(
     return found
 
 
-def _close_cuts(sampling: Sampling) -> Iterator[Sampling]:
-    """The same with cuts just beside these, where the rounding of another machine may have put them."""
-    for factor in (1 - _CUT, 1 + _CUT):
-        if sampling.top_p < 1:
-            yield replace(sampling, top_p=min(1.0, sampling.top_p * factor))
-        if sampling.min_p:
-            yield replace(sampling, min_p=min(1.0, sampling.min_p * factor))
+def _close_cuts(
+    request: AuditedRequest,
+    indices: np.ndarray,
+    logits_BV: torch.Tensor,
+    by_attempt: Mapping[int, tuple[int, torch.Tensor]],
+    policy: HFPolicy,
+    sampling: Sampling,
+) -> np.ndarray:
+    """Rows (B,) whose target or draft law another rounding could have cut elsewhere."""
+    whole = replace(sampling, top_k=0, top_p=1.0, min_p=0.0)
+    rows = request.numbers[indices]
+    drafts = _Drafts.of(rows, logits_BV, _draft_blocks(request, by_attempt, policy, whole))
+    laws, _ = _laws(request, rows["position"].tolist(), policy, whole)
+    is_close_B = is_cut_close(drafts.target_rows(laws, logits_BV), sampling)
+    is_close_B |= drafts.has_rows_B & is_cut_close(drafts.probs_BV, sampling)
+    return is_close_B
 
 
 def _distance(logits_TV: torch.Tensor, others_TV: torch.Tensor) -> torch.Tensor:
@@ -201,8 +210,38 @@ class _Block:
     def is_tied(self, offset: int, token: int, tolerance: float) -> bool:
         """Whether rounding could have made this greedy draft another."""
         return self.soft_KV is not None and bool(
-            _is_tied(self.soft_KV[[offset]], np.array([token]), tolerance)[0]
+            is_tied(self.soft_KV[[offset]], np.array([token]), tolerance)[0]
         )
+
+
+@dataclass(frozen=True, slots=True)
+class _Drafts:
+    """What each of B rows has met as a draft."""
+
+    has_rows_B: np.ndarray  # whether mask rows drafted it
+    logits_B1V: torch.Tensor
+    probs_BV: np.ndarray
+
+    @classmethod
+    def of(cls, rows: np.ndarray, logits_BV: torch.Tensor, blocks: Mapping[int, _Block]) -> "_Drafts":
+        """From the blocks of their steps; nothing where there is no draft."""
+        drafted_B, masked_B = rows["draft"] >= 0, rows["num_masks"] > 0
+        draft_logits_B1V, probs_BV = torch.zeros_like(logits_BV)[:, None], np.zeros(logits_BV.shape)
+        is_certain_B = drafted_B & ~masked_B  # what was looked up is a point mass
+        probs_BV[is_certain_B, rows["draft"][is_certain_B]] = 1.0
+        for index in np.flatnonzero(drafted_B & masked_B).tolist():
+            block, offset = blocks[int(rows["attempt"][index])], int(rows["offset"][index])
+            draft_logits_B1V[index, 0] = block.logits_KV[offset]
+            probs_BV[index] = block.probs_KV[offset]
+        return cls(drafted_B & masked_B, draft_logits_B1V, probs_BV)
+
+    def target_rows(self, laws: Laws, logits_BV: torch.Tensor) -> np.ndarray:
+        """The target law (B, V) of each row."""
+        no_tokens = torch.empty((len(logits_BV), 0), dtype=torch.int64)
+        num_drafts_B = torch.from_numpy(self.has_rows_B.astype(np.int64))
+        targets = laws.target_rows(logits_BV[:, None], no_tokens, self.logits_B1V, num_drafts_B)
+        probs_BV: np.ndarray = targets.probs_BLV[:, 0].numpy()
+        return probs_BV
 
 
 def _draft_blocks(
@@ -246,14 +285,6 @@ def _draft_blocks(
     return blocks
 
 
-def _is_tied(soft_BV: np.ndarray, tokens_B: np.ndarray, tolerance: float) -> np.ndarray:
-    """Which greedy rows rounding could have decided otherwise: of the two best the token may be either."""
-    best_B2 = np.sort(soft_BV, axis=1)[:, -2:]
-    mine_B = soft_BV[np.arange(len(soft_BV)), tokens_B]
-    is_close_B: np.ndarray = np.minimum(mine_B, best_B2[:, 0]) >= best_B2[:, 1] - tolerance
-    return is_close_B
-
-
 def _laws(
     request: AuditedRequest, num_tokens: Sequence[int], policy: HFPolicy, sampling: Sampling
 ) -> tuple[Laws, Laws]:
@@ -294,31 +325,17 @@ def _laws_again(
     rows = request.numbers[indices]
     laws, softened = _laws(request, rows["position"].tolist(), policy, sampling)
     drafted = rows["draft"] >= 0
-    draft_logits_B1V = torch.zeros_like(logits_BV)[:, None]
-    draft_probs_BV = np.zeros(logits_BV.shape)
+    of_drafts = _Drafts.of(rows, logits_BV, blocks)
+    draft_probs_BV = of_drafts.probs_BV
     is_tied_B = np.zeros(len(rows), dtype=bool)  # rounding could have made another token the best one
-    has_rows = rows["num_masks"] > 0
-    is_certain = drafted & ~has_rows  # what was looked up is a point mass
-    draft_probs_BV[is_certain, rows["draft"][is_certain]] = 1.0
-    for index in np.flatnonzero(drafted & has_rows).tolist():
+    for index in np.flatnonzero(of_drafts.has_rows_B).tolist():
         block, offset = blocks[int(rows["attempt"][index])], int(rows["offset"][index])
-        draft_logits_B1V[index, 0] = block.logits_KV[offset]
-        draft_probs_BV[index] = block.probs_KV[offset]
         is_tied_B[index] = block.is_tied(offset, int(rows["draft"][index]), tolerance)
     place = np.arange(len(rows))
     tokens, drafts = rows["token"], np.maximum(rows["draft"], 0)
-
-    def target_rows(of: Laws) -> np.ndarray:
-        no_tokens = torch.empty((len(rows), 0), dtype=torch.int64)
-        num_drafts_B = torch.from_numpy((drafted & has_rows).astype(np.int64))
-        targets = of.target_rows(logits_BV[:, None], no_tokens, draft_logits_B1V, num_drafts_B)
-        probs_BV: np.ndarray = targets.probs_BLV[:, 0].numpy()
-        return probs_BV
-
-    target_BV = target_rows(laws)
+    target_BV = of_drafts.target_rows(laws, logits_BV)
     if laws.has_greedy:
-        soft_BV = target_rows(softened)
-        is_tied_B |= _is_tied(soft_BV, tokens, tolerance)
+        is_tied_B |= is_tied(of_drafts.target_rows(softened, logits_BV), tokens, tolerance)
     weights_BV = np.where(
         (rows["kind"] == RECOVERED)[:, None], np.maximum(target_BV - draft_probs_BV, 0), target_BV
     )

@@ -43,6 +43,7 @@ class AuditReport:
     recomputed: dict[int, int] = field(default_factory=dict)  # rows by version, at level 2
     without_policy: list[int] = field(default_factory=list)  # versions whose checkpoint is gone
     num_unknown_laws: int = 0  # rows whose law needs code that is not in the file, or is cut too roughly
+    num_near_ties: int = 0  # rows that differ, of laws that rounding may cut elsewhere: not compared
     largest_difference: float = 0.0  # of a recomputed probability,
     tolerance: float = 0.0  # and the largest that rounding explains
     unfinished: list[str] = field(default_factory=list)  # files that a dead process was writing
