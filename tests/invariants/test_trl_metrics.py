@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import trl
+from peft import LoraConfig
 
 from blockroll.config import RolloutConfig
 from blockroll.rl_loops.trl import trainers
@@ -190,6 +191,50 @@ def test_the_runs_mean_goes_on_through_a_resume(tmp_path, logging_steps):
         assert mine[f"{SURPRISAL}/{name}"] == pytest.approx(theirs[f"{SURPRISAL}/{name}"], abs=1e-4)
 
 
+def dropping(model):
+    model.config.attention_dropout = 0.3
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.3
+
+
+NOISES = {
+    "neftune": ({"neftune_noise_alpha": 20.0}, {}),
+    "attention": ({}, {}),
+    "lora": ({}, {"peft_config": LoraConfig(r=4, target_modules=["q_proj"], lora_dropout=0.5)}),
+}
+
+
+@pytest.mark.parametrize("noise", NOISES)
+def test_a_forward_that_draws_random_numbers_accuses_no_sampler(tmp_path, caplog, noise):
+    options, arguments = NOISES[noise]
+    made = trainer(
+        tmp_path,
+        rollout=PLAIN,
+        eval_dataset=ROWS.select(range(4)),
+        options={"per_device_eval_batch_size": 16, "max_steps": 1, **options},
+        **arguments,
+    )
+    if noise == "attention":
+        dropping(made.model)
+    (row,) = logs(made)
+    assert not [name for name in row if name.startswith(SURPRISAL)]
+    assert "rollout_corr/rollout_is_mean" in row
+    assert [
+        record.getMessage()[:11] for record in caplog.records if "random numbers" in record.getMessage()
+    ] == ["in training"]
+    made.evaluate()
+    row = made.state.log_history[-1]
+    assert abs(row[f"eval_{SURPRISAL}/mean"]) < 4 * row[f"eval_{SURPRISAL}/se"]
+
+
+def test_taking_a_noisy_forward_for_the_sampling_law_is_caught(tmp_path, monkeypatch):
+    """Planted: the forward is said to draw nothing."""
+    monkeypatch.setattr(trainers, "random_state", lambda device: ())
+    options = {"neftune_noise_alpha": 20.0, "max_steps": 1, "per_device_train_batch_size": 32}
+    (row,) = logs(trainer(tmp_path, rollout=PLAIN, options=options))
+    assert row[f"{SURPRISAL}/mean"] > 4 * row[f"{SURPRISAL}/se"]
+
+
 def forwards(made, monkeypatch):
     """How often TRL computes log-probabilities, without a gradient and with one."""
     counts = {False: 0, True: 0}
@@ -210,10 +255,11 @@ def forwards(made, monkeypatch):
         ({}, {}, (0, 2)),
         ({}, {"num_iterations": 2}, (0, 2)),
         ({}, {"bf16": True}, (2, 2)),
+        ({}, {"neftune_noise_alpha": 5.0}, (2, 2)),
         ({"mix_weight": 0.5}, {"vllm_importance_sampling_mode": "token_truncate"}, (2, 2)),
         ({}, {"repetition_penalty": 1.1, "vllm_importance_sampling_mode": "token_truncate"}, (2, 2)),
     ],
-    ids=["lossless", "reused", "bf16", "mixed", "penalized"],
+    ids=["lossless", "reused", "bf16", "noisy", "mixed", "penalized"],
 )
 def test_lossless_float32_batches_are_not_scored_once_more(tmp_path, monkeypatch, rollout, options, expected):
     plan = "two_forward" if "mix_weight" in rollout else "plain"

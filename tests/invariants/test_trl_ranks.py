@@ -89,8 +89,10 @@ def test_two_ranks_share_two_ray_replicas_that_follow_policy_and_drafts(tmp_path
         (("--fail-on", "1", "--failure", "memory"), "OutOfMemoryError: planted", "generating rollouts"),
         (("--fail-on", "1", "--failure", "interrupt"), "KeyboardInterrupt: planted", "generating rollouts"),
         (("--fail-sync-on", "1"), "OutOfMemoryError: planted", "comparing weights"),
+        (("--fail-prompts-on", "1"), "UnicodeError: planted", "preparing prompts"),
+        (("--fail-row-on", "1"), "KeyError: 'prompt'", "preparing prompts"),
     ],
-    ids=["rollouts", "rewards", "memory", "interrupt", "sync"],
+    ids=["rollouts", "rewards", "memory", "interrupt", "sync", "tokenization", "rows"],
 )
 def test_an_error_on_one_rank_ends_both_by_name_within_half_a_minute(tmp_path, options, error, doing):
     start = time.monotonic()

@@ -46,6 +46,8 @@ def main() -> None:
     parser.add_argument(
         "--fail-reward-on", type=int, default=-1, help="the rank whose reward raises in step 1"
     )
+    parser.add_argument("--fail-prompts-on", type=int, default=-1, help="the rank with a prompt that is none")
+    parser.add_argument("--fail-row-on", type=int, default=-1, help="the rank that gets a row without prompt")
     parser.add_argument("--fsdp", action="store_true")
     parser.add_argument("--bf16", action="store_true", help="multiply in bfloat16")
     parser.add_argument("--align", action="store_true", help="with an adapter that starts from nothing")
@@ -108,6 +110,19 @@ def main() -> None:
         return fingerprint()
 
     trainer.rollouts.placement.fingerprint = failing
+    tokenize, score = trainer._tokenize_prompts, trainer._generate_and_score_completions
+
+    def tokenizing(prompts):
+        if rank == given.fail_prompts_on and trainer.state.global_step == 1:
+            raise UnicodeError("planted")
+        return tokenize(prompts)
+
+    def scoring(rows):
+        if rank == given.fail_row_on and trainer.state.global_step == 1:
+            rows = [{"answer": row["answer"]} for row in rows]
+        return score(rows)
+
+    trainer._tokenize_prompts, trainer._generate_and_score_completions = tokenizing, scoring
     trainer.train()
     adapter = trainer.rollouts.placement.policy.adapter if given.align else None
     report = {

@@ -57,7 +57,7 @@ class TrainerRollouts:
         self._trainer = trainer
         self._calls: Counter[tuple[str, int]] = Counter()  # by mode and step
         self.trained: list[Rollout] = []  # of the latest batch that the trainer learns from
-        self._is_first_call = True
+        self.is_met = False  # whether the ranks have met in the round under way, behind their first call
         self._error: BaseException | None = None  # of a tool loop's call in the round under way
         self._after = -1  # versions up to this one are those of a checkpoint
         self._served: Fingerprint = ()
@@ -78,7 +78,7 @@ class TrainerRollouts:
 
     def begin_round(self) -> None:
         """All ranks start to generate for the same batch."""
-        self.rollouts, self.duration_s, self._is_first_call = [], 0.0, True
+        self.rollouts, self.duration_s, self.is_met = [], 0.0, False
 
     def end_round(self) -> None:
         """The batch is complete; a later turn of one of its texts would start from its prompt again.
@@ -152,8 +152,8 @@ class TrainerRollouts:
             except BaseException as failure:  # noqa: BLE001 raised below, on every rank
                 error = failure
             self.duration_s += time.perf_counter() - start
-        if self._is_first_call:
-            self._is_first_call = False
+        if not self.is_met:
+            self.is_met = True
             raise_together(self._trainer.accelerator, error, "generating rollouts")
         elif error is not None:
             return self._stand_in(prompts, error)

@@ -6,7 +6,8 @@ was reported with them; the ratios in `rollout_corr/*` compare only what was rep
 loss, where the weights are still those that drew the tokens, and over all tokens that were drawn: which texts
 are long is decided by their tokens, so that complete texts alone would be a biased choice. Rare tokens carry
 most of the variance: in a small batch none may occur, and `se` is then too small, so `run_mean` and `run_se`
-go on over the whole run, through checkpoints, for training and evaluation apart.
+go on over the whole run, through checkpoints, for training and evaluation apart. A forward that draws random
+numbers (dropout, NEFTune, router jitter) is not the law that drew the tokens, and its entropy is left out.
 """
 
 import math
@@ -81,12 +82,22 @@ class LearnersView:
         self._text_weights: list[Tensor] = []  # their sums over a text
 
     def add(
-        self, logprobs_BT: Tensor, entropies_BT: Tensor, drawn_BT: Tensor, *, reported_BT: Tensor | None
+        self,
+        logprobs_BT: Tensor,
+        entropies_BT: Tensor,
+        drawn_BT: Tensor,
+        *,
+        reported_BT: Tensor | None,
+        is_random: bool = False,
     ) -> None:
-        """A micro-batch, of which `drawn_BT` says where a token was drawn by the learner's very weights."""
-        values_N = (-logprobs_BT - entropies_BT).detach()[drawn_BT].double()
-        sums = torch.stack([torch.ones_like(values_N).sum(), values_N.sum(), values_N.square().sum()])
-        self._sums += sums.cpu()
+        """A micro-batch, of which `drawn_BT` says where a token was drawn by the learner's very weights.
+
+        `is_random`: the forward drew random numbers, so that tokens do not follow what it computes.
+        """
+        if not is_random:
+            values_N = (-logprobs_BT - entropies_BT).detach()[drawn_BT].double()
+            sums = torch.stack([torch.ones_like(values_N).sum(), values_N.sum(), values_N.square().sum()])
+            self._sums += sums.cpu()
         if reported_BT is not None:
             log_weights_BT = (logprobs_BT.detach() - reported_BT).float()
             is_known_BT = drawn_BT & ~log_weights_BT.isnan()
@@ -128,6 +139,12 @@ class LearnersView:
     def _reduced(self, accelerator: Any) -> Tensor:
         reduced: Tensor = accelerator.reduce(self._sums.to(accelerator.device), reduction="sum")
         return reduced.cpu().clone()
+
+
+def random_state(device: torch.device) -> tuple[Tensor, ...]:
+    """Of the generators that a forward on this device draws from: another one once it has drawn."""
+    states = (torch.random.get_rng_state(),)
+    return (*states, torch.cuda.get_rng_state(device)) if device.type == "cuda" else states
 
 
 def _gathered(accelerator: Any, own: Sequence[Tensor]) -> Tensor:

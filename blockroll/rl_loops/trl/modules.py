@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from accelerate.utils import is_peft_model
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 from transformers import PreTrainedModel
 
 from blockroll.errors import InvalidInput
@@ -51,11 +52,15 @@ def has_tuners(model: nn.Module) -> bool:
     return is_peft_model(model) or any(map(_is_peft_layer, model.modules()))
 
 
-def has_dropout(model: nn.Module) -> bool:
-    """Whether a forward in training drops at random: it computes another law than the one that generates."""
-    config = model.config
-    return any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules()) or bool(
-        getattr(config, "attention_dropout", 0)
+def is_random_in_training(trainer: Any) -> bool:
+    """Whether a forward in training draws random numbers: its law is not the one that generates.
+
+    By what modules and arguments say; a forward that was run shows it for certain.
+    """
+    return getattr(trainer.args, "neftune_noise_alpha", None) is not None or any(
+        (isinstance(module, _DropoutNd) and module.p > 0)
+        or any(getattr(module, name, 0) for name in ("attention_dropout", "jitter_noise"))
+        for module in (trainer.model, trainer.model.config, *trainer.model.modules())
     )
 
 

@@ -30,21 +30,24 @@ def on_any(accelerator: Any, here: bool) -> bool:
 
 
 def raise_together(accelerator: Any, error: BaseException | None, doing: str) -> None:
-    """All ranks call it at the same place; each raises its own error, or the error of another rank."""
+    """All ranks call it at the same place; each raises its own error, or the error of another rank.
+
+    A rank may bring an error of what it was `doing` before, and so be where the others do something else.
+    """
     if accelerator.num_processes > 1:
         own = None if error is None else f"{type(error).__name__}: {error}"
         try:
-            reports: list[str | None] = gather_object([own])
+            reports: list[tuple[str, str | None]] = gather_object([(doing, own)])
         except RuntimeError as broken:
             raise RankError(
                 f"rank {accelerator.process_index} could not hear from all {accelerator.num_processes} ranks "
                 f"after {doing}: one has died ({broken})" + (f"; its own error: {own}" if own else "")
             ) from (error or broken)
-        failed = {rank: report for rank, report in enumerate(reports) if report is not None}
+        failed = {rank: report for rank, report in enumerate(reports) if report[1] is not None}
     else:
         failed = {}
     if error is not None:
         raise error
     if failed:
-        rank, report = next(iter(failed.items()))
+        rank, (doing, report) = next(iter(failed.items()))
         raise RankError(f"rank {rank} failed while {doing}, so every rank stops: {report}")

@@ -1,6 +1,7 @@
 """TRL's GRPO and RLOO trainers with rollouts by blockroll; everything else of them is TRL's."""
 
 import inspect
+import logging
 import math
 import warnings
 from pathlib import Path
@@ -22,8 +23,8 @@ from blockroll.rl_loops.trl.arguments import check_arguments, check_head
 from blockroll.rl_loops.trl.checkpoint import load_rollout_state, save_rollout_state
 from blockroll.rl_loops.trl.contract import GRPO_PARTS, TRAINER_PARTS, require_parts
 from blockroll.rl_loops.trl.generation import TrainerRollouts, trainer_sampling
-from blockroll.rl_loops.trl.metrics import PADDING, LearnersView, drawn_versions, round_metrics
-from blockroll.rl_loops.trl.modules import base_model, has_dropout
+from blockroll.rl_loops.trl.metrics import PADDING, LearnersView, drawn_versions, random_state, round_metrics
+from blockroll.rl_loops.trl.modules import base_model, is_random_in_training
 from blockroll.rl_loops.trl.placement import forward_dtype, place
 from blockroll.rl_loops.trl.prompt_lengths import with_fitting_prompts
 from blockroll.rl_loops.trl.record import Record, audit_folder
@@ -37,6 +38,16 @@ if TYPE_CHECKING:  # a mixin sees the trainer it is mixed into; at run time it s
     from trl import GRPOTrainer as _Trainer
 else:
     _Trainer = object
+
+
+logger = logging.getLogger(__name__)
+
+_NOISE = (
+    "in training the trainer's forward draws random numbers (dropout, neftune_noise_alpha), and the law that "
+    "it computes is not the one that generates: sampling/surprisal_minus_entropy is not logged for training, "
+    "and rollout_corr/* and sampling/* measure that noise. Evaluations are without it; disable_dropout=True "
+    "trains without dropout"
+)
 
 
 class _DraftedRollouts(_Trainer):
@@ -60,6 +71,8 @@ class _DraftedRollouts(_Trainer):
         self.eos_token_ids = list(end_token_ids(base_model(self.model), self._tokenizer))
         self._views = {"train": LearnersView(), "eval": LearnersView()}
         self._loss_inputs: dict[str, Any] | None = None  # of the loss under way
+        self._is_noise_told = False
+        self._has_begun = False  # whether this rank has come to the first meeting of the round under way
         self._generated: tuple[Any, Any] = ((), None)  # completions of the latest batch, and their tool masks
         config = RolloutConfig() if isinstance(rollout, RolloutPool) else rollout
         sampling = trainer_sampling(self, config)
@@ -151,11 +164,17 @@ class _DraftedRollouts(_Trainer):
 
     def _generate(self, prompts: list[Any]) -> Any:
         mode = self._mode
+        self._has_begun = True
         with profiling_context(self, "sync_weights"):
             self.rollouts.sync_weights()
         self._last_loaded_step = self.state.global_step  # TRL's own condition for a sync, met
         self.rollouts.begin_round()
-        generated = super()._generate(prompts)
+        try:
+            generated = super()._generate(prompts)
+        except BaseException as error:  # of prompts: the other ranks wait where they have generated
+            if not self.rollouts.is_met:
+                raise_together(self.accelerator, error, "preparing prompts")
+            raise
         self.rollouts.end_round()
         metrics = round_metrics(self.accelerator, self.rollouts.rollouts, self.rollouts.duration_s)
         metrics["rollout/weight_version"] = float(self.rollouts.version)
@@ -163,10 +182,12 @@ class _DraftedRollouts(_Trainer):
         self._append(mode, metrics)
         if mode == "train":
             self.rollouts.note_trained()
-        # What comes behind them is the tool mask in GRPO, and the texts in RLOO, which calls no tools.
-        is_grpo = isinstance(self, trl.GRPOTrainer)
-        self._generated = (generated[1], generated[2] if is_grpo else None)
+        self._generated = (generated[1], self._tool_mask(generated))
         return generated
+
+    def _tool_mask(self, generated: Any) -> Any:
+        """Which tokens of what `_generate` gave a tool has said; None where the trainer calls no tools."""
+        return None
 
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
         try:
@@ -185,7 +206,13 @@ class _DraftedRollouts(_Trainer):
         return rewards
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        batch: dict[str, Any] = super()._generate_and_score_completions(inputs)
+        self._has_begun = False
+        try:
+            batch: dict[str, Any] = super()._generate_and_score_completions(inputs)
+        except BaseException as error:  # of rows and environments: the other ranks compare weights already
+            if not self._has_begun:
+                raise_together(self.accelerator, error, "preparing prompts")
+            raise
         completion_ids, tool_mask = self._generated
         batch["drawn_versions"] = drawn_versions(
             completion_ids, tool_mask, version=self.rollouts.version, like_BT=batch["completion_ids"]
@@ -216,11 +243,18 @@ class _DraftedRollouts(_Trainer):
         elif drawn_BT.any():
             # TRL hides texts that it masks from themselves: they count nowhere, and have no law then.
             attention_mask = torch.cat([inputs["prompt_mask"], (versions_BT != PADDING).long()], dim=1)
+        before = random_state(input_ids.device)
         logprobs_BT, entropies_BT, aux_loss = super()._get_per_token_logps_and_entropies(
             model, input_ids, attention_mask, *args, **kwargs
         )
+        is_random = not all(map(torch.equal, before, random_state(input_ids.device)))
+        if is_random and not self._is_noise_told:
+            self._is_noise_told = True
+            if self.accelerator.is_main_process:
+                logger.warning(_NOISE)
+        reported_BT = inputs.get("sampling_per_token_logps")
         self._views[self._mode].add(
-            logprobs_BT, entropies_BT, drawn_BT, reported_BT=inputs.get("sampling_per_token_logps")
+            logprobs_BT, entropies_BT, drawn_BT, reported_BT=reported_BT, is_random=is_random
         )
         return logprobs_BT, entropies_BT, aux_loss
 
@@ -270,7 +304,7 @@ class GRPOTrainer(_DraftedRollouts, trl.GRPOTrainer):
             self._corrects
             and self.rollouts.sampling.is_policy
             and forward_dtype(self) == torch.float32
-            and not has_dropout(self.model)
+            and not is_random_in_training(self)
         )
         mode = self.vllm_importance_sampling_mode
         if self.loss_type == "vespo" and self._corrects and not mode.startswith("token"):
@@ -282,6 +316,9 @@ class GRPOTrainer(_DraftedRollouts, trl.GRPOTrainer):
     @property
     def _corrects(self) -> bool:
         return bool(self.vllm_importance_sampling_correction)
+
+    def _tool_mask(self, generated: Any) -> Any:
+        return generated[2]
 
     def _check_law(self, sampling: Sampling) -> None:
         if sampling.truncation and self._corrects:
