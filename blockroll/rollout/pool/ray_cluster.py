@@ -91,14 +91,20 @@ def _answers(address: str | None) -> bool:
     """Whether something listens where Ray would connect, if it would: Ray itself asks for minutes."""
     if address is not None and "://" in address:
         return True
-    where: str | None = canonicalize_bootstrap_address(address)  # type: ignore[arg-type]
-    if where is None:
-        return True
-    host, _, port = where.rpartition(":")
     try:
-        with socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER_TIMEOUT_S):
+        where: str | None = canonicalize_bootstrap_address(address)  # type: ignore[arg-type]
+        if where is None:
             return True
-    except OSError:
+        host, _, port = where.rpartition(":")
+        there = (host.strip("[]"), int(port))
+    except ValueError:
+        raise ReplicaError(
+            f"{address!r} is no address of a Ray cluster: give RAY_ADDRESS as host:port, 'auto' or 'local'"
+        ) from None
+    try:
+        with socket.create_connection(there, timeout=_ANSWER_TIMEOUT_S):
+            return True
+    except (OSError, OverflowError):  # no port is that large
         return False
 
 
