@@ -23,6 +23,7 @@ from transformers.utils import logging as hf_logging
 from blockroll.errors import CheckpointError, InvalidInput
 from blockroll.policies.positions import context_of
 
+TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "tekken.json")
 TINY_POLICY_DIR = Path(__file__).parent / "tiny_policy"
 
 # Whether the family takes one attention mask for all layers or one per kind of layer.
@@ -109,9 +110,12 @@ def load_model(
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a checkpoint folder."""
+    """The tokenizer of a checkpoint folder. CheckpointError where it has none, or one that cannot be read."""
     folder = resolve_checkpoint(path)
     with _named(folder, "the tokenizer"):
+        if not any(file for pattern in TOKENIZER_FILES for file in folder.glob(pattern)):
+            # Early transformers 5 would make an empty one of the model's type.
+            raise FileNotFoundError(f"there is no {', '.join(TOKENIZER_FILES)}")
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
     return tokenizer
 
