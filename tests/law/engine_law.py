@@ -17,93 +17,23 @@ Shapes: B requests, R rows, K drafted tokens, L = K + 1, P levels, S keys, V voc
 import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import cycle
 from typing import NamedTuple
 from unittest import mock
 
 import numpy as np
+import pytest
 import torch
-from torch import Tensor
 
-from blockroll.policies.base import FusedRows, KVShape
 from blockroll.rollout.drafters.engine import Engine
 from blockroll.rollout.engine import step as decoding
 from blockroll.types import Law, Plan, Request, Sampling
 from tests.engines import PlansInTurn
 from tests.law.integrate import Tokens, Toy, _boundaries, _product, _split, tempered
+from tests.law.table_policy import LONGEST, TablePolicy
 
 PROMPT = 0  # every request starts from this one token; histories below leave it out
-LONGEST = 12
-
-
-class TablePolicy:
-    """A toy as a policy: tokens are their own keys, so the engine's cache holds the histories."""
-
-    def __init__(self, toy: Toy, num_drafts: int) -> None:
-        self.toy = toy
-        self.vocab_size = toy.vocab_size
-        self.tokenizer = None
-        self.max_length = LONGEST
-        self.eos_token_ids = ()
-        self.mask_token_id = None
-        self.can_draft = True
-        self.trained_drafts = num_drafts
-        self.trained_layouts = ("two_forward", "fused")
-        self.length_boundaries = ()
-        self.device = torch.device("cpu")
-        self.kv_shape = KVShape(num_layers=1, num_heads=1, width=1, dtype=torch.float64)
-
-    def prefill(self, ids_BR, window):
-        self._histories(ids_BR, window)
-
-    def verify_logits(self, ids_BR, window):
-        histories = self._histories(ids_BR, window)
-        return _logs([[self.toy.target_weights(h[: len(h) - n]) for n in _back(ids_BR)] for h in histories])
-
-    def draft_logits(self, ids_BC, num_drafts, window):
-        masks_BR = torch.full((len(ids_BC), num_drafts), -7)
-        histories = self._histories(torch.cat([ids_BC, masks_BR], dim=1), window)
-        known = [history[: len(history) - num_drafts] for history in histories]
-        rows = [[self.toy.draft_weights(h, i) for i in range(num_drafts)] for h in known]
-        return _logs([[self.toy.target_weights(h), *row] for h, row in zip(known, rows, strict=True)])
-
-    def fused_rows(self, ids_BL, levels, window):
-        width = ids_BL.shape[1]
-        masks_BR = torch.full((len(ids_BL), width * len(levels)), -7)
-        rows = self._histories(torch.cat([ids_BL, masks_BR], dim=1), window)
-        histories = [history[: len(history) - width * len(levels)] for history in rows]
-        verify = [[self.toy.target_weights(h[: len(h) - n]) for n in _back(ids_BL)] for h in histories]
-        states = torch.zeros(len(ids_BL), len(levels), width, LONGEST + 2)
-        for b, history in enumerate(histories):
-            for p, level in enumerate(levels):
-                known = history[: len(history) - (width - 1) + level]
-                for j in range(width):
-                    states[b, p, j, : len(known) + 2] = torch.tensor([j, len(known), *known])
-        return FusedRows(verify_logits_BLV=_logs(verify), proposal_states_BPLW=states)
-
-    def proposal_logits(self, states_BKW):
-        return _logs([[self.toy.draft_weights(*_known(state)) for state in row] for row in states_BKW])
-
-    def _histories(self, ids_BR: Tensor, window) -> list[Tokens]:
-        keys, _ = window.update(ids_BR[:, None, :, None].double(), ids_BR[:, None, :, None].double(), 0)
-        stop_B = (window.lengths_B + ids_BR.shape[1]).tolist()
-        return [
-            tuple(int(token) for token in keys[b, 0, 1:stop, 0].tolist()) for b, stop in enumerate(stop_B)
-        ]
-
-
-def _back(ids_BR: Tensor) -> range:
-    return range(ids_BR.shape[1] - 1, -1, -1)
-
-
-def _known(state: Tensor) -> tuple[Tokens, int]:
-    slot, length, *rest = (int(value) for value in state.tolist())
-    return tuple(rest[:length]), slot
-
-
-def _logs(rows: Sequence[Sequence[Sequence[float]]]) -> Tensor:
-    return torch.tensor(rows, dtype=torch.float64).log()
 
 
 class State(NamedTuple):
@@ -165,6 +95,45 @@ class Processing:
         return law / law.sum()
 
 
+@dataclass(frozen=True, kw_only=True)
+class Interruption:
+    """Before this step, whatever its coins will be, all texts are aborted and go on in another engine."""
+
+    step: int
+    broken_forward: int = 0  # the step's forward that raised first; 0: none, the abort falls between steps
+
+    def resumed(self, engine: Engine, make_engine: Callable[[], Engine], num_requests: int) -> Engine:
+        """The engine that goes on."""
+        if self.broken_forward:
+            engine.policy = engine._decoder._policy = _Broken(engine.policy, self.broken_forward)
+            with pytest.raises(RuntimeError, match="broken"):
+                engine.step()
+        rollouts = engine.abort([str(c) for c in range(num_requests)])
+        other = make_engine()
+        other.submit(replace(rollout.request, prefix=rollout.as_prefix()) for rollout in rollouts)
+        return other
+
+
+class _Broken:
+    """A policy whose n-th forward raises."""
+
+    def __init__(self, policy: TablePolicy, number: int) -> None:
+        self._policy, self._left = policy, number
+
+    def __getattr__(self, name: str):
+        given = getattr(self._policy, name)
+        if name not in ("prefill", "verify_logits", "draft_logits", "fused_rows", "proposal_logits"):
+            return given
+
+        def forward(*arguments):
+            self._left -= 1
+            if not self._left:
+                raise RuntimeError("broken")
+            return given(*arguments)
+
+        return forward
+
+
 def processed_law(toy: Toy, processing: Processing, length: int) -> dict[Tokens, float]:
     """The law of the first `length` tokens, one token at a time."""
     law: dict[Tokens, float] = {(): 1.0}
@@ -181,7 +150,12 @@ def processed_law(toy: Toy, processing: Processing, length: int) -> dict[Tokens,
 
 
 def engine_law(
-    toy: Toy, *plans: Plan, length: int, weight: float = 1.0, processing: Processing | None = None
+    toy: Toy,
+    *plans: Plan,
+    length: int,
+    weight: float = 1.0,
+    processing: Processing | None = None,
+    interruption: Interruption | None = None,
 ) -> tuple[dict[Tokens, float], dict[Tokens, float]]:
     """The law of the first `length` tokens, and the same corrected by the product of pi / mu.
 
@@ -204,7 +178,8 @@ def engine_law(
             for coins, volume in zip(*_cells(toy, plan, state, weight, processing), strict=True)
         ]
         coins_C = [(*reached.coins, tuple(coins)) for _, reached, coins, _ in cells]
-        outcomes = _run(toy, steps, coins_C, weight, processing)
+        outcomes = _run(toy, steps, coins_C, weight, processing, interruption)
+        is_cut = interruption is not None and interruption.step == len(steps)
         for (state, reached, coins, volume), (new, num_accepted, drafted, ratio) in zip(
             cells, outcomes, strict=True
         ):
@@ -214,7 +189,8 @@ def engine_law(
                 law[history[:length]] += mass
                 corrected[history[:length]] += better
                 continue
-            entry = following[_next_state(plan, after, state.history, drafted, num_accepted, history)]
+            following_state = _next_state(plan, after, state.history, drafted, num_accepted, history)
+            entry = following[_first_state(after, history) if is_cut else following_state]
             entry.mass += mass
             entry.corrected += better
             entry.coins = (*reached.coins, tuple(coins))
@@ -222,8 +198,8 @@ def engine_law(
     return dict(law), dict(corrected)
 
 
-def _first_state(plan: Plan) -> State:
-    return State((), tuple(((), i) for i in range(plan.num_drafts)))
+def _first_state(plan: Plan, history: Tokens = ()) -> State:
+    return State(history, tuple((history, i) for i in range(plan.num_drafts)))
 
 
 def _next_state(
@@ -234,7 +210,7 @@ def _next_state(
     A fused step after one of as many drafts takes its proposal; any other step drafts anew.
     """
     if not (plan.levels and after.levels and plan.num_drafts == after.num_drafts):
-        return State(history, tuple((history, i) for i in range(after.num_drafts)))
+        return _first_state(after, history)
     level = max(p for p in plan.levels if p <= num_accepted)
     known = before + drafted[:level]
     return State(history, tuple((known, j) for j in range(num_accepted - level + 1, plan.num_drafts + 1)))
@@ -337,14 +313,27 @@ def _run(
     coins_C: Sequence[Sequence[Sequence[float]]],
     weight: float,
     processing: Processing,
+    interruption: Interruption | None,
 ) -> list:
     """Of the last of these steps, one plan each, per cell: tokens, number accepted, drafts, and pi / mu."""
     tables = [torch.tensor(step, dtype=torch.float64) for step in zip(*coins_C, strict=True)]
     step_index = [0]
     drafted: dict[str, Tokens] = {}
 
+    first_use: dict[tuple[int, int, int, str], tuple[int, int]] = {}
+
     def given_uniforms(seeds_B, positions_B, attempts_B, num_drafts, *, settles):
         step = tables[step_index[0]][seeds_B]
+        if interruption is not None:  # a coin that has served comes again, as its words would give it
+            purposes = ["draft"] * num_drafts + ["accept"] * num_drafts + ["final"] * (1 + settles)
+            offsets = [*range(num_drafts), *range(num_drafts), num_drafts, *[0] * settles]
+            for b, (seed, position, attempt) in enumerate(
+                zip(seeds_B.tolist(), positions_B.tolist(), attempts_B.tolist(), strict=True)
+            ):
+                for column, words in enumerate(zip(offsets, purposes, strict=True)):
+                    key = (seed, attempt, position + words[0], words[1])
+                    used = first_use.setdefault(key, (step_index[0], column))
+                    step[b, column] = tables[used[0]][seed, used[1]]
         return step[:, :num_drafts], step[:, num_drafts:]
 
     def remember(record):
@@ -360,19 +349,26 @@ def _run(
         allow_truncated_mix=True,
         **processing.options,
     )
-    with mock.patch.object(decoding, "step_uniforms", given_uniforms):
-        engine = Engine(
+
+    def make_engine() -> Engine:
+        left = plans[step_index[0] :]
+        return Engine(
             TablePolicy(toy, max(plan.num_drafts for plan in plans)),
-            plan=plans[0] if len(set(plans)) == 1 else PlansInTurn(*plans),
+            plan=left[0] if len(set(left)) == 1 else PlansInTurn(*left),
             max_batch_size=len(coins_C),
             observers=(remember,),
         )
+
+    with mock.patch.object(decoding, "step_uniforms", given_uniforms):
+        engine = make_engine()
         engine.submit(
             Request(request_id=str(c), prompt_ids=(PROMPT,), seed=c, sampling=sampling)
             for c in range(len(coins_C))
         )
         for step in range(len(plans)):
             step_index[0] = step
+            if interruption is not None and interruption.step == step:
+                engine = interruption.resumed(engine, make_engine, len(coins_C))
             result = engine.step()
     assert not result.finished, "the toy must not end before the test does"
     commits = {commit.request_id: commit for commit in result.commits}
