@@ -16,6 +16,8 @@
     │   ├── NonFiniteWeights                 a tensor of the update holds NaN or infinity
     │   └── VersionMismatch                  the update does not follow the replica's version
     ├── ReplicaError (RuntimeError)          a replica died, hangs, or none is ready to serve
+    │   └── StaleReplica                     its weights are not the pool's: it serves again after an update
+    ├── ReplicaFault (RuntimeError)          something else than blockroll raised in a replica's process
     ├── RankError (RuntimeError)             another process of a distributed trainer failed
     ├── EnvironmentFailed (RuntimeError)     an environment was too slow, or raised
     ├── NonFiniteLogits (FloatingPointError) a forward gave NaN or infinity for a request
@@ -88,6 +90,14 @@ class VersionMismatch(WeightSyncError):
 
 class ReplicaError(BlockrollError, RuntimeError):
     """A replica died, hangs, or none is ready to serve."""
+
+
+class StaleReplica(ReplicaError):
+    """A replica's weights are not those that were published last: it serves again after an update."""
+
+
+class ReplicaFault(BlockrollError, RuntimeError):
+    """What a replica ran in its own process raised an error that is not blockroll's; the replica lives."""
 
 
 class RankError(BlockrollError, RuntimeError):

@@ -55,14 +55,12 @@ def test_what_a_killed_replica_had_written_may_stand_again_in_the_file_of_anothe
 ):
     requests = make_requests(prompts(8), SAMPLING)
     with audited(checkpoint, tmp_path, backend="ray", threads_per_replica=1) as pool:
-        import ray
-
         replica, victim = pool._members[1].replica, pool.health()[1].pid
         poll = replica.poll
 
         def killed_before_it_answers():
             while not list(tmp_path.glob("*-replica-1-*.parquet")):
-                ray.get(replica.actor.poll.remote(replica._client))
+                replica._calls.ask("poll", replica._client)
             os.kill(victim, signal.SIGKILL)
             time.sleep(0.5)
             return poll()

@@ -185,7 +185,7 @@ class Stubborn:
         self._replica = replica
         self.replica_id, self.limits, self.update = replica.replica_id, replica.limits, replica.update
         self.submit, self.poll, self.health = replica.submit, replica.poll, replica.health
-        self.close = replica.close
+        self.close, self.expect = replica.close, replica.expect
 
     def abort(self, request_ids):
         raise OSError("the abort went wrong")

@@ -92,7 +92,7 @@ class Saboteur:
         self._replica, self.damage = replica, damage
         self.replica_id, self.limits = replica.replica_id, replica.limits
         self.submit, self.poll, self.abort = replica.submit, replica.poll, replica.abort
-        self.health, self.close = replica.health, replica.close
+        self.health, self.close, self.expect = replica.health, replica.close, replica.expect
 
     def update(self, update):
         return self._replica.update(self.damage(update) if self.damage else update)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Protocol, Self
 
+from blockroll.errors import BlockrollError, ReplicaError, RequestFailed
 from blockroll.rollout.pool.replica import Replica
 from blockroll.types import Prefix, ReplicaState, Request, Rollout, RolloutStats
 
@@ -76,6 +77,8 @@ class Member:
 
     replica: Replica
     state: ReplicaState = "READY"
+    # The error that says why it is DEAD, or STALE by its own word: the pool that publishes may be another's.
+    error: ReplicaError | None = None
     in_flight: dict[str, tuple[Call, Request]] = field(default_factory=dict)  # by alias
 
     def hold(self, call: Call, requests: Iterable[Request]) -> None:
@@ -177,6 +180,16 @@ def resumed(rollout: Rollout) -> Request:
     if not rollout.token_ids:
         return rollout.request
     return replace(rollout.request, prefix=rollout.as_prefix())
+
+
+def failed(request: Request, error: Exception) -> Rollout:
+    """What a request has committed that no replica can take, because of what it brings along."""
+    said = (
+        f"{type(error).__name__}: {error}"
+        if isinstance(error, BlockrollError)
+        else f"{RequestFailed.__name__}: it cannot be started: {error!r} for request {request.request_id!r}"
+    )
+    return replace(interrupted(request), finish_reason="error", error=said)
 
 
 def interrupted(request: Request) -> Rollout:

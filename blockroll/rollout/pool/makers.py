@@ -138,7 +138,7 @@ def join_ray_pool(name: str, policy: PolicyConfig, config: RolloutConfig, *, add
         replicas = [RayReplica.join(index, f"{name}-{index}") for index in range(config.num_replicas)]
         for replica in replicas:
             replica.wait_until_ready()
-        pool = _pool(replicas, policy, config, on_close=disconnect)
+        pool = _pool(replicas, policy, config, on_close=disconnect, is_joined=True)
         undo.pop_all()
     return pool
 
@@ -201,6 +201,7 @@ def _pool(
     *,
     transport: Callable[..., Any] | None = None,
     on_close: Callable[[], None] | None = None,
+    is_joined: bool = False,
 ) -> RolloutPool:
     notice = next((each.notice for each in replicas if each.notice is not None), None)
     if notice is not None:
@@ -213,6 +214,7 @@ def _pool(
         tokenizer=load_tokenizer(policy.path),
         sampling=config.sampling(allow_truncated_mix=True),
         weights_dtype=getattr(torch, policy.dtype),
+        is_joined=is_joined,
     )
 
 

@@ -52,11 +52,12 @@ class RolloutPool:
         tokenizer: Any = None,
         sampling: Sampling | None = None,
         weights_dtype: torch.dtype | None = None,
+        is_joined: bool = False,
     ) -> None:
         """`requests_per_replica` are handed out at a time; `transport` moves an update's buckets.
 
         `sampling` is that of requests without one of their own. `sync` casts weights to `weights_dtype`, the
-        replicas' own; None: they have the learner's.
+        replicas' own; None: they have the learner's. `is_joined`: another process publishes the weights.
         """
         if not replicas:
             raise InvalidInput("a pool needs at least one replica")
@@ -70,6 +71,7 @@ class RolloutPool:
         self.num_refused_updates = 0
         self._sampling = sampling or Sampling()
         self._weights_dtype = weights_dtype
+        self._is_joined = is_joined
 
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike[str] = "tiny", **options: Any) -> Self:
@@ -236,11 +238,19 @@ class RolloutPool:
         in flight goes on elsewhere from its last committed token.
         """
         self._router.require_open()
+        if self._is_joined:
+            raise InvalidInput(
+                "this pool has joined the replicas of another process, which publishes their weights: call "
+                "sync or update there"
+            )
         sent = self._transport(update) if self._transport else update
         with self._router.alone():
             living = [member for member in self._members if member.state != "DEAD"]
             if not living:
-                raise ReplicaError(f"no replica is left to take version {update.version}: all are dead")
+                deaths = "".join(f"; {member.error}" for member in self._members if member.error is not None)
+                raise ReplicaError(
+                    f"no replica is left to take version {update.version}: all are dead{deaths}"
+                )
             receipts = self._send(sent, living)
             with ExitStack() as stack:
                 for member in self._members:
@@ -292,10 +302,12 @@ class RolloutPool:
                 receipts = list(executor.map(lambda member: self._update_member(member, update), living))
         except BaseException:
             self.version = update.version  # who has it is not known: all are stale until the next one
+            self._announce(living)
             raise
         is_published = any(receipt.accepted for receipt in receipts)
         if is_published:
             self.version = update.version
+            self._announce(living)
         for member, receipt in zip(living, receipts, strict=True):
             if member.state == "DEAD":
                 continue
@@ -303,6 +315,7 @@ class RolloutPool:
                 member.state = before[member] if receipt.version >= 0 else "STALE"
             elif receipt.accepted and _holds(receipt, update):
                 member.state = "READY"
+            member.error = None
             if member.state == "STALE":
                 logger.error(
                     "replica %d is stale at version %d: %s",
@@ -312,6 +325,16 @@ class RolloutPool:
                 )
         return receipts
 
+    def _announce(self, living: Sequence[Member]) -> None:
+        """Tell replicas what was published: one that does not hold it serves no other process either."""
+        for member in living:
+            if member.state != "DEAD":
+                try:
+                    member.replica.expect(self.version)
+                except ReplicaError as death:
+                    member.state, member.error = "DEAD", death
+                    logger.error("%s", death)
+
     def _update_member(self, member: Member, update: WeightUpdate) -> UpdateReceipt:
         try:
             receipt = member.replica.update(update)
@@ -320,7 +343,7 @@ class RolloutPool:
                 logger.warning("replica %d refused, trying once more: %s", receipt.replica_id, receipt.error)
                 receipt = member.replica.update(update)
         except ReplicaError as death:
-            member.state = "DEAD"
+            member.state, member.error = "DEAD", death
             logger.error("%s", death)
             receipt = UpdateReceipt(
                 replica_id=member.replica.replica_id,

@@ -1,5 +1,6 @@
 """The Ray that this process uses: one that it has, one that runs already, or one of its own."""
 
+import functools
 import logging
 import os
 import socket
@@ -21,6 +22,15 @@ logger = logging.getLogger(__name__)
 _ANSWER_TIMEOUT_S = 5.0
 _lock = threading.Lock()
 _num_users = 0  # pools of this process that use a connection made here
+_made: tuple[str, str] | None = None  # that connection
+
+
+def connection() -> tuple[str, str] | None:
+    """This process's connection to Ray: no other has the same node and job. None if there is none."""
+    if not ray.is_initialized():
+        return None
+    context = ray.get_runtime_context()
+    return context.get_node_id(), context.get_job_id()
 
 
 def connect(address: str | None = None) -> Callable[[], None]:
@@ -31,15 +41,15 @@ def connect(address: str | None = None) -> Callable[[], None]:
     one is started. Its last user here disconnects, which ends a cluster only if it was started here.
     ReplicaError if a cluster is named and does not answer.
     """
-    global _num_users
+    global _num_users, _made
     with _lock:
-        if ray.is_initialized() and not _num_users:
-            return _leave_alone
         if not ray.is_initialized():
-            _num_users = 0
             _init(address)
+            _num_users, _made = 0, connection()
+        elif connection() != _made:
+            return _leave_alone
         _num_users += 1
-    return _disconnect
+        return functools.partial(_disconnect, _made)
 
 
 def ray_address() -> str:
@@ -112,9 +122,13 @@ def _leave_alone() -> None:
     """Somebody else's connection."""
 
 
-def _disconnect() -> None:
-    global _num_users
+def _disconnect(made: tuple[str, str] | None) -> None:
+    """Nothing, where somebody has ended that connection: what there is now is not ours."""
+    global _num_users, _made
     with _lock:
-        _num_users = max(0, _num_users - 1)
-        if not _num_users and ray.is_initialized():
+        if made is None or connection() != made:
+            return
+        _num_users -= 1
+        if not _num_users:
             ray.shutdown()
+            _made = None

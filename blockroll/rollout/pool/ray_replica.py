@@ -12,20 +12,22 @@ from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import numpy as np
+import ray
+from ray.exceptions import RayError
 
-from blockroll.errors import BlockrollError, InvalidInput, MissingDependency, ReplicaError
+from blockroll.errors import (
+    BlockrollError,
+    InvalidInput,
+    ReplicaError,
+    ReplicaFault,
+    StaleReplica,
+    WeightSyncError,
+)
 from blockroll.rollout.engine.requests import Limits
+from blockroll.rollout.pool.ray_calls import ActorCalls
 from blockroll.rollout.pool.replica import LocalReplica
 from blockroll.rollout.pool.shared import SharedReplica
 from blockroll.types import ReplicaHealth, Request, Rollout, UpdateReceipt, WeightUpdate
-
-try:
-    import ray
-    from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayTaskError
-except ImportError as missing:
-    raise MissingDependency(
-        "Ray is not installed; install it with pip install 'blockroll[ray]', or use rollout.backend=local"
-    ) from missing
 
 _POLL_WAIT_S = 0.02
 _START_TIMEOUT_S = 120.0
@@ -77,6 +79,9 @@ class ReplicaActor:
     def update(self, update: WeightUpdate) -> UpdateReceipt:
         return self._replica.update(dataclasses.replace(update, buckets=tuple(map(_fetch, update.buckets))))
 
+    def expect(self, version: int) -> None:
+        self._replica.expect(version)
+
     def close(self) -> None:
         if self._refusal is None:
             self._replica.close()
@@ -97,7 +102,7 @@ class RayReplica:
     def __init__(self, replica_id: int, actor: Any, *, is_own: bool = True) -> None:
         """A handle of an actor; only the process whose own it is may close it."""
         self.replica_id = replica_id
-        self.actor = actor  # its methods are made at run time
+        self._calls = ActorCalls(replica_id, actor)
         self._is_own = is_own
         self._client = uuid.uuid4().hex
         self._held: dict[str, Request] = {}  # submitted, and not back yet
@@ -137,46 +142,53 @@ class RayReplica:
         """The actor of this name, which another process has made."""
         try:
             actor = ray.get_actor(name, namespace=NAMESPACE)
-        except ValueError as error:
+        except (ValueError, RayError) as error:
             raise ReplicaError(f"there is no replica of the name {name!r}: {error}") from error
         return cls(replica_id, actor, is_own=False)
 
     def wait_until_ready(self) -> None:
         """Block until the policy is loaded; raises what its construction raised."""
-        limits = self._get(self.actor.limits.remote(), timeout=_START_TIMEOUT_S)
+        limits = self._calls.ask("limits", timeout_s=_START_TIMEOUT_S)
         if isinstance(limits, BlockrollError):
             raise limits
         self.limits = limits
-        self.notice = self._get(self.actor.notice.remote())
-        self._get(self.actor.enter.remote(self._client))
+        self.notice = self._calls.ask("notice")
+        self._calls.ask("enter", self._client)
 
     def submit(self, requests: Sequence[Request]) -> None:
         """Queue requests in the actor."""
-        if not self._get(self.actor.submit.remote(requests, self._client)):
+        if not self._calls.ask("submit", requests, self._client):
             self._enter_again()
-            self._get(self.actor.submit.remote(requests, self._client))
+            self._calls.ask("submit", requests, self._client)
         self._held.update((request.request_id, request) for request in requests)
 
     def poll(self) -> tuple[Rollout, ...]:
         """Rollouts of the poll under way, if it has ended; waits for it only briefly."""
         if self._pending is None:
-            self._pending = self.actor.poll.remote(self._client)
-        ready, _ = ray.wait([self._pending], timeout=_POLL_WAIT_S)
-        if not ready:
+            self._pending = self._calls.start("poll", self._client)
+        if not self._calls.is_over(self._pending, wait_s=_POLL_WAIT_S):
             return ()
         finished = self._result_of_poll()
-        self._pending = self.actor.poll.remote(self._client)
+        self._pending = self._calls.start("poll", self._client)
         return finished
 
     def update(self, update: WeightUpdate) -> UpdateReceipt:
         """Swap weights between two polls."""
-        receipt: UpdateReceipt = self._get(self.actor.update.remote(update))
+        receipt: UpdateReceipt = self._calls.ask("update", update)
         return receipt
+
+    def expect(self, version: int) -> None:
+        """Serve nothing, to no process, by weights older than this."""
+        self._calls.ask("expect", version)
 
     def abort(self, request_ids: Sequence[str]) -> tuple[Rollout, ...]:
         """End requests now; those of them that a poll under way has finished come back too."""
-        finished = self._result_of_poll()
-        aborted: tuple[Rollout, ...] = self._get(self.actor.abort.remote(request_ids, self._client))
+        try:
+            finished = self._result_of_poll()
+        except (StaleReplica, ReplicaFault) as error:  # of a poll whose requests end anyhow
+            logger.warning("a poll of what is aborted had failed: %s", error)
+            finished, self._arrived = self._arrived, ()
+        aborted: tuple[Rollout, ...] = self._calls.ask("abort", request_ids, self._client)
         ended = set(request_ids)
         self._arrived = tuple(each for each in finished if each.request.request_id not in ended)
         for request_id in request_ids:
@@ -185,43 +197,45 @@ class RayReplica:
 
     def release_memory(self) -> None:
         """Give the memory of keys and values back while nothing is served."""
-        self._get(self.actor.release_memory.remote())
+        self._calls.ask("release_memory")
 
     def health(self) -> ReplicaHealth:
         """Version, checksum of the weights really held, load, threads, process."""
-        health: ReplicaHealth = self._get(self.actor.health.remote())
+        health: ReplicaHealth = self._calls.ask("health")
         return health
 
     def devices(self) -> tuple[str, ...]:
         """Accelerators that Ray gave the actor, as host:index."""
-        devices: tuple[str, ...] = self._get(self.actor.devices.remote())
+        devices: tuple[str, ...] = self._calls.ask("devices")
         return devices
 
     def close(self) -> None:
         """End the actor's process, if it is one's own; leave it otherwise.
 
         AuditError if it held rows of an audit that it could not write. One that does not answer is killed.
+        Where the connection to Ray has ended, Ray has ended the actors of this process with it.
         """
-        if self._is_own:
-            try:
-                self._get(self.actor.close.remote(), timeout=_CLOSE_TIMEOUT_S)
-            except ReplicaError as death:
-                logger.info("%s while it was closed", death)
-            finally:
-                ray.kill(self.actor)
-        else:
-            self.actor.leave.remote(self._client)
+        if not self._calls.is_connected:
+            return
+        if not self._is_own:
+            self._calls.start("leave", self._client)
+            return
+        try:
+            self._calls.ask("close", timeout_s=_CLOSE_TIMEOUT_S)
+        except ReplicaError as death:
+            logger.info("%s while it was closed", death)
+        finally:
+            self._calls.kill()
 
     def _result_of_poll(self) -> tuple[Rollout, ...]:
         """What the poll under way finished, behind what an earlier one did."""
-        finished, self._arrived = self._arrived, ()
         pending, self._pending = self._pending, None
-        if pending is not None:
-            polled = self._get(pending)
-            if polled is None:
-                self._enter_again()
-            else:
-                finished += polled
+        polled = () if pending is None else self._calls.result(pending)
+        finished, self._arrived = self._arrived, ()
+        if polled is None:
+            self._enter_again()
+        else:
+            finished += polled
         for rollout in finished:
             self._held.pop(rollout.request.request_id, None)
         return finished
@@ -229,20 +243,8 @@ class RayReplica:
     def _enter_again(self) -> None:
         """The actor has not heard of this process for too long, and ended what it had submitted."""
         self._client, self._pending = uuid.uuid4().hex, None
-        self._get(self.actor.enter.remote(self._client))
-        self._get(self.actor.submit.remote(list(self._held.values()), self._client))
-
-    def _get(self, reference: "ray.ObjectRef[Any]", timeout: float | None = None) -> Any:
-        try:
-            return ray.get(reference, timeout=timeout)
-        except RayTaskError as failure:
-            if isinstance(failure.cause, BlockrollError):  # itself, and not within the actor's traceback
-                raise failure.cause from failure
-            raise
-        except RayActorError as death:
-            raise ReplicaError(f"replica {self.replica_id} died: {death}") from death
-        except GetTimeoutError as late:
-            raise ReplicaError(f"replica {self.replica_id} did not answer within {timeout:g} s") from late
+        self._calls.ask("enter", self._client)
+        self._calls.ask("submit", list(self._held.values()), self._client)
 
 
 def check_disjoint(trainer_devices: Sequence[str], replica_devices: Sequence[str]) -> None:
@@ -257,8 +259,22 @@ def check_disjoint(trainer_devices: Sequence[str], replica_devices: Sequence[str
 
 
 def put_buckets(update: WeightUpdate) -> WeightUpdate:
-    """The same update with its buckets in Ray's object store, written once for all replicas."""
-    return dataclasses.replace(update, buckets=tuple(ray.put(bucket) for bucket in update.buckets))
+    """The same update with its buckets in Ray's object store, written once for all replicas.
+
+    WeightSyncError where Ray does not take them.
+    """
+    if not ray.is_initialized():  # asked for it, Ray would start a cluster without a replica
+        raise ReplicaError(
+            f"version {update.version} reaches no replica: ray.shutdown() was called in this process while "
+            "its pool was in use; make another pool"
+        )
+    try:
+        return dataclasses.replace(update, buckets=tuple(ray.put(bucket) for bucket in update.buckets))
+    except RayError as error:
+        raise WeightSyncError(
+            f"version {update.version} could not be put into Ray's object store, the old version goes on "
+            f"serving: {type(error).__name__}: {error}; start Ray with a larger object_store_memory"
+        ) from error
 
 
 def _fetch(bucket: object) -> np.ndarray | None:
@@ -267,6 +283,6 @@ def _fetch(bucket: object) -> np.ndarray | None:
         return bucket if isinstance(bucket, np.ndarray) else None
     try:
         fetched: np.ndarray = ray.get(bucket)
-    except ObjectLostError:
+    except RayError:
         return None
     return fetched

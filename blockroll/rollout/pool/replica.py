@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from blockroll.errors import ReplicaError
+from blockroll.errors import ChecksumMismatch, StaleReplica
 from blockroll.rollout.drafters.engine import Engine
 from blockroll.rollout.engine.requests import Limits
 from blockroll.rollout.pool.weight_sync.buckets import (
@@ -31,7 +31,11 @@ _STEPS_PER_POLL = 16  # a poll returns after this many steps at the latest, so t
 
 
 class Replica(Protocol):
-    """What a pool asks of an engine, wherever it runs."""
+    """What a pool asks of an engine, wherever it runs.
+
+    `submit` and `poll` raise StaleReplica where its weights are older than `expect` said, or are not whole,
+    and ReplicaError where it died. Then nothing of a `submit` was taken.
+    """
 
     replica_id: int
     limits: Limits
@@ -42,11 +46,15 @@ class Replica(Protocol):
         ...
 
     def poll(self) -> tuple[Rollout, ...]:
-        """Rollouts finished since the last poll; lets the engine work meanwhile. ReplicaError if it died."""
+        """Rollouts finished since the last poll; lets the engine work meanwhile."""
         ...
 
     def update(self, update: WeightUpdate) -> UpdateReceipt:
         """Check and swap weights at a step boundary; a refusal is a receipt, not an exception."""
+        ...
+
+    def expect(self, version: int) -> None:
+        """Serve nothing by weights older than this, whoever asks; what is in flight can be aborted."""
         ...
 
     def abort(self, request_ids: Sequence[str]) -> tuple[Rollout, ...]:
@@ -70,8 +78,8 @@ class LocalReplica:
     """An engine in this process. After an update, running requests go on with a recomputed cache.
 
     Invariant: what it serves was drawn by weights of one version, whole. A call from another thread waits for
-    the step boundary. After an error in the middle of writing weights it serves nothing (ReplicaError) until
-    an update has written all of them.
+    the step boundary. After an error in the middle of writing weights, and while they are older than it was
+    told to expect, it serves nothing (StaleReplica) until an update has written all of them.
     """
 
     def __init__(
@@ -94,21 +102,19 @@ class LocalReplica:
         self.notice: str | None = None
         self._check_finite_weights = check_finite_weights
         self._is_whole = True  # False while weights are written, and after an error in the middle of it
-        self._interrupted: list[
-            Rollout
-        ] = []  # to go on elsewhere: their keys and values could not be renewed
+        self._expected = engine.policy_version
         self._lock = threading.Lock()
 
     def submit(self, requests: Sequence[Request]) -> None:
         """Queue requests."""
         with self._lock:
-            self._require_whole()
+            self._require_current()
             self.engine.submit(requests, are_checked=True)
 
     def poll(self) -> tuple[Rollout, ...]:
         """Run steps until a rollout finishes, at most a fixed number."""
         with self._lock:
-            self._require_whole()
+            self._require_current()
             for _ in range(_STEPS_PER_POLL):
                 if not self.engine.num_requests:
                     return ()
@@ -133,13 +139,21 @@ class LocalReplica:
                 self._write(update, own)
             except Exception as refusal:  # noqa: BLE001 - whatever was sent, the receipt says what came of it
                 error = f"{type(refusal).__name__}: {refusal}"
+            held = update.manifest.checksum if error is None else ""
+            if error is not None and self._is_whole:
+                held = weights_checksum(own)
             return UpdateReceipt(
                 replica_id=self.replica_id,
                 accepted=error is None,
                 version=self.engine.policy_version if self._is_whole else -1,
-                checksum=weights_checksum(own) if self._is_whole else "",
+                checksum=held,
                 error=error,
             )
+
+    def expect(self, version: int) -> None:
+        """Serve nothing by weights older than this."""
+        with self._lock:
+            self._expected = version
 
     def weights_changed(self, version: int) -> None:
         """Weights that somebody else also holds have been changed in place, to this version."""
@@ -175,6 +189,12 @@ class LocalReplica:
     def _write(self, update: WeightUpdate, own: Sequence[tuple[str, Tensor]]) -> None:
         self._is_whole = False
         load_update(update, own)
+        held = weights_checksum(own)
+        if held != update.manifest.checksum:
+            raise ChecksumMismatch(
+                f"the weights of version {update.version} have checksum {held} once they are written, sent "
+                f"was {update.manifest.checksum}"
+            )
         self._renew(update.version)
 
     def _renew(self, version: int) -> None:
@@ -189,9 +209,14 @@ class LocalReplica:
                 "replica %d renews its cache in the next step, because: %s", self.replica_id, failure
             )
 
-    def _require_whole(self) -> None:
+    def _require_current(self) -> None:
         if not self._is_whole:
-            raise ReplicaError(
-                f"replica {self.replica_id} holds weights of two versions, because an update broke off: it "
-                "serves again after one that succeeds"
+            raise StaleReplica(
+                f"replica {self.replica_id} holds weights of two versions, because an update broke off: "
+                "it serves again after one that succeeds"
+            )
+        if self.engine.policy_version < self._expected:
+            raise StaleReplica(
+                f"replica {self.replica_id} holds version {self.engine.policy_version}, published is "
+                f"{self._expected}: it serves again after an update that succeeds"
             )

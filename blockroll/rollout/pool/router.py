@@ -10,13 +10,15 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
-from blockroll.errors import InvalidInput, ReplicaError
-from blockroll.rollout.pool.calls import Call, Member, free_alias, resumed
+from blockroll.errors import InvalidInput, ReplicaError, StaleReplica
+from blockroll.rollout.pool.calls import Call, Member, failed, free_alias, resumed
 from blockroll.rollout.pool.replica import Replica
 from blockroll.rollout.pool.turns import TurnLock
 from blockroll.types import Request, Rollout
 
 logger = logging.getLogger(__name__)
+
+_MOST_HOMES = 4096  # more groups than replicas hold keys and values of
 
 
 class Router:
@@ -54,6 +56,7 @@ class Router:
         """A call of checked requests, none of which has started."""
         with self.alone():
             self.require_open()
+            self._ask_anew()
             call = Call.of(requests, self._owners)
             self._owners.update(dict.fromkeys(call.asked, call))
         return call
@@ -157,12 +160,7 @@ class Router:
         while call.waiting:
             ready = [member for member in self.members if member.state == "READY"]
             if not ready:
-                states = tuple(member.state for member in self.members)
-                raise ReplicaError(
-                    f"no replica is ready at version {self.version}; states are {states}; what was committed "
-                    "is kept: go on iterating after an update that succeeds, or close() the iterator, which "
-                    "gives it back"
-                )
+                raise self._none_is_ready()
             group = call.waiting[0]
             roomy = [member for member in ready if self._has_room(member, call, group)]
             if not roomy:
@@ -176,20 +174,60 @@ class Router:
             )
 
     def _submit(self, member: Member, call: Call) -> None:
-        """Hand the first waiting group to a replica; it waits again if that fails."""
+        """Hand the first waiting group to a replica; it waits again if the replica fails.
+
+        What cannot be taken because of what a request brings along ends that request alone, with an error.
+        """
         group = call.waiting.popleft()
-        if group[0].group_id is not None:
-            self._homes[group[0].group_id] = member
+        self._remember(group[0].group_id, member)
         member.hold(call, group)
         try:
             member.replica.submit(group)
+        except StaleReplica as stale:
+            self._set_aside(member, stale)
         except ReplicaError as death:
             self._bury(member, death)
-        except InvalidInput:  # nothing of it was taken
+        except Exception as error:  # noqa: BLE001 - it becomes the error of the request that brought it about
             for request in group:
                 member.let_go(request.request_id)
-            call.put_back(group)
-            raise
+            if len(group) == 1:
+                call.arrived.append(failed(group[0], error))
+            else:
+                call.waiting.extendleft([request] for request in reversed(group))
+
+    def _remember(self, group_id: str | None, member: Member) -> None:
+        """Where a group is now; of those that nobody has asked for longest, nothing."""
+        if group_id is None:
+            return
+        self._homes.pop(group_id, None)
+        self._homes[group_id] = member
+        if len(self._homes) > _MOST_HOMES:
+            del self._homes[next(iter(self._homes))]
+
+    def _none_is_ready(self) -> ReplicaError:
+        """What to raise; replicas that were stale by their own word are asked anew by the next call."""
+        states = tuple(member.state for member in self.members)
+        reasons = "".join(f"; {member.error}" for member in self.members if member.error is not None)
+        self._ask_anew()
+        advice = "go on iterating after an update that succeeds, or close() the iterator, which gives it back"
+        if all(state == "DEAD" for state in states):
+            advice = "close() the iterator, which gives it back, and make another pool"
+        return ReplicaError(
+            f"no replica is ready at version {self.version}; states are {states}{reasons}; "
+            f"what was committed is kept: {advice}"
+        )
+
+    def _ask_anew(self) -> None:
+        """Another process may have updated replicas that said they were stale: they say so again if not."""
+        for member in self.members:
+            if member.state == "STALE" and member.error is not None:
+                member.state, member.error = "READY", None
+
+    def _set_aside(self, member: Member, stale: StaleReplica) -> None:
+        """A replica that serves nothing for now: what it has goes on elsewhere."""
+        member.state, member.error = "STALE", stale
+        logger.error("%s", stale)
+        self.empty(member)
 
     def _has_room(self, member: Member, call: Call, group: list[Request]) -> bool:
         """What other calls have there does not count: they may never be asked for it."""
@@ -200,6 +238,8 @@ class Router:
         """Let a replica work, and give what finished to the calls it belongs to."""
         try:
             finished = member.replica.poll()
+        except StaleReplica as stale:
+            self._set_aside(member, stale)
         except ReplicaError as death:
             self._bury(member, death)
         except BaseException:  # what it still has, of any call, is not known
@@ -239,7 +279,7 @@ class Router:
 
     def _bury(self, member: Member, death: ReplicaError) -> None:
         """Give a dead replica's requests to the others."""
-        member.state = "DEAD"
+        member.state, member.error = "DEAD", death
         num_lost = self._requeue(member)
         logger.error("%s; %d requests go to other replicas", death, num_lost)
         self.num_redispatched += num_lost
