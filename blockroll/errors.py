@@ -3,7 +3,8 @@
     BlockrollError
     ├── InvalidInput (ValueError)            a request, argument or option that cannot be served
     │   ├── ConfigError                      an unknown key or a value outside its range in a config
-    │   └── AdapterMismatch                  a draft adapter is missing or of another architecture
+    │   ├── AdapterMismatch                  a draft adapter is missing or of another architecture
+    │   └── InvalidDraft                     a drafter gave what no step can verify
     ├── RunExists (FileExistsError)          the run folder is already there
     ├── RunInUse (RuntimeError)              another process works in the run folder
     ├── CheckpointError (RuntimeError)       a checkpoint is missing, incomplete or of another run
@@ -42,6 +43,10 @@ class ConfigError(InvalidInput):
 
 class AdapterMismatch(InvalidInput):
     """A draft adapter is missing or of another architecture."""
+
+
+class InvalidDraft(InvalidInput):
+    """A drafter gave what no step can verify; nothing was committed, and the step can be run again."""
 
 
 class RunExists(BlockrollError, FileExistsError):

@@ -1,6 +1,6 @@
 """What moves between the parts of blockroll: requests, rollouts, drafts, verdicts, plans and laws."""
 
-from blockroll.types.plan import MASK_ROWS, PLAIN, Law, Plan, PlanKind
+from blockroll.types.plan import DRAFTERS, MASK_ROWS, PLAIN, Law, Plan, PlanKind
 from blockroll.types.replica import (
     ReplicaHealth,
     ReplicaState,
@@ -14,6 +14,7 @@ from blockroll.types.sampling import Constraint, Guide, LogitsProcessor, Samplin
 from blockroll.types.verdict import POINT_MASS, Draft, Evidence, PointMass, Verdict
 
 __all__ = [
+    "DRAFTERS",
     "MASK_ROWS",
     "PLAIN",
     "POINT_MASS",

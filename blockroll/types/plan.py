@@ -1,6 +1,7 @@
 """How a step decodes, and what tokens are drawn from."""
 
 import re
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -31,7 +32,8 @@ class Law:
         return "target" if self.weight == 1.0 else f"mixed({self.weight:g})"
 
 
-MASK_ROWS = "mask_rows"  # the drafter of plans that name none
+MASK_ROWS = "mask_rows"  # the drafter of plans that draft and name none
+DRAFTERS = (MASK_ROWS,)  # that the package has, by the names that plans know them by
 
 
 class PlanKind(StrEnum):
@@ -48,12 +50,13 @@ class Plan:
     """How the next step decodes; one plan per step for the whole batch.
 
     (0) is plain, (K) is two-forward with K drafts, (K, levels) is fused with one proposal per level. With
-    another drafter than the policy's masks, (K) is one forward that verifies K drafts.
+    another drafter than the policy's masks, (K) is one forward that verifies K drafts. As a string it is its
+    name, which `parse` reads.
     """
 
     num_drafts: int
     levels: tuple[int, ...] = ()
-    drafter: str = field(default=MASK_ROWS, kw_only=True)  # by its name; of a plain plan it means nothing
+    drafter: str = field(default="", kw_only=True)  # by its name; none given: masks. "" of a plain plan
     kind: PlanKind = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -73,10 +76,13 @@ class Plan:
                 f"plan levels must rise from 0 to at most K = {self.num_drafts}, got "
                 f"{list(self.levels)}; without level 0 a step that accepts nothing has no drafts after it"
             )
+        self._check_drafter()
+        if self.num_drafts and not self.drafter:
+            object.__setattr__(self, "drafter", MASK_ROWS)
         if self.levels and self.drafter != MASK_ROWS:
             raise InvalidInput(
-                f"levels belong to fused plans, whose drafts are mask rows; a plan of drafter "
-                f"{self.drafter!r} has none"
+                "levels belong to fused plans, whose drafts are mask rows; a plan of "
+                f"{f'drafter {self.drafter!r}' if self.drafter else '0 drafts'} has none"
             )
         object.__setattr__(self, "kind", self._kind())
         if self.rows_per_forward > MAX_ROWS:
@@ -84,6 +90,23 @@ class Plan:
                 f"plan may have at most {MAX_ROWS} rows in a forward, got {self.rows_per_forward}: "
                 f"{len(self.levels)} proposals of {self.num_drafts} drafts; give fewer levels"
             )
+
+    def _check_drafter(self) -> None:
+        if not self.drafter:
+            return
+        if not self.num_drafts:
+            raise InvalidInput(
+                f"a plan of 0 drafts has no drafter, got {self.drafter!r}; leave it out, or give K of at "
+                "least 1"
+            )
+        if not _DRAFTER.fullmatch(self.drafter) or self.drafter in _KINDS:
+            raise InvalidInput(
+                f"a drafter's name is letters, digits and underscores, and none of {', '.join(_KINDS)}, got "
+                f"{self.drafter!r}: plans are read by it"
+            )
+
+    def __str__(self) -> str:
+        return self.name
 
     def _kind(self) -> PlanKind:
         if not self.num_drafts:
@@ -106,6 +129,11 @@ class Plan:
                 return f"{self.drafter}({self.num_drafts})"
 
     @property
+    def settles_first(self) -> bool:
+        """Whether the first position is settled before the others are verified, with coins of its own."""
+        return self.kind is PlanKind.TWO_FORWARD
+
+    @property
     def forwards_per_step(self) -> int:
         """Request-forwards that one step costs."""
         return 2 if self.kind is PlanKind.TWO_FORWARD else 1
@@ -122,31 +150,47 @@ class Plan:
         return (self.num_drafts + 1) * num_blocks
 
     @classmethod
-    def parse(cls, text: str, *, default_drafts: int) -> "Plan":
-        """Read `plain`, `two_forward`, `two_forward(K)`, `fused`, `fused(K)` or `fused(K,[levels])`.
+    def parse(cls, text: str, *, default_drafts: int, drafters: Collection[str] | None = DRAFTERS) -> "Plan":
+        """Read `plain`, `two_forward`, `two_forward(K)`, `fused`, `fused(K)`, `fused(K,[levels])`, `name(K)`.
 
-        `fixed:` may stand before it. Without K it is `default_drafts`; without levels they are 0 and K.
+        `name` is one of `drafters`; None: any, with its K. `fixed:` may stand before it all. Without K it is
+        `default_drafts`; without levels they are 0 and K. InvalidInput for everything else.
         """
         match = _PLAN.fullmatch(text.replace(" ", ""))
-        if not match or (match["kind"] == "plain" and match["drafts"]):
+        name = match["name"] if match else ""
+        if match is None or not _is_known(match, drafters) or (name == "plain" and match["drafts"]):
+            others = [f", '{each}(K)'" for each in drafters or ("drafter",) if each != MASK_ROWS]
             raise InvalidInput(
-                "plan must be 'plain', 'two_forward', 'two_forward(K)', 'fused', 'fused(K)' or "
-                f"'fused(K,[0,...])', got {text!r}"
+                "plan must be 'plain', 'two_forward', 'two_forward(K)', 'fused', 'fused(K)'"
+                f"{''.join(others)} or 'fused(K,[0,...])', got {text!r}"
             )
-        if match["kind"] == "plain":
+        if name == "plain":
             return cls(0)
-        num_drafts = int(match["drafts"] or default_drafts)
+        num_drafts, levels = int(match["drafts"] or default_drafts), match["levels"]
         if num_drafts == 0:
             raise InvalidInput(f"plan {text!r} drafts nothing: give K of at least 1, or 'plain'")
-        if match["kind"] == "two_forward":
-            if match["levels"]:
-                raise InvalidInput(f"plan {text!r} has levels, which only fused plans have")
-            return cls(num_drafts)
-        levels = match["levels"]
-        return cls(num_drafts, tuple(map(int, levels.split(","))) if levels else (0, num_drafts))
+        if name == "fused":
+            return cls(num_drafts, tuple(map(int, levels.split(","))) if levels else (0, num_drafts))
+        if levels:
+            raise InvalidInput(f"plan {text!r} has levels, which only fused plans have")
+        return cls(num_drafts, drafter="" if name == "two_forward" else name)
 
 
+_KINDS = ("plain", "two_forward", "fused", "auto")  # what the text of a plan may begin with
+_DRAFTER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _PLAN = re.compile(
-    r"(?:fixed:)?(?P<kind>plain|two_forward|fused)(?:\((?P<drafts>\d+)(?:,\[(?P<levels>\d+(?:,\d+)*)\])?\))?"
+    rf"(?:fixed:)?(?P<name>{_DRAFTER.pattern})(?:\((?P<drafts>\d+)(?:,\[(?P<levels>\d+(?:,\d+)*)\])?\))?"
 )
+
+
+def _is_known(match: re.Match[str], drafters: Collection[str] | None) -> bool:
+    """Whether a plan is called so; mask rows are asked for by `two_forward` or `fused`."""
+    name = match["name"]
+    if name in ("plain", "two_forward", "fused"):
+        return True
+    return name not in (*_KINDS, MASK_ROWS) and (
+        match["drafts"] is not None if drafters is None else name in drafters
+    )
+
+
 PLAIN = Plan(0)

@@ -104,10 +104,6 @@ def test_a_plan_whose_drafter_was_not_handed_in_is_refused():
     BareEngine(policy, plan=Plan(0))
 
 
-def test_a_drafter_that_does_not_fill_its_drafts_is_named():
-    class TooFew(FixedTokens):
-        def propose(self, step):
-            return super().propose(step).behind_first()
-
-    with pytest.raises(InvalidInput, match=r"must fill \(B, K\) = \(4, 3\) drafts"):
-        greedy(adapted_policy(), FIXED, TooFew(range(8)))
+def test_two_drafters_of_one_name_are_refused():
+    with pytest.raises(InvalidInput, match="two drafters are called 'fixed'"):
+        Engine(adapted_policy(), plan=FIXED, drafters=[FixedTokens([4]), FixedTokens([5])])

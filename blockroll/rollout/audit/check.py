@@ -16,7 +16,15 @@ import torch
 from blockroll.rollout.audit.files import AuditFile, read_audit
 from blockroll.rollout.audit.recompute import PolicyOf, recompute
 from blockroll.rollout.audit.rows import AuditReport, AuditRows, Problem, joined
-from blockroll.rollout.audit.writer import ACCEPTED, EXTRA, KINDS, PLAIN_TOKEN, RECOVERED, row_checksums
+from blockroll.rollout.audit.writer import (
+    ACCEPTED,
+    EXTRA,
+    KINDS,
+    PLAIN_TOKEN,
+    RECOVERED,
+    row_checksums,
+    settles_first,
+)
 from blockroll.samplers import step_uniforms
 from blockroll.samplers.check import equal_coins_limit
 
@@ -154,11 +162,10 @@ def _coins(rows: AuditRows) -> Iterator[Wrong]:
     prompt_N = rows.by_serving([len(request.info["prompt_ids"]) for request in rows.requests], np.int64)
     start_N = prompt_N + numbers["position"].astype(np.int64) - numbers["offset"]
     coin_N, uniform_N = np.full(len(numbers), np.nan), np.full(len(numbers), np.nan)
-    keys = numbers["num_drafts"].astype(int) * 2 + numbers["is_fused"]
+    keys = numbers["num_drafts"].astype(int) * 2 + settles_first(numbers)
     for key in np.unique(keys):
         of_plan = np.flatnonzero(keys == key)
-        num_drafts, is_fused = divmod(int(key), 2)
-        settles = num_drafts > 0 and not is_fused
+        num_drafts, settles = divmod(int(key), 2)
         for first in range(0, len(of_plan), _ROWS_AT_ONCE):
             members = of_plan[first : first + _ROWS_AT_ONCE]
             _, expected_BL = step_uniforms(
@@ -166,7 +173,7 @@ def _coins(rows: AuditRows) -> Iterator[Wrong]:
                 torch.from_numpy(start_N[members]),
                 torch.from_numpy(numbers["attempt"][members].astype(np.int64)),
                 num_drafts,
-                settles=settles,
+                settles=bool(settles),
             )
             verify_BL = expected_BL.numpy()
             offset_B = numbers["offset"][members].astype(int)
@@ -265,7 +272,7 @@ def _uses(rows: AuditRows, value_M: np.ndarray, shared: np.ndarray) -> tuple[np.
     seed_S = np.array([request.info["seed"] for request in rows.requests], dtype=np.int64)
     prompt_S = np.array([len(request.info["prompt_ids"]) for request in rows.requests])
     step_R = prompt_S[serving_R] + part["position"] - part["offset"]
-    is_settled_R = (part["num_drafts"] > 0) & (part["is_fused"] == 0) & (part["offset"] == 0)
+    is_settled_R = settles_first(part) & (part["offset"] == 0)
     drawn_at_R = step_R + np.where(is_settled_R, 0, part["num_drafts"])
     order = np.lexsort((value_M[shared], serving_R))
     is_next = np.ones(len(order), dtype=bool)

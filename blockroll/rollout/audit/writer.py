@@ -75,6 +75,12 @@ _OPTIONS = tuple(
 )
 
 
+def settles_first(numbers_N: np.ndarray) -> np.ndarray:
+    """Rows of steps that settled the first position before they verified the others, bool (N,)."""
+    settles_N: np.ndarray = (numbers_N["num_drafts"] > 0) & (numbers_N["is_fused"] == 0)
+    return settles_N
+
+
 class AuditWriter:
     """Collects steps and writes them to `folder`, one file per version of the weights or more."""
 
@@ -299,6 +305,7 @@ def _numbers(step: StepTrace, is_kept_B: np.ndarray, serials_B: np.ndarray) -> t
     prompt_B = np.array([len(request.prompt_ids) for request in step.requests])
     origins_B3 = np.array(step.origins)
     logprobs_BL = step.policy_logprobs_BL.cpu().numpy()
+    is_plain = step.plan.kind is PlanKind.PLAIN
     rows, tables, first = [], [], 0
     for draft, verdict in step.parts:
         evidence = verdict.evidence
@@ -312,11 +319,11 @@ def _numbers(step: StepTrace, is_kept_B: np.ndarray, serials_B: np.ndarray) -> t
         numbers_N["serial"] = serials_B[row_N]
         numbers_N["position"] = before_B[row_N] - prompt_B[row_N] + first + index_N
         numbers_N["token"] = tokens_BL[row_N, index_N]
-        kinds = np.where(drafted_N, RECOVERED, EXTRA if step.plan.num_drafts else PLAIN_TOKEN)
+        kinds = np.where(drafted_N, RECOVERED, PLAIN_TOKEN if is_plain else EXTRA)
         numbers_N["kind"] = np.where(accepted_N, ACCEPTED, kinds)
         numbers_N["num_drafts"], numbers_N["is_fused"] = (
             step.plan.num_drafts,
-            step.plan.kind in (PlanKind.FUSED, PlanKind.ONE_FORWARD),
+            not (is_plain or step.plan.settles_first),
         )
         numbers_N["version"], numbers_N["attempt"] = step.version, attempts_B[row_N]
         numbers_N["offset"] = first + index_N

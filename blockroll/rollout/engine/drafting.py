@@ -16,7 +16,7 @@ from torch import Tensor
 from blockroll.policies.base import KVWindow, Policy
 from blockroll.rollout.engine.cache import SlotCache
 from blockroll.rollout.engine.running import RunningRequest
-from blockroll.types import Draft, Plan, Verdict
+from blockroll.types import Draft, Plan, Rollout, Verdict
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,9 +57,22 @@ class Drafter(ABC):
 
     Drafts may depend on committed tokens, and on drafts that are settled: never on a coin of this step, nor
     on a draft that is not settled yet. Then, whatever they are, tokens follow the law that requests ask for.
+
+    What a drafter remembers of a request from step to step it keeps itself, by `request_id`, and brings up to
+    date from the committed text when it proposes: other plans may have decoded steps between, and a step that
+    raised is run again. `keep` is for what only the next step, by the same drafter, can use. One object
+    serves one engine.
     """
 
     name: str  # by which plans ask for it
+
+    def finished(self, rollout: Rollout) -> None:
+        """A request has left, for whatever reason, aborts too: forget its state, or learn from its text.
+
+        Told before the rollout is returned, whichever plans decoded it. If this raises, the step raises, and
+        the next one tells it again.
+        """
+        return
 
     def check(self, plan: Plan, policy: Policy) -> None:
         """Raise InvalidInput for a plan this policy cannot follow; warn where it will draft badly."""
@@ -80,7 +93,8 @@ class Drafter(ABC):
         Rows: the engine draws from them, by each request's draft law. A Draft: tokens that were drawn
         already, with the law that they were really drawn from (POINT_MASS for tokens that were looked up).
         Such a draft has no rows to mix, so a mixed law is the target's where it stands. A request may have
-        fewer drafts than K, or none; behind them any token id of the vocabulary stands.
+        fewer drafts than K, or none; behind them any token id of the vocabulary stands. InvalidDraft comes
+        out of the step for anything else, and then nothing was committed.
         """
 
     def verify(self, step: DraftStep, ids_BL: Tensor, window: KVWindow) -> Verifying:

@@ -16,7 +16,7 @@ from blockroll.policies.base import Policy
 from blockroll.rollout.engine.cache import ROW_STEP, SlotCache
 from blockroll.rollout.engine.drafting import Drafter
 from blockroll.rollout.engine.ends import Decode
-from blockroll.rollout.engine.plans import PlanChooser, check_plan
+from blockroll.rollout.engine.plans import PlanChooser, by_name, check_plan
 from blockroll.rollout.engine.prefill import prefill
 from blockroll.rollout.engine.requests import Limits, check_request
 from blockroll.rollout.engine.running import RunningRequest
@@ -38,7 +38,7 @@ class StepResult:
 class BareEngine:
     """Decodes requests with one policy, one plan a step for all. Not thread-safe: one caller at a time."""
 
-    own_drafters: tuple[Drafter, ...] = ()  # that plans may name without handing them in
+    own_drafters: tuple[Callable[[], Drafter], ...] = ()  # that plans may name without handing them in
 
     def __init__(
         self,
@@ -65,9 +65,9 @@ class BareEngine:
         """
         self.planner = None if isinstance(plan, Plan) else plan
         plans = (plan,) if isinstance(plan, Plan) else plan.candidates
-        by_name = {each.name: each for each in (*self.own_drafters, *drafters)}
+        self._drafters = by_name((*(make() for make in self.own_drafters), *drafters))
         for each in plans:
-            check_plan(each, policy, by_name)
+            check_plan(each, policy, self._drafters)
         if max_length > policy.max_length:
             raise InvalidInput(
                 f"max_length is {max_length}, but the policy serves {policy.max_length} positions"
@@ -85,7 +85,7 @@ class BareEngine:
         self._block_rows = max(each.rows_per_forward for each in plans)
         self._cache = SlotCache(policy)
         self._rows_per_slot = 0  # that the cache has once the requests at hand have joined
-        self._decoder = Decoder(policy, self._cache, by_name, clock)
+        self._decoder = Decoder(policy, self._cache, self._drafters, clock)
         self._requests: dict[str, RunningRequest] = {}
         # What a step has made final stands here until a step returns: an exception on the way loses nothing.
         self._commits: list[Commit] = []
@@ -142,6 +142,7 @@ class BareEngine:
                 if request_id in self._requests:
                     self._finished[request_id] = self._requests[request_id].rollout()
                     self._leave(request_id)
+        self._tell_drafters(served)
         aborted = tuple(self._finished[request_id] for request_id in served)
         kept = {name: rollout for name, rollout in self._finished.items() if name not in served}
         self._finished = kept
@@ -209,9 +210,15 @@ class BareEngine:
                 self._decode_batch(batch, num_running)
         if not self._requests:
             self.check_integrity()
+        self._tell_drafters(self._finished)
         result = StepResult(commits=tuple(self._commits), finished=tuple(reversed(self._finished.values())))
         self._commits, self._finished = [], {}
         return result
+
+    def _tell_drafters(self, request_ids: Iterable[str]) -> None:
+        for request_id in request_ids:
+            for drafter in self._drafters.values():
+                drafter.finished(self._finished[request_id])
 
     def check_integrity(self) -> None:
         """Raise AssertionError where requests, slots and cache contradict each other."""
@@ -299,8 +306,8 @@ class BareEngine:
             )
 
     def _change_plan(self, plan: Plan, batch: list[RunningRequest]) -> None:
-        """Decode by this plan from now on; proposals of another number of drafts would not fit it."""
-        if plan.num_drafts != self.plan.num_drafts:
+        """Decode by this plan from now on; proposals of another drafter or another K would not fit it."""
+        if (plan.drafter, plan.num_drafts) != (self.plan.drafter, self.plan.num_drafts):
             for running in batch:
                 running.proposal = None
         self.plan = plan
@@ -312,12 +319,11 @@ class BareEngine:
         if not self._observers:
             return
         trace = decoded.trace(
-            [running.request for running in batch],
-            self.plan,
+            batch,
+            num_before,
+            plan=self.plan,
             version=self.policy_version,
             precision=str(self.policy.kv_shape.dtype).removeprefix("torch."),
-            num_before=num_before,
-            num_kept=[running.num_tokens - n for running, n in zip(batch, num_before, strict=True)],
             is_last=not self._requests,
         )
         for observer in self._observers:

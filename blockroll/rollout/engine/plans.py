@@ -1,6 +1,6 @@
 """Which plan a step takes: what an engine asks of whoever chooses, and what a policy can follow."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Protocol
 
 from blockroll.errors import InvalidInput
@@ -33,6 +33,19 @@ class PlanChooser(Protocol):
     ) -> None:
         """A step took so long, prefill excluded, `start_seconds` of it for first proposals."""
         ...
+
+
+def by_name(drafters: Iterable[Drafter]) -> dict[str, Drafter]:
+    """Drafters by the names that plans know them by; InvalidInput where two have one name."""
+    named: dict[str, Drafter] = {}
+    for drafter in drafters:
+        if drafter.name in named:
+            raise InvalidInput(
+                f"two drafters are called {drafter.name!r}: {named[drafter.name]!r} and {drafter!r}; plans "
+                "could not say which is meant, so give one another name"
+            )
+        named[drafter.name] = drafter
+    return named
 
 
 def check_plan(plan: Plan, policy: Policy, drafters: Mapping[str, Drafter]) -> None:

@@ -17,9 +17,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from blockroll.errors import EmptySupport, InvalidInput, NonFiniteLogits
+from blockroll.errors import EmptySupport, NonFiniteLogits
 from blockroll.policies.base import Policy
 from blockroll.rollout.engine.cache import SlotCache
+from blockroll.rollout.engine.drafted import check_drafted, check_kept, check_verifying
 from blockroll.rollout.engine.drafting import Drafter, DraftRows, DraftStep
 from blockroll.rollout.engine.running import RunningRequest
 from blockroll.rollout.engine.trace import EngineTimes, StepTrace
@@ -64,24 +65,23 @@ class Decoded:
 
     def trace(
         self,
-        requests: Sequence[Request],
-        plan: Plan,
+        batch: Sequence[RunningRequest],
+        num_before: Sequence[int],
         *,
+        plan: Plan,
         version: int,
         precision: str,
-        num_before: Sequence[int],
-        num_kept: Sequence[int],
         is_last: bool,
     ) -> StepTrace:
-        """The record of the step, once it is final."""
+        """The record of this step, once its tokens are the requests' own."""
         return StepTrace(
-            requests=requests,
+            requests=[running.request for running in batch],
             plan=plan,
             version=version,
             precision=precision,
             attempts_B=self.attempts_B,
             num_before=num_before,
-            num_kept=num_kept,
+            num_kept=[running.num_tokens - n for running, n in zip(batch, num_before, strict=True)],
             origins=self.origins,
             draft=self.draft,
             draft_uniforms_BK=self.draft_uniforms_BK,
@@ -137,12 +137,14 @@ class Decoder:
         positions_B = torch.tensor([running.num_tokens for running in batch], device=device)
 
         clock = self._clock()
-        settles = plan.kind is PlanKind.TWO_FORWARD
+        settles = plan.settles_first
         draft_uniforms_BK, verify_uniforms = step_uniforms(
             seeds_B, positions_B, attempts_B, plan.num_drafts, settles=settles
         )
         clock = self._charge("sampler_s", clock)
         drafted = self._draft(step)
+        if plan.kind is not PlanKind.PLAIN:
+            check_drafted(drafted, plan, batch_size=len(batch), vocab_size=self._policy.vocab_size)
         clock = self._charge("forward_s", clock)
         draft, draft_rows, bad_drafts_B = self._drawn(drafted, laws, draft_uniforms_BK, settles=settles)
         self._charge("sampler_s", clock)
@@ -158,6 +160,7 @@ class Decoder:
         proposals: Sequence[object | None] = [None] * len(batch)
         if plan.kind is not PlanKind.PLAIN:
             proposals = self._drafters[plan.drafter].keep(step, verified.leftover, verified.verdict)
+            check_kept(proposals, plan, batch_size=len(batch))
             self._charge("forward_s", clock)
         return Decoded(
             draft=draft,
@@ -187,6 +190,7 @@ class Decoder:
         leftover = None
         if step.plan.kind is not PlanKind.PLAIN:
             verifying = self._drafters[step.plan.drafter].verify(step, ids_BL, window)
+            check_verifying(verifying, step.plan, batch_size=len(ids_BL), vocab_size=self._policy.vocab_size)
             logits_BLV, leftover = verifying.logits_BLV, verifying.leftover
         elif step.first_logits is not None:
             logits_BLV = step.first_logits
@@ -262,11 +266,6 @@ class Decoder:
     ) -> tuple[Draft, Tensor | None, Tensor | None]:
         """Drafts, the rows they were drawn from if they come from rows, and which requests' rows were bad."""
         if isinstance(drafted, Draft):
-            if drafted.token_ids_BK.shape != uniforms_BK.shape:
-                raise InvalidInput(
-                    f"a drafter must fill (B, K) = {tuple(uniforms_BK.shape)} drafts, got "
-                    f"{tuple(drafted.token_ids_BK.shape)}; num_drafts_B says how many of them are meant"
-                )
             return drafted, None, None
         rows, bad_B = _without_non_finite(drafted.logits)
         draft = laws.draw(rows[:, 1:] if settles else rows, uniforms_BK, drafted.num_drafts_B)

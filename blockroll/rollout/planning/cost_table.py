@@ -63,7 +63,7 @@ class CostTable:
         try:
             kept = json.loads(path.read_text())
             for name, buckets in kept[_KEY].items():
-                plan = Plan.parse(name, default_drafts=1)
+                plan = Plan.parse(name, default_drafts=1, drafters=None)
                 for text, samples in buckets.items():
                     batch_size, context = map(int, text.split("x"))
                     for cost in samples:

@@ -316,6 +316,6 @@ def cost_key(policy: "HFPolicy") -> str:
 
 
 def _is_narrower(plan: Plan, other: Plan) -> bool:
-    """Whether it is of the same kind with fewer drafts."""
-    kind, other_kind = (plan.kind, len(plan.levels)), (other.kind, len(other.levels))
-    return kind == other_kind and plan.num_drafts < other.num_drafts
+    """Whether it is of the same kind, by the same drafter, with fewer drafts."""
+    like, other_like = ((each.kind, each.drafter, len(each.levels)) for each in (plan, other))
+    return like == other_like and plan.num_drafts < other.num_drafts

@@ -1,0 +1,115 @@
+"""What a drafter hands to a step is checked before anything is made of it: a bad draft commits nothing.
+
+Shapes: B running requests, K drafted tokens, L = K + 1 rows to verify, V vocabulary.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from blockroll.errors import InvalidDraft
+from blockroll.rollout.engine.drafting import DraftRows, Verifying
+from blockroll.types import Draft, Plan, PointMass
+
+_LARGEST_ERROR = 1e-5  # of the sum of a law: what float32 rounding makes of a large vocabulary
+
+
+def check_drafted(drafted: DraftRows | Draft, plan: Plan, *, batch_size: int, vocab_size: int) -> None:
+    """Raise InvalidDraft unless these are drafts that a step of `plan` can verify.
+
+    That is (B, K) in shape, 0..K drafts for each request, and of a Draft: token ids of the vocabulary, drawn
+    from laws that are laws and that could give them. Rows may hold NaN: that fails a request alone.
+    """
+    _check_form(drafted, plan, batch_size, vocab_size)
+    wrong = ((drafted.num_drafts_B < 0) | (drafted.num_drafts_B > plan.num_drafts)).nonzero()
+    if len(wrong):
+        slot = int(wrong[0])
+        raise _invalid(
+            plan,
+            f"{int(drafted.num_drafts_B[slot])} drafts for request {slot} of the batch",
+            f"0 to K = {plan.num_drafts}",
+        )
+    if isinstance(drafted, DraftRows):
+        if len(drafted.origins) != batch_size:
+            raise _invalid(plan, f"{len(drafted.origins)} origins", f"{batch_size}, one for each request")
+        return
+    tokens_BK = drafted.token_ids_BK
+    strange = tokens_BK[(tokens_BK < 0) | (tokens_BK >= vocab_size)]
+    if len(strange):
+        raise _invalid(
+            plan,
+            f"the token id {int(strange[0])}",
+            f"ids from 0 to {vocab_size - 1}, behind a request's last draft too",
+        )
+    if not isinstance(drafted.probs_BKV, PointMass):
+        _check_laws(drafted, drafted.probs_BKV, plan)
+
+
+def check_verifying(verifying: Verifying, plan: Plan, *, batch_size: int, vocab_size: int) -> None:
+    """Raise InvalidDraft unless these are the rows of an anchor and K drafts for each request."""
+    _check_shape(plan, "logits_BLV", verifying.logits_BLV, (batch_size, plan.num_drafts + 1, vocab_size))
+
+
+def check_kept(kept: Sequence[object | None], plan: Plan, *, batch_size: int) -> None:
+    """Raise InvalidDraft unless there is one for each request."""
+    if len(kept) != batch_size:
+        raise _invalid(plan, f"{len(kept)} proposals to keep", f"{batch_size}, one or None for each request")
+
+
+def _check_form(drafted: DraftRows | Draft, plan: Plan, batch_size: int, vocab_size: int) -> None:
+    """Types and shapes."""
+    num_drafts = plan.num_drafts
+    if isinstance(drafted, Draft):
+        _check_integers(plan, "token_ids_BK", drafted.token_ids_BK, (batch_size, num_drafts))
+        if not isinstance(drafted.probs_BKV, PointMass):
+            _check_shape(plan, "probs_BKV", drafted.probs_BKV, (batch_size, num_drafts, vocab_size))
+            if drafted.probs_BKV.dtype != torch.float64:
+                raise _invalid(plan, f"probs_BKV of {drafted.probs_BKV.dtype}", "float64, or POINT_MASS")
+    elif isinstance(drafted, DraftRows):
+        num_rows = num_drafts + plan.settles_first
+        _check_shape(plan, "logits", drafted.logits, (batch_size, num_rows, vocab_size))
+    else:
+        raise _invalid(plan, f"{drafted!r}", "DraftRows or a Draft")
+    _check_integers(plan, "num_drafts_B", drafted.num_drafts_B, (batch_size,))
+
+
+def _check_laws(draft: Draft, probs_BKV: Tensor, plan: Plan) -> None:
+    """Of the drafts that are meant: probabilities, of sum 1, above 0 where the draft is."""
+    offsets_K = torch.arange(plan.num_drafts, device=probs_BKV.device)
+    is_meant_BK = offsets_K < draft.num_drafts_B[:, None]
+    own_BK = probs_BKV.gather(-1, draft.token_ids_BK[..., None])[..., 0]
+    error_BK = (probs_BKV.sum(dim=-1) - 1).abs()
+    for is_right_BK, what in (
+        (torch.isfinite(probs_BKV).all(dim=-1), "NaN or infinity"),
+        ((probs_BKV >= 0).all(dim=-1), "a negative probability"),
+        (error_BK <= _LARGEST_ERROR, f"probabilities whose sum is not 1 within {_LARGEST_ERROR:g}"),
+        (own_BK > 0, "probability 0 for the very token it gave"),
+    ):
+        wrong = (is_meant_BK & ~is_right_BK).nonzero()
+        if len(wrong):
+            slot, offset = wrong[0].tolist()
+            raise _invalid(
+                plan,
+                f"a law with {what} for draft {offset} of request {slot}",
+                "the law that the draft was really drawn from, or POINT_MASS",
+            )
+
+
+def _check_integers(plan: Plan, name: str, given: Tensor, shape: tuple[int, ...]) -> None:
+    _check_shape(plan, name, given, shape)
+    if given.dtype != torch.int64:
+        raise _invalid(plan, f"{name} of {given.dtype}", "int64")
+
+
+def _check_shape(plan: Plan, name: str, given: Tensor, shape: tuple[int, ...]) -> None:
+    if not isinstance(given, Tensor) or given.shape != shape:
+        found = tuple(given.shape) if isinstance(given, Tensor) else type(given).__name__
+        raise _invalid(plan, f"{name} of {found}", f"a tensor of {shape}")
+
+
+def _invalid(plan: Plan, given: str, allowed: str) -> InvalidDraft:
+    return InvalidDraft(
+        f"the drafter {plan.drafter!r} of plan {plan.name} gave {given}; it must give {allowed}. Nothing was "
+        "committed: mend it, or abort the requests"
+    )
