@@ -13,12 +13,13 @@ from torch import Tensor
 
 from blockroll.errors import InvalidInput, RequestFailed
 from blockroll.policies.base import Policy
-from blockroll.rollout.engine.cache import ROW_STEP, SlotCache
+from blockroll.rollout.engine.cache import SlotCache
 from blockroll.rollout.engine.drafting import Drafter
 from blockroll.rollout.engine.ends import Decode
 from blockroll.rollout.engine.plans import PlanChooser, by_name, check_plan
 from blockroll.rollout.engine.prefill import prefill
 from blockroll.rollout.engine.requests import Limits, check_request
+from blockroll.rollout.engine.room import CacheRoom
 from blockroll.rollout.engine.running import RunningRequest
 from blockroll.rollout.engine.scheduler import Scheduler
 from blockroll.rollout.engine.starting import Starter
@@ -81,10 +82,13 @@ class BareEngine:
             boundaries=policy.length_boundaries,
         )
         self._scheduler = Scheduler(max_batch_size=max_batch_size)
-        self._max_batch_size, self._max_cache_rows = max_batch_size, max_cache_rows
-        self._block_rows = max(each.rows_per_forward for each in plans)
+        self._room = CacheRoom(
+            max_slots=max_batch_size,
+            max_rows=max_cache_rows,
+            block_rows=max(each.rows_per_forward for each in plans),
+            max_length=self.limits.max_length,
+        )
         self._cache = SlotCache(policy)
-        self._rows_per_slot = 0  # that the cache has once the requests at hand have joined
         self._decoder = Decoder(policy, self._cache, self._drafters, clock)
         self._requests: dict[str, RunningRequest] = {}
         # What a step has made final stands here until a step returns: an exception on the way loses nothing.
@@ -126,7 +130,9 @@ class BareEngine:
             new.add(request.request_id)
         joining = [self._starter.start(request) for request in requests]
         with self._change():
-            self._make_room(requests)
+            num_slots = self._room.make(requests)
+            # What runs is never driven out.
+            self._scheduler.max_batch_size = max(num_slots, len(self._scheduler.running))
             self._requests |= {running.request.request_id: running for running in joining}
             for running in joining:
                 self._scheduler.submit(running.request.request_id, running.num_tokens - 1)
@@ -154,7 +160,7 @@ class BareEngine:
             raise InvalidInput(f"{self.num_requests} requests are being served: their cache is in use")
         with self._change():
             self._cache.clear()
-            self._rows_per_slot = 0
+            self._room.rows_per_slot = 0
 
     def forget_prefixes(self) -> None:
         """No text starts from keys and values of one that has ended: benchmarks repeat their prompts."""
@@ -175,23 +181,6 @@ class BareEngine:
         with self._change():
             self._cache.invalidate()
             self._prefill_missing()
-
-    def _make_room(self, requests: Iterable[Request]) -> None:
-        """Plan the cache for requests that join, or refuse them. What runs is never driven out."""
-        lengths = [len(request.prompt_ids) + request.sampling.max_tokens for request in requests]
-        longest = min(max(lengths, default=0), self.limits.max_length)
-        rows = max(-(-(longest + self._block_rows) // ROW_STEP) * ROW_STEP, self._rows_per_slot)
-        num_slots = self._max_batch_size
-        if self._max_cache_rows:
-            num_slots = min(num_slots, self._max_cache_rows // rows)
-            if num_slots == 0:
-                raise InvalidInput(
-                    f"a text of {longest} tokens needs {rows} rows of keys and values, but the cache may "
-                    f"have {self._max_cache_rows} over all slots; give it more memory (memory_fraction), or "
-                    "shorten prompts or max_tokens"
-                )
-        self._scheduler.max_batch_size = max(num_slots, len(self._scheduler.running))
-        self._rows_per_slot = rows
 
     def step(self) -> StepResult:
         """Decode one step for every running request; joins waiting requests first.
@@ -284,7 +273,7 @@ class BareEngine:
             # Growing copies the cache, so it grows by powers of two.
             num_slots = max(1 << (len(batch) - 1).bit_length(), self._cache.num_slots)
             self._cache.reserve(
-                num_slots=min(num_slots, self._scheduler.max_batch_size), capacity=self._rows_per_slot
+                num_slots=min(num_slots, self._scheduler.max_batch_size), capacity=self._room.rows_per_slot
             )
             num_masks = None if num_running else self._decoder.num_masks_at_start(self.plan)
             first_logits = self._prefill(num_running, batch[num_running:], num_masks)

@@ -31,7 +31,7 @@ from blockroll.samplers import (
     step_uniforms,
     verify_block,
 )
-from blockroll.types import Draft, Plan, PlanKind, Request, Verdict
+from blockroll.types import Draft, Plan, PlanKind, Verdict
 
 _NO_ORIGIN = (0, 0, 0)  # of drafts that no row of the policy gave
 
