@@ -72,10 +72,10 @@ class ActorCalls:
         self._require_connected()
         try:
             yield
+        except RayTaskError as failure:  # an instance of its cause's class too
+            raise self._of_task(failure) from failure
         except BlockrollError:
             raise
-        except RayTaskError as failure:
-            raise self._of_task(failure) from failure
         except RayActorError as death:
             raise ReplicaError(f"{self._name} died: {_in_a_line(death)}") from death
         except GetTimeoutError as late:
