@@ -2,19 +2,22 @@
 
 from blockroll.samplers.laws import Laws
 from blockroll.samplers.lossless import (
+    as_rows,
     draft_probs,
     draw_draft,
     join_verdicts,
     mixed_logits,
     policy_logprobs,
     settle_first,
-    target_probs,
     verify_block,
 )
+from blockroll.samplers.rows import LogitRows, target_probs
 from blockroll.samplers.uniforms import step_uniforms
 
 __all__ = [
     "Laws",
+    "LogitRows",
+    "as_rows",
     "draft_probs",
     "draw_draft",
     "join_verdicts",

@@ -23,9 +23,10 @@ from torch import Tensor
 from blockroll.errors import RequestFailed
 from blockroll.samplers.brought import allowed_rows, processed
 from blockroll.samplers.growing import IdBuffer, TokenCounts
-from blockroll.samplers.lossless import draw_draft, inverse_cdf, mixed_logits, policy_logprobs, target_probs
+from blockroll.samplers.lossless import draw_draft, mixed_logits, policy_logprobs
 from blockroll.samplers.processing import completed_by, counts_by_row, penalize, truncate
-from blockroll.types import POINT_MASS, Draft, Guide, Sampling, Verdict
+from blockroll.samplers.rows import DenseRows, LogitRows, inverse_cdf, target_probs
+from blockroll.types import POINT_MASS, Draft, Guide, Rows, Sampling, Verdict
 
 
 @dataclass(slots=True, kw_only=True)
@@ -96,8 +97,13 @@ class Text:
 class TargetRows(NamedTuple):
     """What positions are committed by."""
 
-    probs_BLV: Tensor  # float64
+    law: Rows  # (B, L, V)
     is_empty_BL: Tensor | None  # rows that nothing may follow, held by a uniform law; None if there is none
+
+    @property
+    def probs_BLV(self) -> Tensor:
+        """All probabilities, float64."""
+        return self.law.dense()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -162,8 +168,7 @@ class Laws:
         if self.is_mixed and draft_logits_BKV is not None:
             logits_BLV = mixed_logits(logits_BLV, draft_logits_BKV, self.weight_B, num_drafts_B)
         if self.processing is None:
-            probs_BLV = target_probs(logits_BLV, self.temperature_B, has_greedy=self.has_greedy)
-            return TargetRows(probs_BLV, None)
+            return TargetRows(LogitRows(logits_BLV, self.temperature_B, self.has_greedy), None)
         return self.processing.target_rows(logits_BLV, between_BN, self.temperature_B, num_drafts_B)
 
     def policy_logprobs(self, logits: Sequence[Tensor], verdict: Verdict) -> Tensor:
@@ -261,7 +266,7 @@ class _Processing:
                     path.extend(drawn[row])
         return Draft(
             token_ids_BK=torch.cat(tokens, dim=1),
-            probs_BKV=POINT_MASS if temperature_B is None else torch.cat(probs, dim=1),
+            law=POINT_MASS if temperature_B is None else torch.cat(probs, dim=1),
             num_drafts_B=num_drafts_B,
         )
 
@@ -286,9 +291,9 @@ class _Processing:
                         _edit_rows(reached_LV, text, between[:num_between])
         is_empty_BL = ~rows.amax(dim=-1).isfinite()
         if not is_empty_BL.any():
-            return TargetRows(self._truncated(target_probs(rows, temperature_B)), None)
+            return TargetRows(DenseRows(self._truncated(target_probs(rows, temperature_B))), None)
         rows = torch.where(is_empty_BL[..., None], 0.0, rows)
-        return TargetRows(self._truncated(target_probs(rows, temperature_B)), is_empty_BL)
+        return TargetRows(DenseRows(self._truncated(target_probs(rows, temperature_B))), is_empty_BL)
 
     @contextmanager
     def _request(self, row: int) -> Iterator[None]:

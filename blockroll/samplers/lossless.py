@@ -9,24 +9,8 @@ Shapes: B requests, K drafted tokens, L = K + 1 target positions, V vocabulary.
 import torch
 from torch import Tensor
 
-from blockroll.types import POINT_MASS, Draft, Evidence, PointMass, Verdict
-
-
-def target_probs(logits_BLV: Tensor, temperature_B: Tensor, *, has_greedy: bool | None = None) -> Tensor:
-    """The law to commit by: float64 (B, L, V) softmax of logits over temperature; a point mass where it is 0.
-
-    Ties of a greedy row go to the lowest id. Who knows whether any temperature is 0 saves a look.
-    """
-    logits = logits_BLV.to(torch.float64)
-    if has_greedy is None:
-        has_greedy = bool((temperature_B == 0).any())
-    if not has_greedy:
-        return (logits / temperature_B.to(torch.float64)[:, None, None]).softmax(dim=-1)
-    is_greedy_B = temperature_B == 0
-    scale_B = torch.where(is_greedy_B, 1.0, temperature_B.to(torch.float64))
-    probs = (logits / scale_B[:, None, None]).softmax(dim=-1)
-    best = torch.zeros_like(probs).scatter_(-1, logits.argmax(dim=-1, keepdim=True), 1.0)
-    return torch.where(is_greedy_B[:, None, None], best, probs)
+from blockroll.samplers.rows import DenseRows, Drawn, LogitRows, drawn_from, spans_of_requests
+from blockroll.types import POINT_MASS, Draft, Evidence, PointMass, Rows, Verdict
 
 
 def mixed_logits(
@@ -71,143 +55,136 @@ def draw_draft(
         num_drafts_B = torch.full((batch,), num_drafts, device=logits_BKV.device)
     if num_drafts == 0:
         no_tokens = torch.empty((batch, 0), dtype=torch.int64, device=logits_BKV.device)
-        return Draft(token_ids_BK=no_tokens, probs_BKV=logits_BKV.double(), num_drafts_B=num_drafts_B)
+        return Draft(token_ids_BK=no_tokens, law=logits_BKV.double(), num_drafts_B=num_drafts_B)
     if all_greedy is None:
         all_greedy = bool((temperature_B == 0).all())
     if all_greedy:
-        return Draft(token_ids_BK=logits_BKV.argmax(dim=-1), probs_BKV=POINT_MASS, num_drafts_B=num_drafts_B)
-    probs_BKV = target_probs(logits_BKV, temperature_B, has_greedy=has_greedy)
-    return Draft(
-        token_ids_BK=inverse_cdf(probs_BKV, uniforms_BK), probs_BKV=probs_BKV, num_drafts_B=num_drafts_B
-    )
+        return Draft(token_ids_BK=logits_BKV.argmax(dim=-1), law=POINT_MASS, num_drafts_B=num_drafts_B)
+    if has_greedy is None:
+        has_greedy = bool((temperature_B == 0).any())
+    rows = LogitRows(logits_BKV, temperature_B, has_greedy)
+    return Draft(token_ids_BK=rows.draw(uniforms_BK), law=rows, num_drafts_B=num_drafts_B)
 
 
 def draft_probs(draft: Draft, vocab_size: int) -> Tensor:
     """The law of every draft as dense rows, float64 (B, K, V), whichever way the draft states it."""
-    if not isinstance(draft.probs_BKV, PointMass):
-        return draft.probs_BKV
+    if not isinstance(draft.law, PointMass):
+        return as_rows(draft.law).dense()
     tokens_BK = draft.token_ids_BK
     rows_BKV = torch.zeros((*tokens_BK.shape, vocab_size), dtype=torch.float64, device=tokens_BK.device)
     return rows_BKV.scatter_(-1, tokens_BK[..., None], 1.0)
 
 
-def verify_block(draft: Draft, target_probs_BLV: Tensor, uniforms_BL: Tensor) -> Verdict:
+def verify_block(draft: Draft, target: Rows | Tensor, uniforms_BL: Tensor) -> Verdict:
     """Accept the longest draft prefix the target allows, then take one token from the target.
 
-    Law: if each draft token was drawn from its row of `draft.probs_BKV` and the uniforms are
-    independent on (0, 1), the committed tokens are a sample of the target. A point mass is accepted with the
-    token's own target probability, and its residual is the target without that token: no dense row is formed.
+    Law: if each draft token was drawn from its row of `draft.law` and the uniforms are independent on (0, 1),
+    the committed tokens are a sample of the target. A point mass is accepted with the token's own target
+    probability, and its residual is the target without that token.
     Source: Leviathan et al. 2023, appendix A.1; Chen et al. 2023, theorem 1.
-    Rows sum to one and are float64; K may be zero, and a request may have fewer drafts than K.
+    `target` (B, L, V) may be probabilities: rows that sum to one, float64. K may be zero, and a request may
+    have fewer drafts than K.
     """
+    target = as_rows(target)
     num_drafts = draft.token_ids_BK.shape[1]
-    if num_drafts == 0:
-        return _draw(target_probs_BLV, uniforms_BL)
-    rows_B = torch.arange(len(target_probs_BLV), device=target_probs_BLV.device)
-    drafted_BK1 = draft.token_ids_BK[..., None]
-    draft_p_BK = _own_probs(draft)
-    target_p_BK = target_probs_BLV[:, :num_drafts].gather(-1, drafted_BK1).squeeze(-1)
+    draft_p_BK, target_p_BK = _own_probs(draft), target.probs_of(draft.token_ids_BK)
 
     # u * draft < target is u < target / draft without the division, so draft == 0 is no special case.
     accepted_BK = uniforms_BL[:, :num_drafts] * draft_p_BK < target_p_BK
-    accepted_BK &= torch.arange(num_drafts, device=rows_B.device) < draft.num_drafts_B[:, None]
+    accepted_BK &= torch.arange(num_drafts, device=uniforms_BL.device) < draft.num_drafts_B[:, None]
     num_accepted_B = accepted_BK.long().cumprod(dim=1).sum(dim=1)
 
-    final_weights_BV = _final_weights(
-        target_probs_BLV[rows_B, num_accepted_B],
-        draft,
-        num_accepted_B.clamp(max=num_drafts - 1),
-        is_rejected_B=num_accepted_B < draft.num_drafts_B,
-    )
-    cumulative_BV = final_weights_BV.cumsum(dim=-1)
-    final_B = _search(cumulative_BV, uniforms_BL[:, -1])
-
-    tokens_BL = torch.cat([draft.token_ids_BK, final_B[:, None]], dim=1)
-    tokens_BL = tokens_BL.scatter(1, num_accepted_B[:, None], final_B[:, None])
-    behavior_BL = target_probs_BLV.gather(-1, tokens_BL[..., None]).squeeze(-1).log()
-    offsets_L = torch.arange(num_drafts + 1, device=rows_B.device)
+    is_rejected_B = num_accepted_B < draft.num_drafts_B
+    final_p_B, final = _draw_final(draft, target, num_accepted_B, is_rejected_B, uniforms_BL[:, -1])
+    num_accepted_B1, final_p_B1 = num_accepted_B[:, None], final_p_B[:, None]
+    tokens_BL = torch.cat([draft.token_ids_BK, final.token_ids_B[:, None]], dim=1)
+    probs_BL = torch.cat([target_p_BK, final_p_B1], dim=1).scatter(1, num_accepted_B1, final_p_B1)
     return Verdict(
-        token_ids_BL=tokens_BL,
+        token_ids_BL=tokens_BL.scatter(1, num_accepted_B1, final.token_ids_B[:, None]),
         num_committed_B=num_accepted_B + 1,
-        is_draft_BL=offsets_L < num_accepted_B[:, None],
-        behavior_logprobs_BL=behavior_BL,
-        evidence=Evidence(
-            draft_probs_BK=draft_p_BK,
-            target_probs_BK=target_p_BK,
-            uniforms_BL=uniforms_BL,
-            cumulative_BV=cumulative_BV,
-        ),
+        is_draft_BL=torch.arange(num_drafts + 1, device=uniforms_BL.device) < num_accepted_B1,
+        behavior_logprobs_BL=probs_BL.log(),
+        evidence=_evidence(draft_p_BK, target_p_BK, uniforms_BL, final),
     )
 
 
-def settle_first(draft: Draft, target_probs_B1V: Tensor, uniforms_B2: Tensor) -> Verdict:
+def settle_first(draft: Draft, target: Rows | Tensor, uniforms_B2: Tensor) -> Verdict:
     """The first position alone, whatever becomes of the others: its draft if accepted, else the residual's.
 
     `uniforms_B2` are its accept coin and the coin of the token that replaces a rejected draft.
     Law: verify_block on one draft without its extra token; the token that stands is a sample of the target.
     """
-    target_BV, drafted_B1 = target_probs_B1V[:, 0], draft.token_ids_BK[:, :1]
-    draft_p_B1, target_p_B1 = _own_probs(draft)[:, :1], target_BV.gather(-1, drafted_B1)
-    is_draft_B1 = uniforms_B2[:, :1] * draft_p_B1 < target_p_B1
-    is_draft_B1 &= draft.num_drafts_B[:, None] > 0
+    target, drafted_B1 = as_rows(target), draft.token_ids_BK[:, :1]
+    draft_p_B1, target_p_B1 = _own_probs(draft)[:, :1], target.probs_of(drafted_B1)
+    has_draft_B = draft.num_drafts_B > 0
+    is_draft_B1 = (uniforms_B2[:, :1] * draft_p_B1 < target_p_B1) & has_draft_B[:, None]
     first_B = torch.zeros_like(draft.num_drafts_B)
-    final_weights_BV = _final_weights(target_BV, draft, first_B, is_rejected_B=draft.num_drafts_B > 0)
-    cumulative_BV = final_weights_BV.cumsum(dim=-1)
-    final_B = _search(cumulative_BV, uniforms_B2[:, 1])
-    tokens_B1 = torch.where(is_draft_B1, drafted_B1, final_B[:, None])
+    final_p_B, final = _draw_final(draft, target, first_B, has_draft_B, uniforms_B2[:, 1])
     return Verdict(
-        token_ids_BL=tokens_B1,
+        token_ids_BL=torch.where(is_draft_B1, drafted_B1, final.token_ids_B[:, None]),
         num_committed_B=torch.ones_like(draft.num_drafts_B),
         is_draft_BL=is_draft_B1,
-        behavior_logprobs_BL=target_BV.gather(-1, tokens_B1).log(),
-        evidence=Evidence(
-            draft_probs_BK=draft_p_B1,
-            target_probs_BK=target_p_B1,
-            uniforms_BL=uniforms_B2,
-            cumulative_BV=cumulative_BV,
-        ),
+        behavior_logprobs_BL=torch.where(is_draft_B1, target_p_B1, final_p_B[:, None]).log(),
+        evidence=_evidence(draft_p_B1, target_p_B1, uniforms_B2, final),
     )
 
 
-def _draw(target_probs_B1V: Tensor, uniforms_B1: Tensor) -> Verdict:
-    """One token from the target: what verifying no draft comes to."""
-    cumulative_BV = target_probs_B1V[:, 0].cumsum(dim=-1)
-    tokens_B1 = _search(cumulative_BV, uniforms_B1[:, 0])[:, None]
-    return Verdict(
-        token_ids_BL=tokens_B1,
-        num_committed_B=torch.ones_like(tokens_B1[:, 0]),
-        is_draft_BL=torch.zeros_like(tokens_B1, dtype=torch.bool),
-        behavior_logprobs_BL=target_probs_B1V.gather(-1, tokens_B1[..., None]).squeeze(-1).log(),
-        evidence=Evidence(
-            draft_probs_BK=uniforms_B1[:, :0],
-            target_probs_BK=uniforms_B1[:, :0],
-            uniforms_BL=uniforms_B1,
-            cumulative_BV=cumulative_BV,
-        ),
-    )
+def as_rows(law: Rows | Tensor) -> Rows:
+    """Rows of a law, however it is held."""
+    return law if isinstance(law, Rows) else DenseRows(law)
 
 
 def _own_probs(draft: Draft) -> Tensor:
     """Of each drafted token under the law it was drawn from, float64 (B, K)."""
-    if isinstance(draft.probs_BKV, PointMass):
+    if isinstance(draft.law, PointMass):
         return torch.ones_like(draft.token_ids_BK, dtype=torch.float64)
-    return draft.probs_BKV.gather(-1, draft.token_ids_BK[..., None]).squeeze(-1)
+    return as_rows(draft.law).probs_of(draft.token_ids_BK)
 
 
-def _final_weights(target_BV: Tensor, draft: Draft, offset_B: Tensor, *, is_rejected_B: Tensor) -> Tensor:
+def _draw_final(
+    draft: Draft, target: Rows, offset_B: Tensor, is_rejected_B: Tensor, uniforms_B: Tensor
+) -> tuple[Tensor, Drawn]:
+    """Target probability and draw of a token at an offset: from a rejected draft's residual, or target."""
+    size, _, vocab_size = target.shape
+    probs, drawn = [], []
+    for requests in spans_of_requests(size, vocab_size):
+        target_BV = weights_BV = target.row(offset_B[requests], requests)
+        if draft.token_ids_BK.shape[1]:
+            weights_BV = _final_weights(
+                target_BV, draft, offset_B, requests, is_rejected_B=is_rejected_B[requests]
+            )
+        drawn.append(drawn_from(weights_BV, uniforms_B[requests]))
+        probs.append(target_BV.gather(-1, drawn[-1].token_ids_B[:, None]).squeeze(-1))
+    return torch.cat(probs), Drawn(*map(torch.cat, zip(*drawn, strict=True)))
+
+
+def _final_weights(
+    target_BV: Tensor, draft: Draft, offset_B: Tensor, requests: slice, *, is_rejected_B: Tensor
+) -> Tensor:
     """What the token at these offsets is drawn from: the residual of the rejected draft there, or target."""
-    residual_BV = _residual(target_BV, draft, offset_B)
+    residual_BV = _residual(target_BV, draft, offset_B, requests)
     # Rounding can reject a token and leave no mass: draft and target are then equal.
     use_residual_B = is_rejected_B & (residual_BV.sum(dim=-1) > 0)
     return torch.where(use_residual_B[:, None], residual_BV, target_BV)
 
 
-def _residual(target_BV: Tensor, draft: Draft, offset_B: Tensor) -> Tensor:
+def _residual(target_BV: Tensor, draft: Draft, offset_B: Tensor, requests: slice) -> Tensor:
     """The positive part of target less draft, not normalised; of a point mass, target without its token."""
-    if isinstance(draft.probs_BKV, PointMass):
-        return target_BV.scatter(-1, draft.token_ids_BK.gather(1, offset_B[:, None]), 0.0)
-    rows_B = torch.arange(len(target_BV), device=target_BV.device)
-    return (target_BV - draft.probs_BKV[rows_B, offset_B]).clamp(min=0)
+    offset_B = offset_B[requests].clamp(max=draft.token_ids_BK.shape[1] - 1)
+    if isinstance(draft.law, PointMass):
+        return target_BV.scatter(-1, draft.token_ids_BK[requests].gather(1, offset_B[:, None]), 0.0)
+    return (target_BV - as_rows(draft.law).row(offset_B, requests)).clamp(min=0)
+
+
+def _evidence(draft_p_BK: Tensor, target_p_BK: Tensor, uniforms_BL: Tensor, final: Drawn) -> Evidence:
+    return Evidence(
+        draft_probs_BK=draft_p_BK,
+        target_probs_BK=target_p_BK,
+        uniforms_BL=uniforms_BL,
+        mass_B=final.mass_B,
+        low_B=final.low_B,
+        high_B=final.high_B,
+    )
 
 
 def join_verdicts(first: Verdict, rest: Verdict) -> Verdict:
@@ -222,22 +199,5 @@ def join_verdicts(first: Verdict, rest: Verdict) -> Verdict:
 
 def policy_logprobs(logits_BLV: Tensor, token_ids_BL: Tensor, temperature_B: Tensor) -> Tensor:
     """Log-probability under the causal policy, float64 (B, L): full vocabulary, T = 1 where greedy."""
-    scale_B = torch.where(temperature_B == 0, 1.0, temperature_B.to(torch.float64))
-    scaled_BLV = logits_BLV.to(torch.float64) / scale_B[:, None, None]
-    return scaled_BLV.gather(-1, token_ids_BL[..., None]).squeeze(-1) - scaled_BLV.logsumexp(dim=-1)
-
-
-def inverse_cdf(weights_V: Tensor, uniforms: Tensor) -> Tensor:
-    """The id whose interval of the cumulative weights holds the uniform; never an id without weight.
-
-    `weights_V` (..., V) need not be normalised; `uniforms` (...) lie in (0, 1). One token per row, int64.
-    """
-    return _search(weights_V.cumsum(dim=-1), uniforms)
-
-
-def _search(cumulative_V: Tensor, uniforms: Tensor) -> Tensor:
-    total = cumulative_V[..., -1:].contiguous()
-    token = torch.searchsorted(cumulative_V, uniforms[..., None] * total, right=True)
-    # Rounding can carry the goal onto the total: the last id with weight is where the total is first reached.
-    last = torch.searchsorted(cumulative_V, total)
-    return torch.minimum(token, last).squeeze(-1)
+    scale_B = torch.where(temperature_B == 0, 1.0, temperature_B)
+    return LogitRows(logits_BLV, scale_B, False).logprobs_of(token_ids_BL)

@@ -10,6 +10,7 @@ from blockroll.types.replica import (
     WeightUpdate,
 )
 from blockroll.types.rollout import Commit, FinishReason, Prefix, Request, Rollout, RolloutStats
+from blockroll.types.rows import Rows
 from blockroll.types.sampling import Constraint, Guide, LogitsProcessor, Sampling, SamplingOptions
 from blockroll.types.verdict import POINT_MASS, Draft, Evidence, PointMass, Verdict
 
@@ -35,6 +36,7 @@ __all__ = [
     "Request",
     "Rollout",
     "RolloutStats",
+    "Rows",
     "Sampling",
     "SamplingOptions",
     "TensorSpec",

@@ -8,6 +8,7 @@ from enum import Enum
 from typing import TYPE_CHECKING, Final
 
 from blockroll.errors import InvalidInput
+from blockroll.types.rows import Rows
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,22 +31,26 @@ class Draft:
     """
 
     token_ids_BK: "Tensor"  # int64; behind a request's number of drafts they hold no meaning
-    probs_BKV: "Tensor | PointMass"  # float64; POINT_MASS: every token was certain, as argmax drafts are
+    law: "Rows | Tensor | PointMass"  # (B, K, V); as a tensor float64 probabilities; POINT_MASS: all certain
     num_drafts_B: "Tensor"  # int64, 0..K: how many drafts each request really has
 
     def __post_init__(self) -> None:
-        if self.probs_BKV is None:
+        if self.law is None:
             raise InvalidInput(
-                "drafts need probs_BKV, the law they were drawn from (B, K, V), or POINT_MASS where each was "
-                "certain, as argmax drafts and looked-up tokens are"
+                "drafts need the law they were drawn from, rows or probabilities (B, K, V), or POINT_MASS "
+                "where each was certain, as argmax drafts and looked-up tokens are"
             )
 
     def behind_first(self) -> "Draft":
         """The drafts without those of the first position."""
-        probs = self.probs_BKV
+        law = self.law
+        if isinstance(law, Rows):
+            law = law.behind_first()
+        elif not isinstance(law, PointMass):
+            law = law[:, 1:]
         return Draft(
             token_ids_BK=self.token_ids_BK[:, 1:],
-            probs_BKV=probs if isinstance(probs, PointMass) else probs[:, 1:],
+            law=law,
             num_drafts_B=self.num_drafts_B - 1,
         )
 
@@ -57,7 +62,9 @@ class Evidence:
     draft_probs_BK: "Tensor"  # float64, of each drafted token under its own law,
     target_probs_BK: "Tensor"  # and under the law to commit by
     uniforms_BL: "Tensor"  # accept coins, and the uniform of the token that was drawn
-    cumulative_BV: "Tensor"  # sums up to each id of what it was drawn from: a target row or a residual
+    mass_B: "Tensor"  # of what that token was drawn from, a target row or a residual: all of it,
+    low_B: "Tensor"  # that of all ids before the token,
+    high_B: "Tensor"  # and the token's own with them
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -20,7 +20,7 @@ PLAN = Plan(K, drafter="broken")
 def good_draft(size):
     return Draft(
         token_ids_BK=torch.full((size, K), 5),
-        probs_BKV=torch.full((size, K, VOCAB_SIZE), 1 / VOCAB_SIZE, dtype=torch.float64),
+        law=torch.full((size, K, VOCAB_SIZE), 1 / VOCAB_SIZE, dtype=torch.float64),
         num_drafts_B=torch.full((size,), K),
     )
 
@@ -76,15 +76,15 @@ SPOILED = {
     "counts too many": (changed("num_drafts_B", K + 1, at=2), "4 drafts for request 2"),
     "counts below 0": (changed("num_drafts_B", -1, at=2), "-1 drafts for request 2"),
     "counts of another batch": (replaced(num_drafts_B=lambda counts: counts[1:]), r"num_drafts_B of \(3,\)"),
-    "law NaN": (changed("probs_BKV", torch.nan, at=(1, 0, 0)), "NaN or infinity for draft 0 of request 1"),
-    "law negative": (changed("probs_BKV", -0.1, at=(1, 1, 0)), "a negative probability for draft 1"),
-    "law of sum 2": (replaced(probs_BKV=lambda probs: 2 * probs), "sum is not 1"),
+    "law NaN": (changed("law", torch.nan, at=(1, 0, 0)), "NaN or infinity for draft 0 of request 1"),
+    "law negative": (changed("law", -0.1, at=(1, 1, 0)), "a negative probability for draft 1"),
+    "law of sum 2": (replaced(law=lambda probs: 2 * probs), "sum is not 1"),
     "law that cannot give it": (
-        replaced(probs_BKV=lambda probs: torch.eye(VOCAB_SIZE, dtype=torch.float64)[[9]].expand_as(probs)),
+        replaced(law=lambda probs: torch.eye(VOCAB_SIZE, dtype=torch.float64)[[9]].expand_as(probs)),
         "probability 0 for the very token",
     ),
-    "law of float32": (replaced(probs_BKV=lambda probs: probs.float()), "probs_BKV of torch.float32"),
-    "law of another vocabulary": (replaced(probs_BKV=lambda probs: probs[..., 1:]), "probs_BKV of"),
+    "law of float32": (replaced(law=lambda probs: probs.float()), "law of torch.float32"),
+    "law of another vocabulary": (replaced(law=lambda probs: probs[..., 1:]), "law of"),
     "nothing": (lambda draft: None, "gave None"),
     "rows too few": (rows_of(torch.zeros(4, K - 1, VOCAB_SIZE)), r"logits of \(4, 2, 24\)"),
     "origins too few": (rows_of(torch.zeros(4, K, VOCAB_SIZE), num_origins=3), "3 origins"),
@@ -135,7 +135,7 @@ def test_what_a_drafter_does_behind_its_drafts_is_checked_before_a_commit(part):
 def test_what_stands_behind_a_requests_drafts_needs_no_law():
     drafter = Broken()
     drafter.spoil = lambda draft: dataclasses.replace(
-        changed("probs_BKV", torch.nan, at=(slice(None), slice(1, None)))(draft),
+        changed("law", torch.nan, at=(slice(None), slice(1, None)))(draft),
         num_drafts_B=torch.ones_like(draft.num_drafts_B),
     )
     engine, _ = engine_of(drafter)
@@ -144,6 +144,6 @@ def test_what_stands_behind_a_requests_drafts_needs_no_law():
 
 def test_a_point_mass_needs_no_law():
     drafter = Broken()
-    drafter.spoil = lambda draft: dataclasses.replace(draft, probs_BKV=POINT_MASS)
+    drafter.spoil = lambda draft: dataclasses.replace(draft, law=POINT_MASS)
     engine, _ = engine_of(drafter)
     assert all(rollout.finish_reason == "length" for rollout in finish(engine).values())

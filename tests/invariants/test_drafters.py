@@ -30,7 +30,7 @@ class FixedTokens(Drafter):
         padded = [[*each, *[0] * (step.plan.num_drafts - len(each))] for each in drafts]
         return Draft(
             token_ids_BK=torch.tensor(padded, dtype=torch.int64),
-            probs_BKV=POINT_MASS,
+            law=POINT_MASS,
             num_drafts_B=torch.tensor([len(each) for each in drafts]),
         )
 

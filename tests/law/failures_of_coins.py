@@ -86,7 +86,9 @@ def the_redraw_is_uniform_given_the_rejection():
     verdict = lossless.verify_block(draft, target, coins)
     rejected = verdict.num_accepted_B == 0
     redraws = redraw_uniforms(
-        verdict.token_ids_BL[rejected, 0], target[rejected, 0], draft.probs_BKV[rejected, 0]
+        verdict.token_ids_BL[rejected, 0],
+        target[rejected, 0],
+        lossless.draft_probs(draft, logits.shape[-1])[rejected, 0],
     )
     assert check_redraw_uniforms(redraws).passed
     law = committed_law(

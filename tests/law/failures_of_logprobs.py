@@ -106,7 +106,7 @@ def mean_surprisal_is_mean_entropy():
 
 def reports_the_row_behind(monkeypatch):
     def shifted(verdict, probs):
-        logprobs = probs.roll(-1, dims=1)[:, : verdict.token_ids_BL.shape[1]]
+        logprobs = probs.dense().roll(-1, dims=1)[:, : verdict.token_ids_BL.shape[1]]
         return dataclasses.replace(
             verdict,
             behavior_logprobs_BL=logprobs.gather(-1, verdict.token_ids_BL[..., None]).squeeze(-1).log(),

@@ -12,7 +12,7 @@ import torch
 from blockroll.errors import InvalidInput
 from blockroll.rollout.engine import step as decoding
 from blockroll.samplers import laws as laws_module
-from blockroll.samplers import lossless, uniforms
+from blockroll.samplers import lossless, rows, uniforms
 from blockroll.samplers import processing as processing_module
 from blockroll.samplers.laws import Laws
 from blockroll.types import Draft, Plan, Sampling
@@ -30,7 +30,7 @@ def scores_drafts_by_their_softmax(monkeypatch):
 
     def wrong(logits, temperature, uniforms_BK, num_drafts=None, **kwargs):
         draft = draw_draft(logits, temperature, uniforms_BK, num_drafts, **kwargs)
-        return dataclasses.replace(draft, probs_BKV=logits.double().softmax(-1))
+        return dataclasses.replace(draft, law=logits.double().softmax(-1))
 
     monkeypatch.setattr(laws_module, "draw_draft", wrong)
 
@@ -43,14 +43,14 @@ def the_draft_law_returned_is_the_law_drawn_from():
 
 
 def draws_from_rounded_logits(monkeypatch):
-    target_probs = lossless.target_probs
+    target_probs = rows.target_probs
 
     def wrong(logits, temperature, uniforms_BK, num_drafts=None, **kwargs):
-        tokens = lossless.inverse_cdf(target_probs(logits.bfloat16(), temperature), uniforms_BK)
+        tokens = rows.inverse_cdf(target_probs(logits.bfloat16(), temperature), uniforms_BK)
         batch, width = uniforms_BK.shape
         return Draft(
             token_ids_BK=tokens,
-            probs_BKV=target_probs(logits, temperature),
+            law=target_probs(logits, temperature),
             num_drafts_B=torch.full((batch,), width),
         )
 
@@ -66,7 +66,7 @@ def drafts_are_drawn_from_the_logits_that_score_them():
         logits_V.expand(count, 1, -1), torch.ones(count), stratified(count)[:, None]
     ).token_ids_BK
     counts = torch.bincount(tokens.flatten(), minlength=64)
-    assert ((counts - count * draft.probs_BKV[0, 0]).abs() <= 1).all()
+    assert ((counts - count * lossless.draft_probs(draft, len(logits_V))[0, 0]).abs() <= 1).all()
 
 
 def fixture_law(verify) -> torch.Tensor:
@@ -76,7 +76,7 @@ def fixture_law(verify) -> torch.Tensor:
     for drafted in range(4):
         draft = Draft(
             token_ids_BK=torch.full((count, 1), drafted),
-            probs_BKV=torch.tensor([[Q]], dtype=torch.float64).expand(count, -1, -1),
+            law=torch.tensor([[Q]], dtype=torch.float64).expand(count, -1, -1),
             num_drafts_B=torch.ones(count, dtype=torch.int64),
         )
         accepted = min(1.0, P[drafted] / Q[drafted])
@@ -99,9 +99,9 @@ def a_rejected_position_is_redrawn_from_the_residual():
 
 def takes_missing_probabilities_for_a_point_mass(monkeypatch):
     def invent(draft):
-        if draft.probs_BKV is None:
+        if draft.law is None:
             one_hot = torch.nn.functional.one_hot(draft.token_ids_BK, 4).double()
-            object.__setattr__(draft, "probs_BKV", one_hot)
+            object.__setattr__(draft, "law", one_hot)
 
     monkeypatch.setattr(Draft, "__post_init__", invent)
 
@@ -109,7 +109,7 @@ def takes_missing_probabilities_for_a_point_mass(monkeypatch):
 @failure(36, takes_missing_probabilities_for_a_point_mass)
 def drafts_without_their_law_are_refused():
     with pytest.raises(InvalidInput, match="the law they were drawn from"):
-        Draft(token_ids_BK=torch.zeros((1, 1), dtype=torch.int64), probs_BKV=None, num_drafts_B=torch.ones(1))
+        Draft(token_ids_BK=torch.zeros((1, 1), dtype=torch.int64), law=None, num_drafts_B=torch.ones(1))
 
 
 @failure(37, scores_drafts_by_their_softmax)
@@ -176,13 +176,13 @@ def verify_rows_that_are_not_finite_fail_their_request():
 
 
 def forgets_to_mask_the_last_tile(monkeypatch):
-    inverse_cdf = lossless.inverse_cdf
+    inverse_cdf = rows.inverse_cdf
 
     def wrong(weights_V, coins):
         missing = -weights_V.shape[-1] % 1024
         return inverse_cdf(torch.nn.functional.pad(weights_V, (0, missing), value=0.1), coins)
 
-    monkeypatch.setattr(lossless, "inverse_cdf", wrong)
+    monkeypatch.setattr(rows, "inverse_cdf", wrong)
 
 
 @failure(42, forgets_to_mask_the_last_tile)
@@ -192,7 +192,7 @@ def no_id_lies_outside_the_vocabulary():
             weights_V = torch.full((size,), 0.1, dtype=torch.float64)
             weights_V[size - num_padded :] = 0
             coins = torch.tensor([2.0**-53, 0.5, LARGEST], dtype=torch.float64)
-            tokens = lossless.inverse_cdf(weights_V.expand(3, -1), coins)
+            tokens = rows.inverse_cdf(weights_V.expand(3, -1), coins)
             assert (tokens < size - num_padded).all()
 
 
@@ -236,7 +236,7 @@ def a_rejection_that_rounding_made_draws_from_the_target():
     law = torch.tensor(P, dtype=torch.float64)
     draft = Draft(
         token_ids_BK=torch.zeros((count, 1), dtype=torch.int64),
-        probs_BKV=law.expand(count, 1, -1),
+        law=law.expand(count, 1, -1),
         num_drafts_B=torch.ones(count, dtype=torch.int64),
     )
     coins = torch.stack([torch.full((count,), 1.5, dtype=torch.float64), stratified(count)], dim=1)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from blockroll.samplers import draft_probs, draw_draft, verify_block
-from blockroll.samplers.lossless import inverse_cdf
+from blockroll.samplers.rows import inverse_cdf
 from blockroll.types import Draft, Verdict
 from tests.law.integrate import Sampler
 
@@ -63,4 +63,4 @@ MUTANTS = {
 def draws_from_bfloat16(logits_BKV: Tensor, temperature_B: Tensor, uniforms_BK: Tensor) -> Draft:
     """Draws from rounded logits, and returns the law of the others."""
     drawn = draw_draft(logits_BKV.bfloat16().float(), temperature_B, uniforms_BK)
-    return replace(drawn, probs_BKV=logits_BKV.double().softmax(-1))
+    return replace(drawn, law=logits_BKV.double().softmax(-1))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from blockroll.samplers import draw_draft, verify_block
+from blockroll.samplers import draft_probs, draw_draft, verify_block
 from blockroll.samplers.check import (
     PRODUCTION,
     Arithmetic,
@@ -21,7 +21,7 @@ from blockroll.samplers.check import (
     check_sampler,
     check_stratified,
 )
-from blockroll.samplers.lossless import inverse_cdf
+from blockroll.samplers.rows import inverse_cdf
 from blockroll.types import Draft, Verdict
 from tests.law.mutants import MUTANTS, draws_from_bfloat16
 from tests.law.toys import TOYS, rows
@@ -59,7 +59,7 @@ def reports_the_draft_law(draft: Draft, target_BLV: Tensor, uniforms_BL: Tensor)
 def forgets_the_temperature(logits_BKV: Tensor, temperature_B: Tensor, uniforms_BK: Tensor) -> Draft:
     """Draws at the temperature and returns the law at 1."""
     draft = draw_draft(logits_BKV, temperature_B, uniforms_BK)
-    return replace(draft, probs_BKV=logits_BKV.double().softmax(-1))
+    return replace(draft, law=logits_BKV.double().softmax(-1))
 
 
 @pytest.mark.parametrize("toy", TOYS.values(), ids=TOYS)
@@ -163,7 +163,7 @@ def test_production_is_within_1e_5_of_the_target_in_closed_form_at_real_vocabula
 def replaces_the_residual(draft: Draft, target_BLV: Tensor, uniforms_BL: Tensor) -> Verdict:
     """A verify step of its own for one request, which redraws from the target."""
     p_K = target_BLV[0, :-1].take_along_dim(draft.token_ids_BK[0, :, None], -1)[:, 0]
-    q_K = draft.probs_BKV[0].take_along_dim(draft.token_ids_BK[0, :, None], -1)[:, 0]
+    q_K = draft_probs(draft, target_BLV.shape[-1])[0].take_along_dim(draft.token_ids_BK[0, :, None], -1)[:, 0]
     num_accepted = int((uniforms_BL[0, :-1] <= p_K / q_K).long().cumprod(0).sum())
     final = inverse_cdf(target_BLV[0, num_accepted], uniforms_BL[0, -1])
     tokens_L = torch.cat([draft.token_ids_BK[0, :num_accepted], final[None]])

@@ -24,7 +24,7 @@ from blockroll.samplers.check import (
     check_tokens,
     redraw_uniforms,
 )
-from blockroll.samplers.lossless import inverse_cdf
+from blockroll.samplers.rows import inverse_cdf
 from blockroll.types import Draft
 from tests.law.mutants import MUTANTS, draws_from_bfloat16
 from tests.law.toys import rows
@@ -118,7 +118,7 @@ def drafter(change: Callable[[Tensor], Tensor]) -> Callable[[int], Draft]:
     def draft(call: int) -> Draft:
         laws_KV = varied_laws(400)[3 * call % 396 :][:4]
         tokens_K = drawn_each(change(laws_KV), seed=call)
-        return Draft(token_ids_BK=tokens_K[None], probs_BKV=laws_KV[None], num_drafts_B=torch.tensor([3]))
+        return Draft(token_ids_BK=tokens_K[None], law=laws_KV[None], num_drafts_B=torch.tensor([3]))
 
     return draft
 

@@ -90,7 +90,7 @@ def mixes_the_extra_row(policy_logits, draft_logits, weight, num_drafts):
 
 def forgets_the_draft_temperature(logits, temperature, uniforms, num_drafts, **kwargs):
     draft = draw_draft(logits, temperature, uniforms, num_drafts, **kwargs)
-    return dataclasses.replace(draft, probs_BKV=logits.double().softmax(-1))
+    return dataclasses.replace(draft, law=logits.double().softmax(-1))
 
 
 def keeps_a_slot_too_early(drafter, step, states, verdict):

@@ -26,7 +26,7 @@ NEVER_LIKELY = Toy(  # fixed tokens, as looked-up ones are, that the target rare
 def certain_draft(num_drafts: int, generator: torch.Generator) -> Draft:
     return Draft(
         token_ids_BK=torch.randint(VOCAB, (BATCH, num_drafts), generator=generator),
-        probs_BKV=POINT_MASS,
+        law=POINT_MASS,
         num_drafts_B=torch.randint(num_drafts + 1, (BATCH,), generator=generator),
     )
 
@@ -53,7 +53,7 @@ def assert_same(sparse: object, dense: object) -> None:
 def test_a_point_mass_is_verified_as_its_dense_law_is(num_drafts):
     generator = torch.Generator().manual_seed(num_drafts)
     draft = certain_draft(num_drafts, generator)
-    dense = replace(draft, probs_BKV=draft_probs(draft, VOCAB))
+    dense = replace(draft, law=draft_probs(draft, VOCAB))
     rows = targets(num_drafts + 1, generator)
     uniforms = torch.rand((BATCH, num_drafts + 1), generator=generator, dtype=torch.float64)
     sparse_verdict, dense_verdict = (verify_block(each, rows, uniforms) for each in (draft, dense))
@@ -78,7 +78,7 @@ def test_drafts_that_are_all_greedy_hold_no_row_as_wide_as_the_vocabulary(option
         return Laws.of(texts, vocab_size=VOCAB, device=logits.device).draw(logits, uniforms, counts)
 
     certain, mixed = draw(0, 0, 0), draw(0, 0, 1)
-    assert certain.probs_BKV is POINT_MASS
+    assert certain.law is POINT_MASS
     assert torch.equal(draft_probs(certain, VOCAB)[:2], draft_probs(mixed, VOCAB)[:2])
     assert torch.equal(certain.token_ids_BK[:2], mixed.token_ids_BK[:2])
 
@@ -94,12 +94,12 @@ def test_tokens_behind_point_masses_follow_the_target_law(toy, num_drafts, corne
         return drawn[-1]
 
     law = committed_law(Sampler(draw, verify_block), toy, [num_drafts], num_drafts + 1, corner=corner)
-    assert all(draft.probs_BKV is POINT_MASS for draft in drawn)
+    assert all(draft.law is POINT_MASS for draft in drawn)
     assert max_difference(law, target_law(toy, num_drafts + 1)) < 1e-12
 
 
 def leaves_the_token_in_the_residual(monkeypatch):
-    monkeypatch.setattr(lossless, "_residual", lambda target, draft, offset: target)
+    monkeypatch.setattr(lossless, "_residual", lambda target, *_: target)
 
 
 def takes_every_point_mass(monkeypatch):
@@ -109,8 +109,8 @@ def takes_every_point_mass(monkeypatch):
 def removes_the_token_of_another_position(monkeypatch):
     residual_at = lossless._residual
 
-    def residual_at_first(target, draft, offset):
-        return residual_at(target, draft, 0 * offset)
+    def residual_at_first(target, draft, offset, requests):
+        return residual_at(target, draft, 0 * offset, requests)
 
     monkeypatch.setattr(lossless, "_residual", residual_at_first)
 
@@ -128,7 +128,7 @@ def test_a_planted_bug_of_point_masses_breaks_the_law(monkeypatch, plant, toy):
 
 def test_a_draft_without_a_law_is_no_point_mass():
     with pytest.raises(InvalidInput, match="or POINT_MASS"):
-        Draft(token_ids_BK=torch.zeros((1, 1), dtype=torch.int64), probs_BKV=None, num_drafts_B=torch.ones(1))
+        Draft(token_ids_BK=torch.zeros((1, 1), dtype=torch.int64), law=None, num_drafts_B=torch.ones(1))
 
 
 def test_a_claim_of_point_masses_is_not_passed_by_the_check_of_draft_laws():

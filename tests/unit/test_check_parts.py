@@ -8,7 +8,7 @@ import torch
 from scipy import stats
 
 from blockroll.errors import InvalidInput
-from blockroll.samplers import check, verify_block
+from blockroll.samplers import check, draft_probs, verify_block
 from blockroll.samplers.check import PRODUCTION, Finding, Sampler, Tables, Watch
 from blockroll.samplers.check.chi_square import critical, needed_noncentrality, noncentral_survival, survival
 from tests.law.toys import TOYS
@@ -49,10 +49,10 @@ def own_randomness(draft, target_probs_BLV, uniforms_BL):
     with Watch(uniforms_BL[0].tolist()):
         coin = torch.rand(1)
         accepted = (
-            coin * draft.probs_BKV[0, 0, draft.token_ids_BK[0]]
+            coin * draft_probs(draft, 3)[0, 0, draft.token_ids_BK[0]]
             < target_probs_BLV[0, 0, draft.token_ids_BK[0]]
         )
-        residual = (target_probs_BLV[0, 0] - draft.probs_BKV[0, 0]).clamp(min=0)
+        residual = (target_probs_BLV[0, 0] - draft_probs(draft, 3)[0, 0]).clamp(min=0)
         token = torch.multinomial(target_probs_BLV[0, 1] if accepted else residual, 1)
     return bool(accepted), int(token)
 

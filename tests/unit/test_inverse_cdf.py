@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from blockroll.samplers import draft_probs, draw_draft, target_probs, verify_block
-from blockroll.samplers.lossless import inverse_cdf
+from blockroll.samplers.rows import inverse_cdf
 from blockroll.types import POINT_MASS, Draft, Verdict
 
 EXTREME_UNIFORMS = [2.0**-53, 1e-12, 0.5, 1 - 1e-12, 1 - 2.0**-53]
@@ -57,7 +57,7 @@ def _one_step(
     rows = len(uniforms_N)
     draft = Draft(
         token_ids_BK=torch.full((rows, 1), drafted),
-        probs_BKV=torch.tensor([[draft_V]], dtype=torch.float64).expand(rows, -1, -1),
+        law=torch.tensor([[draft_V]], dtype=torch.float64).expand(rows, -1, -1),
         num_drafts_B=torch.ones(rows, dtype=torch.int64),
     )
     target_BLV = torch.tensor([target_LV], dtype=torch.float64).expand(rows, -1, -1)
@@ -149,7 +149,7 @@ def test_an_argmax_draft_is_the_lowest_best_id_whatever_its_uniform():
     uniforms_BK = torch.tensor(EXTREME_UNIFORMS, dtype=torch.float64)[:, None]
     draft = draw_draft(logits_BKV, torch.zeros(5), uniforms_BK)
     assert draft.token_ids_BK.flatten().tolist() == [1] * 5
-    assert draft.probs_BKV is POINT_MASS
+    assert draft.law is POINT_MASS
     assert (draft_probs(draft, 3) == torch.tensor([0.0, 1.0, 0.0])).all()
 
 

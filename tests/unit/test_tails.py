@@ -14,7 +14,7 @@ from torch import Tensor
 
 from blockroll.samplers import draw_draft, target_probs, verify_block
 from blockroll.samplers.check import check_stratified, stratified
-from blockroll.samplers.lossless import inverse_cdf
+from blockroll.samplers.rows import inverse_cdf
 from blockroll.samplers.uniforms import u52
 from blockroll.types import Draft
 
@@ -92,7 +92,7 @@ def test_verify_draws_from_the_tail_too():
     uniforms_N1 = stratified(8, law_V[0].item(), 1.0)[:, None]
     none = Draft(
         token_ids_BK=torch.zeros(8, 0, dtype=torch.int64),
-        probs_BKV=torch.zeros(8, 0, TAIL + 1, dtype=torch.float64),
+        law=torch.zeros(8, 0, TAIL + 1, dtype=torch.float64),
         num_drafts_B=torch.zeros(8, dtype=torch.int64),
     )
     tokens_B = verify_block(none, law_V.expand(8, 1, -1), uniforms_N1).token_ids_BL[:, 0]
@@ -136,7 +136,7 @@ def test_a_residual_that_is_one_id_is_drawn_by_every_uniform(uniform):
     target_V[-1] = 0.5
     draft = Draft(
         token_ids_BK=torch.zeros(1, 1, dtype=torch.int64),
-        probs_BKV=draft_V[None, None],
+        law=draft_V[None, None],
         num_drafts_B=torch.ones(1, dtype=torch.int64),
     )
     coins = torch.tensor([[1 - 2.0**-53, uniform]], dtype=torch.float64)

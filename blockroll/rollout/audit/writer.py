@@ -30,14 +30,13 @@ from torch import Tensor
 
 from blockroll.errors import AuditError, InvalidInput
 from blockroll.rollout.engine.trace import StepTrace
-from blockroll.types import Evidence, PlanKind, PointMass, Request, Sampling
+from blockroll.types import POINT_MASS, Evidence, PlanKind, Request, Sampling
 
 SCHEMA_VERSION = 1
 KINDS = ("accepted", "recovered", "extra", "plain")  # by their codes
 ACCEPTED, RECOVERED, EXTRA, PLAIN_TOKEN = range(4)
 ROWS_PER_FILE = 200_000
 _ROWS_HELD = 1_024  # rows whose tensors are kept before they become columns
-_BYTES_HELD = 1 << 26  # of vocabulary-wide tensors
 
 # Everything a row holds but its request, in this order: what its checksum is taken of.
 NUMBERS = np.dtype(
@@ -106,7 +105,6 @@ class AuditWriter:
         self._rows_per_file = rows_per_file
         self._steps: list[tuple[StepTrace, list[int]]] = []
         self._num_held = 0
-        self._bytes_held = 0
         self._tables: list[tuple[list[Request], np.ndarray]] = []  # request of each row, and its numbers
         self._num_rows = 0
         self._version, self._precision = 0, ""
@@ -119,8 +117,7 @@ class AuditWriter:
 
     def __call__(self, trace: StepTrace) -> None:
         """Keep one step of an engine; write all rows there are when nothing is left to decode."""
-        # Target rows are as wide as the vocabulary, and no row of the audit needs them.
-        self._record(dataclasses.replace(trace, target_probs=()))
+        self._record(_without_laws(trace))
         if trace.is_last:
             self.flush(is_idle=True)
 
@@ -132,12 +129,7 @@ class AuditWriter:
         serials = [self._serial(*each) for each in zip(step.requests, step.num_before, strict=True)]
         self._steps.append((step, serials))
         self._num_held += sum(step.num_kept)
-        for draft, verdict in step.parts:
-            assert verdict.evidence is not None
-            self._bytes_held += verdict.evidence.cumulative_BV.nbytes
-            if not isinstance(draft.probs_BKV, PointMass):
-                self._bytes_held += draft.probs_BKV.nbytes
-        if self._num_held >= _ROWS_HELD or self._bytes_held >= _BYTES_HELD:
+        if self._num_held >= _ROWS_HELD:
             self._convert()
         if self._num_rows >= self._rows_per_file:
             self.flush()
@@ -196,7 +188,7 @@ class AuditWriter:
                 rows_N, numbers_N = _numbers(step, np.array(is_kept_B), np.array(serials))
                 self._tables.append(([step.requests[row] for row in rows_N.tolist()], numbers_N))
                 self._num_rows += len(rows_N)
-        self._steps, self._num_held, self._bytes_held = [], 0, 0
+        self._steps, self._num_held = [], 0
 
     def _table(self) -> tuple[Any, set[int]]:
         """The rows as a table, and the serials whose info it brings."""
@@ -269,8 +261,7 @@ def _merged(steps: Sequence[tuple[StepTrace, list[int]]]) -> Iterator[tuple[Step
         run = list(group)
         members = [step for step, _ in run]
         parts = [
-            # The drafts' whole laws stay behind: what they gave the drafts is in the evidence.
-            (_cat([draft for draft, _ in part], without="probs_BKV"), _cat([verdict for _, verdict in part]))
+            (_cat([draft for draft, _ in part], without="law"), _cat([verdict for _, verdict in part]))
             for part in zip(*(step.parts for step in members), strict=True)
         ]
         merged = dataclasses.replace(
@@ -284,6 +275,12 @@ def _merged(steps: Sequence[tuple[StepTrace, list[int]]]) -> Iterator[tuple[Step
             policy_logprobs_BL=torch.cat([step.policy_logprobs_BL for step in members]),
         )
         yield merged, [serial for _, serials in run for serial in serials]
+
+
+def _without_laws(step: StepTrace) -> StepTrace:
+    """Laws are as wide as the vocabulary; all that rows of the audit say of them is in the evidence."""
+    parts = [(dataclasses.replace(draft, law=POINT_MASS), verdict) for draft, verdict in step.parts]
+    return dataclasses.replace(step, targets=(), draft=parts[0][0], parts=parts)
 
 
 def _cat(records: Sequence[Any], *, without: str = "") -> Any:
@@ -356,10 +353,9 @@ def _numbers(step: StepTrace, is_kept_B: np.ndarray, serials_B: np.ndarray) -> t
 
 def _add_draws(numbers_N: np.ndarray, drawn_N: np.ndarray, rows: np.ndarray, evidence: Evidence) -> None:
     """Uniform, mass and interval of the tokens that were drawn; a request has one of them at most."""
-    cumulative_BV = evidence.cumulative_BV.cpu().numpy()
-    tokens = numbers_N["token"][drawn_N]
-    mass, high = cumulative_BV[rows, -1], cumulative_BV[rows, tokens]
-    low = np.where(tokens > 0, cumulative_BV[rows, np.maximum(tokens - 1, 0)], 0.0)
+    mass, low, high = (
+        values_B.cpu().numpy()[rows] for values_B in (evidence.mass_B, evidence.low_B, evidence.high_B)
+    )
     numbers_N["uniform"][drawn_N] = evidence.uniforms_BL[:, -1].cpu().numpy()[rows]
     numbers_N["mass"][drawn_N] = mass
     numbers_N["low"][drawn_N], numbers_N["high"][drawn_N] = low / mass, high / mass

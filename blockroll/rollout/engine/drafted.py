@@ -10,7 +10,8 @@ from torch import Tensor
 
 from blockroll.errors import InvalidDraft
 from blockroll.rollout.engine.drafting import DraftRows, Verifying
-from blockroll.types import Draft, Plan, PointMass
+from blockroll.samplers import as_rows
+from blockroll.types import Draft, Plan, PointMass, Rows
 
 _LARGEST_ERROR = 1e-5  # of the sum of a law: what float32 rounding makes of a large vocabulary
 
@@ -42,8 +43,8 @@ def check_drafted(drafted: DraftRows | Draft, plan: Plan, *, batch_size: int, vo
             f"the token id {int(strange[0])}",
             f"ids from 0 to {vocab_size - 1}, behind a request's last draft too",
         )
-    if not isinstance(drafted.probs_BKV, PointMass):
-        _check_laws(drafted, drafted.probs_BKV, plan)
+    if not isinstance(drafted.law, PointMass):
+        _check_laws(drafted, drafted.law, plan)
 
 
 def check_verifying(verifying: Verifying, plan: Plan, *, batch_size: int, vocab_size: int) -> None:
@@ -62,10 +63,11 @@ def _check_form(drafted: DraftRows | Draft, plan: Plan, batch_size: int, vocab_s
     num_drafts = plan.num_drafts
     if isinstance(drafted, Draft):
         _check_integers(plan, "token_ids_BK", drafted.token_ids_BK, (batch_size, num_drafts))
-        if not isinstance(drafted.probs_BKV, PointMass):
-            _check_shape(plan, "probs_BKV", drafted.probs_BKV, (batch_size, num_drafts, vocab_size))
-            if drafted.probs_BKV.dtype != torch.float64:
-                raise _invalid(plan, f"probs_BKV of {drafted.probs_BKV.dtype}", "float64, or POINT_MASS")
+        law = drafted.law
+        if not isinstance(law, PointMass):
+            _check_shape(plan, "law", law, (batch_size, num_drafts, vocab_size))
+        if isinstance(law, Tensor) and law.dtype != torch.float64:
+            raise _invalid(plan, f"law of {law.dtype}", "float64, rows, or POINT_MASS")
     elif isinstance(drafted, DraftRows):
         num_rows = num_drafts + plan.settles_first
         _check_shape(plan, "logits", drafted.logits, (batch_size, num_rows, vocab_size))
@@ -74,18 +76,20 @@ def _check_form(drafted: DraftRows | Draft, plan: Plan, batch_size: int, vocab_s
     _check_integers(plan, "num_drafts_B", drafted.num_drafts_B, (batch_size,))
 
 
-def _check_laws(draft: Draft, probs_BKV: Tensor, plan: Plan) -> None:
+def _check_laws(draft: Draft, law: Rows | Tensor, plan: Plan) -> None:
     """Of the drafts that are meant: probabilities, of sum 1, above 0 where the draft is."""
-    offsets_K = torch.arange(plan.num_drafts, device=probs_BKV.device)
-    is_meant_BK = offsets_K < draft.num_drafts_B[:, None]
-    own_BK = probs_BKV.gather(-1, draft.token_ids_BK[..., None])[..., 0]
-    error_BK = (probs_BKV.sum(dim=-1) - 1).abs()
-    for is_right_BK, what in (
-        (torch.isfinite(probs_BKV).all(dim=-1), "NaN or infinity"),
-        ((probs_BKV >= 0).all(dim=-1), "a negative probability"),
-        (error_BK <= _LARGEST_ERROR, f"probabilities whose sum is not 1 within {_LARGEST_ERROR:g}"),
-        (own_BK > 0, "probability 0 for the very token it gave"),
-    ):
+    own_BK = as_rows(law).probs_of(draft.token_ids_BK)
+    is_meant_BK = torch.arange(plan.num_drafts, device=own_BK.device) < draft.num_drafts_B[:, None]
+    checks = [(own_BK > 0, "probability 0 for the very token it gave")]
+    if isinstance(law, Tensor):  # rows make their probabilities themselves
+        error_BK = (law.sum(dim=-1) - 1).abs()
+        checks = [
+            (torch.isfinite(law).all(dim=-1), "NaN or infinity"),
+            ((law >= 0).all(dim=-1), "a negative probability"),
+            (error_BK <= _LARGEST_ERROR, f"probabilities whose sum is not 1 within {_LARGEST_ERROR:g}"),
+            *checks,
+        ]
+    for is_right_BK, what in checks:
         wrong = (is_meant_BK & ~is_right_BK).nonzero()
         if len(wrong):
             slot, offset = wrong[0].tolist()
@@ -102,9 +106,9 @@ def _check_integers(plan: Plan, name: str, given: Tensor, shape: tuple[int, ...]
         raise _invalid(plan, f"{name} of {given.dtype}", "int64")
 
 
-def _check_shape(plan: Plan, name: str, given: Tensor, shape: tuple[int, ...]) -> None:
-    if not isinstance(given, Tensor) or given.shape != shape:
-        found = tuple(given.shape) if isinstance(given, Tensor) else type(given).__name__
+def _check_shape(plan: Plan, name: str, given: Rows | Tensor, shape: tuple[int, ...]) -> None:
+    if not isinstance(given, Rows | Tensor) or given.shape != shape:
+        found = tuple(given.shape) if isinstance(given, Rows | Tensor) else type(given).__name__
         raise _invalid(plan, f"{name} of {found}", f"a tensor of {shape}")
 
 

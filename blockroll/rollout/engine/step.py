@@ -31,7 +31,7 @@ from blockroll.samplers import (
     step_uniforms,
     verify_block,
 )
-from blockroll.types import Draft, Plan, PlanKind, Verdict
+from blockroll.types import Draft, Plan, PlanKind, Rows, Verdict
 
 _NO_ORIGIN = (0, 0, 0)  # of drafts that no row of the policy gave
 
@@ -42,7 +42,7 @@ class Verified:
 
     verdict: Verdict
     logits: tuple[Tensor, ...]  # float32, causal; the rows of one forward, or of two
-    target_probs: tuple[Tensor, ...]  # of the same rows
+    targets: tuple[Rows, ...]  # of the same rows
     bad_targets_B: Tensor | None
     is_empty_BL: Tensor | None  # rows that nothing may follow
     leftover: object  # what the drafter left in the forward that verified
@@ -86,7 +86,7 @@ class Decoded:
             draft=self.draft,
             draft_uniforms_BK=self.draft_uniforms_BK,
             verify_uniforms=self.verify_uniforms,
-            target_probs=self.verified.target_probs,
+            targets=self.verified.targets,
             verdict=self.verified.verdict,
             parts=self.verified.parts,
             policy_logprobs_BL=self.policy_logprobs_BL,
@@ -199,12 +199,12 @@ class Decoder:
         clock = self._charge("forward_s", clock)
         logits_BLV, bad_targets_B = _without_non_finite(logits_BLV)
         targets = laws.target_rows(logits_BLV, draft.token_ids_BK, draft_logits_BKV, draft.num_drafts_B)
-        verdict = verify_block(draft, targets.probs_BLV, uniforms_BL)
+        verdict = verify_block(draft, targets.law, uniforms_BL)
         self._charge("sampler_s", clock)
         return Verified(
             verdict=verdict,
             logits=(logits_BLV,),
-            target_probs=(targets.probs_BLV,),
+            targets=(targets.law,),
             bad_targets_B=bad_targets_B,
             is_empty_BL=targets.is_empty_BL,
             leftover=leftover,
@@ -229,7 +229,7 @@ class Decoder:
         if first.is_empty_BL is not None:  # what is settled there is no token that the others may go by
             for slot in first.is_empty_BL[:, 0].nonzero().flatten().tolist():
                 laws.failed.setdefault(slot, _EMPTY)
-        settled = settle_first(draft, first.probs_BLV, uniforms[:, [0, -1]])
+        settled = settle_first(draft, first.law, uniforms[:, [0, -1]])
         rest = draft.behind_first()
         ids_BK = torch.cat([settled.token_ids_BL, rest.token_ids_BK], dim=1)
         clock = self._charge("sampler_s", clock)
@@ -238,12 +238,12 @@ class Decoder:
         clock = self._charge("forward_s", clock)
         logits_BKV, bad_targets_B = _without_non_finite(logits_BKV)
         others = laws.target_rows(logits_BKV, ids_BK, draft_logits_BKV[:, 1:], rest.num_drafts_B)
-        verified = verify_block(rest, others.probs_BLV, uniforms[:, 1 : num_drafts + 1])
+        verified = verify_block(rest, others.law, uniforms[:, 1 : num_drafts + 1])
         self._charge("sampler_s", clock)
         return Verified(
             verdict=join_verdicts(settled, verified),
             logits=(anchor_logits_B1V, logits_BKV),
-            target_probs=(first.probs_BLV, others.probs_BLV),
+            targets=(first.law, others.law),
             bad_targets_B=bad_targets_B,
             is_empty_BL=_joined(first.is_empty_BL, others.is_empty_BL, num_drafts),
             leftover=None,

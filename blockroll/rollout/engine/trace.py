@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from blockroll.types import Draft, Plan, Request, Verdict
+from blockroll.types import Draft, Plan, Request, Rows, Verdict
 
 
 @dataclass(slots=True)
@@ -46,7 +46,7 @@ class StepTrace:
     draft: Draft
     draft_uniforms_BK: Tensor
     verify_uniforms: Tensor  # (B, L), and one column more where the first position was settled by itself
-    target_probs: Sequence[Tensor]  # float64 (B, L, V), in the parts that they were verified in
+    targets: Sequence[Rows]  # (B, L, V), in the parts that they were verified in
     verdict: Verdict  # of the whole step
     parts: Sequence[tuple[Draft, Verdict]]  # verifications, each behind the tokens of those before
     policy_logprobs_BL: Tensor
@@ -60,7 +60,7 @@ class StepTrace:
     @property
     def target_probs_BLV(self) -> Tensor:
         """The law of every position that was verified."""
-        return torch.cat(tuple(self.target_probs), dim=1)
+        return torch.cat([rows.dense() for rows in self.targets], dim=1)
 
     @property
     def verify_uniforms_BL(self) -> Tensor:

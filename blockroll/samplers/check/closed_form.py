@@ -20,7 +20,8 @@ from blockroll.samplers.check.finding import Finding
 from blockroll.samplers.check.laws import softmax
 from blockroll.samplers.check.tables import Sampler
 from blockroll.samplers.check.watch import Watch
-from blockroll.samplers.lossless import draft_probs, target_probs
+from blockroll.samplers.lossless import draft_probs
+from blockroll.samplers.rows import target_probs
 from blockroll.types import Draft
 
 TOLERANCE = 1e-5
@@ -86,7 +87,7 @@ def arithmetic_of(
     target_11V = target_probs(target_logits_V[None, None], temperature_1)
     draft = Draft(
         token_ids_BK=torch.arange(size)[None],
-        probs_BKV=drawn_11V.expand(1, size, -1),
+        law=drawn_11V.expand(1, size, -1),
         num_drafts_B=torch.tensor([size]),
     )
     with Watch() as accepting:
@@ -94,7 +95,7 @@ def arithmetic_of(
     sides = [(left, right) for left, right in accepting.compared if left.numel() == right.numel() == size]
     one = Draft(
         token_ids_BK=(target_11V - drawn_11V).argmin(dim=-1),  # surely rejected by a coin of 1
-        probs_BKV=drawn_11V,
+        law=drawn_11V,
         num_drafts_B=torch.tensor([1]),
     )
     with Watch() as rejecting:

@@ -19,6 +19,7 @@ from blockroll.errors import InvalidInput
 from blockroll.samplers.check.chi_square import POWER, critical, needed_noncentrality, survival
 from blockroll.samplers.check.finding import Finding
 from blockroll.samplers.check.laws import as_law
+from blockroll.samplers.lossless import as_rows
 from blockroll.types import Draft, PointMass
 
 SIGNIFICANCE = 1e-3
@@ -141,12 +142,12 @@ def check_draft_law(
         draft = drafter(call)
         is_drafted_BK = torch.arange(draft.token_ids_BK.shape[1]) < draft.num_drafts_B[:, None]
         tokens.append(draft.token_ids_BK[is_drafted_BK])
-        if isinstance(draft.probs_BKV, PointMass):
+        if isinstance(draft.law, PointMass):
             raise InvalidInput(
                 "the drafter returned POINT_MASS: a token cannot contradict a law of that token alone; check "
                 "instead that one prefix always has the same drafts"
             )
-        laws.append(draft.probs_BKV[is_drafted_BK])
+        laws.append(as_rows(draft.law).dense()[is_drafted_BK])
     if not sum(map(len, tokens)):
         raise InvalidInput(f"the drafter drafted nothing in {num_calls} calls; its law can't be checked")
     return check_tokens(torch.cat(tokens), torch.cat(laws), significance=significance, seed=seed, name=name)

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from blockroll.samplers.check.tables import Sampler, Tables, Tokens
-from blockroll.samplers.lossless import target_probs
+from blockroll.samplers.rows import target_probs
 
 Corner = Literal["low", "high"]
 TokenLaw = dict[Tokens, float]

@@ -18,7 +18,7 @@ from blockroll.errors import InvalidInput
 from blockroll.samplers.check.finding import Finding
 from blockroll.samplers.check.laws import as_law, softmax
 from blockroll.samplers.check.tables import Sampler
-from blockroll.samplers.lossless import target_probs
+from blockroll.samplers.rows import target_probs
 from blockroll.types import Draft, Verdict
 
 Draw = Callable[[Tensor], Tensor]
@@ -220,7 +220,7 @@ def _token(step: Step, coin: float, *, offset: int) -> Draw:
 def _draft(law_V: Tensor, token: int, batch: int, *, num_drafts: int) -> Draft:
     return Draft(
         token_ids_BK=torch.full((batch, num_drafts), token),
-        probs_BKV=law_V.expand(batch, num_drafts, -1),
+        law=law_V.expand(batch, num_drafts, -1),
         num_drafts_B=torch.full((batch,), num_drafts),
     )
 
