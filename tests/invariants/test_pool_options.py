@@ -139,3 +139,18 @@ def test_sync_publishes_a_learners_weights_in_the_replicas_precision(checkpoint)
         with pytest.raises(WeightSyncError, match="version 3 is for other weights"):
             pool.sync(torch.nn.Linear(2, 2))
         assert pool.version == 2
+
+
+def test_what_holds_no_weights_is_refused_before_a_replica_hears_of_it(checkpoint):
+    with torch.device("meta"):
+        empty = torch.nn.Linear(2, 2)
+    with RolloutPool.from_pretrained(checkpoint, device="cpu") as pool:
+        for given, said in (
+            ("folder", "a torch module, the learner's model, got str"),
+            (random_model(seed=3).state_dict(), "got OrderedDict; of a policy give its .model"),
+            (None, "got NoneType"),
+            (empty, "'weight' is on the meta device and holds no data"),
+        ):
+            with pytest.raises(InvalidInput, match=said):
+                pool.sync(given)
+        assert (pool.version, pool.states) == (0, ("READY",))

@@ -220,7 +220,8 @@ class RolloutPool:
         """Publish a learner's weights as the next version: `update` with all of them, in the replicas' dtype.
 
         The model is the policy's own class, or DDP or `torch.compile` around it. Tied weights are sent once.
-        WeightSyncError if no replica takes them; `states` says whether all did.
+        WeightSyncError if no replica takes them; `states` says whether all did. InvalidInput for what is no
+        model, or has no weights.
         """
         update = make_update(
             named_weights(unwrapped(model)),

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from blockroll.errors import InvalidInput
 from blockroll.types import TensorSpec, WeightManifest, WeightUpdate
 
 ADAPTER_PREFIX = "draft_adapter"
@@ -30,7 +31,15 @@ def named_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The module within DDP and `torch.compile`, whose names are the policy's own."""
+    """The module within DDP and `torch.compile`, whose names are the policy's own.
+
+    InvalidInput for what is no module.
+    """
+    if not isinstance(model, nn.Module):
+        raise InvalidInput(
+            f"weights come from a torch module, the learner's model, got {type(model).__name__}; of a policy "
+            "give its .model, and load a folder or a state dict into a model first"
+        )
     while True:
         if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
             model = model.module
@@ -53,12 +62,20 @@ def make_update(
     dtype: torch.dtype | None = None,
     bucket_bytes: int = DEFAULT_BUCKET_BYTES,
 ) -> WeightUpdate:
-    """Pack a whole policy; floating tensors are cast to `dtype`, the replicas' own, if it is given."""
+    """Pack a whole policy; floating tensors are cast to `dtype`, the replicas' own, if it is given.
+
+    InvalidInput for a tensor without data.
+    """
     specs: list[TensorSpec] = []
     buckets: list[list[Bytes]] = [[]]
     digest = hashlib.blake2b(digest_size=16)
     filled = 0
     for name, tensor in tensors:
+        if tensor.is_meta:
+            raise InvalidInput(
+                f"{name!r} is on the meta device and holds no data: load the model's weights, or gather what "
+                "is sharded or offloaded, before they are published"
+            )
         source = tensor.detach()
         source = source.to(dtype) if dtype is not None and source.is_floating_point() else source
         data = _bytes_of(source)
