@@ -37,7 +37,7 @@ from transformers import (
 )
 from transformers.generation.utils import _speculative_sampling
 
-from blockroll.samplers import draw_draft
+from blockroll.samplers import draft_probs, draw_draft
 from blockroll.samplers.check import (
     Arithmetic,
     Finding,
@@ -90,8 +90,9 @@ class Setting(NamedTuple):
 def speculative_sampling(draft: Draft, target_probs_BLV: Tensor, uniforms_BL: Tensor) -> Verdict:
     """transformers' own function, request by request, under the uniforms it is given."""
     tokens_BL, count_B = torch.zeros(uniforms_BL.shape, dtype=torch.int64), []
+    draft_BKV = draft_probs(draft, target_probs_BLV.shape[-1])
     for row, uniforms_L in enumerate(uniforms_BL.tolist()):
-        ids_1K, draft_1KV = draft.token_ids_BK[row, None], draft.probs_BKV[row, None]
+        ids_1K, draft_1KV = draft.token_ids_BK[row, None], draft_BKV[row, None]
         with Watch(uniforms_L):
             valid, _ = _speculative_sampling(
                 ids_1K, draft_1KV.log(), ids_1K.shape[1], target_probs_BLV[row, None].log()
@@ -282,7 +283,7 @@ def first_draft(setting: Setting, num_prompts: int = 16) -> Iterator[Finding]:
                 prompt, do_sample=True, max_new_tokens=6, pad_token_id=0, top_k=0, **setting.options
             )
             target_V = setting.model(text_1T[:, :4]).logits[0, -1]
-        target, claimed = target_V.double().softmax(-1), drafts[0].probs_BKV[0, 0]
+        target, claimed = target_V.double().softmax(-1), draft_probs(drafts[0], len(target_V))[0, 0]
         drafted = torch.zeros(SIZE, dtype=torch.float64)
         drafted[drafts[0].token_ids_BK[0, 0]] = 1
         arithmetic = Arithmetic(
@@ -310,7 +311,7 @@ def recorded(model: PreTrainedModel) -> Iterator[list[Draft]]:
             if logits_1KV is not None:
                 drafted_1K = candidate_ids[:, input_ids.shape[1] :]
                 probs_1KV, num_drafts_1 = logits_1KV.double().softmax(-1), torch.tensor([drafted_1K.shape[1]])
-                drafts.append(Draft(token_ids_BK=drafted_1K, probs_BKV=probs_1KV, num_drafts_B=num_drafts_1))
+                drafts.append(Draft(token_ids_BK=drafted_1K, law=probs_1KV, num_drafts_B=num_drafts_1))
             return candidate_ids, logits_1KV
 
         generator.get_candidates = get_candidates
