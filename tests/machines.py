@@ -37,10 +37,9 @@ MACHINES = {
 CORE = ("tests/law", "tests/numerics", "tests/golden", "tests/invariants", "tests/unit/test_equality.py")
 # Of them, what rounding reaches most: enough for a turn of every `make test`.
 QUICK = (
-    "tests/numerics",
+    "tests/numerics/test_policy.py",
     "tests/golden",
     "tests/invariants/test_engine.py",
-    "tests/invariants/test_prefixes.py",
     "tests/unit/test_equality.py",
 )
 LEFT_OUT = ("*ray*", "*trl*")  # processes and trainers of their own

@@ -64,6 +64,7 @@ def test_ctrl_c_ends_a_run_within_ten_seconds_leaves_no_process_and_says_how_to_
     assert_ended(run, tmp_path, family, number=signal.SIGINT, timeout=10)
 
 
+@pytest.mark.slow
 def test_a_scheduler_that_terminates_replicas_as_well_ends_a_run_in_the_same_way(run, tmp_path):
     family = family_of(run)
     os.killpg(run.pid, signal.SIGTERM)

@@ -114,6 +114,7 @@ def test_a_cluster_that_does_not_answer_is_named(monkeypatch):
         make_ray_pool(TINY, CONFIG)
 
 
+@pytest.mark.slow
 def test_pools_share_actors_under_the_same_ids_and_a_dead_client_leaves_nothing(ray_session):
     address = ray.get_runtime_context().gcs_address
     with make_ray_pool(TINY, CONFIG, name="dead-client", client_timeout_s=3.0) as pool:
