@@ -25,7 +25,7 @@ from blockroll.samplers.brought import allowed_rows, processed
 from blockroll.samplers.growing import IdBuffer, TokenCounts
 from blockroll.samplers.lossless import draw_draft, mixed_logits, policy_logprobs
 from blockroll.samplers.processing import completed_by, counts_by_row, penalize, truncate
-from blockroll.samplers.rows import DenseRows, LogitRows, inverse_cdf, target_probs
+from blockroll.samplers.rows import DenseRows, inverse_cdf, softmax_rows, target_probs
 from blockroll.types import POINT_MASS, Draft, Guide, Rows, Sampling, Verdict
 
 
@@ -168,7 +168,7 @@ class Laws:
         if self.is_mixed and draft_logits_BKV is not None:
             logits_BLV = mixed_logits(logits_BLV, draft_logits_BKV, self.weight_B, num_drafts_B)
         if self.processing is None:
-            return TargetRows(LogitRows(logits_BLV, self.temperature_B, self.has_greedy), None)
+            return TargetRows(softmax_rows(logits_BLV, self.temperature_B, has_greedy=self.has_greedy), None)
         return self.processing.target_rows(logits_BLV, between_BN, self.temperature_B, num_drafts_B)
 
     def policy_logprobs(self, logits: Sequence[Tensor], verdict: Verdict) -> Tensor:

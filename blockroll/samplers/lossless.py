@@ -9,7 +9,7 @@ Shapes: B requests, K drafted tokens, L = K + 1 target positions, V vocabulary.
 import torch
 from torch import Tensor
 
-from blockroll.samplers.rows import DenseRows, Drawn, LogitRows, drawn_from, spans_of_requests
+from blockroll.samplers.rows import DenseRows, Drawn, LogitRows, drawn_from, softmax_rows, spans_of_requests
 from blockroll.types import POINT_MASS, Draft, Evidence, PointMass, Rows, Verdict
 
 
@@ -62,7 +62,7 @@ def draw_draft(
         return Draft(token_ids_BK=logits_BKV.argmax(dim=-1), law=POINT_MASS, num_drafts_B=num_drafts_B)
     if has_greedy is None:
         has_greedy = bool((temperature_B == 0).any())
-    rows = LogitRows(logits_BKV, temperature_B, has_greedy)
+    rows = softmax_rows(logits_BKV, temperature_B, has_greedy=has_greedy)
     return Draft(token_ids_BK=rows.draw(uniforms_BK), law=rows, num_drafts_B=num_drafts_B)
 
 
@@ -87,6 +87,8 @@ def verify_block(draft: Draft, target: Rows | Tensor, uniforms_BL: Tensor) -> Ve
     """
     target = as_rows(target)
     num_drafts = draft.token_ids_BK.shape[1]
+    if num_drafts == 0:
+        return _draw(draft, target, uniforms_BL)
     draft_p_BK, target_p_BK = _own_probs(draft), target.probs_of(draft.token_ids_BK)
 
     # u * draft < target is u < target / draft without the division, so draft == 0 is no special case.
@@ -129,6 +131,20 @@ def settle_first(draft: Draft, target: Rows | Tensor, uniforms_B2: Tensor) -> Ve
     )
 
 
+def _draw(draft: Draft, target: Rows, uniforms_B1: Tensor) -> Verdict:
+    """One token from the target: what verifying no draft comes to."""
+    nothing_B0, first_B = uniforms_B1[:, :0], torch.zeros_like(draft.num_drafts_B)
+    probs_B, drawn = _draw_final(draft, target, first_B, first_B, uniforms_B1[:, 0])
+    tokens_B1 = drawn.token_ids_B[:, None]
+    return Verdict(
+        token_ids_BL=tokens_B1,
+        num_committed_B=torch.ones_like(first_B),
+        is_draft_BL=torch.zeros_like(tokens_B1, dtype=torch.bool),
+        behavior_logprobs_BL=probs_B[:, None].log(),
+        evidence=_evidence(nothing_B0, nothing_B0, uniforms_B1, drawn),
+    )
+
+
 def as_rows(law: Rows | Tensor) -> Rows:
     """Rows of a law, however it is held."""
     return law if isinstance(law, Rows) else DenseRows(law)
@@ -155,6 +171,8 @@ def _draw_final(
             )
         drawn.append(drawn_from(weights_BV, uniforms_B[requests]))
         probs.append(target_BV.gather(-1, drawn[-1].token_ids_B[:, None]).squeeze(-1))
+    if len(drawn) == 1:
+        return probs[0], drawn[0]
     return torch.cat(probs), Drawn(*map(torch.cat, zip(*drawn, strict=True)))
 
 

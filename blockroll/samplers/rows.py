@@ -48,6 +48,9 @@ class DenseRows(Rows):
     def behind_first(self) -> Self:
         return replace(self, probs_BLV=self.probs_BLV[:, 1:])
 
+    def draw(self, uniforms_BL: Tensor) -> Tensor:
+        return inverse_cdf(self.probs_BLV, uniforms_BL)
+
     def dense(self) -> Tensor:
         return self.probs_BLV
 
@@ -90,7 +93,6 @@ class LogitRows(Rows):
         return target_probs(self.logits_BLV, self.temperature_B, has_greedy=self.has_greedy)
 
     def draw(self, uniforms_BL: Tensor) -> Tensor:
-        """A token of each row, independently of each other, by inverse CDF; int64 (B, L)."""
         token_ids_BL = torch.empty(uniforms_BL.shape, dtype=torch.int64, device=uniforms_BL.device)
         for place, probs_11V in self._tiles(uniforms_BL.shape[1]):
             token_ids_BL[place] = inverse_cdf(probs_11V, uniforms_BL[place])
@@ -113,6 +115,13 @@ class LogitRows(Rows):
         for requests in _spans(size, max(1, _TILE // (vocab_size * width))):
             for rows in _spans(num_rows, width):
                 yield requests, rows
+
+
+def softmax_rows(logits_BLV: Tensor, temperature_B: Tensor, *, has_greedy: bool) -> Rows:
+    """The law softmax(logits / temperature), held in the cheaper way: what is one tile is formed at once."""
+    if logits_BLV.numel() <= _TILE:
+        return DenseRows(target_probs(logits_BLV, temperature_B, has_greedy=has_greedy))
+    return LogitRows(logits_BLV, temperature_B, has_greedy)
 
 
 def spans_of_requests(size: int, vocab_size: int) -> Iterator[slice]:

@@ -28,6 +28,10 @@ class Rows(ABC):
         """One row of each of these requests, float64 (B, V)."""
 
     @abstractmethod
+    def draw(self, uniforms_BL: "Tensor") -> "Tensor":
+        """A token of each row, independently of each other, by inverse CDF; int64 (B, L)."""
+
+    @abstractmethod
     def behind_first(self) -> Self:
         """All rows but the first of each request."""
 
