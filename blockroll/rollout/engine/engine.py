@@ -16,7 +16,7 @@ from blockroll.policies.base import Policy
 from blockroll.rollout.engine.cache import SlotCache
 from blockroll.rollout.engine.drafting import Drafter
 from blockroll.rollout.engine.ends import Decode
-from blockroll.rollout.engine.plans import PlanChooser, by_name, check_plan
+from blockroll.rollout.engine.plans import PlanChooser, at_hand, check_plan
 from blockroll.rollout.engine.prefill import prefill
 from blockroll.rollout.engine.requests import Limits, check_request
 from blockroll.rollout.engine.room import CacheRoom
@@ -59,14 +59,14 @@ class BareEngine:
 
         Stop strings are looked for in what `decode` makes of tokens; None: the policy's own tokenizer, with
         special tokens kept. `observers` are told of every step in turn, once it is final. `drafters` serve
-        the plans that name them.
+        the plans that name them; one of the class of an own one takes its place.
 
         The cache has room for the longest text that the requests at hand can become. `max_cache_rows` bounds
         its rows over all slots: then fewer than `max_batch_size` requests run together. 0: no bound.
         """
         self.planner = None if isinstance(plan, Plan) else plan
         plans = (plan,) if isinstance(plan, Plan) else plan.candidates
-        self._drafters = by_name((*(make() for make in self.own_drafters), *drafters))
+        self._drafters = at_hand((make() for make in self.own_drafters), drafters)
         for each in plans:
             check_plan(each, policy, self._drafters)
         if max_length > policy.max_length:

@@ -48,6 +48,13 @@ def by_name(drafters: Iterable[Drafter]) -> dict[str, Drafter]:
     return named
 
 
+def at_hand(own: Iterable[Drafter], given: Iterable[Drafter]) -> dict[str, Drafter]:
+    """An engine's own drafters and those it was given, by name; one that is given stands for its like."""
+    given = tuple(given)
+    others = (each for each in own if not any(isinstance(one, type(each)) for one in given))
+    return by_name((*others, *given))
+
+
 def check_plan(plan: Plan, policy: Policy, drafters: Mapping[str, Drafter]) -> None:
     """Raise InvalidInput for a plan that policy or drafters cannot follow; its drafter may warn."""
     if plan.kind is PlanKind.PLAIN:
