@@ -36,7 +36,8 @@ def bench(
     plans: Annotated[
         str,
         typer.Option(
-            help="Plans, separated by commas: 'auto', 'plain', 'two_forward(K)', 'fused(K,[0,...])'."
+            help="Plans, separated by commas: 'auto', 'plain', 'two_forward(K)', 'fused(K,[0,...])', "
+            "'history(K)'."
         ),
     ] = "plain,two_forward",
     mix_weight: Annotated[

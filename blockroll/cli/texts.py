@@ -42,7 +42,8 @@ def generate(
     plan: Annotated[
         str | None,
         typer.Option(
-            help="'auto', 'plain', 'two_forward(K)' or 'fused(K,[levels])'; left out: what it drafts by."
+            help="'auto', 'plain', 'two_forward(K)', 'fused(K,[levels])' or 'history(K)'; left out: what it "
+            "drafts by."
         ),
     ] = None,
     chat: Annotated[

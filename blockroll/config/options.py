@@ -55,7 +55,9 @@ class RolloutConfig(SamplingOptions):
     num_replicas: Positive = 2  # engines that share the requests
     threads_per_replica: Positive = 1  # torch threads of each Ray replica; cores are shared: be explicit
     gpus_per_replica: Amount = 1.0  # of each Ray replica on an accelerator; may be a fraction
-    plan: str = "auto"  # each step chooses; or one for all: "plain", "two_forward(K)", "fused(K)"
+    plan: str = (
+        "auto"  # each step chooses; or one for all: "plain", "two_forward(K)", "fused(K)", "history(K)"
+    )
     max_batch_size: Positive = 64  # requests that one replica decodes together
     max_length: Count = 0  # tokens of prompt and completion; 0: what the policy was built for
     memory_fraction: Share = 0.3  # of the device's memory that keys and values may take, per replica

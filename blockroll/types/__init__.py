@@ -1,6 +1,6 @@
 """What moves between the parts of blockroll: requests, rollouts, drafts, verdicts, plans and laws."""
 
-from blockroll.types.plan import DRAFTERS, MASK_ROWS, PLAIN, Law, Plan, PlanKind
+from blockroll.types.plan import DRAFTERS, HISTORY, MASK_ROWS, PLAIN, Law, Plan, PlanKind
 from blockroll.types.replica import (
     ReplicaHealth,
     ReplicaState,
@@ -16,6 +16,7 @@ from blockroll.types.verdict import POINT_MASS, Draft, Evidence, PointMass, Verd
 
 __all__ = [
     "DRAFTERS",
+    "HISTORY",
     "MASK_ROWS",
     "PLAIN",
     "POINT_MASS",

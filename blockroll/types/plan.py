@@ -33,7 +33,9 @@ class Law:
 
 
 MASK_ROWS = "mask_rows"  # the drafter of plans that draft and name none
-DRAFTERS = (MASK_ROWS,)  # that the package has, by the names that plans know them by
+HISTORY = "history"  # the drafter that looks drafts up in earlier texts
+HISTORY_DRAFTS = 8  # K of a plan of history that says none: a row that is not likely is not drafted
+DRAFTERS = (MASK_ROWS, HISTORY)  # that the package has, by the names that plans know them by
 
 
 class PlanKind(StrEnum):
@@ -154,7 +156,7 @@ class Plan:
         """Read `plain`, `two_forward`, `two_forward(K)`, `fused`, `fused(K)`, `fused(K,[levels])`, `name(K)`.
 
         `name` is one of `drafters`; None: any, with its K. `fixed:` may stand before it all. Without K it is
-        `default_drafts`; without levels they are 0 and K. InvalidInput for everything else.
+        `default_drafts`, of history 8; without levels they are 0 and K. InvalidInput for everything else.
         """
         match = _PLAN.fullmatch(text.replace(" ", ""))
         name = match["name"] if match else ""
@@ -166,6 +168,7 @@ class Plan:
             )
         if name == "plain":
             return cls(0)
+        default_drafts = HISTORY_DRAFTS if name == HISTORY else default_drafts
         num_drafts, levels = int(match["drafts"] or default_drafts), match["levels"]
         if num_drafts == 0:
             raise InvalidInput(f"plan {text!r} drafts nothing: give K of at least 1, or 'plain'")

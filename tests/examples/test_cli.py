@@ -344,3 +344,23 @@ def test_show_config_prints_what_a_file_and_its_overrides_resolve_to(tmp_path):
     assert result.exit_code == 0, result.output
     (tmp_path / "shown.yaml").write_text(result.stdout)
     assert load_config(tmp_path / "shown.yaml") == load_config(tmp_path / "run.yaml", ["rollout.plan=auto"])
+
+
+def test_generate_drafts_from_history_by_a_policy_that_never_learned_to(policy_path):
+    arguments = (
+        "generate",
+        "1+1=?",
+        "--policy",
+        policy_path,
+        "--max-tokens",
+        40,
+        "--temperature",
+        0,
+        "--json",
+    )
+    plain, drafted = (
+        json.loads(blockroll(*arguments, "--plan", plan).stdout) for plan in ("plain", "history(8)")
+    )
+    assert drafted["plan"] == "history(8)"
+    assert drafted["token_ids"] == plain["token_ids"]
+    assert 0 < drafted["num_accepted"] <= drafted["num_drafted"]

@@ -28,6 +28,7 @@ import torch
 
 from blockroll.rollout.drafters.engine import Engine
 from blockroll.rollout.engine import step as decoding
+from blockroll.rollout.engine.drafting import Drafter
 from blockroll.types import Law, Plan, Request, Sampling
 from tests.engines import PlansInTurn
 from tests.law.integrate import Tokens, Toy, _boundaries, _product, _split, tempered
@@ -314,6 +315,7 @@ def _run(
     weight: float,
     processing: Processing,
     interruption: Interruption | None,
+    make_drafters: Callable[[], Sequence[Drafter]] = tuple,
 ) -> list:
     """Of the last of these steps, one plan each, per cell: tokens, number accepted, drafts, and pi / mu."""
     tables = [torch.tensor(step, dtype=torch.float64) for step in zip(*coins_C, strict=True)]
@@ -357,6 +359,7 @@ def _run(
             plan=left[0] if len(set(left)) == 1 else PlansInTurn(*left),
             max_batch_size=len(coins_C),
             observers=(remember,),
+            drafters=make_drafters(),
         )
 
     with mock.patch.object(decoding, "step_uniforms", given_uniforms):

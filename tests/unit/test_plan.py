@@ -40,6 +40,14 @@ def test_what_is_no_plan_of_a_drafter_is_refused(text):
         Plan.parse(text, default_drafts=5, drafters=None)
 
 
+def test_a_plan_of_history_that_says_no_k_has_one_of_its_own():
+    """A policy that never learned to draft says none."""
+    assert Plan.parse("history", default_drafts=1) == Plan(8, drafter="history")
+    assert Plan.parse("history(3)", default_drafts=1) == Plan(3, drafter="history")
+    with pytest.raises(InvalidInput, match=r"'history\(K\)'"):
+        Plan.parse("histories(3)", default_drafts=1)
+
+
 def test_a_plan_without_drafts_has_no_drafter():
     with pytest.raises(InvalidInput, match="a plan of 0 drafts has no drafter, got 'suffixes'"):
         Plan(0, drafter=OTHER)

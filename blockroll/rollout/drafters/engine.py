@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 from blockroll.policies.base import Policy
+from blockroll.rollout.drafters.history import HistoryDrafts
 from blockroll.rollout.drafters.mask_rows import MaskRows
 from blockroll.rollout.engine.drafting import Drafter
 from blockroll.rollout.engine.engine import BareEngine
@@ -13,7 +14,7 @@ from blockroll.types import Plan
 class Engine(BareEngine):
     """A `BareEngine` that knows the drafters that plans of this package name; others come by `drafters`."""
 
-    own_drafters: tuple[Callable[[], Drafter], ...] = (MaskRows,)
+    own_drafters: tuple[Callable[[], Drafter], ...] = (MaskRows, HistoryDrafts)
 
     @classmethod
     def check_plan(cls, plan: Plan, policy: Policy) -> None:

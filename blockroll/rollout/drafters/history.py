@@ -1,0 +1,259 @@
+"""Drafts from history: what followed a text's last tokens before, in any text that the engine has seen.
+
+The longest suffix of a text, up to 8 tokens, is looked up in the text itself with its prompt, in its
+siblings, in earlier texts of its prompt, and in all texts of the job. Each source has one guess of what
+follows; the one that promises most tokens is drafted, as far as its rows are likely to be accepted. That is
+counted from the guesses of steps before, drafted or not: by source, length of the match, and how far its
+places agreed.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from typing import NamedTuple
+
+import torch
+
+from blockroll.errors import InvalidInput
+from blockroll.policies.base import Policy
+from blockroll.rollout.drafters.history_index import HistoryIndex, Match, PromptTexts, Source
+from blockroll.rollout.engine.drafting import Drafter, DraftStep
+from blockroll.rollout.engine.running import RunningRequest
+from blockroll.types import HISTORY, POINT_MASS, Draft, Plan, Request, Rollout
+
+MAX_TOKENS = 1 << 20
+ROW_COST = 0.1
+_MOST_TRIES = 512  # of a cell; then both counts are halved, so that what was right lately decides
+_PRIOR_TRIES = 4.0
+_MOST_SEEDS = 1 << 17
+
+
+class Row(NamedTuple):
+    """One token of a guess, and what its chance goes by."""
+
+    token_id: int
+    order: int  # tokens before it that match
+    agreement: int  # 0: one place; 1 to 4: of several, how many went on with this token
+
+
+@dataclass(frozen=True, slots=True)
+class Guess:
+    """What one source expects to follow."""
+
+    source: Source
+    rows: list[Row]
+
+
+class AcceptanceTable:
+    """How often guessed tokens were those that came, by source, order and agreement."""
+
+    def __init__(self) -> None:
+        self._counts: dict[tuple[Source, int, int], tuple[int, int]] = {}  # tries, and those that were right
+
+    def rate(self, source: Source, row: Row) -> float:
+        """Chance of a row whose rows before are right; a longer match starts from a better one."""
+        tries, right = self._counts.get((source, min(row.order, 8), row.agreement), (0, 0))
+        prior = 0.2 + 0.075 * min(row.order, 8)
+        return (right + prior * _PRIOR_TRIES) / (tries + _PRIOR_TRIES)
+
+    def learn(self, guess: Guess, token_ids: Sequence[int]) -> None:
+        """These tokens came: rows count up to the first that is wrong."""
+        for row, token_id in zip(guess.rows, token_ids, strict=False):
+            key = (guess.source, min(row.order, 8), row.agreement)
+            tries, right = self._counts.get(key, (0, 0))
+            if tries >= _MOST_TRIES:
+                tries, right = tries // 2, right // 2
+            self._counts[key] = (tries + 1, right + (row.token_id == token_id))
+            if row.token_id != token_id:
+                return
+
+
+@dataclass(slots=True)
+class _Followed:
+    """A request that runs, and its text in the index."""
+
+    texts: PromptTexts
+    number: int
+    guesses: list[Guess] = field(default_factory=list)  # of the latest step
+
+
+class HistoryDrafts(Drafter):
+    """Looks drafts up in earlier texts; needs no training and no mask token.
+
+    Law: drafts depend on committed tokens alone, and those were drawn with coins of other seeds, or of
+    earlier attempts. Coins are keyed by seed, so a request whose seed has served before (a call repeated with
+    its seed) would meet coins that its history was drawn with: it gets no drafts, and leaves no text, unless
+    it is greedy or goes on behind all that this seed has drawn. The latest 131,072 seeds are remembered.
+
+    Memory: `max_tokens` bounds tokens of prompts and texts that are kept by prompt, 4 bytes each, of each
+    prompt the latest 32 to 64 texts. N-grams take about 1 KB a token for prompts that run and the latest 8
+    that have run; at most 500 bytes for each of the job's last `max_tokens` / 8 tokens.
+
+    It learns once a plan of its engine asks for it. Changes of weights leave it as it is.
+    """
+
+    name = HISTORY
+
+    def __init__(self, *, max_tokens: int = MAX_TOKENS, row_cost: float = ROW_COST) -> None:
+        """`row_cost` is the least chance of acceptance that a row is drafted for: what a row more costs, as
+        a share of what a token costs.
+
+        InvalidInput unless `max_tokens` is at least 1 and `row_cost` above 0 and at most 1.
+        """
+        if not 0 < row_cost <= 1:
+            raise InvalidInput(
+                f"row_cost of a history must be above 0 and at most 1, got {row_cost!r}: it is the least "
+                "chance of acceptance that a row is drafted for"
+            )
+        self.index = HistoryIndex(max_tokens)
+        self.acceptance = AcceptanceTable()
+        self.row_cost = row_cost
+        self.vocabulary: str | None = None  # of texts that came from a file
+        self._is_asked = False
+        self._followed: dict[str, _Followed | None] = {}  # None: its coins have served before
+        self.drawn: dict[int, float] = {}  # by seed, tokens that it has drawn; infinite while it runs
+
+    def check(self, plan: Plan, policy: Policy) -> None:
+        """Learn from now on. InvalidInput where the history was written in another vocabulary."""
+        if self.vocabulary is not None and self.vocabulary != vocabulary_of(policy):
+            raise InvalidInput(
+                f"plan {plan.name} has a history of another tokenizer or vocabulary; load it with the policy "
+                "that wrote it, or begin with an empty one"
+            )
+        self._is_asked = True
+
+    def finished(self, rollout: Rollout) -> None:
+        """Keep its text, whichever plans drew it."""
+        if not self._is_asked:
+            return
+        request = rollout.request
+        if request.request_id not in self._followed:
+            self._follow(request)
+        followed = self._followed.pop(request.request_id)
+        if followed is None:
+            return
+        self._read(followed, rollout.token_ids)
+        if request.sampling.temperature > 0:
+            self.drawn[request.seed] = len(rollout.token_ids)
+            if len(self.drawn) > _MOST_SEEDS:
+                del self.drawn[next(iter(self.drawn))]
+        self.index.close(followed.texts, followed.number)
+
+    def propose(self, step: DraftStep) -> Draft:
+        """Of each request the guess that promises most tokens, behind texts that are all read first."""
+        followed_B = [self._up_to_date(running) for running in step.batch]
+        most = step.plan.num_drafts
+        drafts = [
+            [] if followed is None else self._drafts(followed, running, most)
+            for followed, running in zip(followed_B, step.batch, strict=True)
+        ]
+        device = step.policy.device
+        return Draft(
+            token_ids_BK=torch.tensor([each + [0] * (most - len(each)) for each in drafts], device=device),
+            law=POINT_MASS,
+            num_drafts_B=torch.tensor([len(each) for each in drafts], device=device),
+        )
+
+    def _up_to_date(self, running: RunningRequest) -> _Followed | None:
+        request_id = running.request.request_id
+        if request_id not in self._followed:
+            self._follow(running.request)
+        followed = self._followed[request_id]
+        if followed is not None:
+            self._read(followed, running.text.token_ids)
+        return followed
+
+    def _follow(self, request: Request) -> None:
+        """Open a text for it, unless coins of its seed have drawn more than it begins with."""
+        num_before = len(request.prefix.token_ids) if request.prefix else 0
+        is_drawn = request.sampling.temperature > 0
+        if is_drawn and self.drawn.get(request.seed, 0) > num_before:
+            self._followed[request.request_id] = None
+            return
+        texts = self.index.of_prompt(request.prompt_ids)
+        self._followed[request.request_id] = _Followed(texts, texts.open(request.group_id))
+        if is_drawn:
+            self.drawn.pop(request.seed, None)
+            self.drawn[request.seed] = math.inf
+
+    def _read(self, followed: _Followed, token_ids: Sequence[int]) -> None:
+        """What was committed since the last time; guesses of a step that raised teach nothing."""
+        fresh = token_ids[len(followed.texts.text(followed.number).tokens) :]
+        for guess in followed.guesses if fresh else ():
+            self.acceptance.learn(guess, fresh)
+        followed.guesses = []
+        followed.texts.extend(followed.number, fresh)
+
+    def _drafts(self, followed: _Followed, running: RunningRequest, most: int) -> list[int]:
+        """The step's last token needs no draft, and behind one that ends the text none is needed."""
+        most = min(most, running.request.sampling.max_tokens - len(running.text.token_ids) - 1)
+        if most < 1:
+            return []
+        best: list[int] = []
+        promised = 0.0
+        for match in self._matches(followed):
+            guess = Guess(match.source, rows_behind(match, most))
+            followed.guesses.append(guess)
+            count, expected = self._worth(guess)
+            if expected > promised:
+                best, promised = [row.token_id for row in guess.rows[:count]], expected
+        for count, token_id in enumerate(best, start=1):
+            if token_id in running.text.end_token_ids:
+                return best[:count]
+        return best
+
+    def _matches(self, followed: _Followed) -> Iterable[Match]:
+        yield from followed.texts.matches(followed.number)
+        match = self.index.job.match(followed.texts.text(followed.number).tail)
+        if match is not None:
+            yield match
+
+    def _worth(self, guess: Guess) -> tuple[int, float]:
+        """How many of its rows are worth their cost, and the drafts that are expected to be accepted."""
+        chance, expected = 1.0, 0.0
+        for count, row in enumerate(guess.rows):
+            chance *= self.acceptance.rate(guess.source, row)
+            if chance < self.row_cost:
+                return count, expected
+            expected += chance
+        return len(guess.rows), expected
+
+
+def rows_behind(match: Match, most: int) -> list[Row]:
+    """What followed, row by row: the most frequent token, then of the places that went on with it.
+
+    Of equally frequent ones the latest. A text that is looked up in itself goes on with its own drafts, so
+    what repeats is drafted as far as is asked.
+    """
+    rows: list[Row] = []
+    places = match.places
+    while len(rows) < most:
+        went_on = []
+        votes: dict[int, int] = {}
+        for tokens, offset in places:
+            if offset < len(tokens):
+                token_id = tokens[offset]
+            elif tokens is match.own and offset - len(tokens) < len(rows):
+                token_id = rows[offset - len(tokens)].token_id
+            else:
+                continue
+            if token_id >= 0:
+                went_on.append((token_id, tokens, offset + 1))
+                votes[token_id] = votes.get(token_id, 0) + 1
+        if not votes:
+            break
+        best = max(votes, key=votes.__getitem__)
+        agreement = 0 if len(went_on) == 1 else 1 + 3 * votes[best] // len(went_on)
+        rows.append(Row(best, match.order + len(rows), agreement))
+        places = [(tokens, offset) for token_id, tokens, offset in went_on if token_id == best]
+    return rows
+
+
+def vocabulary_of(policy: Policy) -> str:
+    """A hash of what token ids mean: how many there are, and the tokenizer's words if it has one."""
+    digest = blake2b(str(policy.vocab_size).encode(), digest_size=16)
+    if policy.tokenizer is not None:
+        for word, token_id in sorted(policy.tokenizer.get_vocab().items()):
+            digest.update(f"\0{token_id} {word}".encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()

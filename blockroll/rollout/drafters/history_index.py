@@ -1,0 +1,295 @@
+"""What was written before, kept so that what followed a text's last tokens is found at once.
+
+Of each prompt, its texts: the prompt itself, those that run, and the latest that have ended. Over the whole
+job, the last place of each n-gram of a few orders. Both are bounded, and a token costs a fixed number of
+operations, however often it is repeated.
+"""
+
+from array import array
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from enum import IntEnum
+from hashlib import blake2b
+from typing import TYPE_CHECKING
+
+from blockroll.errors import InvalidInput
+
+if TYPE_CHECKING:
+    Tokens = array[int]
+else:
+    Tokens = array  # it takes no parameter before Python 3.12
+
+ORDER = 8  # the longest suffix that is looked up: longer ones find nothing better
+JOB_ORDERS = (8, 5, 3, 2)
+TEXTS_PER_PROMPT = 32  # that have ended
+PLACES_PER_NGRAM = 16  # in as many texts, the latest ones
+IDLE_PROMPTS = 8  # whose n-grams are kept while no text of theirs runs: siblings may come one by one
+_PROMPT = 0  # number of the text that a prompt itself is
+_END = -1  # stands behind each text of the job
+
+
+class Source(IntEnum):
+    """Where a place was found."""
+
+    OWN = 0  # the text itself, with its prompt
+    SIBLINGS = 1  # texts of its group, running ones as far as they are committed
+    EARLIER = 2  # other texts of its prompt
+    JOB = 3  # any text that has ended
+
+
+@dataclass(slots=True)
+class Text:
+    """A completion as far as it is known, and the last tokens of prompt and completion."""
+
+    tokens: Tokens
+    tail: tuple[int, ...]
+    group: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Match:
+    """Places behind the longest suffix that a source has, the latest first: a text and an offset in it."""
+
+    source: Source
+    order: int
+    places: list[tuple[Tokens, int]]
+    own: Tokens | None = None  # of these, the text that is drafted for: it goes on with its drafts
+
+
+class PromptTexts:
+    """The texts of one prompt. Takes 4 bytes a token, and about 1 KB more while its n-grams are kept."""
+
+    def __init__(self, prompt_ids: Sequence[int]) -> None:
+        self.num_running = 0
+        self.num_tokens = len(prompt_ids)
+        self._prompt = array("i", prompt_ids)
+        self._texts: dict[int, Text] = {}  # by number, in the order of their beginnings
+        self._ended: OrderedDict[int, None] = OrderedDict()
+        self._ngrams: dict[int, tuple[int, ...]] | None = None
+        self._next = _PROMPT + 1
+
+    @property
+    def prompt(self) -> Tokens:
+        """Its tokens."""
+        return self._prompt
+
+    @property
+    def ended(self) -> Iterator[Tokens]:
+        """The texts that have ended, the oldest first."""
+        return (self._texts[number].tokens for number in self._ended)
+
+    def open(self, group: str | None) -> int:
+        """The number of a text that begins."""
+        number, self._next = self._next, self._next + 1
+        self._texts[number] = Text(array("i"), tuple(self._prompt[-ORDER:]), group)
+        self.num_running += 1
+        return number
+
+    def text(self, number: int) -> Text:
+        """A text by its number."""
+        return self._texts[number]
+
+    def extend(self, number: int, token_ids: Iterable[int]) -> None:
+        """More tokens of a text."""
+        text = self._texts[number]
+        for token_id in token_ids:
+            if self._ngrams is not None:
+                self._learn(self._ngrams, number, text.tail, len(text.tokens))
+            text.tokens.append(token_id)
+            text.tail = (*text.tail[1 - ORDER :], token_id)
+            self.num_tokens += 1
+
+    def close(self, number: int) -> None:
+        """A text has ended. Twice as many as are kept may pile up before the oldest are dropped."""
+        self.num_running -= 1
+        if not self._texts[number].tokens:
+            del self._texts[number]
+            return
+        self._ended[number] = None
+        if len(self._ended) >= 2 * TEXTS_PER_PROMPT:
+            while len(self._ended) > TEXTS_PER_PROMPT:
+                oldest, _ = self._ended.popitem(last=False)
+                self.num_tokens -= len(self._texts.pop(oldest).tokens)
+            if self._ngrams is not None:
+                self._ngrams = self._ngrams_of_texts()
+
+    def forget_ngrams(self) -> None:
+        """Keep the tokens alone; n-grams are made anew when they are asked for."""
+        self._ngrams = None
+
+    def matches(self, number: int) -> Iterator[Match]:
+        """By source, the places behind the longest suffix of a text."""
+        if self._ngrams is None:
+            self._ngrams = self._ngrams_of_texts()
+        text, found = self._texts[number], 0
+        for order in range(len(text.tail), 0, -1):
+            held = self._ngrams.get(hash(text.tail[-order:]))
+            if held is None:
+                continue
+            by_source: dict[Source, list[tuple[Tokens, int]]] = {}
+            for place in held:
+                source = self._source(place >> 32, number, text.group)
+                if not found >> source & 1:
+                    by_source.setdefault(source, []).append((self._tokens(place >> 32), place & 0xFFFFFFFF))
+            for source, places in by_source.items():
+                found |= 1 << source
+                own = text.tokens if source is Source.OWN else None
+                yield Match(source=source, order=order, places=places, own=own)
+            if found == 0b111:
+                return
+
+    def _source(self, other: int, number: int, group: str | None) -> Source:
+        if other in (_PROMPT, number):
+            return Source.OWN
+        return Source.SIBLINGS if self._texts[other].group == group else Source.EARLIER
+
+    def _tokens(self, number: int) -> Tokens:
+        return self._prompt if number == _PROMPT else self._texts[number].tokens
+
+    def _ngrams_of_texts(self) -> dict[int, tuple[int, ...]]:
+        ngrams: dict[int, tuple[int, ...]] = {}
+        self._learn_all(ngrams, _PROMPT, (), self._prompt)
+        for number, text in self._texts.items():
+            self._learn_all(ngrams, number, tuple(self._prompt[-ORDER:]), text.tokens)
+        return ngrams
+
+    def _learn_all(
+        self, ngrams: dict[int, tuple[int, ...]], number: int, tail: tuple[int, ...], tokens: Tokens
+    ) -> None:
+        for offset, token_id in enumerate(tokens):
+            self._learn(ngrams, number, tail, offset)
+            tail = (*tail[1 - ORDER :], token_id)
+
+    @staticmethod
+    def _learn(ngrams: dict[int, tuple[int, ...]], number: int, tail: tuple[int, ...], offset: int) -> None:
+        """The place behind these tokens; of each text the last. Equal hashes cost no more than a draft."""
+        place = number << 32 | offset
+        alone = (place,)
+        for start in range(len(tail)):
+            key = hash(tail[start:])
+            held = ngrams.get(key)
+            if held is None:
+                ngrams[key] = alone
+            elif held[0] >> 32 == number:
+                ngrams[key] = alone + held[1:]
+            else:
+                others = [each for each in held if each >> 32 != number]
+                ngrams[key] = (place, *others[: PLACES_PER_NGRAM - 1])
+
+
+@dataclass(slots=True)
+class _Generation:
+    """Texts one behind the other, and the last place of each n-gram."""
+
+    tokens: Tokens = field(default_factory=lambda: array("i"))
+    places: dict[int, int] = field(default_factory=dict)
+
+
+class JobTexts:
+    """All texts of a job: the last place of an n-gram, four orders, at most some 500 bytes a token.
+
+    Two generations of half the bound each; the older one is dropped when the newer is full.
+    """
+
+    def __init__(self, max_tokens: int) -> None:
+        self._most = max(1, max_tokens // 2)
+        self._newer, self._older = _Generation(), _Generation()
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that it holds."""
+        return len(self._newer.tokens) + len(self._older.tokens)
+
+    def add(self, tail: tuple[int, ...], token_ids: Iterable[int]) -> None:
+        """A text that has ended, behind the last tokens of its prompt."""
+        for token_id in (*token_ids, _END):
+            if len(self._newer.tokens) >= self._most:
+                self._newer, self._older = _Generation(), self._newer
+            newer = self._newer
+            if token_id != _END:
+                for order in JOB_ORDERS:
+                    if order <= len(tail):
+                        newer.places[hash(tail[-order:])] = len(newer.tokens)
+                tail = (*tail[1 - ORDER :], token_id)
+            newer.tokens.append(token_id)
+
+    def match(self, tail: tuple[int, ...]) -> Match | None:
+        """The last place behind the longest suffix of these tokens."""
+        for order in JOB_ORDERS:
+            if order > len(tail):
+                continue
+            key = hash(tail[-order:])
+            for generation in (self._newer, self._older):
+                offset = generation.places.get(key)
+                if offset is not None:
+                    return Match(source=Source.JOB, order=order, places=[(generation.tokens, offset)])
+        return None
+
+
+class HistoryIndex:
+    """The texts of a job by prompt, and all of them together.
+
+    At most `max_tokens` are kept by prompt, prompts included, and an eighth of that over the whole job. What
+    runs comes on top: the engine bounds it.
+    """
+
+    def __init__(self, max_tokens: int) -> None:
+        if not isinstance(max_tokens, int) or max_tokens < 1:
+            raise InvalidInput(
+                f"max_tokens of a history must be a whole number of at least 1, got {max_tokens!r}: so many "
+                "tokens are kept; to draft nothing from history, leave its plans out"
+            )
+        self.max_tokens = max_tokens
+        self.job = JobTexts(max(1, max_tokens // 8))
+        self._prompts: OrderedDict[bytes, PromptTexts] = OrderedDict()  # those used last stand last
+        self._counted: dict[bytes, int] = {}  # tokens of each prompt when it was last idle
+        self._num_tokens = 0  # the sum
+        self._idle: OrderedDict[bytes, None] = OrderedDict()  # with n-grams, and no text that runs
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that are kept by prompt."""
+        return sum(texts.num_tokens for texts in self.prompts)
+
+    @property
+    def prompts(self) -> Iterable[PromptTexts]:
+        """All that it knows, those used last at the end."""
+        return self._prompts.values()
+
+    def of_prompt(self, prompt_ids: Sequence[int]) -> PromptTexts:
+        """The texts of a prompt, with those it has had before."""
+        key = _key(prompt_ids)
+        if key not in self._prompts:
+            self._prompts[key] = PromptTexts(prompt_ids)
+        self._prompts.move_to_end(key)
+        self._idle.pop(key, None)
+        return self._prompts[key]
+
+    def close(self, texts: PromptTexts, number: int) -> None:
+        """A text has ended: it is one of the job's, and the bounds hold again."""
+        self.job.add(tuple(texts.prompt[-ORDER:]), texts.text(number).tokens)
+        texts.close(number)
+        if texts.num_running:
+            return
+        key = _key(texts.prompt)
+        self._num_tokens += texts.num_tokens - self._counted.get(key, 0)
+        self._counted[key] = texts.num_tokens
+        self._idle[key] = None
+        while len(self._idle) > IDLE_PROMPTS:
+            oldest, _ = self._idle.popitem(last=False)
+            self._prompts[oldest].forget_ngrams()
+        for _ in range(len(self._prompts)):
+            if self._num_tokens <= self.max_tokens:
+                return
+            oldest, unused = next(iter(self._prompts.items()))
+            if unused.num_running:
+                self._prompts.move_to_end(oldest)
+                continue
+            self._num_tokens -= self._counted.pop(oldest)
+            self._idle.pop(oldest, None)
+            del self._prompts[oldest]
+
+
+def _key(prompt_ids: Sequence[int]) -> bytes:
+    return blake2b(array("i", prompt_ids).tobytes(), digest_size=16).digest()

@@ -1,0 +1,75 @@
+"""Plans of history through pools, in this process and in Ray's actors, and across weight updates."""
+
+import dataclasses
+
+import pytest
+
+from blockroll.config import PolicyConfig, RolloutConfig
+from blockroll.policies.hf import HFPolicy
+from blockroll.policies.loading import load_tokenizer
+from blockroll.rollout.planning.planner import candidate_plans
+from blockroll.rollout.pool.makers import make_pool
+from blockroll.rollout.pool.weight_sync import make_update, named_weights
+from blockroll.types import Plan, Sampling
+from tests.engines import make_requests, run
+from tests.equality import assert_same_rollouts
+from tests.models import prompts, random_model
+
+GREEDY = Sampling(temperature=0, max_tokens=24, ignore_eos=True)
+CONFIG = RolloutConfig(num_replicas=2, threads_per_replica=1, max_batch_size=8, plan="history(8)")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """One that was never taught to draft."""
+    folder = tmp_path_factory.mktemp("policy")
+    model = random_model(scale=3.0)
+    del model.config.blockroll
+    model.save_pretrained(folder)
+    load_tokenizer("tiny").save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(params=["local", "ray"])
+def pool(request, checkpoint):
+    if request.param == "ray":
+        pytest.importorskip("ray")
+        request.getfixturevalue("ray_session")
+    with make_pool(PolicyConfig(path=checkpoint), dataclasses.replace(CONFIG, backend=request.param)) as made:
+        yield made
+
+
+def groups(seed, epoch):
+    """Four samples of each prompt, greedy, so that texts can be compared."""
+    return [
+        dataclasses.replace(each, request_id=f"{epoch}-{index}", group_id=f"{epoch}-{index % 6}")
+        for index, each in enumerate(make_requests(prompts(6) * 4, GREEDY, seed=seed))
+    ]
+
+
+def test_a_pool_serves_plans_of_history_and_its_texts_stay_the_policys(pool, checkpoint):
+    policy = HFPolicy.from_pretrained(checkpoint)
+    forwards = []
+    for epoch in (1, 2):
+        requests = groups(epoch, epoch)
+        drafted = {each.request.request_id: each for each in pool.generate(requests)}
+        assert_same_rollouts(run(policy, requests, Plan(0), max_batch_size=8), drafted, policy)
+        assert {plan.name for each in drafted.values() for plan, _ in each.stats.steps_by_plan} == {
+            "history(8)"
+        }
+        forwards.append(sum(each.stats.num_forwards for each in drafted.values()))
+    assert forwards[1] < forwards[0] < 24 * 24, "the second epoch drafts from the first"
+
+
+def test_what_a_replica_remembers_outlives_a_weight_update(pool):
+    before = [*pool.generate(groups(1, 1))]
+    tensors = named_weights(random_model(scale=3.0))
+    pool.update(make_update(tensors, version=1, base_version=0, bucket_bytes=4096))
+    after = [*pool.generate(groups(2, 2))]
+    assert {version for each in after for version in each.policy_versions} == {1}
+    assert sum(each.stats.num_forwards for each in after) < sum(each.stats.num_forwards for each in before)
+
+
+def test_history_is_no_candidate_of_auto_yet(checkpoint):
+    plans = candidate_plans(HFPolicy.from_pretrained(checkpoint))
+    assert [plan.name for plan in plans if plan.drafter == "history"] == []
