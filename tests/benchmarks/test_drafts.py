@@ -2,7 +2,8 @@
 
 import json
 
-from benchmarks import drafts
+from benchmarks import drafts, history
+from blockroll.policies.loading import TINY_POLICY_DIR
 from blockroll.types import Plan
 
 
@@ -32,3 +33,12 @@ def test_a_conversion_has_a_row_of_what_it_took_and_learned(adapter):
     assert rounds.keys() == {"two_forward", "fused"}
     assert all(len(acceptance_K) == 8 for layout in rounds.values() for acceptance_K in layout)
     json.dumps(row)
+
+
+def test_drafts_from_history_have_a_row_per_temperature_and_epoch():
+    rows = history.arithmetic(TINY_POLICY_DIR, count=2, siblings=3, max_tokens=24, dtype="float32")
+    assert [(row["temperature"], row["epoch"]) for row in rows] == [(0.7, 1), (0.7, 2), (1.0, 1), (1.0, 2)]
+    for row in rows:
+        assert row["tokens_per_step"] == row["tokens"] / row["steps"] >= 1
+        assert 0 <= row["acceptance_rate"] <= 1
+    json.dumps(rows)
