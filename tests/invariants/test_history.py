@@ -1,17 +1,21 @@
 """Drafts from history through whole engines: what is drafted, from where, and whose the text stays."""
 
 import dataclasses
+import re
 from collections import Counter
 
 import pytest
 import torch
 
 from blockroll.errors import InvalidInput
+from blockroll.policies.hf import HFPolicy
+from blockroll.policies.loading import TINY_POLICY_DIR, load_model, load_tokenizer
 from blockroll.rollout.audit.check import check_audit
 from blockroll.rollout.audit.writer import AuditWriter
 from blockroll.rollout.drafters.engine import Engine
 from blockroll.rollout.drafters.history import HistoryDrafts
 from blockroll.rollout.engine.engine import BareEngine
+from blockroll.samplers.constraints import Regex
 from blockroll.types import Plan, Request, Sampling
 from tests.engines import PlansInTurn, causal_logprobs, make_requests, run
 from tests.equality import assert_same_rollouts
@@ -188,6 +192,29 @@ def test_drafts_that_an_option_forbids_are_only_rejected():
     assert_same_rollouts(plain, drafted, policy)
     assert text[1] not in drafted["b"].token_ids
     assert drafted["b"].stats.num_drafted > drafted["b"].stats.num_accepted
+
+
+def test_drafts_that_a_constraint_forbids_are_cut_and_the_text_matches():
+    """A history of free text, which breaks the pattern at once or later."""
+    policy = HFPolicy(load_model(TINY_POLICY_DIR, device="cpu"), load_tokenizer("tiny"))
+    free = {**GREEDY_OPTIONS, "logit_bias": {6: 8.0, 7: 8.0, 8: 7.0}}
+    pattern = re.escape(policy.tokenizer.decode([6])) + "{2}" + re.escape(policy.tokenizer.decode([7])) + "+"
+    bound = {**free, "constraint": Regex(pattern), "ignore_eos": False}
+    for temperature in (0, 1):
+        engine = Engine(policy, plan=PLAN)
+        drain(engine, [request(f"f{i}", (5, 9), seed=i, **{**free, "temperature": 1}) for i in range(8)])
+        requests = [
+            request(f"b{i}", (5, 9), seed=10 + i, **{**bound, "temperature": temperature}) for i in range(4)
+        ]
+        drafted = drain(engine, requests)
+        assert sum(each.stats.num_drafted - each.stats.num_accepted for each in drafted.values()) > 0
+        for each in drafted.values():
+            assert each.error is None
+            text = policy.tokenizer.decode(each.token_ids, skip_special_tokens=True)
+            assert re.fullmatch(pattern, text) or (each.finish_reason == "length" and re.match(pattern, text))
+        if temperature == 0:
+            plain = drain(Engine(policy, plan=Plan(0)), requests)
+            assert_same_rollouts(plain, drafted, policy)
 
 
 def test_history_survives_a_change_of_weights():

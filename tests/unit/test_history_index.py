@@ -1,6 +1,7 @@
 """The index behind drafts from history: what it finds, what a token costs, and where it ends."""
 
 import random
+import tracemalloc
 
 import pytest
 
@@ -189,3 +190,40 @@ def test_a_guess_is_counted_up_to_its_first_wrong_row_and_lately_counts_most():
     for _ in range(1000):
         table.learn(Guess(Source.OWN, [row]), (6,))
     assert table.rate(Source.OWN, row) < 0.2
+
+
+def bytes_per_token(write, count):
+    tracemalloc.start()
+    try:
+        before = tracemalloc.get_traced_memory()[0]
+        kept = write()
+        return (tracemalloc.get_traced_memory()[0] - before) / count, kept
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_token_takes_no_more_memory_than_the_docstrings_say():
+    """Of texts that share nothing, which is the most."""
+    tokens = [[random.Random(seed).randrange(49_152) for _ in range(200)] for seed in range(20)]
+    texts = PromptTexts(PROMPT)
+    [*texts.matches(written(texts, ()))]
+
+    def with_ngrams():
+        for each in tokens:
+            written(texts, each)
+
+    def raw():
+        kept = PromptTexts(PROMPT)
+        for each in tokens:
+            written(kept, each)
+        return kept
+
+    def of_job():
+        job = JobTexts(100_000)
+        for each in tokens:
+            job.add(PROMPT, each)
+        return job
+
+    assert bytes_per_token(with_ngrams, 4_000)[0] < 1_000
+    assert bytes_per_token(raw, 4_000)[0] < 10
+    assert bytes_per_token(of_job, 4_000)[0] < 500

@@ -268,7 +268,9 @@ class HistoryIndex:
 
     def close(self, texts: PromptTexts, number: int) -> None:
         """A text has ended: it is one of the job's, and the bounds hold again."""
-        self.job.add(tuple(texts.prompt[-ORDER:]), texts.text(number).tokens)
+        tokens = texts.text(number).tokens
+        if tokens:
+            self.job.add(tuple(texts.prompt[-ORDER:]), tokens)
         texts.close(number)
         if texts.num_running:
             return
