@@ -41,6 +41,9 @@ class PolicyConfig:
     adapter: PathText | None = None  # folder of a draft adapter; one beside the weights is used unasked
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # weights and forward, not samplers
     device: str = "auto"  # torch device; "auto" takes the accelerator if there is one
+    # Decoding on a CPU with copies of the linear weights in the layout it multiplies fastest, which take as
+    # much memory again: "auto" where that is measured to be faster.
+    prepack: Literal["auto", "on", "off"] = "auto"
 
 
 @options

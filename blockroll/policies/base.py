@@ -73,6 +73,10 @@ class Policy(Protocol):
         """What a cache must hold of every token, in the precision that forwards multiply in now."""
         ...
 
+    def weights_changed(self) -> None:
+        """The weights have been written: make anew whatever was made of them."""
+        ...
+
     def prefill(self, ids_BR: Tensor, window: KVWindow) -> None:
         """Write keys and values of prompt rows; no logits are computed."""
         ...

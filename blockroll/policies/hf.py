@@ -35,6 +35,9 @@ from blockroll.policies.loading import (
     resolve_checkpoint,
 )
 from blockroll.policies.positions import context_of, use_text_rotary
+from blockroll.policies.prepacked import PackedLinears, Prepack
+
+_PROBE_TOKENS = 16
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -43,12 +46,16 @@ T = TypeVar("T")
 def _without_gradients(
     method: Callable[Concatenate["HFPolicy", P], T],
 ) -> Callable[Concatenate["HFPolicy", P], T]:
-    """In inference mode; not under autocast, which keeps no cast of a weight for the next forward there."""
+    """In inference mode, with packed weights; under autocast with neither: it keeps no cast of a weight for
+    the next forward in inference mode, and casts the weights that it multiplies with."""
 
     @wraps(method)
     def run(self: "HFPolicy", /, *args: P.args, **kwargs: P.kwargs) -> T:
         is_autocast = torch.is_autocast_enabled(self.device.type)
-        with torch.no_grad() if is_autocast else torch.inference_mode():
+        if is_autocast:
+            with torch.no_grad():
+                return method(self, *args, **kwargs)
+        with torch.inference_mode(), self.packed.serving():
             return method(self, *args, **kwargs)
 
     return run
@@ -57,8 +64,19 @@ def _without_gradients(
 class HFPolicy:
     """A causal LM on one device that drafts with an adapter, or when its config says it was trained to."""
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
-        """Take over `model`: it is set to evaluation mode and to blockroll's attention."""
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        *,
+        prepack: Prepack = "auto",
+    ) -> None:
+        """Take over `model`: it is set to evaluation mode and to blockroll's attention.
+
+        `prepack` says whether decoding multiplies with packed copies of the linear weights, which take as
+        much memory again (`prepacked.py`): `auto` where that is measured to be faster, `on` or `off`.
+        InvalidInput for `on` where nothing can be packed.
+        """
         check_family(model.config.model_type)
         attention.register()
         model.set_attn_implementation(attention.ATTENTION_NAME)
@@ -88,6 +106,7 @@ class HFPolicy:
         if FAMILIES[model.config.model_type] == "by_layer_type":
             self._layer_types = tuple(sorted(set(model.config.layer_types)))
         self._final_softcap: float | None = getattr(model.config, "final_logit_softcapping", None)
+        self.packed = PackedLinears(model, prepack, self._probe_logits)
 
     @property
     def can_draft(self) -> bool:
@@ -143,6 +162,7 @@ class HFPolicy:
         dtype: str | torch.dtype = torch.float32,
         with_tokenizer: bool = True,
         adapter: str | Path | None = None,
+        prepack: Prepack = "auto",
     ) -> Self:
         """Load a checkpoint folder; `tiny` is the policy that ships with blockroll.
 
@@ -151,7 +171,7 @@ class HFPolicy:
         folder = resolve_checkpoint(path)
         model = load_model(folder, device=device, dtype=dtype)
         tokenizer = load_tokenizer(folder) if with_tokenizer else None
-        policy = cls(model, tokenizer)
+        policy = cls(model, tokenizer, prepack=prepack)
         if adapter is not None or has_adapter(folder):
             policy.use_adapter(DraftAdapter.from_pretrained(adapter or folder, model))
             policy.warn_of_another_chat_template()
@@ -165,6 +185,10 @@ class HFPolicy:
             self.tokenizer.save_pretrained(folder)
         if self.adapter is not None:
             self.adapter.save_pretrained(folder)
+
+    def weights_changed(self) -> None:
+        """Make packed copies of the weights anew: the weights have been written, in whatever way."""
+        self.packed.refresh()
 
     def decode(self, token_ids: list[int]) -> str:
         """Text of tokens, special ones left out."""
@@ -289,6 +313,12 @@ class HFPolicy:
         if self._final_softcap is not None:
             logits = torch.tanh(logits / self._final_softcap) * self._final_softcap
         return logits.float()
+
+    def _probe_logits(self) -> Tensor:
+        """Of a few tokens spread over the vocabulary, by a forward without a cache."""
+        length = min(_PROBE_TOKENS, self.max_length)
+        ids_1T = torch.arange(1, length + 1, device=self.device)[None] * self.vocab_size // (length + 1)
+        return self.logits(self.model.base_model(input_ids=ids_1T, use_cache=False).last_hidden_state)
 
     def _masks_by_layer(self, attention_mask: Callable[..., Tensor]) -> Tensor | dict[str, Tensor]:
         """The mask as the family takes it: one, or one per kind of layer; folded once for all of them."""

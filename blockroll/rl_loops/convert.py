@@ -136,6 +136,7 @@ def _convert(
                 device=config.policy.device,
                 dtype=config.policy.dtype,
                 adapter=config.policy.adapter,
+                prepack=config.policy.prepack,
             )
         reason, done = _rounds(config, policy, state, done, console, clock, stack)
     what = "draft adapter" if config.draft.conversion == "adapter" else "policy"

@@ -38,6 +38,7 @@ MAY_CHANGE = (  # on resume: how far it goes, and on what it runs
     "num_replicas",
     "max_batch_size",
     "policy.device",
+    "policy.prepack",
 )
 MAY_MOVE = ("out", "policy.path", "prompts")  # to another place, if they hold what they held
 NOISE = 1.5  # standard errors that a rise must exceed: of twenty series some always rise by one

@@ -31,6 +31,9 @@ class TablePolicy:
         self.device = torch.device("cpu")
         self.kv_shape = KVShape(num_layers=1, num_heads=1, width=1, dtype=torch.float64)
 
+    def weights_changed(self):
+        pass
+
     def prefill(self, ids_BR, window):
         self._histories(ids_BR, window)
 

@@ -171,6 +171,7 @@ class BareEngine:
         """The policy's weights are those of this version, wholly or not at all; no row of others is read."""
         with self._change():
             self._cache.invalidate()
+            self.policy.weights_changed()
             self.policy_version = policy_version
 
     def recompute_cache(self) -> None:

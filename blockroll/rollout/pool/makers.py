@@ -148,7 +148,11 @@ def build_replica(
 ) -> LocalReplica:
     """Load the policy and put an engine around it."""
     loaded = HFPolicy.from_pretrained(
-        policy.path, device=policy.device, dtype=policy.dtype, adapter=policy.adapter
+        policy.path,
+        device=policy.device,
+        dtype=policy.dtype,
+        adapter=policy.adapter,
+        prepack=policy.prepack,
     )
     return replica_around(loaded, config, replica_id=replica_id, pool_id=pool_id)
 
