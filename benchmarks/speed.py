@@ -8,6 +8,7 @@ from pathlib import Path
 from benchmarks.rows import Row
 from benchmarks.workload import (
     RUNS,
+    SMOLLM2,
     TWO_FORWARD,
     K,
     causal_part,
@@ -15,10 +16,12 @@ from benchmarks.workload import (
     prompts,
     trained_adapter,
 )
-from blockroll.bench.bench import BenchOptions, run_bench, to_record
+from blockroll.bench.bench import PEERS_PYTHON, BenchOptions, run_bench, to_record
 from blockroll.policies.hf import HFPolicy
 from blockroll.rollout.planning.planner import read_plan
 from blockroll.types import PLAIN, Plan
+
+HISTORY_DRAFTS = 5  # as many as vLLM's n-gram speculation drafts
 
 
 def drafted_speed(
@@ -69,6 +72,41 @@ def auto(
     return [to_record(row) for row in rows]
 
 
+def against_peers(
+    folder: Path = SMOLLM2 / "policy",
+    *,
+    batches: tuple[int, ...] = (1, 8, 32),
+    repeats: int = 5,
+    max_tokens: int = 48,
+    dtype: str = "bfloat16",
+    against: tuple[str, ...] = ("generate", "vllm", "vllm_ngram"),
+) -> list[Row]:
+    """A real pretrained model beside transformers and vLLM, in turns; every text has `max_tokens` tokens."""
+    from examples.smollm2 import HELD_OUT_TOPICS, prompt_ids, questions
+
+    with one_thread():
+        policy = HFPolicy.from_pretrained(folder, dtype=dtype)
+        options = BenchOptions(
+            batches=batches, repeats=repeats, rollouts=1, max_tokens=(max_tokens,), ignore_eos=True
+        )
+        rows = run_bench(
+            policy,
+            prompt_ids(policy, list(questions(HELD_OUT_TOPICS))),
+            [PLAIN, read_plan(f"history({HISTORY_DRAFTS})", policy)],
+            options,
+            policy_path=str(folder),
+            against=against,
+        )
+    return [to_record(row) for row in rows]
+
+
 def experiments() -> dict[str, Callable[[], list[Row]]]:
     """Every experiment by the name of its result file."""
-    return {"drafts": partial(drafted_speed, HFPolicy.from_pretrained("tiny")), "auto": auto}
+    found = {"drafts": partial(drafted_speed, HFPolicy.from_pretrained("tiny")), "auto": auto}
+    if not (SMOLLM2 / "policy" / "config.json").is_file():
+        print(f"speed: peers is left out: no {SMOLLM2 / 'policy'}; run examples/smollm2.py first")
+    elif not PEERS_PYTHON.is_file():
+        print(f"speed: peers is left out: no {PEERS_PYTHON}; run `make peers` first")
+    else:
+        found["peers"] = against_peers
+    return found

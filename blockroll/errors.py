@@ -21,6 +21,7 @@
     ├── ReplicaFault (RuntimeError)          something else than blockroll raised in a replica's process
     ├── RankError (RuntimeError)             another process of a distributed trainer failed
     ├── EnvironmentFailed (RuntimeError)     an environment was too slow, or raised
+    ├── PeerFailed (RuntimeError)            a bench's engine in another process ended, hung or erred
     ├── NonFiniteLogits (FloatingPointError) a forward gave NaN or infinity for a request
     ├── EmptySupport (RuntimeError)          constraint, masks and processors leave a request no next token
     └── RequestFailed (RuntimeError)         a request's own logits processor, constraint or text raised
@@ -111,6 +112,10 @@ class RankError(BlockrollError, RuntimeError):
 
 class EnvironmentFailed(BlockrollError, RuntimeError):
     """An environment was too slow, or raised."""
+
+
+class PeerFailed(BlockrollError, RuntimeError):
+    """An engine that a bench measures in a process of its own ended, hung or gave what was not asked."""
 
 
 class NonFiniteLogits(BlockrollError, FloatingPointError):

@@ -4,8 +4,9 @@ Under each workload (batch, temperature, lengths) and within a repeat every subj
 with the same seeds, one subject after the other (ABAB...), so that a machine that slows down slows all of
 them. A repeat decodes its rollouts in waves of `batch` times `queue` requests that are submitted together and
 drained: what waits is decoded as places get free, or by `generate` batch after batch. Its speed is committed
-tokens over wall time, prefill included. Reported are medians over repeats with all values beside them; the
-first round of every subject is a warm-up and not counted. Ratios against plain are taken within a repeat.
+tokens over wall time, and over processor time, prefill included. Reported are medians over repeats with all
+values beside them; what a subject needs to start and its first round, a warm-up, are not counted. Ratios
+against plain are taken within a repeat.
 
 Acceptance by draft position and pass@k come from passes of their own that are not timed, on engines of their
 own: the engines that are timed have no observer and judge nothing.
@@ -14,10 +15,13 @@ own: the engines that are timed have no observer and judge nothing.
 import copy
 import functools
 import statistics
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from blockroll.bench.pass_at_k import Judge, Passed
+from blockroll.bench.peer import PEERS_PYTHON
 from blockroll.bench.reference import Reference, ReferenceTask
 from blockroll.bench.rows import (
     BenchRow,
@@ -31,8 +35,8 @@ from blockroll.bench.rows import (
 from blockroll.bench.subjects import (
     TRANSFORMERS,
     EngineSubject,
+    ReferenceSubject,
     Subject,
-    TransformersSubject,
     Wave,
     check_finite,
     load_references,
@@ -46,7 +50,7 @@ from blockroll.bench.workload import (
     make_waves,
     random_prompts,
 )
-from blockroll.errors import InvalidInput
+from blockroll.errors import InvalidInput, PeerFailed
 from blockroll.policies.hf import HFPolicy
 from blockroll.rollout.drafters.engine import Engine
 from blockroll.rollout.engine.trace import StepTrace
@@ -54,7 +58,7 @@ from blockroll.rollout.planning.acceptance import AcceptanceByPosition
 from blockroll.rollout.planning.planner import Planner
 from blockroll.types import PLAIN, Law, Plan, Request, Rollout
 
-__all__ = ["TRANSFORMERS", "BenchOptions", "BenchRow", "Judge", "run_bench", "to_record"]
+__all__ = ["PEERS_PYTHON", "TRANSFORMERS", "BenchOptions", "BenchRow", "Judge", "run_bench", "to_record"]
 
 NUM_RANDOM_PROMPTS = 256
 
@@ -68,13 +72,15 @@ def run_bench(
     policy_path: str,
     against: Sequence[str] = (),
     judge: Judge | None = None,
+    peers_python: Path = PEERS_PYTHON,
     on_row: Callable[[BenchRow], None] = lambda row: None,
 ) -> list[BenchRow]:
     """Measure every plan under every law and workload. `on_row` gets each row when its workload is done.
 
     Plain drafts nothing, so every law is the target to it: it is measured once, and so is each way of
-    transformers that `against` names. What cannot be measured has a row that says why. `prompts` may be empty
-    if they are random. `judge` adds pass@k of each plan and law.
+    transformers and each peer that `against` names; peers with an environment of their own run on
+    `peers_python`. What cannot be measured, or fails while it is, has a row that says why. `prompts` may be
+    empty if they are random. `judge` adds pass@k of each plan and law.
     """
     if not (plans or against) or (options.prompt_source == "text" and not (prompts and all(prompts))):
         raise InvalidInput("a bench needs at least one prompt and one plan, and no prompt may be empty")
@@ -95,7 +101,7 @@ def run_bench(
         policy,
         plans,
         options,
-        references=load_references(against, policy, policy_path),
+        references=load_references(against, policy, policy_path, peers_python=peers_python),
         setting=describe_setting(policy, policy_path),
         judge=judge,
     )
@@ -145,22 +151,27 @@ class _Bench:
 
     def _timed(self, workload: Workload, prompts: Prompts) -> list[BenchRow]:
         subjects = self._subjects(workload, prompts)
+        failures: dict[tuple[str, str], str] = {}
+        setups_s: dict[tuple[str, str], float] = {}
         try:
-            refusals = [_warm_up(subject, prompts, workload, self._options) for subject in subjects]
-            able = [subject for subject, reason in zip(subjects, refusals, strict=True) if reason is None]
-            repeats = _interleave(able, prompts, workload, self._options)
+            for subject in subjects:
+                start = time.perf_counter()
+                reason = _warm_up(subject, prompts, workload, self._options)
+                setups_s[_key(subject)] = time.perf_counter() - start
+                if reason is not None:
+                    failures[_key(subject)] = reason
+            measured = _interleave(subjects, failures, prompts, workload, self._options)
         finally:
             for subject in subjects:
                 subject.close()
-        measured = dict(zip(map(_key, able), repeats, strict=True))
         plain = measured.get((PLAIN.name, TARGET.name), ())
         rows = []
-        for subject, reason in zip(subjects, refusals, strict=True):
-            row = self._blank_row(subject, workload, prompts)
-            if reason is not None:
-                rows.append(replace(row, skipped=reason))
+        for subject in subjects:
+            row, key = self._blank_row(subject, workload, prompts), _key(subject)
+            if key in failures:
+                rows.append(replace(row, skipped=failures[key]))
             else:
-                rows.append(with_speed(row, measured[_key(subject)], plain))
+                rows.append(with_speed(replace(row, setup_s=setups_s[key]), measured[key], plain))
         return rows
 
     def _subjects(self, workload: Workload, prompts: Prompts) -> list[Subject]:
@@ -184,7 +195,7 @@ class _Bench:
                 for plan, law in self._pairs
             ),
             *(
-                TransformersSubject(name, functools.partial(make, task))
+                ReferenceSubject(name, functools.partial(make, task))
                 for name, make in self._references.items()
             ),
         ]
@@ -208,6 +219,7 @@ class _Bench:
             queue=options.queue,
             seed=options.seed,
             setting=self._setting,
+            version=subject.version,
         )
 
     def _examined(
@@ -257,15 +269,27 @@ class _Bench:
 
 
 def _interleave(
-    subjects: Sequence[Subject], prompts: Prompts, workload: Workload, options: BenchOptions
-) -> list[list[list[Wave]]]:
-    """The waves of each subject's repeats; within a repeat they take turns."""
-    repeats: list[list[list[Wave]]] = [[] for _ in subjects]
+    subjects: Sequence[Subject],
+    failures: dict[tuple[str, str], str],
+    prompts: Prompts,
+    workload: Workload,
+    options: BenchOptions,
+) -> dict[tuple[str, str], list[list[Wave]]]:
+    """The waves of each subject's repeats, by its key; within a repeat they take turns.
+
+    Who is in `failures` is left out. A peer that fails while it is measured goes in there, with the reason.
+    """
+    measured: dict[tuple[str, str], list[list[Wave]]] = {_key(subject): [] for subject in subjects}
     for repeat in range(options.repeats):
-        for subject, done in zip(subjects, repeats, strict=True):
+        for subject in subjects:
+            if _key(subject) in failures:
+                continue
             waves = make_waves(prompts, workload, repeat, options, law=subject.law)
-            done.append([subject.decode(wave) for wave in waves])
-    return repeats
+            try:
+                measured[_key(subject)].append([subject.decode(wave) for wave in waves])
+            except PeerFailed as error:
+                failures[_key(subject)] = str(error)
+    return measured
 
 
 def _most_drafts(plan: Plan | Planner) -> int:

@@ -6,6 +6,7 @@ temperature 0. A model must be one of its own (`load_model`), not one that a pol
 """
 
 import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -42,10 +43,19 @@ class Completion:
 
 
 class Reference(Protocol):
-    """One of transformers' ways to decode."""
+    """One way to decode that is not blockroll's."""
+
+    @property
+    def version(self) -> str | None:
+        """Of what decodes; None: the versions of this process say it."""
+        ...
 
     def complete(self, prompts: Sequence[Sequence[int]], *, seed: int) -> Iterator[Completion]:
         """Decode all prompts together; each completion comes when its caller would get it."""
+        ...
+
+    def cpu_s(self) -> float:
+        """Processor time spent so far, in seconds, by all threads of the process that decodes."""
         ...
 
     def close(self) -> None:
@@ -60,6 +70,8 @@ class GenerateReference:
     text so far, and verified by rejection sampling. transformers does that one prompt at a time and raises a
     ValueError for more.
     """
+
+    version = None
 
     def __init__(self, model: PreTrainedModel, task: ReferenceTask, *, lookup_tokens: int = 0) -> None:
         self._model = model
@@ -81,6 +93,10 @@ class GenerateReference:
             for index, token_ids in enumerate(completions, start=start):
                 yield Completion(index=index, token_ids=token_ids)
 
+    def cpu_s(self) -> float:
+        """Of this process."""
+        return time.process_time()
+
     def close(self) -> None:
         """Nothing is kept."""
 
@@ -96,6 +112,8 @@ class ContinuousBatchingReference:
     the thread looks, so equal seeds need not give equal tokens. It may change its model's attention until it
     is closed. RuntimeError or ValueError where it cannot serve this model or device.
     """
+
+    version = None
 
     def __init__(self, model: PreTrainedModel, task: ReferenceTask) -> None:
         if tuple(map(int, transformers.__version__.split(".")[:2])) < CONTINUOUS_BATCHING_SINCE:
@@ -141,6 +159,10 @@ class ContinuousBatchingReference:
                 elif result.is_finished():
                     tokens = [int(token_id) for token_id in result.generated_tokens]
                     yield Completion(index=index_of.pop(result.request_id), token_ids=tokens)
+
+    def cpu_s(self) -> float:
+        """Of this process, that thread included."""
+        return time.process_time()
 
     def close(self) -> None:
         """End the thread and free its cache."""

@@ -37,7 +37,7 @@ class Setting:
 class BenchRow:
     """One subject under one workload. Figures are None where a subject has no such figure or was skipped."""
 
-    plan: str  # a plan's name, or `transformers_...`
+    plan: str  # a plan's name, `transformers_...` or `vllm...`
     law: str  # of its requests
     batch: int  # requests decoded together
     temperature: float  # 0 is greedy
@@ -51,7 +51,9 @@ class BenchRow:
     queue: int  # rollouts submitted together for each place in the batch
     seed: int
     setting: Setting
+    version: str | None = None  # of an engine with an environment of its own; None: the setting says it
     skipped: str | None = None  # why it was not measured; None if it was
+    setup_s: float | None = None  # start, load, compilation and a first wave: in no other figure
 
     tokens_per_s: float | None = None  # median over repeats
     tokens_per_s_min: float | None = None
@@ -60,6 +62,11 @@ class BenchRow:
     speedup_over_plain: float | None = None  # median of the repeats' ratios; None if plain was not measured
     speedup_min: float | None = None
     speedup_max: float | None = None
+    tokens_per_cpu_s: float | None = None  # by processor time of all threads; median over repeats
+    tokens_per_cpu_s_min: float | None = None
+    tokens_per_cpu_s_max: float | None = None
+    tokens_per_cpu_s_all: tuple[float, ...] = ()  # in the order of repeats
+    cpu_speedup_over_plain: float | None = None  # median of the repeats' ratios of processor time
     latency_ms_p50: float | None = None  # of a request, from submission to its end; over all repeats
     latency_ms_p95: float | None = None
     latency_ms_p99: float | None = None
@@ -91,8 +98,11 @@ def to_record(row: BenchRow) -> dict[str, Any]:
 
 def with_speed(row: BenchRow, repeats: Sequence[Sequence[Wave]], plain: Sequence[Sequence[Wave]]) -> BenchRow:
     """The row with what its waves measured, each repeat against plain's same repeat (none: no ratios)."""
-    speeds = [_tokens_per_s(waves) for waves in repeats]
-    ratios = [speed / _tokens_per_s(waves) for speed, waves in zip(speeds, plain, strict=bool(plain))]
+    speeds, cpu_speeds = ([_tokens_per(time, waves) for waves in repeats] for time in (_wall_s, _cpu_s))
+    ratios, cpu_ratios = (
+        [speed / _tokens_per(time, waves) for speed, waves in zip(all_speeds, plain, strict=bool(plain))]
+        for time, all_speeds in ((_wall_s, speeds), (_cpu_s, cpu_speeds))
+    )
     waves = [wave for repeat in repeats for wave in repeat]
     rollouts = [rollout for wave in waves for rollout in wave.rollouts or ()]
     latencies_ms = [1000 * latency for wave in waves for latency in wave.latencies_s]
@@ -109,6 +119,11 @@ def with_speed(row: BenchRow, repeats: Sequence[Sequence[Wave]], plain: Sequence
         speedup_over_plain=statistics.median(ratios) if ratios else None,
         speedup_min=min(ratios, default=None),
         speedup_max=max(ratios, default=None),
+        tokens_per_cpu_s=statistics.median(cpu_speeds),
+        tokens_per_cpu_s_min=min(cpu_speeds),
+        tokens_per_cpu_s_max=max(cpu_speeds),
+        tokens_per_cpu_s_all=tuple(cpu_speeds),
+        cpu_speedup_over_plain=statistics.median(cpu_ratios) if cpu_ratios else None,
         latency_ms_p50=percentile(latencies_ms, 50),
         latency_ms_p95=percentile(latencies_ms, 95),
         latency_ms_p99=percentile(latencies_ms, 99),
@@ -176,8 +191,17 @@ def describe_setting(policy: HFPolicy, policy_path: str) -> Setting:
     )
 
 
-def _tokens_per_s(waves: Sequence[Wave]) -> float:
-    return sum(wave.num_tokens for wave in waves) / sum(wave.duration_s for wave in waves)
+def _wall_s(wave: Wave) -> float:
+    return wave.duration_s
+
+
+def _cpu_s(wave: Wave) -> float:
+    return wave.cpu_s
+
+
+def _tokens_per(time: Callable[[Wave], float], waves: Sequence[Wave]) -> float:
+    """Tokens per second of a kind of time."""
+    return sum(wave.num_tokens for wave in waves) / sum(map(time, waves))
 
 
 def _ms_per_step(repeats: Sequence[Sequence[Wave]], part: Callable[[EngineTimes], float]) -> float | None:

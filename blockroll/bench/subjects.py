@@ -1,15 +1,17 @@
-"""What a bench measures: blockroll's engine under a plan and a law, and transformers by itself."""
+"""What a bench measures: blockroll's engine under a plan and a law, and what others offer."""
 
 import functools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import torch
 
+from blockroll.bench.peer import PEERS, PEERS_PYTHON, check_peers, start_peer
 from blockroll.bench.reference import LOOKUP_TOKENS, REFERENCES, Reference, ReferenceTask
-from blockroll.errors import InvalidInput, NonFiniteLogits
+from blockroll.errors import InvalidInput, NonFiniteLogits, PeerFailed
 from blockroll.policies.hf import HFPolicy
 from blockroll.policies.loading import load_model, resolve_checkpoint
 from blockroll.rollout.drafters.engine import Engine
@@ -31,6 +33,7 @@ class Wave:
 
     num_tokens: int
     duration_s: float
+    cpu_s: float  # processor time of all threads of the process that decodes
     latencies_s: tuple[float, ...]  # of each request, from submission to its end
     rollouts: tuple[Rollout, ...] | None = None
     times: EngineTimes | None = None
@@ -41,6 +44,11 @@ class Subject(Protocol):
 
     name: str
     law: Law  # of the requests it is given
+
+    @property
+    def version(self) -> str | None:
+        """Of what decodes; None: the row's setting says it."""
+        ...
 
     def warm_up(self, requests: Sequence[Request]) -> str | None:
         """Decode once, uncounted; the reason if it cannot, None if it can."""
@@ -57,6 +65,8 @@ class Subject(Protocol):
 
 class EngineSubject:
     """blockroll's engine under one plan or a planner, for requests of one law."""
+
+    version = None
 
     def __init__(
         self, policy: HFPolicy, plan: Plan | Planner, *, law: Law, batch: int, max_length: int
@@ -79,17 +89,18 @@ class EngineSubject:
         self._engine.forget_prefixes()
         finished: list[Rollout] = []
         latencies: list[float] = []
-        start = time.perf_counter()
+        start, cpu_start = time.perf_counter(), time.process_time()
         self._engine.submit(requests)
         while self._engine.num_requests:
             ended = self._engine.step().finished
             finished.extend(ended)
             latencies.extend([time.perf_counter() - start] * len(ended))
-        duration_s = time.perf_counter() - start
+        duration_s, cpu_s = time.perf_counter() - start, time.process_time() - cpu_start
         check_finite(finished)
         return Wave(
             num_tokens=sum(len(rollout.token_ids) for rollout in finished),
             duration_s=duration_s,
+            cpu_s=cpu_s,
             latencies_s=tuple(latencies),
             rollouts=tuple(finished),
             times=self._engine.times,
@@ -99,22 +110,26 @@ class EngineSubject:
         """The cache goes with the engine."""
 
 
-class TransformersSubject:
-    """One of transformers' own ways to decode, under the target law."""
+class ReferenceSubject:
+    """A way to decode that is not blockroll's, under the target law."""
 
     law = Law()
 
     def __init__(self, name: str, make_reference: Callable[[], Reference]) -> None:
         """`make_reference` is called by `warm_up`, so that what it refuses is a reason and no error."""
         self.name = name
+        self.version: str | None = None
         self._make_reference = make_reference
         self._reference: Reference | None = None
 
     def warm_up(self, requests: Sequence[Request]) -> str | None:
-        """Set up and decode once, uncounted; transformers' own words if it cannot."""
+        """Set up and decode once, uncounted; the reference's own words if it cannot."""
         try:
             self._reference = self._make_reference()
+            self.version = self._reference.version
             self.decode(requests)
+        except PeerFailed as error:
+            return str(error)
         except (ImportError, OSError, RuntimeError, ValueError) as error:
             return f"{type(error).__name__}: {error}"
         return None
@@ -124,7 +139,7 @@ class TransformersSubject:
         assert self._reference is not None, "warm_up comes first"
         latencies: list[float] = []
         num_tokens = 0
-        start = time.perf_counter()
+        start, cpu_start = time.perf_counter(), self._reference.cpu_s()
         prompts = [request.prompt_ids for request in requests]
         for completion in self._reference.complete(prompts, seed=requests[0].seed):
             latencies.append(time.perf_counter() - start)
@@ -132,6 +147,7 @@ class TransformersSubject:
         return Wave(
             num_tokens=num_tokens,
             duration_s=time.perf_counter() - start,
+            cpu_s=self._reference.cpu_s() - cpu_start,
             latencies_s=tuple(latencies),
         )
 
@@ -143,25 +159,36 @@ class TransformersSubject:
 
 
 def load_references(
-    names: Sequence[str], policy: HFPolicy, path: str
+    names: Sequence[str], policy: HFPolicy, path: str, *, peers_python: Path = PEERS_PYTHON
 ) -> dict[str, Callable[[ReferenceTask], Reference]]:
     """By the names of their rows, how to set up each reference that is asked for.
 
-    Each has a model of its own, with transformers' default attention, which continuous batching may change.
+    Those of this process have models of their own, with transformers' default attention, which continuous
+    batching may change; peers load the same folder in the same precision.
     """
-    unknown = [name for name in names if name not in REFERENCES]
+    unknown = [name for name in names if name not in REFERENCES and name not in PEERS]
     if unknown or len(set(names)) < len(names):
         raise InvalidInput(
-            f"transformers is measured as one or more of {', '.join(REFERENCES)}, each once; got "
+            f"a bench measures against one or more of {', '.join((*REFERENCES, *PEERS))}, each once; got "
             f"{', '.join(names)}"
         )
-    return {
-        REFERENCE_NAMES[name]: functools.partial(
-            REFERENCES[name],
-            load_model(resolve_checkpoint(path), device=policy.device, dtype=policy.model.dtype),
-        )
-        for name in names
-    }
+    check_peers(names, device=policy.device.type, python=peers_python)
+    folder, dtype = resolve_checkpoint(path), policy.model.dtype
+    found: dict[str, Callable[[ReferenceTask], Reference]] = {}
+    for name in names:
+        if name in PEERS:
+            found[PEERS[name].row] = functools.partial(
+                start_peer,
+                name,
+                folder=folder,
+                dtype=str(dtype).removeprefix("torch."),
+                threads=torch.get_num_threads(),
+                python=peers_python,
+            )
+        else:
+            model = load_model(folder, device=policy.device, dtype=dtype)
+            found[REFERENCE_NAMES[name]] = functools.partial(REFERENCES[name], model)
+    return found
 
 
 def check_finite(rollouts: Sequence[Rollout]) -> None:

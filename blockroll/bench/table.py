@@ -42,6 +42,7 @@ def _columns(rows: Sequence[BenchRow]) -> dict[str, Cell]:
         "tok/s": lambda row: _figure(row.tokens_per_s, 0),
         "min..max": lambda row: f"{_figure(row.tokens_per_s_min, 0)}..{_figure(row.tokens_per_s_max, 0)}",
         "x plain": lambda row: _figure(row.speedup_over_plain, 2),
+        "tok/cpu-s": lambda row: _figure(row.tokens_per_cpu_s, 0),
         "accept": lambda row: _figure(row.acceptance_rate, 3),
         "tok/fwd": lambda row: _figure(row.tokens_per_forward, 2),
         "p50 ms": lambda row: _figure(row.latency_ms_p50, 0),
@@ -63,8 +64,10 @@ def _caption(rows: Sequence[BenchRow]) -> list[str]:
     lines = [
         f"medians of {first.repeats}; prompts of {contexts} tokens ({first.prompts}), completions of "
         f"{completions}, {first.setting.threads} torch threads;",
-        "p50 is a request's latency; host ms are per step, without forward and sampler",
+        "p50 is a request's latency; host ms are per step, without forward and sampler; tok/cpu-s is per "
+        "second of processor time",
     ]
+    lines += [f"{row.plan}: {row.version}" for row in _first_of_each(rows) if row.version is not None]
     own = dict.fromkeys(short_name(row) for row in rows if short_name(row) != row.plan)
     if own:
         lines.append(f"transformers' own: {', '.join(own)}")
@@ -77,6 +80,10 @@ def _caption(rows: Sequence[BenchRow]) -> list[str]:
     for (name, reason), sizes in batches.items():
         lines.append(f"not measured: {name} at batch {', '.join(map(str, sorted(sizes)))}: {reason}")
     return lines
+
+
+def _first_of_each(rows: Sequence[BenchRow]) -> list[BenchRow]:
+    return list({row.plan: row for row in reversed(rows)}.values())[::-1]
 
 
 def _span(values: Sequence[float]) -> str:

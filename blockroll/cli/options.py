@@ -94,11 +94,13 @@ def check_output(option: str, path: Path, *, is_folder: bool = False) -> None:
         raise InvalidInput(f"{option} {path} cannot be written in {there}: {error.strerror}") from None
 
 
-def load_policy(path: str, device: str, threads: int, adapter: Path | None = None) -> "HFPolicy":
+def load_policy(
+    path: str, device: str, threads: int, adapter: Path | None = None, *, dtype: str = "float32"
+) -> "HFPolicy":
     import torch
 
     from blockroll.policies.hf import HFPolicy
 
     if threads:
         torch.set_num_threads(threads)
-    return HFPolicy.from_pretrained(path, device=device, adapter=adapter)
+    return HFPolicy.from_pretrained(path, device=device, dtype=dtype, adapter=adapter)

@@ -70,8 +70,13 @@ def bench(
         str | None,
         typer.Option(
             help="Also measure transformers' own 'generate', 'continuous_batching', 'assisted' (by prompt "
-            "lookup), separated by commas."
+            "lookup), or 'vllm' and 'vllm_ngram' (its n-gram speculation), which `make peers` installs, or "
+            "'generate_process' (in a process of its own, as vLLM is), separated by commas."
         ),
+    ] = None,
+    peers_python: Annotated[
+        Path | None,
+        typer.Option(help="The Python of vLLM's environment; left out: .venv-peers of the source tree."),
     ] = None,
     task: Annotated[
         Literal["none", "arithmetic"],
@@ -88,10 +93,13 @@ def bench(
         typer.Option(help="Draw speed-up over plain and acceptance by draft position into this .png."),
     ] = None,
     device: DeviceOption = "auto",
+    dtype: Annotated[
+        Literal["float32", "bfloat16"], typer.Option(help="Of weights and forwards, of all that is measured.")
+    ] = "float32",
     threads: ThreadsOption = 1,
 ) -> None:
-    """Measure plans, laws and transformers against each other. Lists span a grid, in one run."""
-    from blockroll.bench.bench import BenchOptions, run_bench
+    """Measure plans, laws, transformers and vLLM against each other. Lists span a grid, in one run."""
+    from blockroll.bench.bench import PEERS_PYTHON, BenchOptions, run_bench
     from blockroll.rollout.planning.planner import read_plan
 
     options = BenchOptions(
@@ -111,7 +119,7 @@ def bench(
     is_own = prompts not in ("text", "random")
     if is_own and task != "none":
         raise InvalidInput(f"--task {task} judges its own problems: leave out --prompts {prompts}, or --task")
-    hf_policy = load_policy(policy, device, threads, adapter)
+    hf_policy = load_policy(policy, device, threads, adapter, dtype=dtype)
     parsed = [read_plan(text, hf_policy) for text in split_plans(plans)]
     if picture is not None and PLAIN not in parsed:
         raise InvalidInput(f"--picture draws speed-ups over plain: add 'plain' to --plans, got {plans!r}")
@@ -128,6 +136,7 @@ def bench(
             options,
             policy_path=policy,
             against=against.replace(" ", "").split(",") if against else (),
+            peers_python=peers_python or PEERS_PYTHON,
             judge=_arithmetic_judge(hf_policy, samples, pass_k) if task == "arithmetic" else None,
             on_row=lambda row: status.update(f"measured {row.plan} at batch {row.batch} ..."),
         )

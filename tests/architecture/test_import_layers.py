@@ -43,6 +43,7 @@ HOMES = {
     "triton": ("kernels.*.fused",),
     "peft": ("rl_loops.trl.weights",),
     "trl": ("rl_loops.trl.*",),
+    "vllm": ("bench.peer_worker",),
     "typer": ("cli", "cli.*"),
     "wandb": ("rl_loops.tracking",),
 }

@@ -175,10 +175,15 @@ def test_a_percentile_is_the_smallest_value_that_so_many_do_not_exceed(percent, 
 
 
 def test_a_row_has_the_figures_of_known_waves(blank_row):
-    plain = [[Wave(num_tokens=100, duration_s=duration, latencies_s=(1.0,))] for duration in (1.0, 2.0)]
+    plain = [
+        [Wave(num_tokens=100, duration_s=duration, cpu_s=duration / 2, latencies_s=(1.0,))]
+        for duration in (1.0, 2.0)
+    ]
     # 200 requests in 2 repeats, that end after 1, 2, ... 200 milliseconds.
     latencies = [[(i + 1 + 100 * repeat) / 1000 for i in range(100)] for repeat in range(2)]
-    repeats = [[Wave(num_tokens=300, duration_s=1.0, latencies_s=tuple(column))] for column in latencies]
+    repeats = [
+        [Wave(num_tokens=300, duration_s=1.0, cpu_s=1.0, latencies_s=tuple(column))] for column in latencies
+    ]
     row = with_speed(blank_row, repeats, plain)
 
     assert row.tokens_per_s_all == (300.0, 300.0)

@@ -9,7 +9,7 @@ import torch
 
 from blockroll.bench.bench import TRANSFORMERS, run_bench
 from blockroll.bench.reference import REFERENCES, ReferenceTask, generate_stock
-from blockroll.bench.subjects import TransformersSubject
+from blockroll.bench.subjects import ReferenceSubject
 from blockroll.policies.loading import load_model, resolve_checkpoint
 from blockroll.types import PLAIN, Sampling
 from tests.engines import make_requests, run
@@ -104,7 +104,7 @@ def test_what_a_reference_refuses_is_a_reason_in_its_own_words():
     def refuse():
         raise RuntimeError("no such device")
 
-    subject = TransformersSubject("transformers_wild", refuse)
+    subject = ReferenceSubject("transformers_wild", refuse)
 
     assert subject.warm_up([]) == "RuntimeError: no such device"
     subject.close()

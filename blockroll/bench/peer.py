@@ -1,0 +1,241 @@
+"""Engines that a bench measures in a process of their own: the bench's end of `peer_worker`'s lines.
+
+vLLM has an environment of its own (`make peers`), because it pins other versions of torch and transformers.
+Its start, its compilation and a first wave come before anything is timed. What crosses the border between the
+processes, a few kilobytes of JSON a wave, is part of the peer's time; `generate_process` is there to say how
+little that is.
+"""
+
+import json
+import math
+import os
+import selectors
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import blockroll
+from blockroll.bench.reference import Completion, ReferenceTask
+from blockroll.errors import InvalidInput, PeerFailed
+
+WORKER = Path(__file__).with_name("peer_worker.py")
+PEERS_PYTHON = Path(blockroll.__file__).parents[1] / ".venv-peers" / "bin" / "python"
+PATIENCE_TO_START_S = 900.0  # loading and compiling
+PATIENCE_S = 600.0  # for the next completion
+PATIENCE_TO_END_S = 10.0
+NGRAM_DRAFTS = 5  # a step, as in vLLM's own examples
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Peer:
+    """One way to decode in a process of its own."""
+
+    row: str  # name of its rows
+    engine: str  # of the worker's ENGINES
+    num_drafts: int = 0  # a step
+    has_own_environment: bool = True  # False: runs in this one
+
+
+PEERS = {  # what is asked for: what it is
+    "vllm": Peer(row="vllm", engine="vllm"),
+    "vllm_ngram": Peer(row=f"vllm_ngram({NGRAM_DRAFTS})", engine="vllm", num_drafts=NGRAM_DRAFTS),
+    "generate_process": Peer(
+        row="transformers_generate_process", engine="generate", has_own_environment=False
+    ),
+}
+
+
+class PeerReference:
+    """A peer's process, from its start to `close`. Raises PeerFailed when it ends, hangs or errs."""
+
+    def __init__(
+        self,
+        name: str,
+        command: Sequence[str],
+        environment: Mapping[str, str],
+        task: ReferenceTask,
+        *,
+        advice: str = "",
+        **settings: Any,
+    ) -> None:
+        """`settings` are what a worker is told beside the task; `advice` ends the message of a failure."""
+        self._name = name
+        self._task = task
+        self._advice = advice
+        self._buffer = b""
+        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 (closed by `close`)
+        # A session of its own: an interrupt at the terminal reaches the bench alone, which then closes it.
+        self._process = subprocess.Popen(
+            command,
+            env=dict(environment),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._stderr,
+            start_new_session=True,
+        )
+        self._selector = selectors.DefaultSelector()
+        assert self._process.stdout is not None
+        self._selector.register(self._process.stdout, selectors.EVENT_READ)
+        try:
+            self._send({**asdict(task), **settings})
+            ready = self._receive(PATIENCE_TO_START_S)
+            self.version = str(ready.get("version", "an unnamed version"))
+            self._cpu_s = float(ready["cpu_s"])
+        except KeyError:
+            self.close()
+            raise self._failure("did not say that it is ready") from None
+        except BaseException:
+            self.close()
+            raise
+
+    def complete(self, prompts: Sequence[Sequence[int]], *, seed: int) -> Iterator[Completion]:
+        """Decode all prompts together; each completion comes when the peer gives it."""
+        self._send({"prompts": [list(prompt) for prompt in prompts], "seed": seed})
+        waiting = set(range(len(prompts)))
+        while "done" not in (answer := self._receive(PATIENCE_S)):
+            completion = self._checked(answer, waiting)
+            waiting.remove(completion.index)
+            yield completion
+        self._cpu_s = float(answer["cpu_s"])
+        if waiting:
+            raise self._failure(f"gave no completion for {len(waiting)} of {len(prompts)} prompts")
+
+    def cpu_s(self) -> float:
+        """Processor time of the peer's process, up to the last wave's end."""
+        return self._cpu_s
+
+    def close(self) -> None:
+        """End the process: by the end of its input, and by a signal if that does not do."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        with suppress(BrokenPipeError):
+            self._process.stdin.close()
+        try:
+            self._process.wait(PATIENCE_TO_END_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._selector.close()
+        self._process.stdout.close()
+        self._stderr.close()
+
+    def _checked(self, answer: Mapping[str, Any], waiting: set[int]) -> Completion:
+        """The completion of an answer, if it is one that was asked for: whole, and with sound numbers."""
+        index, token_ids, logprobs = (answer.get(key) for key in ("index", "token_ids", "logprobs"))
+        if index not in waiting or not isinstance(token_ids, list):
+            raise self._failure(f"gave what was not asked for: {_shortened(json.dumps(answer))}")
+        most, ends = self._task.max_tokens, self._task.eos_token_ids
+        has_ended = len(token_ids) == most or bool(token_ids and token_ids[-1] in ends)
+        if len(token_ids) > most or not has_ended:
+            raise self._failure(f"gave {len(token_ids)} tokens where {most} were asked for")
+        if logprobs is not None:
+            if len(logprobs) != len(token_ids):
+                raise self._failure(f"gave {len(logprobs)} log-probabilities of {len(token_ids)} tokens")
+            if not all(math.isfinite(logprob) for logprob in logprobs):
+                raise self._failure("gave a log-probability that is not finite")
+        return Completion(index=index, token_ids=token_ids)
+
+    def _send(self, line: Mapping[str, Any]) -> None:
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(json.dumps(line).encode() + b"\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            self._fail_as_ended()
+
+    def _receive(self, patience_s: float) -> dict[str, Any]:
+        """The next line, which a peer that lives gives within `patience_s`."""
+        assert self._process.stdout is not None
+        deadline = time.monotonic() + patience_s
+        while b"\n" not in self._buffer:
+            if not self._selector.select(max(0.0, deadline - time.monotonic())):
+                raise self._failure(f"was silent for {patience_s:.0f} s")
+            chunk = os.read(self._process.stdout.fileno(), 1 << 16)
+            if not chunk:
+                self._fail_as_ended()
+            self._buffer += chunk
+        line, _, self._buffer = self._buffer.partition(b"\n")
+        try:
+            answer = json.loads(line)
+        except ValueError:
+            answer = None
+        if not isinstance(answer, dict):
+            raise self._failure(
+                f"gave a line that is no JSON object: {_shortened(line.decode('utf-8', 'replace'))}"
+            )
+        if "error" in answer:
+            raise self._failure(f"failed: {_shortened(str(answer['error']))}")
+        return answer
+
+    def _fail_as_ended(self) -> NoReturn:
+        """Raise what its exit and its last word say."""
+        try:
+            code = self._process.wait(PATIENCE_TO_END_S)
+        except subprocess.TimeoutExpired:
+            raise self._failure("closed its output and goes on") from None
+        how = f"exit code {code}" if code >= 0 else f"signal {-code}"
+        self._stderr.seek(0)
+        said = [line for line in self._stderr.read().decode("utf-8", "replace").splitlines() if line.strip()]
+        raise self._failure(f"ended by {how}" + (f": {_shortened(said[-1])}" if said else ""))
+
+    def _failure(self, what: str) -> PeerFailed:
+        return PeerFailed(f"the process of {self._name} {what}{self._advice}")
+
+
+def start_peer(
+    name: str, task: ReferenceTask, *, folder: Path, dtype: str, threads: int, python: Path
+) -> PeerReference:
+    """Start a peer's process for a task; it is ready when this returns."""
+    peer = PEERS[name]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
+    if peer.has_own_environment:
+        environment = _of_another(environment, python)
+    return PeerReference(
+        name,
+        [str(python) if peer.has_own_environment else sys.executable, "-P", str(WORKER), peer.engine],
+        environment,
+        task,
+        advice="; `make peers` makes its environment" if peer.has_own_environment else "",
+        model=str(folder.absolute()),
+        dtype=dtype,
+        threads=threads,
+        num_drafts=peer.num_drafts,
+    )
+
+
+def check_peers(names: Sequence[str], *, device: str, python: Path) -> None:
+    """Refuse before anything is measured what could not be started: InvalidInput."""
+    asked = [name for name in names if name in PEERS]
+    if asked and device != "cpu":
+        raise InvalidInput(f"{', '.join(asked)} is measured on a CPU only: give --device cpu, got {device}")
+    missing = [name for name in asked if PEERS[name].has_own_environment]
+    if missing and not python.is_file():
+        raise InvalidInput(
+            f"{', '.join(missing)} needs an environment of its own, and there is no {python}: run "
+            "`make peers` in the source tree, or name its Python with --peers-python"
+        )
+
+
+def _of_another(variables: Mapping[str, str], python: Path) -> dict[str, str]:
+    """What a process of vLLM's environment gets: nothing of this one's, and what vLLM advises for a CPU."""
+    kept = {
+        name: value
+        for name, value in variables.items()
+        if name not in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
+    }
+    openmp = python.absolute().parents[1] / "lib" / "libiomp5.so"
+    preloaded = {"LD_PRELOAD": str(openmp), "KMP_BLOCKTIME": "5"} if openmp.is_file() else {}
+    # As everything that is measured: no thread is bound to a core, which something else may use.
+    vllm = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
+    return {**preloaded, **vllm, **kept}
+
+
+def _shortened(text: str) -> str:
+    first = text.strip().splitlines()[0] if text.strip() else "nothing"
+    return first if len(first) <= 300 else f"{first[:300]} ..."
