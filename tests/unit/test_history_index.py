@@ -227,3 +227,12 @@ def test_a_token_takes_no_more_memory_than_the_docstrings_say():
     assert bytes_per_token(with_ngrams, 4_000)[0] < 1_000
     assert bytes_per_token(raw, 4_000)[0] < 10
     assert bytes_per_token(of_job, 4_000)[0] < 500
+
+
+def test_tokens_of_large_vocabularies_are_kept_as_they_are():
+    index = HistoryIndex(1_000)
+    large = (1 << 18, (1 << 31) - 1, 262_145)
+    texts = index.of_prompt(large)
+    index.close(texts, written(texts, (300_000, 1 << 20)))
+    assert guesses(texts, written(texts, ()))[Source.SIBLINGS] == (3, [300_000, 1 << 20])
+    assert [row.token_id for row in rows_behind(index.job.match(large), 4)] == [300_000, 1 << 20]
