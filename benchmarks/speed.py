@@ -1,7 +1,7 @@
 """Speed against plain decoding and transformers, in one run, on one thread."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -73,7 +73,8 @@ def auto(
 
 
 def against_peers(
-    folder: Path = SMOLLM2 / "policy",
+    folder: str | Path = SMOLLM2 / "policy",
+    texts: Sequence[tuple[int, ...]] = (),
     *,
     batches: tuple[int, ...] = (1, 8, 32),
     repeats: int = 5,
@@ -81,7 +82,10 @@ def against_peers(
     dtype: str = "bfloat16",
     against: tuple[str, ...] = ("generate", "vllm", "vllm_ngram"),
 ) -> list[Row]:
-    """A real pretrained model beside transformers and vLLM, in turns; every text has `max_tokens` tokens."""
+    """A real pretrained model beside transformers and vLLM, in turns; every text has `max_tokens` tokens.
+
+    `texts` are its prompts, as tokens; none: the held-out questions of examples/smollm2.py.
+    """
     from examples.smollm2 import HELD_OUT_TOPICS, prompt_ids, questions
 
     with one_thread():
@@ -91,7 +95,7 @@ def against_peers(
         )
         rows = run_bench(
             policy,
-            prompt_ids(policy, list(questions(HELD_OUT_TOPICS))),
+            texts or prompt_ids(policy, list(questions(HELD_OUT_TOPICS))),
             [PLAIN, read_plan(f"history({HISTORY_DRAFTS})", policy)],
             options,
             policy_path=str(folder),

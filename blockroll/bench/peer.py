@@ -86,10 +86,7 @@ class PeerReference:
             self._send({**asdict(task), **settings})
             ready = self._receive(PATIENCE_TO_START_S)
             self.version = str(ready.get("version", "an unnamed version"))
-            self._cpu_s = float(ready["cpu_s"])
-        except KeyError:
-            self.close()
-            raise self._failure("did not say that it is ready") from None
+            self._cpu_s = self._cpu_of(ready)
         except BaseException:
             self.close()
             raise
@@ -102,7 +99,7 @@ class PeerReference:
             completion = self._checked(answer, waiting)
             waiting.remove(completion.index)
             yield completion
-        self._cpu_s = float(answer["cpu_s"])
+        self._cpu_s = self._cpu_of(answer)
         if waiting:
             raise self._failure(f"gave no completion for {len(waiting)} of {len(prompts)} prompts")
 
@@ -124,6 +121,11 @@ class PeerReference:
         self._selector.close()
         self._process.stdout.close()
         self._stderr.close()
+
+    def _cpu_of(self, answer: Mapping[str, Any]) -> float:
+        if "cpu_s" not in answer:
+            raise self._failure(f"did not say its processor time: {_shortened(json.dumps(answer))}")
+        return float(answer["cpu_s"])
 
     def _checked(self, answer: Mapping[str, Any], waiting: set[int]) -> Completion:
         """The completion of an answer, if it is one that was asked for: whole, and with sound numbers."""

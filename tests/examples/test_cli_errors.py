@@ -124,6 +124,8 @@ bench --prompts chat.jsonl                           | no chat template
 bench --prompts long.txt                             | the policy was built for
 bench --prompts long.txt --task arithmetic           | judges its own problems
 bench --policy POLICY --against all                  | generate, continuous_batching, assisted
+bench --against vllm --peers-python nowhere/python   | run `make peers`
+bench --against generate_process --dtype half        | bfloat16
 bench --json no/such/folder.json                     | there is no folder
 bench --json folder                                  | is a folder: give a file
 bench --json /proc/rows.json                         | /proc

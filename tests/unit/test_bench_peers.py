@@ -1,0 +1,204 @@
+"""Engines measured in a process of their own: real child processes, good ones and bad ones."""
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from blockroll.bench import peer
+from blockroll.bench.bench import run_bench, to_record
+from blockroll.bench.peer import PeerReference, start_peer
+from blockroll.bench.reference import ReferenceTask
+from blockroll.bench.table import bench_table
+from blockroll.errors import InvalidInput, PeerFailed
+from blockroll.types import PLAIN, Sampling
+from tests.engines import make_requests, run
+from tests.equality import assert_same_tokens
+from tests.models import prompts
+from tests.unit.bench import OPTIONS
+
+ONE_BATCH = dataclasses.replace(OPTIONS, batches=(3,), ignore_eos=True)
+TASK = ReferenceTask(batch=3, longest_prompt=12, max_tokens=6, temperature=1.0, eos_token_ids=())
+ANSWERS = """
+import json, os, sys, time
+def say(**line):
+    print(json.dumps(line), flush=True)
+def give(index, count):
+    say(index=index, token_ids=[5] * count, logprobs=[-1.0] * count)
+task = json.loads(sys.stdin.readline())
+most = task["max_tokens"]
+say(ready=True, version="scripted 1.0", cpu_s=0.0)
+for number, line in enumerate(sys.stdin):
+    prompts = json.loads(line)["prompts"]
+    {fault}
+    for index in range(len(prompts)):
+        give(index, most)
+    say(done=True, cpu_s=float(number + 1))
+"""
+
+
+def scripted(fault="pass", *, task=TASK):
+    """A peer whose process answers as asked, but for its fault; it needs nothing that is installed."""
+    command = [sys.executable, "-c", ANSWERS.format(fault=fault)]
+    return PeerReference("scripted", command, {}, task, advice="; `make peers` makes its environment")
+
+
+def test_a_peer_is_measured_beside_plain_and_leaves_no_process(saved):
+    policy, path = saved
+    before = set(psutil.Process().children())
+    rows = run_bench(
+        policy, prompts(5), [PLAIN], ONE_BATCH, policy_path=path, against=("generate_process", "generate")
+    )
+
+    names = ["plain", "transformers_generate_process", "transformers_generate"]
+    assert [row.plan for row in rows] == names
+    for row in rows:
+        assert row.skipped is None
+        assert row.mean_length == 6.0
+        assert len(row.tokens_per_s_all) == len(row.tokens_per_cpu_s_all) == ONE_BATCH.repeats
+        assert row.tokens_per_cpu_s_min <= row.tokens_per_cpu_s <= row.tokens_per_cpu_s_max
+        assert row.cpu_speedup_over_plain > 0
+        assert row.setup_s > 0
+    assert [row.version is not None for row in rows] == [False, True, False]
+    assert to_record(rows[1])["version"].startswith("torch ")
+    assert "transformers_generate_process: torch " in bench_table(rows, title="t").caption
+    assert set(psutil.Process().children()) == before
+
+
+def test_a_peer_draws_the_greedy_tokens_that_plain_draws(saved):
+    policy, path = saved
+    texts = prompts(6)
+    requests = make_requests(texts, Sampling(temperature=0.0, max_tokens=8))
+    task = ReferenceTask(
+        batch=6, longest_prompt=12, max_tokens=8, temperature=0.0, eos_token_ids=policy.eos_token_ids
+    )
+    started = start_peer(
+        "generate_process", task, folder=Path(path), dtype="float32", threads=1, python=Path("unused")
+    )
+    try:
+        for seed in (0, 1):
+            drawn = {each.index: tuple(each.token_ids) for each in started.complete(texts, seed=seed)}
+    finally:
+        started.close()
+
+    named = {request.request_id: drawn[index] for index, request in enumerate(requests)}
+    assert_same_tokens(run(policy, requests, PLAIN), named, policy)
+
+
+def test_a_missing_environment_is_refused_before_anything_is_measured(saved, tmp_path):
+    policy, path = saved
+    with pytest.raises(InvalidInput, match=r"vllm needs an environment of its own.* run `make peers`"):
+        run_bench(
+            policy,
+            prompts(2),
+            [PLAIN],
+            ONE_BATCH,
+            policy_path=path,
+            against=("vllm",),
+            peers_python=tmp_path / "bin" / "python",
+            on_row=lambda row: pytest.fail("nothing should have been measured"),
+        )
+
+
+def test_an_environment_without_vllm_is_one_line_and_the_rest_is_measured(saved):
+    policy, path = saved
+    rows = run_bench(
+        policy,
+        prompts(5),
+        [PLAIN],
+        ONE_BATCH,
+        policy_path=path,
+        against=("vllm",),
+        peers_python=Path(sys.executable),
+    )
+
+    plain, missing = rows
+    assert plain.tokens_per_s > 0
+    assert missing.plan == "vllm"
+    assert missing.skipped == (
+        "the process of vllm failed: ModuleNotFoundError: No module named 'vllm'; `make peers` makes its "
+        "environment"
+    )
+    assert missing.tokens_per_s is missing.setup_s is None
+
+
+def test_a_peer_that_answers_as_asked_is_timed_by_its_own_processor_time():
+    started = scripted()
+    completions = list(started.complete([[1], [2], [3]], seed=0))
+    assert [each.index for each in completions] == [0, 1, 2]
+    assert started.cpu_s() == 1.0
+    list(started.complete([[1]], seed=1))
+    assert (started.cpu_s(), started.version) == (2.0, "scripted 1.0")
+    started.close()
+
+
+@pytest.mark.parametrize(
+    ("fault", "says"),
+    [
+        ("give(0, most - 1)", "gave 5 tokens where 6 were asked for"),
+        ("give(0, most + 1)", "gave 7 tokens where 6 were asked for"),
+        ("give(0, 0)", "gave 0 tokens where 6 were asked for"),
+        ("give(9, most)", "gave what was not asked for"),
+        ("give(0, most); give(0, most)", "gave what was not asked for"),
+        ("prompts.pop()", "gave no completion for 1 of 3 prompts"),
+        ("say(index=0, token_ids=[5] * most, logprobs=[-1.0])", "gave 1 log-probabilities of 6 tokens"),
+        (
+            "say(index=0, token_ids=[5] * most, logprobs=[float('nan')] * most)",
+            "log-probability that is not finite",
+        ),
+        ("print('Loading', flush=True)", "gave a line that is no JSON object: Loading"),
+        ("print(7, flush=True)", "gave a line that is no JSON object: 7"),
+        ("say(error='ValueError: too long')", "failed: ValueError: too long"),
+        ("say(done=True)", "did not say its processor time"),
+        ("give(0, most); sys.exit('no memory is left')", "ended by exit code 1: no memory is left"),
+        ("os.kill(os.getpid(), 9)", "ended by signal 9"),
+        ("os.close(1); time.sleep(60)", "closed its output and goes on"),
+        ("time.sleep(60)", "was silent for 1 s"),
+    ],
+)
+def test_what_a_peer_does_wrong_is_one_line_that_names_it_and_says_what_to_do(fault, says, monkeypatch):
+    monkeypatch.setattr(peer, "PATIENCE_S", 1.0)
+    monkeypatch.setattr(peer, "PATIENCE_TO_END_S", 1.0)
+    started = scripted(fault)
+    with pytest.raises(PeerFailed) as failed:
+        list(started.complete([[1], [2], [3]], seed=0))
+    started.close()
+
+    message = str(failed.value)
+    assert message.startswith("the process of scripted ")
+    assert says in message
+    assert message.endswith("; `make peers` makes its environment")
+    assert "\n" not in message
+
+
+def test_a_text_shorter_than_asked_is_whole_if_it_ends_in_an_end_token():
+    started = scripted("most = 2", task=dataclasses.replace(TASK, eos_token_ids=(5,)))
+    assert [each.token_ids for each in started.complete([[1]], seed=0)] == [[5, 5]]
+    started.close()
+
+
+def test_a_peer_that_ends_before_it_is_ready_says_its_last_words():
+    command = [sys.executable, "-c", "raise SystemExit('no such processor')"]
+    with pytest.raises(PeerFailed, match="ended by exit code 1: no such processor"):
+        PeerReference("early", command, {}, TASK)
+
+
+def test_a_peer_that_dies_while_it_is_measured_loses_its_own_row_alone(saved, tmp_path, monkeypatch):
+    """Its warm-up and first repeat go well; whatever else is measured keeps every figure."""
+    worker = tmp_path / "worker.py"
+    worker.write_text(ANSWERS.format(fault="if number == 3: os._exit(4)"))
+    monkeypatch.setattr(peer, "WORKER", worker)
+    policy, path = saved
+    rows = run_bench(
+        policy, prompts(5), [PLAIN], ONE_BATCH, policy_path=path, against=("generate_process", "generate")
+    )
+
+    plain, dead, stock = rows
+    assert dead.skipped == "the process of generate_process ended by exit code 4"
+    assert dead.tokens_per_s is None
+    for row in (plain, stock):
+        assert row.skipped is None
+        assert len(row.tokens_per_s_all) == ONE_BATCH.repeats
+    assert "not measured: generate_process at batch 3: the process of" in bench_table(rows, title="t").caption
