@@ -248,17 +248,22 @@ class SlotWindow:
         index_BR = self.lengths_B[:, None] + torch.arange(num_rows, device=device)
         if min(lengths) < 0:  # rows before a text go behind it
             index_BR = torch.where(index_BR < 0, index_BR + num_rows, index_BR)
-        self._index_B1R1 = index_BR[:, None, :, None]
+        self._places: tuple[Tensor | slice, ...] = (
+            torch.arange(len(lengths), device=device)[:, None],
+            index_BR,
+        )
+        if min(lengths) == max(lengths) >= 0:
+            self._places = (slice(None), slice(lengths[0], lengths[0] + num_rows))
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
         """Write one layer's new rows (B, H, R, D); return its keys and values (B, H, extent, D)."""
         keys, values = self._keys[layer_idx], self._values[layer_idx]
-        index_BHRD = self._index_B1R1.expand_as(key_states)
-        # Under autocast some norms give float32; attention would round it likewise.
-        keys.scatter_(2, index_BHRD, key_states.to(keys.dtype))
-        values.scatter_(2, index_BHRD, value_states.to(values.dtype))
+        # Not by `scatter_`, which copies all of the keys there and back where they are bfloat16. Under
+        # autocast some norms give float32; attention would round it likewise.
+        for held, states in ((keys, key_states), (values, value_states)):
+            held.transpose(1, 2)[self._places] = states.transpose(1, 2).to(held.dtype)
         return keys, values
 
 
