@@ -304,7 +304,9 @@ def _key(subject: Subject) -> tuple[str, str]:
 def _warm_up(subject: Subject, prompts: Prompts, workload: Workload, options: BenchOptions) -> str | None:
     if subject.law != TARGET and workload.temperature == 0:
         return f"law {subject.law.name} has no greedy form"
-    return subject.warm_up(make_waves(prompts, workload, 0, options, law=subject.law)[0])
+    # Requests that no repeat measures: who remembers texts would know the answers to those.
+    unmeasured = make_waves(prompts, workload, options.repeats, options, law=subject.law)
+    return subject.warm_up(unmeasured[0])
 
 
 def _prompts_of(workload: Workload, prompts: Prompts, options: BenchOptions, policy: HFPolicy) -> Prompts:

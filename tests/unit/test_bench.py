@@ -96,6 +96,24 @@ def test_a_queue_is_submitted_at_once_and_decoded_as_places_get_free(saved):
     assert again[0].num_tokens == rows[0].num_tokens  # the same requests, and a batch changes no token
 
 
+def test_no_request_is_measured_that_a_warm_up_has_decoded(saved, monkeypatch):
+    """A drafter that remembers texts would know the answer, or be kept from it."""
+    policy, path = saved
+    decoded, decode = [], EngineSubject.decode
+
+    def noted(subject, requests):
+        decoded.extend((subject.name, request.request_id, request.seed) for request in requests)
+        return decode(subject, requests)
+
+    monkeypatch.setattr(EngineSubject, "decode", noted)
+    options = dataclasses.replace(OPTIONS, batches=(2,), max_tokens=(24,), repeats=1, ignore_eos=True)
+    plans = [PLAIN, Plan(4, drafter="history")]
+    plain, drafted = run_bench(policy, prompts(3), plans, options, policy_path=path)
+    assert len(decoded) == len({*decoded}) == 2 * (2 + 4)
+    assert plain.acceptance_rate is None
+    assert drafted.acceptance_rate is not None
+
+
 def test_ignored_end_tokens_make_every_completion_full_length(saved):
     policy, path = saved
     assert EOS_ID in policy.eos_token_ids
