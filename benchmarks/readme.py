@@ -39,6 +39,11 @@ SECTIONS = (
         "Speed: two commits, side by side",
         lambda: readme_speed.before_after_table(read("speed_before_after")),
     ),
+    Section(
+        "speed_peers",
+        "Speed: a real model beside transformers and vLLM",
+        lambda: readme_speed.peers_table(read("speed_peers")),
+    ),
     Section("drafts_conversions", "What an adapter drafts", readme_drafts.drafts_table),
     Section("drafts_smollm2", "SmolLM2-135M-Instruct, converted by adapter", readme_drafts.smollm2_table),
     Section("law_texts", "The law, at full size", readme_law.law_list),
