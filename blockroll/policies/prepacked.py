@@ -63,19 +63,17 @@ class PackedLinears:
 
     def refresh(self) -> None:
         """The weights have been written: copies that are there are made anew."""
+        if not all(group.is_packable for group in self._groups or ()):
+            self._groups = None  # moved to another device or type: decided anew by the next forward
         for group in self._groups or ():
             group.pack()
 
     @contextmanager
     def serving(self) -> Iterator[None]:
         """Products of the model's linear modules are made of the packed copies inside this block."""
-        groups = self._decided() if self._groups is None else self._groups
-        if any(group.is_stale for group in groups):
-            if all(group.is_packable for group in groups):
-                self.refresh()
-            else:  # moved to another device or type
-                groups = self._decided()
-        with _patched(groups):
+        if any(group.is_stale for group in self._groups or ()):
+            self.refresh()
+        with _patched(self._decided() if self._groups is None else self._groups):
             yield
 
     def _decided(self) -> "Sequence[_Group]":

@@ -208,11 +208,14 @@ def test_auto_leaves_small_weights_alone():
     assert policy.packed.num_bytes == 0
 
 
-def test_a_policy_that_moves_to_another_type_decodes_on():
+@pytest.mark.parametrize("is_told", [False, True])
+def test_a_policy_that_moves_to_another_type_decodes_on(is_told):
     packed, plain = policies()
     laws(packed)
     packed.model.to(torch.float64)
     plain.model.to(torch.float64)
+    if is_told:
+        packed.weights_changed()
     assert_same_laws(packed, plain)
     assert packed.packed.num_bytes == 0
 
