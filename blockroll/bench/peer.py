@@ -69,6 +69,7 @@ class PeerReference:
         self._task = task
         self._advice = advice
         self._buffer = b""
+        self._cpu_s = 0.0
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 (closed by `close`)
         # A session of its own: an interrupt at the terminal reaches the bench alone, which then closes it.
         self._process = subprocess.Popen(
@@ -85,8 +86,9 @@ class PeerReference:
         try:
             self._send({**asdict(task), **settings})
             ready = self._receive(PATIENCE_TO_START_S)
-            self.version = str(ready.get("version", "an unnamed version"))
-            self._cpu_s = self._cpu_of(ready)
+            if "version" not in ready:
+                raise self._failure(f"did not say its version: {_shortened(json.dumps(ready))}")
+            self.version = str(ready["version"])
         except BaseException:
             self.close()
             raise
@@ -99,12 +101,12 @@ class PeerReference:
             completion = self._checked(answer, waiting)
             waiting.remove(completion.index)
             yield completion
-        self._cpu_s = self._cpu_of(answer)
+        self._cpu_s += self._cpu_of(answer)
         if waiting:
             raise self._failure(f"gave no completion for {len(waiting)} of {len(prompts)} prompts")
 
     def cpu_s(self) -> float:
-        """Processor time of the peer's process, up to the last wave's end."""
+        """Processor time of the peer's process in all waves so far."""
         return self._cpu_s
 
     def close(self) -> None:
@@ -196,6 +198,7 @@ def start_peer(
     """Start a peer's process for a task; it is ready when this returns."""
     peer = PEERS[name]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
+    environment["NUMBA_NUM_THREADS"] = str(threads)  # vLLM's n-gram lookup has threads of its own
     if peer.has_own_environment:
         environment = _of_another(environment, python)
     return PeerReference(

@@ -5,9 +5,9 @@
 One JSON object a line. The bench's first line is the task: `model` (a checkpoint folder), `dtype`, `threads`,
 `num_drafts` and the fields of a `ReferenceTask`; the answer is `ready`, with the `version` of what decodes.
 Each further line is a wave, `prompts` and `seed`; the answer is one line for each completion as it ends,
-`index`, `token_ids` and `logprobs` (null from an engine that gives none), then `done`. Both `ready` and
-`done` bear `cpu_s`, the processor time of this process so far. What fails is answered by `error`, and ends
-the process; so does the end of its input.
+`index`, `token_ids` and `logprobs` (null from an engine that gives none), then `done`, with `cpu_s`, the
+processor time of the wave: what threads of an engine take while it waits for one is not counted. What fails
+is answered by `error`, and ends the process; so does the end of its input.
 
 The file is run by its path and, for vLLM, imports nothing of blockroll: that environment has none.
 """
@@ -129,12 +129,13 @@ ENGINES: dict[str, Callable[[dict[str, Any]], Engine]] = {"generate": Generate, 
 def serve(engine_name: str, tasks: Iterator[str], answer: Any) -> None:
     """Set up for the first line of `tasks` and decode each further one; `answer` takes objects."""
     engine = ENGINES[engine_name](json.loads(next(tasks)))
-    answer({"ready": True, "version": engine.version, "cpu_s": time.process_time()})
+    answer({"ready": True, "version": engine.version})
     for line in tasks:
+        start = time.process_time()
         wave = json.loads(line)
         for completion in engine.complete(wave["prompts"], wave["seed"]):
             answer(completion)
-        answer({"done": True, "cpu_s": time.process_time()})
+        answer({"done": True, "cpu_s": time.process_time() - start})
 
 
 def main() -> None:

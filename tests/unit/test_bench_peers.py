@@ -2,6 +2,7 @@
 
 import dataclasses
 import sys
+import time
 from pathlib import Path
 
 import psutil
@@ -29,13 +30,13 @@ def give(index, count):
     say(index=index, token_ids=[5] * count, logprobs=[-1.0] * count)
 task = json.loads(sys.stdin.readline())
 most = task["max_tokens"]
-say(ready=True, version="scripted 1.0", cpu_s=0.0)
+say(ready=True, version="scripted 1.0")
 for number, line in enumerate(sys.stdin):
     prompts = json.loads(line)["prompts"]
     {fault}
     for index in range(len(prompts)):
         give(index, most)
-    say(done=True, cpu_s=float(number + 1))
+    say(done=True, cpu_s=1.5)
 """
 
 
@@ -128,9 +129,9 @@ def test_a_peer_that_answers_as_asked_is_timed_by_its_own_processor_time():
     started = scripted()
     completions = list(started.complete([[1], [2], [3]], seed=0))
     assert [each.index for each in completions] == [0, 1, 2]
-    assert started.cpu_s() == 1.0
+    assert started.cpu_s() == 1.5
     list(started.complete([[1]], seed=1))
-    assert (started.cpu_s(), started.version) == (2.0, "scripted 1.0")
+    assert (started.cpu_s(), started.version) == (3.0, "scripted 1.0")
     started.close()
 
 
@@ -183,6 +184,37 @@ def test_a_peer_that_ends_before_it_is_ready_says_its_last_words():
     command = [sys.executable, "-c", "raise SystemExit('no such processor')"]
     with pytest.raises(PeerFailed, match="ended by exit code 1: no such processor"):
         PeerReference("early", command, {}, TASK)
+
+
+def test_what_a_peer_does_while_it_waits_is_no_processor_time_of_its_waves():
+    """Threads of a waiting engine are at work while others are measured: here one that never rests."""
+    script = """
+import json, sys, threading, time
+from blockroll.bench import peer_worker
+def burn():
+    while True:
+        sum(range(10_000))
+class Restless:
+    version = "restless"
+    def __init__(self, task):
+        threading.Thread(target=burn, daemon=True).start()
+    def complete(self, prompts, seed):
+        yield {"index": 0, "token_ids": [5] * 6, "logprobs": None}
+peer_worker.ENGINES["restless"] = Restless
+def answer(line):
+    print(json.dumps(line), flush=True)
+peer_worker.serve("restless", iter(sys.stdin), answer)
+"""
+    root = str(Path(peer.__file__).parents[2])
+    started = PeerReference("restless", [sys.executable, "-c", script], {"PYTHONPATH": root}, TASK)
+    process = psutil.Process(started._process.pid)
+    list(started.complete([[1]], seed=0))
+    before, measured = sum(process.cpu_times()[:2]), started.cpu_s()
+    while sum(process.cpu_times()[:2]) < before + 0.5:
+        time.sleep(0.05)
+    list(started.complete([[1]], seed=1))
+    assert started.cpu_s() - measured < 0.25
+    started.close()
 
 
 def test_a_peer_that_dies_while_it_is_measured_loses_its_own_row_alone(saved, tmp_path, monkeypatch):
