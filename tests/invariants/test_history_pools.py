@@ -30,7 +30,7 @@ def checkpoint(tmp_path_factory):
     return str(folder)
 
 
-@pytest.fixture(params=["local", "ray"])
+@pytest.fixture(params=["local", pytest.param("ray", marks=pytest.mark.slow)])
 def pool(request, checkpoint):
     if request.param == "ray":
         pytest.importorskip("ray")

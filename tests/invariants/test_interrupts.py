@@ -63,15 +63,15 @@ def serve(engine: Engine, interrupted: InterruptedIn) -> dict:
     return finished
 
 
-def interrupt_the_bookkeeping(policy, plan, *, count: int) -> None:
+def interrupt_the_bookkeeping(policy, plan, *, count: int, modules=(cache, held)) -> None:
     first = finish(make_engine(policy, plan), first_requests())
     later = finish(make_engine(policy, plan), later_requests(first))
-    counting = InterruptedIn(0, cache, held)
+    counting = InterruptedIn(0, *modules)
     serve(make_engine(policy, plan), counting)
     rng = random.Random(plan.name)
     for number in rng.sample(range(1, counting.count), count):
         engine = make_engine(policy, plan)
-        assert_same_rollouts(first, serve(engine, InterruptedIn(number, cache, held)), policy)
+        assert_same_rollouts(first, serve(engine, InterruptedIn(number, *modules)), policy)
         assert_same_rollouts(later, finish(engine, later_requests(first)), policy)
 
 
@@ -84,7 +84,7 @@ def test_an_interrupt_inside_the_cache_changes_no_token(policy, plan):
 def test_planted_an_index_that_is_left_half_changed_is_noticed(policy, monkeypatch):
     monkeypatch.setattr(SlotCache, "repair", lambda self: None)
     with pytest.raises((AssertionError, KeyError)):
-        interrupt_the_bookkeeping(policy, PLANS[0], count=40)
+        interrupt_the_bookkeeping(policy, PLANS[0], count=40, modules=(held,))
 
 
 def interrupt_the_release_of_memory(policy) -> None:

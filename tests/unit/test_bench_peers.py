@@ -20,6 +20,7 @@ from tests.equality import assert_same_tokens
 from tests.models import prompts
 from tests.unit.bench import OPTIONS
 
+pytestmark = pytest.mark.slow  # it starts some thirty processes
 ONE_BATCH = dataclasses.replace(OPTIONS, batches=(3,), ignore_eos=True)
 TASK = ReferenceTask(batch=3, longest_prompt=12, max_tokens=6, temperature=1.0, eos_token_ids=())
 ANSWERS = """
