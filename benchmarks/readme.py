@@ -45,9 +45,9 @@ SECTIONS = (
         # Rows of the commit behind the one that mended it; without the sentence once they are measured again.
         lambda: (
             readme_speed.peers_table(read("speed_peers"))
-            + "\n\nWhere vLLM stands, a CPU second is worth more than it says: in these rows its processor time "
-            "holds that of its idle threads while others were measured, and its n-gram lookup had a second "
-            "thread. Wall time is the ratio to go by; batch 1 and 8 were measured beside other work."
+            + "\n\nWhere vLLM stands, a CPU second is worth more than it says: in these rows its processor "
+            "time holds that of its idle threads while others were measured, and its n-gram lookup had a "
+            "second thread. Wall time is the ratio to go by; batch 1 and 8 were measured beside other work."
         ),
     ),
     Section("drafts_conversions", "What an adapter drafts", readme_drafts.drafts_table),
