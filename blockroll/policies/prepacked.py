@@ -14,7 +14,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from typing import Literal, TypeGuard
 
 import torch
@@ -53,7 +53,8 @@ class PackedLinears:
         if prepack == "on" and not _packable(model):
             raise InvalidInput(
                 "prepack is 'on', but packed weights need a CPU, a torch with oneDNN, and linear weights in "
-                "float32 or bfloat16; set it to 'auto', which packs where it can"
+                "float32 or bfloat16, as far as the processor takes them; set it to 'auto', which packs "
+                "where it can"
             )
 
     @property
@@ -243,6 +244,18 @@ def _packable(model: nn.Module) -> list[_Group]:
     return groups
 
 
+@cache
+def can_pack(dtype: torch.dtype) -> bool:
+    """Whether this processor multiplies with packed weights of a type; older ones refuse bfloat16."""
+    try:
+        packed = torch.ops.mkldnn._reorder_linear_weight(torch.zeros(16, 16, dtype=dtype))
+        torch.ops.mkldnn._linear_pointwise(torch.zeros(1, 16, dtype=dtype), packed, None, "none", [], "")
+    except RuntimeError as refusal:
+        logger.info("linear weights in %s are not packed: %s", dtype, refusal)
+        return False
+    return True
+
+
 def _is_packable(module: object) -> TypeGuard[nn.Linear]:
     """Only what computes nothing but its product: wrapped or subclassed modules stay as they are."""
     return type(module) is nn.Linear and _is_packable_weight(module._parameters.get("weight"))
@@ -253,6 +266,7 @@ def _is_packable_weight(weight: Tensor | None) -> bool:
         type(weight) is nn.Parameter  # no shard, and nothing that is computed of others
         and weight.device.type == "cpu"
         and weight.dtype in _DTYPES
+        and can_pack(weight.dtype)
         and not weight.is_inference()  # their writes are not counted
         and weight.numel() > 0
     )
