@@ -4,7 +4,7 @@
 with a value, `files` reads YAML and `section.field=value` overrides.
 """
 
-from blockroll.config.checks import from_mapping, to_mapping
+from blockroll.config.checks import by_path, from_mapping, to_mapping
 from blockroll.config.files import load_config, read_yaml, with_overrides
 from blockroll.config.options import (
     AlignmentConfig,
@@ -27,6 +27,7 @@ __all__ = [
     "RolloutConfig",
     "RunConfig",
     "TrainConfig",
+    "by_path",
     "cache_dir",
     "from_mapping",
     "load_config",

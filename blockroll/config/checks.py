@@ -174,6 +174,19 @@ def all_options(cls: type) -> list[str]:
     return paths
 
 
+def by_path(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """What a mapping of a config holds, by the dotted paths of its options; those it lacks are left out."""
+    found = {}
+    for path in all_options(cls):
+        section: Any = values
+        *sections, name = path.split(".")
+        for each in sections:
+            section = section.get(each, {})
+        if name in section:
+            found[path] = section[name]
+    return found
+
+
 def _place(cls: type, path: Sequence[int | str]) -> tuple[type, Any]:
     """The section that a path leads into, and the annotation of what stands there."""
     owner: type = cls

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from blockroll.config import ConvertConfig, from_mapping
+from blockroll.config import ConvertConfig, by_path, from_mapping, to_mapping
 from blockroll.errors import CheckpointError, ConfigError
 from blockroll.policies.adapter import has_adapter, parent_hash
 from blockroll.policies.hf import HFPolicy
@@ -168,7 +168,7 @@ def load_convert_config(out: str | Path) -> ConvertConfig:
 
 def check_resumed(config: ConvertConfig) -> None:
     """Refuse options that would make it another conversion; ConfigError names each, and both values."""
-    given, begun = _flat(asdict(config)), _flat(asdict(load_convert_config(config.out)))
+    given, begun = _options(config), _options(load_convert_config(config.out))
     changed = [name for name in begun if given.get(name) != begun[name]]
     refused = [name for name in changed if name not in (*MAY_CHANGE, *MAY_MOVE)]
     if refused:
@@ -192,7 +192,7 @@ def check_fingerprint(state: Mapping[str, Any], config: ConvertConfig, found: Ma
     """CheckpointError if policy or prompts are others than at the start, wherever they lie."""
     for name, kept in state["fingerprint"].items():
         if found[name] != kept:
-            given = _flat(asdict(config))[name]
+            given = _options(config)[name]
             raise CheckpointError(
                 f"{name} {given!r} holds something else than when the conversion in {config.out} was begun: "
                 "give what it was begun with, or choose another folder"
@@ -277,15 +277,8 @@ def _absolute(path: str) -> str:
     return str(found.resolve()) if found.exists() else path
 
 
-def _flat(values: Mapping[str, Any], where: str = "") -> dict[str, Any]:
-    """Options by their dotted names."""
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        if isinstance(value, dict) and name in ("policy", "draft"):
-            flat.update(_flat(value, f"{name}."))
-        else:
-            flat[where + name] = value
-    return flat
+def _options(config: ConvertConfig) -> dict[str, Any]:
+    return by_path(ConvertConfig, to_mapping(config))
 
 
 def _mean(values: Sequence[float]) -> float:

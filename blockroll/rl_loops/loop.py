@@ -15,7 +15,7 @@ import torch
 import yaml
 from rich.console import Console
 
-from blockroll.config import RunConfig, load_config, to_mapping
+from blockroll.config import RunConfig, by_path, load_config, to_mapping
 from blockroll.errors import CheckpointError, ConfigError, RunExists
 from blockroll.policies.hf import HFPolicy
 from blockroll.rl_loops.algorithms import ALGORITHMS
@@ -301,7 +301,7 @@ def _check_resumed(config: RunConfig, checkpoint: Checkpoint) -> list[str]:
 
     CheckpointError if one makes it another run, or if no step is left for one to change.
     """
-    given, saved = _flat(to_mapping(config)), _flat(checkpoint.state["config"])
+    given, saved = (by_path(RunConfig, each) for each in (to_mapping(config), checkpoint.state["config"]))
     changed = [name for name in given if name not in MAY_MOVE and given[name] != saved.get(name, given[name])]
     for name in changed:
         if tuple(name.split(".")) in FIXED_ON_RESUME:
@@ -316,11 +316,3 @@ def _check_resumed(config: RunConfig, checkpoint: Checkpoint) -> list[str]:
             f"step is left for {', '.join(in_words)}; give a larger train.steps, or start another run"
         )
     return in_words
-
-
-def _flat(values: Mapping[str, Any], where: str = "") -> dict[str, Any]:
-    """Options by their dotted names."""
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        flat.update(_flat(value, f"{where}{name}.") if isinstance(value, dict) else {where + name: value})
-    return flat
