@@ -5,7 +5,11 @@ import re
 
 import pytest
 
+from blockroll import RolloutPool
+from blockroll.errors import InvalidInput
+from blockroll.policies.hf import HFPolicy
 from blockroll.rollout.pool import router
+from blockroll.rollout.pool.makers import cache_rows
 from blockroll.types import Sampling
 from tests.engines import make_requests
 from tests.invariants.test_calls import asked, check_complete, is_idle
@@ -76,3 +80,14 @@ def test_where_groups_were_is_remembered_of_so_many_and_no_more(monkeypatch):
             ]
             list(pool.generate(requests))
         assert list(pool._router._homes) == ["1 6", *(f"2 {index}" for index in range(7))]
+
+
+def test_a_text_that_the_cache_has_no_room_for_is_refused_before_anything_starts():
+    policy = HFPolicy.from_pretrained("tiny")
+    share = 96 / cache_rows(policy, 1.0)  # of this machine's memory: 96 rows
+    with RolloutPool.from_pretrained("tiny", device="cpu", plan="plain", memory_fraction=share) as pool:
+        fits = pool.requests(["1+1="], Sampling(max_tokens=16))
+        too_long = [dataclasses.replace(fits[0], request_id="long", sampling=Sampling(max_tokens=200))]
+        with pytest.raises(InvalidInput, match=r"may become a text of \d+ tokens, .* memory_fraction"):
+            pool.generate([*fits, *too_long])
+        assert [rollout.finish_reason for rollout in pool.generate(fits)] != ["error"]

@@ -76,18 +76,19 @@ class BareEngine:
         self.policy = policy
         self.plan = plans[0]  # of the latest step
         self.policy_version = policy_version
-        self.limits = Limits(
-            vocab_size=policy.vocab_size,
-            max_length=max_length or policy.max_length,
-            boundaries=policy.length_boundaries,
-        )
-        self._scheduler = Scheduler(max_batch_size=max_batch_size)
         self._room = CacheRoom(
             max_slots=max_batch_size,
             max_rows=max_cache_rows,
             block_rows=max(each.rows_per_forward for each in plans),
-            max_length=self.limits.max_length,
+            max_length=max_length or policy.max_length,
         )
+        self.limits = Limits(
+            vocab_size=policy.vocab_size,
+            max_length=self._room.max_length,
+            boundaries=policy.length_boundaries,
+            max_text=self._room.max_text,
+        )
+        self._scheduler = Scheduler(max_batch_size=max_batch_size)
         self._cache = SlotCache(policy)
         self._decoder = Decoder(policy, self._cache, self._drafters, clock)
         self._requests: dict[str, RunningRequest] = {}

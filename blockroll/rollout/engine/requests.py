@@ -18,6 +18,12 @@ class Limits:
     vocab_size: int
     max_length: int  # tokens of prompt and completion
     boundaries: tuple[int, ...] = ()  # as `Policy.length_boundaries`
+    max_text: int | None = None  # tokens of a text that the cache has room for; None: max_length
+
+    @property
+    def longest_text(self) -> int:
+        """Tokens of prompt and completion that the context and the cache have room for."""
+        return self.max_length if self.max_text is None else min(self.max_length, self.max_text)
 
     def room(self, num_prompt_tokens: int) -> int:
         """Completion tokens that a prompt leaves room for: up to the end of the context or a boundary."""
@@ -53,6 +59,13 @@ def check_request(request: Request, limits: Limits) -> None:
         raise InvalidInput(
             f"{name} has {length} tokens, but the context holds {limits.max_length} and at least one must be "
             "free for the completion; shorten the prompt or raise max_length if the policy was built for more"
+        )
+    longest = min(len(request.prompt_ids) + request.sampling.max_tokens, limits.max_length)
+    if longest > limits.longest_text:
+        raise InvalidInput(
+            f"{name} may become a text of {longest} tokens, and the cache has room for "
+            f"{limits.longest_text} in one text; give it more memory (memory_fraction), or shorten "
+            "the prompt or max_tokens"
         )
     if committed and len(committed) >= request.sampling.max_tokens:
         raise InvalidInput(

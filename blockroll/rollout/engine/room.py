@@ -3,7 +3,6 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from blockroll.errors import InvalidInput
 from blockroll.rollout.engine.cache import ROW_STEP
 from blockroll.types import Request
 
@@ -18,19 +17,17 @@ class CacheRoom:
     max_length: int  # tokens of a text
     rows_per_slot: int = 0
 
+    @property
+    def max_text(self) -> int:
+        """Tokens of the longest text that there may be room for."""
+        if not self.max_rows:
+            return self.max_length
+        return min(self.max_length, self.max_rows // ROW_STEP * ROW_STEP - self.block_rows)
+
     def make(self, requests: Iterable[Request]) -> int:
-        """Have room for requests that join; how many slots that leaves. InvalidInput: not one of them."""
+        """Have room for requests that join, none longer than `max_text`; how many slots that leaves."""
         lengths = [len(request.prompt_ids) + request.sampling.max_tokens for request in requests]
         longest = min(max(lengths, default=0), self.max_length)
         rows = max(-(-(longest + self.block_rows) // ROW_STEP) * ROW_STEP, self.rows_per_slot)
-        num_slots = self.max_slots
-        if self.max_rows:
-            num_slots = min(num_slots, self.max_rows // rows)
-            if num_slots == 0:
-                raise InvalidInput(
-                    f"a text of {longest} tokens needs {rows} rows of keys and values, but the cache may "
-                    f"have {self.max_rows} over all slots; give it more memory (memory_fraction), or "
-                    "shorten prompts or max_tokens"
-                )
         self.rows_per_slot = rows
-        return num_slots
+        return min(self.max_slots, self.max_rows // rows) if self.max_rows else self.max_slots

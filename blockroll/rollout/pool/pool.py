@@ -66,7 +66,8 @@ class RolloutPool:
         self._transport = transport
         self._on_close = on_close
         self._is_closed = False
-        self.limits = replicas[0].limits
+        # Devices may differ in memory, and a request may come to any of them.
+        self.limits = min((each.limits for each in replicas), key=lambda limits: limits.longest_text)
         self.tokenizer = tokenizer
         self.num_refused_updates = 0
         self._sampling = sampling or Sampling()
