@@ -14,6 +14,15 @@ PROBLEMS = list(itertools.islice(arithmetic.problems(0, held_out=False), 64))
 ROWS = Dataset.from_list([{"prompt": problem.prompt, "answer": problem.answer} for problem in PROBLEMS])
 TWO_FORWARD = RolloutConfig(plan="two_forward")
 
+BEST_OF_EVERY_STEP = {  # is loaded at the end
+    "save_strategy": "steps",
+    "save_steps": 1,
+    "eval_strategy": "steps",
+    "eval_steps": 1,
+    "load_best_model_at_end": True,
+    "max_steps": 3,
+}
+
 
 def correctness(completions, answer, **_):
     return [arithmetic.reward(text, right) for text, right in zip(completions, answer, strict=True)]

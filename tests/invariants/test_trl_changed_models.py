@@ -14,7 +14,7 @@ from blockroll.rl_loops.trl import weights
 from blockroll.rollout.pool.pool import RolloutPool
 from blockroll.types import Sampling
 from tests.invariants.test_trl_peft import gap, lora, small_model, small_trainer
-from tests.trl_trainers import ROWS
+from tests.trl_trainers import BEST_OF_EVERY_STEP, ROWS
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:`.*gradient_checkpointing.*` is deprecated:FutureWarning",  # what TRL itself calls
@@ -152,14 +152,9 @@ def test_the_best_adapter_is_generated_with_after_it_was_loaded(tmp_path):
         peft_config=lora(),
         eval_dataset=ROWS.select(range(4)),
         options={
-            "save_strategy": "steps",
-            "save_steps": 1,
-            "eval_strategy": "steps",
-            "eval_steps": 1,
-            "load_best_model_at_end": True,
+            **BEST_OF_EVERY_STEP,
             "metric_for_best_model": "eval_loss",
             "per_device_eval_batch_size": 4,
-            "max_steps": 3,
         },
     )
     made.evaluate()

@@ -14,7 +14,7 @@ from blockroll.rl_loops.trl.weights import sharing_policy
 from blockroll.rollout.engine.cache import SlotCache
 from blockroll.rollout.pool.pool import RolloutPool
 from tests.models import FAMILIES, random_model
-from tests.trl_trainers import ROWS, even_share, logs, trainer
+from tests.trl_trainers import BEST_OF_EVERY_STEP, ROWS, even_share, logs, trainer
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:`.*gradient_checkpointing.*` is deprecated:FutureWarning",  # what TRL itself calls
@@ -132,15 +132,10 @@ def test_evaluation_after_the_best_model_was_loaded_draws_from_the_best_model(tm
             reward_funcs=lambda completions, **_: [-float(made.state.global_step) for _ in completions],
             eval_dataset=ROWS.select(range(4)),
             options={
-                "save_strategy": "steps",
-                "save_steps": 1,
-                "eval_strategy": "steps",
-                "eval_steps": 1,
-                "load_best_model_at_end": True,
+                **BEST_OF_EVERY_STEP,
                 "metric_for_best_model": "eval_reward",
                 "greater_is_better": True,
                 "per_device_eval_batch_size": 16,
-                "max_steps": 3,
             },
         )
         made.train()
