@@ -88,6 +88,6 @@ def test_a_text_that_the_cache_has_no_room_for_is_refused_before_anything_starts
     with RolloutPool.from_pretrained("tiny", device="cpu", plan="plain", memory_fraction=share) as pool:
         fits = pool.requests(["1+1="], Sampling(max_tokens=16))
         too_long = [dataclasses.replace(fits[0], request_id="long", sampling=Sampling(max_tokens=200))]
-        with pytest.raises(InvalidInput, match=r"may become a text of \d+ tokens, .* memory_fraction"):
+        with pytest.raises(InvalidInput, match=r"may become a text of \d+ tokens, .*memory_fraction"):
             pool.generate([*fits, *too_long])
         assert [rollout.finish_reason for rollout in pool.generate(fits)] != ["error"]
