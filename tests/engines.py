@@ -58,7 +58,7 @@ def run(policy, requests: Iterable[Request], plan: Plan | PlansInTurn, **options
 def causal_logprobs(policy, rollout):
     """Teacher-forced log-probabilities of the finished text, by transformers' own forward."""
     prompt, tokens = rollout.request.prompt_ids, rollout.token_ids
-    policy.model.set_attn_implementation("sdpa")
+    policy.model.set_attn_implementation(policy.stock_attention)
     with torch.no_grad():
         logits = policy.model(torch.tensor([[*prompt, *tokens]]), use_cache=False).logits[0]
     policy.model.set_attn_implementation("blockroll")

@@ -4,7 +4,7 @@ Every forward of a policy brings its mask and its positions, so one function ser
 draft rows. The registered mask function is transformers' own for `sdpa`: a model left on this name
 still honours 2-D padding masks.
 
-Shapes: B requests, H query heads, G key-value heads, R query rows, S keys, D head width.
+Shapes: B requests, H query heads, G key-value heads, R query rows, S keys, D head width; N packed rows.
 """
 
 from typing import Any
@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
+
+from blockroll.policies.layout import Packing
 
 ATTENTION_NAME = "blockroll"
 
@@ -27,13 +29,28 @@ def block_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     softcap: float | None = None,
+    packing: Packing | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Softmax attention under a boolean mask (B, 1, R, S), True where a row may attend.
+    """Softmax attention under a boolean mask (B, 1, R, S), True where a row may attend; (B, R, H, D).
 
     A mask that `folded_mask` has made for all layers, (B, 1, H / G * R, S), saves folding it in each.
     `softcap` c bends the scores to c * tanh(score / c) before the softmax (Gemma 2, section 2).
+    With a `packing`, queries (1, H, N, D) come and (1, N, H, D) goes back; keys, values and mask are those of
+    its cells.
     """
+    if packing is not None:
+        output_BLHD, _ = block_attention(
+            module,
+            packing.unpack(query_BHRD.transpose(1, 2)).transpose(1, 2),
+            key_BGSD,
+            value_BGSD,
+            attention_mask,
+            scaling=scaling,
+            dropout=dropout,
+            softcap=softcap,
+        )
+        return packing.pack(output_BLHD), None
     rows = query_BHRD.shape[2]
     if softcap is not None:
         output_BHRD = _capped_attention(

@@ -1,14 +1,16 @@
 """What the engine asks of a policy and of the key-value window it writes to.
 
 Shapes: B requests, R rows (new tokens) per request, K drafted tokens, L = K + 1 rows to verify, P levels,
-W hidden width, V vocabulary.
+W hidden width, V vocabulary, N rows where requests differ in their number of rows.
 """
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
+
+from blockroll.policies.layout import Packing
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,4 +101,16 @@ class Policy(Protocol):
 
     def proposal_logits(self, states_BKW: Tensor) -> Tensor:
         """Logits (B, K, V) of the chosen proposal's states."""
+        ...
+
+
+@runtime_checkable
+class VerifiesPacked(Protocol):
+    """What a policy may offer besides: forwards without the rows that would make a rectangle of the batch."""
+
+    def verify_packed(self, ids_BL: Tensor, packing: Packing, window: KVWindow) -> Tensor:
+        """As `verify_logits`, of the rows of `packing` alone: (N, V). Other ids have no meaning.
+
+        `window` is of as many rows for each request, and takes packed states (1, H, N, D).
+        """
         ...

@@ -25,7 +25,7 @@ from blockroll.policies import attention
 from blockroll.policies.adapter import DraftAdapter, chat_template_hash, has_adapter
 from blockroll.policies.base import FusedRows, KVShape, KVWindow
 from blockroll.policies.ends import end_token_ids
-from blockroll.policies.layout import RowLayout, causal_rows, fused_rows, two_forward_rows
+from blockroll.policies.layout import Packing, RowLayout, causal_rows, fused_rows, two_forward_rows
 from blockroll.policies.loading import (
     FAMILIES,
     check_family,
@@ -215,6 +215,12 @@ class HFPolicy:
         return self.logits(self.hidden(ids_BR, layout, window, num_tokens_B=num_tokens_B))
 
     @_without_gradients
+    def verify_packed(self, ids_BL: Tensor, packing: Packing, window: KVWindow) -> Tensor:
+        """Causal logits of the rows of `packing`, float32 (N, V): no other row is computed."""
+        layout = causal_rows(packing.width, self.device)
+        return self.logits(self.hidden(ids_BL, layout, window, packing=packing)[0])
+
+    @_without_gradients
     def draft_logits(self, ids_BC: Tensor, num_drafts: int, window: KVWindow) -> Tensor:
         """Float32 (B, K + 1, V): the causal law of the token after the anchor, then the law of each draft."""
         num_clean = ids_BC.shape[1]
@@ -244,11 +250,13 @@ class HFPolicy:
         window: KVWindow,
         *,
         num_tokens_B: Tensor | None = None,
+        packing: Packing | None = None,
     ) -> Tensor:
         """States (B, R, W) of the clean rows' tokens and of the masks behind them.
 
         `num_tokens_B` are the tokens of each text that are settled, which decide its rotary factors where
         they depend on its length; None: those behind which the window stands, and one more.
+        With a `packing`, of rows without masks, it is the states (1, N, W) of its rows.
         """
         if num_tokens_B is None:
             num_tokens_B = window.lengths_B + 1
@@ -261,6 +269,7 @@ class HFPolicy:
             attention_mask=partial(layout.attention_mask, window.lengths_B, window.extent),
             window=window,
             num_tokens_B=num_tokens_B,
+            packing=packing,
         )
 
     def forward_rows(
@@ -272,10 +281,11 @@ class HFPolicy:
         attention_mask: Callable[..., Tensor],
         window: KVWindow,
         num_tokens_B: Tensor | None = None,
+        packing: Packing | None = None,
     ) -> Tensor:
         """States (B, R, W) of C tokens and `num_masks` masks; `attention_mask(sliding_window=...)` is asked
         for the mask (B, 1, R, S) of each kind of layer the family has. The texts have `num_tokens_B` tokens;
-        None: as many as their positions say."""
+        None: as many as their positions say. With a `packing` it is the states (1, N, W) of its rows."""
         num_clean = ids_BC.shape[1]
         adapter = self.adapter if num_masks else None
         mask_id = (
@@ -287,6 +297,13 @@ class HFPolicy:
                 "use the plain plan, or make an adapter with `blockroll convert`"
             )
         ids_BR = nn.functional.pad(ids_BC, (0, num_masks), value=mask_id)
+        options: dict[str, Any] = {}
+        if packing is not None:
+            assert not num_masks, "masks follow the tokens of a rectangle"
+            ids_BR, positions_BR = packing.pack(ids_BR), packing.pack(positions_BR)
+            if num_tokens_B is not None:
+                num_tokens_B = num_tokens_B[packing.request_N][None]
+            options = {"packing": packing}  # transformers hands it to our attention, in every layer
         inputs = {"input_ids": ids_BR}
         if adapter is not None:
             embeddings_BRW = self.model.get_input_embeddings()(ids_BR)
@@ -302,6 +319,7 @@ class HFPolicy:
                 attention_mask=self._masks_by_layer(attention_mask),
                 use_cache=True,
                 **{self._cache_keyword: window},
+                **options,
             )
         hidden_BRW: Tensor = output.last_hidden_state
         return hidden_BRW

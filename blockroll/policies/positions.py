@@ -105,7 +105,10 @@ class TextRotary(nn.Module):
 
     @contextmanager
     def of_texts(self, num_tokens_B: Tensor | None) -> Iterator[None]:
-        """The texts of the forwards within have so many tokens; None: as many as their positions say."""
+        """The texts of the forwards within have so many tokens; None: as many as their positions say.
+
+        Where rows of several texts stand behind one another, (1, N): of the text of each row.
+        """
         self._num_tokens_B = num_tokens_B
         try:
             yield
@@ -123,9 +126,11 @@ class TextRotary(nn.Module):
         num_tokens_B = self._num_tokens_B
         if num_tokens_B is None:
             num_tokens_B = position_ids.amax(dim=-1) + 1
-        is_long_B11 = (num_tokens_B > factors.boundary)[:, None, None]
+        if num_tokens_B.dim() == 1:
+            num_tokens_B = num_tokens_B[:, None]
+        is_long = (num_tokens_B > factors.boundary)[..., None]
         short, long = (each.to(x.device) for each in (factors.short, factors.long))
-        angles = position_ids[..., None].float() * torch.where(is_long_B11, long, short)
+        angles = position_ids[..., None].float() * torch.where(is_long, long, short)
         both = torch.cat((angles, angles), dim=-1)
         cos, sin = both.cos() * factors.scaling, both.sin() * factors.scaling
         return cos.to(x.dtype), sin.to(x.dtype)

@@ -11,12 +11,15 @@ from blockroll.samplers.lossless import (
     settle_first,
     verify_block,
 )
+from blockroll.samplers.packed import Logits, PackedLogits
 from blockroll.samplers.rows import LogitRows, target_probs
 from blockroll.samplers.uniforms import step_uniforms
 
 __all__ = [
     "Laws",
     "LogitRows",
+    "Logits",
+    "PackedLogits",
     "as_rows",
     "draft_probs",
     "draw_draft",

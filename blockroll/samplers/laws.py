@@ -24,6 +24,7 @@ from blockroll.errors import RequestFailed
 from blockroll.samplers.brought import allowed_rows, processed
 from blockroll.samplers.growing import IdBuffer, TokenCounts
 from blockroll.samplers.lossless import draw_draft, mixed_logits, policy_logprobs
+from blockroll.samplers.packed import Logits, PackedLogits, PackedRows, joined, rectangle
 from blockroll.samplers.processing import completed_by, counts_by_row, penalize, truncate
 from blockroll.samplers.rows import DenseRows, inverse_cdf, softmax_rows, target_probs
 from blockroll.types import POINT_MASS, Draft, Guide, Rows, Sampling, Verdict
@@ -159,28 +160,29 @@ class Laws:
         return self.processing.draw(logits_BKV, scale_B, uniforms_BK, num_drafts_B)
 
     def target_rows(
-        self, logits_BLV: Tensor, between_BN: Tensor, draft_logits_BKV: Tensor | None, num_drafts_B: Tensor
+        self, logits_BLV: Logits, between_BN: Tensor, draft_logits_BKV: Tensor | None, num_drafts_B: Tensor
     ) -> TargetRows:
-        """The law of every row, the last one behind all N tokens that follow the text.
+        """The law of every row, the last one behind all N tokens that follow the text; packed unless edited.
 
         Draft row i is mixed into target row i where a request mixes and has a draft there; None: no rows.
         """
+        if isinstance(logits_BLV, PackedLogits) and self.processing is None:
+            return TargetRows(PackedRows(logits_BLV, self.temperature_B, self.has_greedy), None)
+        logits_BLV = rectangle(logits_BLV)
         if self.is_mixed and draft_logits_BKV is not None:
             logits_BLV = mixed_logits(logits_BLV, draft_logits_BKV, self.weight_B, num_drafts_B)
         if self.processing is None:
             return TargetRows(softmax_rows(logits_BLV, self.temperature_B, has_greedy=self.has_greedy), None)
         return self.processing.target_rows(logits_BLV, between_BN, self.temperature_B, num_drafts_B)
 
-    def policy_logprobs(self, logits: Sequence[Tensor], verdict: Verdict) -> Tensor:
+    def policy_logprobs(self, logits: Sequence[Logits], verdict: Verdict) -> Tensor:
         """Of every row's token under the policy, float64 (B, L); `logits` are all rows, in parts.
 
         Where a request draws from the policy they are those of the law it was drawn from, bit for bit.
         """
         if self.is_policy_B is None:
             return verdict.behavior_logprobs_BL
-        computed_BL = policy_logprobs(
-            torch.cat(tuple(logits), dim=1), verdict.token_ids_BL, self.temperature_B
-        )
+        computed_BL = policy_logprobs(joined(logits), verdict.token_ids_BL, self.temperature_B)
         return torch.where(self.is_policy_B[:, None], verdict.behavior_logprobs_BL, computed_BL)
 
 

@@ -9,6 +9,7 @@ Shapes: B requests, K drafted tokens, L = K + 1 target positions, V vocabulary.
 import torch
 from torch import Tensor
 
+from blockroll.samplers.packed import Logits, PackedLogits, PackedRows
 from blockroll.samplers.rows import DenseRows, Drawn, LogitRows, drawn_from, softmax_rows, spans_of_requests
 from blockroll.types import POINT_MASS, Draft, Evidence, PointMass, Rows, Verdict
 
@@ -215,7 +216,9 @@ def join_verdicts(first: Verdict, rest: Verdict) -> Verdict:
     )
 
 
-def policy_logprobs(logits_BLV: Tensor, token_ids_BL: Tensor, temperature_B: Tensor) -> Tensor:
+def policy_logprobs(logits_BLV: Logits, token_ids_BL: Tensor, temperature_B: Tensor) -> Tensor:
     """Log-probability under the causal policy, float64 (B, L): full vocabulary, T = 1 where greedy."""
     scale_B = torch.where(temperature_B == 0, 1.0, temperature_B)
+    if isinstance(logits_BLV, PackedLogits):
+        return PackedRows(logits_BLV, scale_B, False).logprobs_of(token_ids_BL)
     return LogitRows(logits_BLV, scale_B, False).logprobs_of(token_ids_BL)

@@ -70,7 +70,13 @@ def rows_of(logits, *, num_origins=4):
 SPOILED = {
     "id of no token": (changed("token_ids_BK", VOCAB_SIZE, at=(1, 2)), f"the token id {VOCAB_SIZE}"),
     "negative id": (changed("token_ids_BK", -1, at=(0, 0)), "the token id -1"),
-    "ids too few": (replaced(token_ids_BK=lambda ids: ids[:, 1:]), r"token_ids_BK of \(4, 2\)"),
+    "ids too few": (replaced(token_ids_BK=lambda ids: ids[1:]), r"token_ids_BK of \(3, 3\)"),
+    "ids too wide": (replaced(token_ids_BK=lambda ids: ids[:, [0, 0, 1, 2]]), r"token_ids_BK of \(4, 4\)"),
+    "ids narrower than laws": (replaced(token_ids_BK=lambda ids: ids[:, 1:]), r"law of \(4, 3, 24\)"),
+    "narrower than counts": (
+        replaced(token_ids_BK=lambda ids: ids[:, 1:], law=lambda probs: probs[:, 1:]),
+        "3 drafts for request 0 .* 0 to 2, the width of its tensors",
+    ),
     "ids of floats": (replaced(token_ids_BK=lambda ids: ids.float()), "token_ids_BK of torch.float32"),
     "ids as a list": (replaced(token_ids_BK=lambda ids: ids.tolist()), "token_ids_BK of list"),
     "counts too many": (changed("num_drafts_B", K + 1, at=2), "4 drafts for request 2"),

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from torch.nn.functional import pad
 
 from blockroll.rollout.drafters.history import HistoryDrafts
 from blockroll.rollout.engine.drafting import DraftStep
@@ -106,7 +107,7 @@ class Apart(HistoryDrafts):
                 first_logits=None,
             )
             draft = drafter.propose(pair)
-            tokens.append(draft.token_ids_BK[1])
+            tokens.append(pad(draft.token_ids_BK[1], (0, step.plan.num_drafts - draft.token_ids_BK.shape[1])))
             counts.append(draft.num_drafts_B[1])
         return Draft(token_ids_BK=torch.stack(tokens), law=POINT_MASS, num_drafts_B=torch.stack(counts))
 

@@ -256,8 +256,10 @@ def row_checksums(names: Sequence[str], numbers_N: np.ndarray, infos: Sequence[s
 
 
 def _merged(steps: Sequence[tuple[StepTrace, list[int]]]) -> Iterator[tuple[StepTrace, list[int]]]:
-    """Runs of steps under one plan, each as one step of a larger batch."""
-    for _, group in itertools.groupby(steps, key=lambda pair: pair[0].plan):
+    """Runs of steps of one shape under one plan, each as one step of a larger batch."""
+    for _, group in itertools.groupby(
+        steps, key=lambda pair: (pair[0].plan, pair[0].draft.token_ids_BK.shape[1])
+    ):
         run = list(group)
         members = [step for step, _ in run]
         parts = [

@@ -148,9 +148,10 @@ class HistoryDrafts(Drafter):
             [] if followed is None else self._drafts(followed, running, most)
             for followed, running in zip(followed_B, step.batch, strict=True)
         ]
-        device = step.policy.device
+        device, width = step.policy.device, max(map(len, drafts))
+        padded = [each + [0] * (width - len(each)) for each in drafts]
         return Draft(
-            token_ids_BK=torch.tensor([each + [0] * (most - len(each)) for each in drafts], device=device),
+            token_ids_BK=torch.tensor(padded, dtype=torch.int64, device=device),
             law=POINT_MASS,
             num_drafts_B=torch.tensor([len(each) for each in drafts], device=device),
         )

@@ -18,7 +18,8 @@ engine becomes idle.
 Life of a slot: `reserve` (memory) - `share` (open, with the rows of another slot or none) - `window` and
 `commit` (each step) - `release` (closed; its rows may be shared).
 
-Shapes: N slots, B slots of one window, H key-value heads, R new rows, S keys, D head width.
+Shapes: N slots, B slots of one window, H key-value heads, R new rows, S keys, D head width; of a packed
+window N rows.
 """
 
 from collections.abc import Sequence
@@ -28,6 +29,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from blockroll.policies.base import Policy
+from blockroll.policies.layout import Packing
 from blockroll.rollout.engine.held import SlotTexts
 
 ROW_STEP = 16  # keys handed to attention come in multiples of this, so that few shapes occur
@@ -69,6 +71,12 @@ class SlotCache:
             f"slots {start} to {stop - 1} are not open, only the first {self.num_open}"
         )
         return SlotWindow(self, start, stop, num_rows, num_pending)
+
+    def packed_window(self, start: int, packing: Packing) -> "SlotWindow":
+        """The open slots from `start` on, for the rows of `packing` behind the valid ones of each."""
+        stop = start + len(packing.num_rows)
+        assert stop <= self.num_open, f"slots {start} to {stop - 1} are not all open: {self.num_open} are"
+        return SlotWindow(self, start, stop, packing.width, 0, packing)
 
     def commit(self, start: int, token_ids: Sequence[Sequence[int]]) -> None:
         """The rows behind those of slots start.. are these tokens': the forwards that wrote them are done."""
@@ -237,33 +245,51 @@ class SlotCache:
 class SlotWindow:
     """What one forward sees of the cache; stands in for transformers' cache object."""
 
-    def __init__(self, cache: SlotCache, start: int, stop: int, num_rows: int, num_pending: int) -> None:
+    def __init__(
+        self,
+        cache: SlotCache,
+        start: int,
+        stop: int,
+        num_rows: int,
+        num_pending: int,
+        packing: Packing | None = None,
+    ) -> None:
         lengths = [length + num_pending for length in cache.lengths(start, stop)]
-        needed = max(lengths) + num_rows
+        counts = [num_rows] * len(lengths) if packing is None else packing.num_rows
+        needed = max(map(sum, zip(lengths, counts, strict=True)))
         assert needed <= cache.capacity, f"{needed} rows do not fit a slot of {cache.capacity}"
         self._keys, self._values = cache.first_rows(start, stop, extent := _extent(needed, cache.capacity))
         self.extent = extent
         device = self._keys[0].device
         self.lengths_B = torch.tensor(lengths, device=device)
+        self.packing = packing  # None: all requests have as many rows
+        self._places: tuple[Tensor | slice, ...]
+        if packing is not None:
+            index_N = self.lengths_B[packing.request_N] + packing.offset_N
+            self._places = (packing.request_N, index_N)
+            return
         index_BR = self.lengths_B[:, None] + torch.arange(num_rows, device=device)
         if min(lengths) < 0:  # rows before a text go behind it
             index_BR = torch.where(index_BR < 0, index_BR + num_rows, index_BR)
-        self._places: tuple[Tensor | slice, ...] = (
-            torch.arange(len(lengths), device=device)[:, None],
-            index_BR,
-        )
+        self._places = (torch.arange(len(lengths), device=device)[:, None], index_BR)
         if min(lengths) == max(lengths) >= 0:
             self._places = (slice(None), slice(lengths[0], lengths[0] + num_rows))
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
-        """Write one layer's new rows (B, H, R, D); return its keys and values (B, H, extent, D)."""
+        """Write one layer's new rows (B, H, R, D); return its keys and values (B, H, extent, D).
+
+        A packed window takes packed rows (1, H, N, D), and of a rectangle the rows that are a request's.
+        """
         keys, values = self._keys[layer_idx], self._values[layer_idx]
         # Not by `scatter_`, which copies all of the keys there and back where they are bfloat16. Under
         # autocast some norms give float32; attention would round it likewise.
         for held, states in ((keys, key_states), (values, value_states)):
-            held.transpose(1, 2)[self._places] = states.transpose(1, 2).to(held.dtype)
+            rows = states.transpose(1, 2)
+            if self.packing is not None:
+                rows = (rows if len(rows) == 1 else self.packing.pack(rows))[0]
+            held.transpose(1, 2)[self._places] = rows.to(held.dtype)
         return keys, values
 
 

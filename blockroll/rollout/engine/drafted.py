@@ -10,7 +10,7 @@ from torch import Tensor
 
 from blockroll.errors import InvalidDraft
 from blockroll.rollout.engine.drafting import DraftRows, Verifying
-from blockroll.samplers import as_rows
+from blockroll.samplers import PackedLogits, as_rows
 from blockroll.types import Draft, Plan, PointMass, Rows
 
 _LARGEST_ERROR = 1e-5  # of the sum of a law: what float32 rounding makes of a large vocabulary
@@ -19,17 +19,18 @@ _LARGEST_ERROR = 1e-5  # of the sum of a law: what float32 rounding makes of a l
 def check_drafted(drafted: DraftRows | Draft, plan: Plan, *, batch_size: int, vocab_size: int) -> None:
     """Raise InvalidDraft unless these are drafts that a step of `plan` can verify.
 
-    That is (B, K) in shape, 0..K drafts for each request, and of a Draft: token ids of the vocabulary, drawn
-    from laws that are laws and that could give them. Rows may hold NaN: that fails a request alone.
+    That is (B, K) in shape, 0..K drafts for each request, and of a Draft, which may be narrower: token ids of
+    the vocabulary, drawn from laws that are laws and that could give them. Rows may hold NaN: that fails a
+    request alone.
     """
-    _check_form(drafted, plan, batch_size, vocab_size)
-    wrong = ((drafted.num_drafts_B < 0) | (drafted.num_drafts_B > plan.num_drafts)).nonzero()
+    width = _checked_width(drafted, plan, batch_size, vocab_size)
+    wrong = ((drafted.num_drafts_B < 0) | (drafted.num_drafts_B > width)).nonzero()
     if len(wrong):
         slot = int(wrong[0])
         raise _invalid(
             plan,
             f"{int(drafted.num_drafts_B[slot])} drafts for request {slot} of the batch",
-            f"0 to K = {plan.num_drafts}",
+            f"0 to {'K = ' if width == plan.num_drafts else ''}{width}, the width of its tensors",
         )
     if isinstance(drafted, DraftRows):
         if len(drafted.origins) != batch_size:
@@ -47,9 +48,11 @@ def check_drafted(drafted: DraftRows | Draft, plan: Plan, *, batch_size: int, vo
         _check_laws(drafted, drafted.law, plan)
 
 
-def check_verifying(verifying: Verifying, plan: Plan, *, batch_size: int, vocab_size: int) -> None:
-    """Raise InvalidDraft unless these are the rows of an anchor and K drafts for each request."""
-    _check_shape(plan, "logits_BLV", verifying.logits_BLV, (batch_size, plan.num_drafts + 1, vocab_size))
+def check_verifying(
+    verifying: Verifying, plan: Plan, *, batch_size: int, num_rows: int, vocab_size: int
+) -> None:
+    """Raise InvalidDraft unless these are so many rows for each request, packed or not."""
+    _check_shape(plan, "logits_BLV", verifying.logits_BLV, (batch_size, num_rows, vocab_size))
 
 
 def check_kept(kept: Sequence[object | None], plan: Plan, *, batch_size: int) -> None:
@@ -58,12 +61,15 @@ def check_kept(kept: Sequence[object | None], plan: Plan, *, batch_size: int) ->
         raise _invalid(plan, f"{len(kept)} proposals to keep", f"{batch_size}, one or None for each request")
 
 
-def _check_form(drafted: DraftRows | Draft, plan: Plan, batch_size: int, vocab_size: int) -> None:
-    """Types and shapes."""
+def _checked_width(drafted: DraftRows | Draft, plan: Plan, batch_size: int, vocab_size: int) -> int:
+    """Drafts that its tensors have room for, once their types and shapes are right."""
     num_drafts = plan.num_drafts
     if isinstance(drafted, Draft):
-        _check_integers(plan, "token_ids_BK", drafted.token_ids_BK, (batch_size, num_drafts))
-        law = drafted.law
+        width = num_drafts
+        if isinstance(drafted.token_ids_BK, Tensor) and drafted.token_ids_BK.dim() == 2:
+            width = min(drafted.token_ids_BK.shape[1], num_drafts)
+        _check_integers(plan, "token_ids_BK", drafted.token_ids_BK, (batch_size, width))
+        num_drafts, law = width, drafted.law
         if not isinstance(law, PointMass):
             _check_shape(plan, "law", law, (batch_size, num_drafts, vocab_size))
         if isinstance(law, Tensor) and law.dtype != torch.float64:
@@ -74,12 +80,13 @@ def _check_form(drafted: DraftRows | Draft, plan: Plan, batch_size: int, vocab_s
     else:
         raise _invalid(plan, f"{drafted!r}", "DraftRows or a Draft")
     _check_integers(plan, "num_drafts_B", drafted.num_drafts_B, (batch_size,))
+    return num_drafts
 
 
 def _check_laws(draft: Draft, law: Rows | Tensor, plan: Plan) -> None:
     """Of the drafts that are meant: probabilities, of sum 1, above 0 where the draft is."""
     own_BK = as_rows(law).probs_of(draft.token_ids_BK)
-    is_meant_BK = torch.arange(plan.num_drafts, device=own_BK.device) < draft.num_drafts_B[:, None]
+    is_meant_BK = torch.arange(own_BK.shape[1], device=own_BK.device) < draft.num_drafts_B[:, None]
     checks = [(own_BK > 0, "probability 0 for the very token it gave")]
     if isinstance(law, Tensor):  # rows make their probabilities themselves
         error_BK = (law.sum(dim=-1) - 1).abs()
@@ -106,9 +113,10 @@ def _check_integers(plan: Plan, name: str, given: Tensor, shape: tuple[int, ...]
         raise _invalid(plan, f"{name} of {given.dtype}", "int64")
 
 
-def _check_shape(plan: Plan, name: str, given: Rows | Tensor, shape: tuple[int, ...]) -> None:
-    if not isinstance(given, Rows | Tensor) or given.shape != shape:
-        found = tuple(given.shape) if isinstance(given, Rows | Tensor) else type(given).__name__
+def _check_shape(plan: Plan, name: str, given: Rows | PackedLogits | Tensor, shape: tuple[int, ...]) -> None:
+    is_shaped = isinstance(given, Rows | PackedLogits | Tensor)
+    if not is_shaped or given.shape != shape:
+        found = tuple(given.shape) if is_shaped else type(given).__name__
         raise _invalid(plan, f"{name} of {found}", f"a tensor of {shape}")
 
 

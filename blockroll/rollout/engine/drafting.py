@@ -13,9 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from blockroll.policies.base import KVWindow, Policy
-from blockroll.rollout.engine.cache import SlotCache
+from blockroll.policies.base import Policy, VerifiesPacked
+from blockroll.rollout.engine.cache import SlotCache, SlotWindow
 from blockroll.rollout.engine.running import RunningRequest
+from blockroll.samplers import Logits, PackedLogits
 from blockroll.types import Draft, Plan, Rollout, Verdict
 
 
@@ -48,7 +49,8 @@ class DraftRows:
 class Verifying:
     """What the forward that verifies gave."""
 
-    logits_BLV: Tensor  # float32, causal: row i is the law of the token behind row i
+    # Float32, causal: row i is the law of the token behind row i. Packed where the window was.
+    logits_BLV: Logits
     leftover: object = None  # for `Drafter.keep`
 
 
@@ -89,18 +91,35 @@ class Drafter(ABC):
 
     @abstractmethod
     def propose(self, step: DraftStep) -> DraftRows | Draft:
-        """The drafts of a step, K wide, and by which law they are drawn.
+        """The drafts of a step, and by which law they are drawn.
 
-        Rows: the engine draws from them, by each request's draft law. A Draft: tokens that were drawn
-        already, with the law that they were really drawn from (POINT_MASS for tokens that were looked up).
-        Such a draft has no rows to mix, so a mixed law is the target's where it stands. A request may have
-        fewer drafts than K, or none; behind them any token id of the vocabulary stands. InvalidDraft comes
-        out of the step for anything else, and then nothing was committed.
+        Rows, K of them: the engine draws from them, by each request's draft law. A Draft: tokens that were
+        drawn already, with the law that they were really drawn from (POINT_MASS for tokens that were looked
+        up). Such a draft has no rows to mix, so a mixed law is the target's where it stands. A request may
+        have fewer drafts than K, or none; behind them any token id of the vocabulary stands. InvalidDraft
+        comes out of the step for anything else, and then nothing was committed.
+
+        A Draft is as wide as its longest needs, K at most: what it is wider, the step may compute for all.
+        Of width 0 it makes the step a plain one.
         """
 
-    def verify(self, step: DraftStep, ids_BL: Tensor, window: KVWindow) -> Verifying:
-        """The forward over anchors and drafts; one that drafts in the same forward leaves something over."""
-        return Verifying(logits_BLV=step.policy.verify_logits(ids_BL, window))
+    def verify(self, step: DraftStep, ids_BL: Tensor, window: SlotWindow) -> Verifying:
+        """The forward over anchors and drafts; one that drafts in the same forward leaves something over.
+
+        A packed window lets a policy leave out the rows behind a request's drafts; one that computes them
+        all the same has only the others written.
+        """
+        packing, policy = window.packing, step.policy
+        if packing is None or not isinstance(policy, VerifiesPacked):
+            return Verifying(logits_BLV=policy.verify_logits(ids_BL, window))
+        return Verifying(
+            logits_BLV=PackedLogits(
+                logits_NV=policy.verify_packed(ids_BL, packing, window),
+                starts_B=packing.starts_B,
+                num_rows_B=packing.num_rows_B,
+                width=packing.width,
+            )
+        )
 
     def keep(self, step: DraftStep, leftover: object, verdict: Verdict) -> Sequence[object | None]:
         """By request, what `RunningRequest.proposal` holds once the verdict is final; None: nothing."""

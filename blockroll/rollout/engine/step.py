@@ -22,10 +22,13 @@ from blockroll.policies.base import Policy
 from blockroll.rollout.engine.cache import SlotCache
 from blockroll.rollout.engine.drafted import check_drafted, check_kept, check_verifying
 from blockroll.rollout.engine.drafting import Drafter, DraftRows, DraftStep
+from blockroll.rollout.engine.ragged import packing_of
 from blockroll.rollout.engine.running import RunningRequest
-from blockroll.rollout.engine.trace import EngineTimes, StepTrace
+from blockroll.rollout.engine.trace import EngineTimes, ForwardRows, StepTrace
 from blockroll.samplers import (
     Laws,
+    Logits,
+    PackedLogits,
     join_verdicts,
     settle_first,
     step_uniforms,
@@ -41,12 +44,13 @@ class Verified:
     """A verdict and what it was made from; its cache rows are written, and not committed."""
 
     verdict: Verdict
-    logits: tuple[Tensor, ...]  # float32, causal; the rows of one forward, or of two
+    logits: tuple[Logits, ...]  # float32, causal; the rows of one forward, or of two
     targets: tuple[Rows, ...]  # of the same rows
     bad_targets_B: Tensor | None
     is_empty_BL: Tensor | None  # rows that nothing may follow
     leftover: object  # what the drafter left in the forward that verified
     parts: tuple[tuple[Draft, Verdict], ...]  # the verifications it came from, in order
+    forward_rows: ForwardRows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,6 +87,7 @@ class Decoded:
             num_before=num_before,
             num_kept=[running.num_tokens - n for running, n in zip(batch, num_before, strict=True)],
             origins=self.origins,
+            forward_rows=self.verified.forward_rows,
             draft=self.draft,
             draft_uniforms_BK=self.draft_uniforms_BK,
             verify_uniforms=self.verify_uniforms,
@@ -147,6 +152,9 @@ class Decoder:
             check_drafted(drafted, plan, batch_size=len(batch), vocab_size=self._policy.vocab_size)
         clock = self._charge("forward_s", clock)
         draft, draft_rows, bad_drafts_B = self._drawn(drafted, laws, draft_uniforms_BK, settles=settles)
+        draft_uniforms_BK, verify_uniforms = _of_width(
+            draft.token_ids_BK.shape[1], draft_uniforms_BK, verify_uniforms
+        )
         self._charge("sampler_s", clock)
         if settles:
             assert draft_rows is not None, "a two-forward plan drafts by rows behind the anchor's"
@@ -186,18 +194,34 @@ class Decoder:
         """The anchor and all drafts in one forward, in which the drafter may draft as well."""
         clock = self._clock()
         ids_BL = torch.cat([anchors_B[:, None], draft.token_ids_BK], dim=1)
-        window = self._cache.window(0, len(ids_BL), step.plan.rows_per_forward)
+        size, width = ids_BL.shape
+        num_rows, packing = width, None
+        match step.plan.kind:
+            case PlanKind.FUSED:
+                num_rows = step.plan.rows_per_forward
+            case PlanKind.ONE_FORWARD:
+                packing = packing_of(draft.num_drafts_B.tolist(), width, self._policy)
+        if packing is None:
+            window = self._cache.window(0, size, num_rows)
+        else:
+            window = self._cache.packed_window(0, packing)
         leftover = None
         if step.plan.kind is not PlanKind.PLAIN:
             verifying = self._drafters[step.plan.drafter].verify(step, ids_BL, window)
-            check_verifying(verifying, step.plan, batch_size=len(ids_BL), vocab_size=self._policy.vocab_size)
+            check_verifying(
+                verifying, step.plan, batch_size=size, num_rows=width, vocab_size=self._policy.vocab_size
+            )
             logits_BLV, leftover = verifying.logits_BLV, verifying.leftover
         elif step.first_logits is not None:
             logits_BLV = step.first_logits
         else:
             logits_BLV = self._policy.verify_logits(ids_BL, window)
         clock = self._charge("forward_s", clock)
-        logits_BLV, bad_targets_B = _without_non_finite(logits_BLV)
+        bad_targets_B: Tensor | None
+        if isinstance(logits_BLV, PackedLogits):
+            logits_BLV, bad_targets_B = logits_BLV.without_non_finite()
+        else:
+            logits_BLV, bad_targets_B = _without_non_finite(logits_BLV)
         targets = laws.target_rows(logits_BLV, draft.token_ids_BK, draft_logits_BKV, draft.num_drafts_B)
         verdict = verify_block(draft, targets.law, uniforms_BL)
         self._charge("sampler_s", clock)
@@ -209,6 +233,9 @@ class Decoder:
             is_empty_BL=targets.is_empty_BL,
             leftover=leftover,
             parts=((draft, verdict),),
+            forward_rows=ForwardRows(
+                size, num_rows, size * num_rows if packing is None else sum(packing.num_rows)
+            ),
         )
 
     def _settle_and_verify(
@@ -248,6 +275,7 @@ class Decoder:
             is_empty_BL=_joined(first.is_empty_BL, others.is_empty_BL, num_drafts),
             leftover=None,
             parts=((draft, settled), (rest, verified)),
+            forward_rows=ForwardRows(size, num_drafts, size * num_drafts),
         )
 
     def _draft(self, step: DraftStep) -> DraftRows | Draft:
@@ -275,6 +303,14 @@ class Decoder:
         now = self._clock()
         setattr(self.times, part, getattr(self.times, part) + now - since)
         return now
+
+
+def _of_width(num_drafts: int, draft_BK: Tensor, verify: Tensor) -> tuple[Tensor, Tensor]:
+    """The uniforms of a step with so many drafts, of those that its plan may have; the last ones stay."""
+    if num_drafts == draft_BK.shape[1]:
+        return draft_BK, verify
+    last = verify[:, draft_BK.shape[1] :]
+    return draft_BK[:, :num_drafts], torch.cat([verify[:, :num_drafts], last], dim=1)
 
 
 def _without_non_finite(logits: Tensor) -> tuple[Tensor, Tensor | None]:

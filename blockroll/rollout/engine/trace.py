@@ -7,7 +7,7 @@ Shapes: B requests, K drafted tokens, L = K + 1 target positions, V vocabulary.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -31,6 +31,19 @@ class EngineTimes:
         return self.step_s - self.forward_s - self.sampler_s
 
 
+class ForwardRows(NamedTuple):
+    """Rows of the forward that verified, which its cost depends on."""
+
+    num_requests: int  # B
+    width: int  # L: rows of the request that had most
+    num_rows: int  # that were computed: B x L, or fewer where they were packed
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether rows that no request needed were left out."""
+        return self.num_rows < self.num_requests * self.width
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepTrace:
     """Everything the sampler saw and decided in one step; rows in the order of `requests`."""
@@ -43,7 +56,8 @@ class StepTrace:
     num_before: Sequence[int]  # tokens of prompt and completion,
     num_kept: Sequence[int]  # and those that the step added
     origins: Sequence[tuple[int, int, int]]  # context, first slot and masks of the draft rows
-    draft: Draft
+    forward_rows: ForwardRows
+    draft: Draft  # K is that of the step: at most the plan's, where no request has as many
     draft_uniforms_BK: Tensor
     verify_uniforms: Tensor  # (B, L), and one column more where the first position was settled by itself
     targets: Sequence[Rows]  # (B, L, V), in the parts that they were verified in

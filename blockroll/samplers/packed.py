@@ -1,0 +1,129 @@
+"""Rows of which each request has its own number, without the cells that would make them a rectangle.
+
+The rows of each request stand behind those of the one before. Where a rectangle is asked for, a request's
+last row stands again in the cells that it lacks, so every cell holds a law; none of them decides anything.
+
+Shapes: B requests, N rows in all, L rows of the request that has most, M of these from the first on,
+V vocabulary.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from blockroll.samplers.rows import LogitRows, target_probs
+from blockroll.types import Rows
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackedLogits:
+    """Logits of a forward that computed these rows alone."""
+
+    logits_NV: Tensor  # float32
+    starts_B: Tensor  # int64, where the rows of each request begin,
+    num_rows_B: Tensor  # int64, and how many they are
+    width: int  # L
+
+    @property
+    def shape(self) -> torch.Size:
+        """(B, L, V), of the rectangle."""
+        return torch.Size((len(self.starts_B), self.width, self.logits_NV.shape[-1]))
+
+    @property
+    def row_BL(self) -> Tensor:
+        """Which of the N rows stands in each cell, int64."""
+        offsets_L = torch.arange(self.width, device=self.starts_B.device)
+        return self.starts_B[:, None] + torch.minimum(offsets_L, self.num_rows_B[:, None] - 1)
+
+    def has_row(self, num_rows: int) -> Tensor:
+        """Which of the first cells of each request are its own, bool (B, M)."""
+        return torch.arange(num_rows, device=self.starts_B.device) < self.num_rows_B[:, None]
+
+    def padded(self) -> Tensor:
+        """The rectangle (B, L, V): where rows are edited one request at a time."""
+        return self.logits_NV[self.row_BL]
+
+    def without_non_finite(self) -> tuple[Self, Tensor | None]:
+        """Rows that hold NaN or infinity are zeros then; and which requests had some (None if none did)."""
+        if math.isfinite(self.logits_NV.sum().item()):
+            return self, None
+        is_bad_N = ~torch.isfinite(self.logits_NV).all(dim=-1)
+        logits_NV = torch.where(is_bad_N[:, None], 0.0, self.logits_NV)
+        is_bad_B = is_bad_N[self.row_BL].any(dim=1)
+        return replace(self, logits_NV=logits_NV), is_bad_B if is_bad_B.any() else None
+
+
+Logits = Tensor | PackedLogits  # (B, L, V)
+
+
+def rectangle(logits_BLV: Logits) -> Tensor:
+    """All cells (B, L, V)."""
+    return logits_BLV.padded() if isinstance(logits_BLV, PackedLogits) else logits_BLV
+
+
+def joined(parts: Sequence[Logits]) -> Logits:
+    """Rows of one forward as they are; of several, those of each request behind one another."""
+    return parts[0] if len(parts) == 1 else torch.cat([rectangle(part) for part in parts], dim=1)
+
+
+@dataclass(frozen=True, slots=True)
+class PackedRows(Rows):
+    """softmax(logits / temperature) of packed rows, a point mass where the temperature is 0."""
+
+    packed: PackedLogits
+    temperature_B: Tensor
+    has_greedy: bool  # whether any temperature is 0
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.packed.shape
+
+    def probs_of(self, token_ids_BN: Tensor) -> Tensor:
+        return self._each(LogitRows.probs_of, token_ids_BN, torch.float64)
+
+    def logprobs_of(self, token_ids_BN: Tensor) -> Tensor:
+        """Their logarithms, also where a probability is too small for float64; no temperature is 0."""
+        return self._each(LogitRows.logprobs_of, token_ids_BN, torch.float64)
+
+    def row(self, offset_B: Tensor, requests: slice = slice(None)) -> Tensor:
+        index_B = self.packed.starts_B[requests] + offset_B
+        rows = self._rows(index_B, self.temperature_B[requests])
+        return rows.row(torch.zeros_like(index_B))
+
+    def behind_first(self) -> Self:
+        packed = self.packed
+        return replace(
+            self,
+            packed=replace(
+                packed,
+                starts_B=packed.starts_B + 1,
+                num_rows_B=packed.num_rows_B - 1,
+                width=packed.width - 1,
+            ),
+        )
+
+    def draw(self, uniforms_BL: Tensor) -> Tensor:
+        return self._each(LogitRows.draw, uniforms_BL, torch.int64)
+
+    def dense(self) -> Tensor:
+        return target_probs(self.packed.padded(), self.temperature_B, has_greedy=self.has_greedy)
+
+    def _each(
+        self, compute: Callable[[LogitRows, Tensor], Tensor], given_BM: Tensor, dtype: torch.dtype
+    ) -> Tensor:
+        """What is computed of each row and what is given for it; 0 in cells that are no request's."""
+        has_row_BM = self.packed.has_row(given_BM.shape[1])
+        index_R = self.packed.row_BL[:, : given_BM.shape[1]][has_row_BM]
+        temperature_R = self.temperature_B[:, None].expand(given_BM.shape)[has_row_BM]
+        computed_BM = torch.zeros(given_BM.shape, dtype=dtype, device=given_BM.device)
+        rows = self._rows(index_R, temperature_R)
+        computed_BM[has_row_BM] = compute(rows, given_BM[has_row_BM][:, None]).squeeze(1)
+        return computed_BM
+
+    def _rows(self, index_R: Tensor, temperature_R: Tensor) -> LogitRows:
+        """Some of the N rows, each as the only row of a request."""
+        return LogitRows(self.packed.logits_NV[index_R][:, None], temperature_R, self.has_greedy)

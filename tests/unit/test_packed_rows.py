@@ -1,0 +1,80 @@
+"""Laws of packed rows are those of the rectangle, at every cell that is a request's own."""
+
+import pytest
+import torch
+
+from blockroll.samplers import LogitRows, PackedLogits, policy_logprobs
+from blockroll.samplers.packed import PackedRows
+
+NUM_ROWS = torch.tensor([1, 4, 1, 2])
+WIDTH, VOCAB = 4, 50
+
+
+def rows(temperatures, *, seed=0):
+    """The same laws packed and as a rectangle, and which cells are a request's own."""
+    generator = torch.Generator().manual_seed(seed)
+    logits_BLV = 3 * torch.randn(4, WIDTH, VOCAB, generator=generator)
+    is_own_BL = torch.arange(WIDTH) < NUM_ROWS[:, None]
+    packed = PackedLogits(
+        logits_NV=logits_BLV[is_own_BL],
+        starts_B=NUM_ROWS.cumsum(0) - NUM_ROWS,
+        num_rows_B=NUM_ROWS,
+        width=WIDTH,
+    )
+    temperature_B = torch.tensor(temperatures, dtype=torch.float64)
+    has_greedy = bool((temperature_B == 0).any())
+    return (
+        PackedRows(packed, temperature_B, has_greedy),
+        LogitRows(logits_BLV, temperature_B, has_greedy),
+        is_own_BL,
+    )
+
+
+def uniforms(shape):
+    return torch.rand(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+
+
+@pytest.mark.parametrize("temperatures", [(1.0, 0.7, 2.0, 1.0), (0.0, 1.0, 0.0, 0.5)])
+def test_what_is_read_of_packed_rows_is_what_the_rectangle_says(temperatures):
+    packed, rectangle, is_own_BL = rows(temperatures)
+    assert packed.shape == rectangle.shape
+    for width in (WIDTH, WIDTH - 1):
+        ids_BN = torch.randint(VOCAB, (4, width), generator=torch.Generator().manual_seed(1))
+        own_BN = is_own_BL[:, :width]
+        assert torch.equal(packed.probs_of(ids_BN)[own_BN], rectangle.probs_of(ids_BN)[own_BN])
+        assert (packed.probs_of(ids_BN)[~own_BN] == 0).all()
+    coins_BL = uniforms((4, WIDTH))
+    assert torch.equal(packed.draw(coins_BL)[is_own_BL], rectangle.draw(coins_BL)[is_own_BL])
+    offset_B = NUM_ROWS - 1
+    assert torch.equal(packed.row(offset_B), rectangle.row(offset_B))
+    part = slice(1, 3)
+    assert torch.equal(packed.row(offset_B[part], part), rectangle.row(offset_B[part], part))
+    assert torch.equal(packed.dense()[is_own_BL], rectangle.dense()[is_own_BL])
+    assert torch.allclose(packed.dense().sum(dim=-1), torch.ones(4, WIDTH, dtype=torch.float64))
+
+
+def test_rows_behind_the_first_are_the_same_laws_one_cell_further():
+    packed, rectangle, is_own_BL = rows((1.0,) * 4)
+    behind, want = packed.behind_first(), rectangle.behind_first()
+    assert torch.equal(behind.dense()[is_own_BL[:, 1:]], want.dense()[is_own_BL[:, 1:]])
+
+
+def test_log_probabilities_of_packed_rows_are_those_of_the_rectangle():
+    packed, rectangle, is_own_BL = rows((1.0, 0.5, 0.0, 1.0))
+    ids_BL = torch.randint(VOCAB, (4, WIDTH), generator=torch.Generator().manual_seed(1))
+    got = policy_logprobs(packed.packed, ids_BL, packed.temperature_B)
+    want = policy_logprobs(rectangle.logits_BLV, ids_BL, rectangle.temperature_B)
+    assert torch.equal(got[is_own_BL], want[is_own_BL])
+
+
+def test_rows_that_are_not_finite_are_named_by_their_request():
+    packed, _, _ = rows((1.0,) * 4)
+    logits = packed.packed
+    assert logits.without_non_finite() == (logits, None)
+    logits.logits_NV[3, 7] = torch.nan
+    finite, bad_B = logits.without_non_finite()
+    assert bad_B.tolist() == [False, True, False, False]
+    assert finite.logits_NV.isfinite().all()
+    assert (finite.logits_NV[3] == 0).all()
+    logits.logits_NV[-1, 0] = torch.inf
+    assert logits.without_non_finite()[1].tolist() == [False, True, False, True]
