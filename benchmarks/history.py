@@ -6,12 +6,12 @@ SmolLM2 (`examples/smollm2.py` says how to get it) writes worked arithmetic, 8 s
 Steps are counted, not timed: what a step costs depends on the machine, how many it takes does not.
 """
 
-import random
 from collections.abc import Iterator
 from pathlib import Path
 
 from benchmarks.rows import Row
 from benchmarks.workload import SMOLLM2
+from blockroll.bench.prompts import worked_arithmetic
 from blockroll.policies.hf import HFPolicy
 from blockroll.rollout.drafters.engine import Engine
 from blockroll.rollout.drafters.history import HistoryDrafts
@@ -24,29 +24,10 @@ TEMPERATURES = (0.7, 1.0)
 EPOCHS = 2
 
 
-def worked_arithmetic(policy: HFPolicy, count: int, *, seed: int = 0) -> list[tuple[int, ...]]:
-    """Sums of three numbers behind two that are worked out, as tokens."""
+def worked_prompts(policy: HFPolicy, count: int) -> list[tuple[int, ...]]:
+    """Sums behind two that are worked out, as tokens."""
     assert policy.tokenizer is not None, "the prompts are text"
-    draw = random.Random(seed)
-    prompts = []
-    for _ in range(count):
-        sums = [[draw.randint(10, 99) for _ in range(3)] for _ in range(3)]
-        shown = "".join(f"{asked(*each)}{worked(*each)}\n\n" for each in sums[:2])
-        prompts.append(tuple(policy.tokenizer(shown + asked(*sums[2]))["input_ids"]))
-    return prompts
-
-
-def asked(a: int, b: int, c: int) -> str:
-    """A problem."""
-    return f"Problem: {a} + {b} + {c}\nSolution:"
-
-
-def worked(a: int, b: int, c: int) -> str:
-    """Its solution, step by step."""
-    return (
-        f" First we add {a} and {b}, which gives {a + b}. Then we add {c} to {a + b}, which gives "
-        f"{a + b + c}. The answer is {a + b + c}."
-    )
+    return [tuple(policy.tokenizer(text)["input_ids"]) for text in worked_arithmetic(count)]
 
 
 def groups(
@@ -84,7 +65,7 @@ def arithmetic(
 ) -> list[Row]:
     """A row for each temperature and epoch: tokens per step, drafts and how many were accepted."""
     policy = HFPolicy.from_pretrained(path, dtype=dtype)
-    texts = worked_arithmetic(policy, count)
+    texts = worked_prompts(policy, count)
     rows = []
     for temperature in TEMPERATURES:
         drafter = HistoryDrafts()
