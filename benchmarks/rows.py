@@ -2,13 +2,14 @@
 
 import json
 import os
-import platform
 import subprocess
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from blockroll.bench.rows import processor
 
 Row = dict[str, Any]
 
@@ -53,10 +54,7 @@ def provenance() -> Row:
 
 def machine() -> str:
     """The processor by its name, and how many cores this process may use."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores"
+    return f"{processor()}, {os.cpu_count()} cores"
 
 
 def last_commit(path: str, commit: str = "HEAD") -> str:

@@ -1,12 +1,15 @@
 """Speed of decoding plans, measured against each other in one run.
 
-Under each workload (batch, temperature, lengths) and within a repeat every subject decodes the same prompts
-with the same seeds, one subject after the other (ABAB...), so that a machine that slows down slows all of
-them. A repeat decodes its rollouts in waves of `batch` times `queue` requests that are submitted together and
-drained: what waits is decoded as places get free, or by `generate` batch after batch. Its speed is committed
-tokens over wall time, and over processor time, prefill included. Reported are medians over repeats with all
-values beside them; what a subject needs to start and its first round, a warm-up, are not counted. Ratios
-against plain are taken within a repeat.
+Under each workload (batch, temperature, lengths) every subject decodes the same prompts with the same seeds.
+A repeat decodes its rollouts in waves of `batch` times `queue` requests that are submitted together and
+drained: what waits is decoded as places get free, or by `generate` batch after batch. Grouped, a wave is an
+epoch: every prompt of the repeat with its siblings. Subjects take turns wave by wave (ABAB...), so that a
+machine that slows down slows all of them. The speed of a repeat is committed tokens over wall time, and over
+processor time, prefill included. Reported are medians over repeats with all values beside them; what a
+subject needs to start and its first round, a warm-up, are not counted. Ratios against plain are taken within
+a repeat.
+
+Subjects share nothing. What one remembers of texts lives through the repeats of a workload and ends with it.
 
 Acceptance by draft position and pass@k come from passes of their own that are not timed, on engines of their
 own: the engines that are timed have no observer and judge nothing.
@@ -22,6 +25,7 @@ from pathlib import Path
 
 from blockroll.bench.pass_at_k import Judge, Passed
 from blockroll.bench.peer import PEERS_PYTHON
+from blockroll.bench.peer_pool import PeerPool
 from blockroll.bench.reference import Reference, ReferenceTask
 from blockroll.bench.rows import (
     BenchRow,
@@ -40,6 +44,7 @@ from blockroll.bench.subjects import (
     Wave,
     check_finite,
     load_references,
+    make_peer_pool,
 )
 from blockroll.bench.workload import (
     TARGET,
@@ -49,6 +54,7 @@ from blockroll.bench.workload import (
     cut_to_length,
     make_waves,
     random_prompts,
+    warm_up_wave,
 )
 from blockroll.errors import InvalidInput, PeerFailed
 from blockroll.policies.hf import HFPolicy
@@ -72,6 +78,7 @@ def run_bench(
     policy_path: str,
     against: Sequence[str] = (),
     judge: Judge | None = None,
+    peers: PeerPool | None = None,
     peers_python: Path = PEERS_PYTHON,
     on_row: Callable[[BenchRow], None] = lambda row: None,
 ) -> list[BenchRow]:
@@ -79,37 +86,45 @@ def run_bench(
 
     Plain drafts nothing, so every law is the target to it: it is measured once, and so is each way of
     transformers and each peer that `against` names; peers with an environment of their own run on
-    `peers_python`. What cannot be measured, or fails while it is, has a row that says why. `prompts` may be
-    empty if they are random. `judge` adds pass@k of each plan and law.
+    `peers_python`. `peers` keeps them for a next run of the same policy; without it they end with this one.
+    What cannot be measured, or fails while it is, has a row that says why. `prompts` may be empty if they are
+    random. `judge` adds pass@k of each plan and law.
     """
     if not (plans or against) or (options.prompt_source == "text" and not (prompts and all(prompts))):
         raise InvalidInput("a bench needs at least one prompt and one plan, and no prompt may be empty")
     names = [plan.name for plan in plans]
     if len(set(names)) < len(names):
         raise InvalidInput(f"each plan is measured once, got {', '.join(names)}")
-    if judge is not None and (options.prompt_tokens != (None,) or options.ignore_eos):
+    if judge is not None and (options.prompt_tokens != (None,) or options.has_fixed_lengths):
         raise InvalidInput(
-            "only whole answers to whole prompts can be judged; leave out prompt_tokens, random prompts and "
-            "ignore_eos, or the judge"
+            "only whole answers to whole prompts can be judged; leave out prompt_tokens, random prompts, "
+            "skewed lengths and ignore_eos, or the judge"
         )
     workloads = [
         (workload, _prompts_of(workload, prompts, options, policy)) for workload in options.workloads()
     ]
     for workload, chosen in workloads:
         _check_length(workload, chosen, policy)
+    pool = peers or make_peer_pool(policy, policy_path, python=peers_python)
+    for workload, chosen in workloads:
+        pool.make_room(_task(workload, chosen, options, policy))
     bench = _Bench(
         policy,
         plans,
         options,
-        references=load_references(against, policy, policy_path, peers_python=peers_python),
+        references=load_references(against, policy, policy_path, peers=pool, peers_python=peers_python),
         setting=describe_setting(policy, policy_path),
         judge=judge,
     )
     rows = []
-    for workload, chosen in workloads:
-        for row in bench.measure(workload, chosen):
-            rows.append(row)
-            on_row(row)
+    try:
+        for workload, chosen in workloads:
+            for row in bench.measure(workload, chosen):
+                rows.append(row)
+                on_row(row)
+    finally:
+        if peers is None:
+            pool.close()
     return rows
 
 
@@ -175,14 +190,7 @@ class _Bench:
         return rows
 
     def _subjects(self, workload: Workload, prompts: Prompts) -> list[Subject]:
-        longest = max(map(len, prompts))
-        task = ReferenceTask(
-            batch=workload.batch,
-            longest_prompt=longest,
-            max_tokens=workload.max_tokens,
-            temperature=workload.temperature,
-            eos_token_ids=() if self._options.ignore_eos else tuple(self._policy.eos_token_ids),
-        )
+        task = _task(workload, prompts, self._options, self._policy)
         return [
             *(
                 EngineSubject(
@@ -190,7 +198,7 @@ class _Bench:
                     plan,
                     law=law,
                     batch=workload.batch,
-                    max_length=longest + workload.max_tokens,
+                    max_length=task.longest_prompt + task.max_tokens,
                 )
                 for plan, law in self._pairs
             ),
@@ -213,7 +221,10 @@ class _Bench:
             prompt_tokens=workload.prompt_tokens,
             context=round(statistics.median(len(request.prompt_ids) for request in requests)),
             max_tokens=workload.max_tokens,
-            ignore_eos=options.ignore_eos,
+            ignore_eos=options.has_fixed_lengths,
+            workload=options.shape,
+            siblings=options.siblings if options.shape == "grouped" else None,
+            epochs=options.epochs if options.shape == "grouped" else None,
             repeats=options.repeats,
             rollouts=len(requests) // options.repeats,
             queue=options.queue,
@@ -227,7 +238,8 @@ class _Bench:
     ) -> BenchRow:
         """Add what untimed passes tell: acceptance by position, and pass@k."""
         num_drafts = _most_drafts(plan)
-        if num_drafts:
+        # The epochs of a group, decoded at once, would not be what was measured.
+        if num_drafts and self._options.shape != "grouped":
             waves = make_waves(prompts, workload, 0, self._options, law=law)
             acceptance = AcceptanceByPosition(num_drafts)
             self._decode(plan, [request for wave in waves for request in wave], observer=acceptance)
@@ -275,21 +287,38 @@ def _interleave(
     workload: Workload,
     options: BenchOptions,
 ) -> dict[tuple[str, str], list[list[Wave]]]:
-    """The waves of each subject's repeats, by its key; within a repeat they take turns.
+    """The waves of each subject's repeats, by its key; they take turns wave by wave.
 
     Who is in `failures` is left out. A peer that fails while it is measured goes in there, with the reason.
     """
     measured: dict[tuple[str, str], list[list[Wave]]] = {_key(subject): [] for subject in subjects}
     for repeat in range(options.repeats):
-        for subject in subjects:
-            if _key(subject) in failures:
-                continue
-            waves = make_waves(prompts, workload, repeat, options, law=subject.law)
-            try:
-                measured[_key(subject)].append([subject.decode(wave) for wave in waves])
-            except PeerFailed as error:
-                failures[_key(subject)] = str(error)
+        waves_of = {
+            subject.law: make_waves(prompts, workload, repeat, options, law=subject.law)
+            for subject in subjects
+        }
+        for repeats in measured.values():
+            repeats.append([])
+        for index in range(len(next(iter(waves_of.values())))):
+            for subject in subjects:
+                if _key(subject) in failures:
+                    continue
+                try:
+                    measured[_key(subject)][-1].append(subject.decode(waves_of[subject.law][index]))
+                except PeerFailed as error:
+                    failures[_key(subject)] = str(error)
     return measured
+
+
+def _task(workload: Workload, prompts: Prompts, options: BenchOptions, policy: HFPolicy) -> ReferenceTask:
+    """A workload as those that are not blockroll's take it."""
+    return ReferenceTask(
+        batch=workload.batch,
+        longest_prompt=max(map(len, prompts)),
+        max_tokens=workload.max_tokens,
+        temperature=workload.temperature,
+        eos_token_ids=() if options.has_fixed_lengths else tuple(policy.eos_token_ids),
+    )
 
 
 def _most_drafts(plan: Plan | Planner) -> int:
@@ -304,9 +333,7 @@ def _key(subject: Subject) -> tuple[str, str]:
 def _warm_up(subject: Subject, prompts: Prompts, workload: Workload, options: BenchOptions) -> str | None:
     if subject.law != TARGET and workload.temperature == 0:
         return f"law {subject.law.name} has no greedy form"
-    # Requests that no repeat measures: who remembers texts would know the answers to those.
-    unmeasured = make_waves(prompts, workload, options.repeats, options, law=subject.law)
-    return subject.warm_up(unmeasured[0])
+    return subject.warm_up(warm_up_wave(prompts, workload, options, law=subject.law))
 
 
 def _prompts_of(workload: Workload, prompts: Prompts, options: BenchOptions, policy: HFPolicy) -> Prompts:

@@ -6,10 +6,12 @@ processes, a few kilobytes of JSON a wave, is part of the peer's time; `generate
 little that is.
 """
 
+import ctypes.util
 import json
 import math
 import os
 import selectors
+import signal
 import subprocess
 import sys
 import tempfile
@@ -38,35 +40,43 @@ class Peer:
 
     row: str  # name of its rows
     engine: str  # of the worker's ENGINES
-    num_drafts: int = 0  # a step
+    speculation: str | None = None  # vLLM's method; None: one token a forward
+    num_drafts: int = 0  # a step; 0: the method chooses
     has_own_environment: bool = True  # False: runs in this one
 
 
 PEERS = {  # what is asked for: what it is
     "vllm": Peer(row="vllm", engine="vllm"),
-    "vllm_ngram": Peer(row=f"vllm_ngram({NGRAM_DRAFTS})", engine="vllm", num_drafts=NGRAM_DRAFTS),
+    "vllm_ngram": Peer(
+        row=f"vllm_ngram({NGRAM_DRAFTS})", engine="vllm", speculation="ngram", num_drafts=NGRAM_DRAFTS
+    ),
+    "vllm_suffix": Peer(row="vllm_suffix", engine="vllm", speculation="suffix"),
     "generate_process": Peer(
         row="transformers_generate_process", engine="generate", has_own_environment=False
     ),
 }
 
 
-class PeerReference:
-    """A peer's process, from its start to `close`. Raises PeerFailed when it ends, hangs or errs."""
+class PeerProcess:
+    """A peer's process, from its start to `close`. Raises PeerFailed when it ends, hangs or errs.
+
+    One task after another can be decoded by it, each within the `limits` that it was started for.
+    """
 
     def __init__(
         self,
         name: str,
         command: Sequence[str],
         environment: Mapping[str, str],
-        task: ReferenceTask,
+        limits: ReferenceTask,
         *,
         advice: str = "",
         **settings: Any,
     ) -> None:
-        """`settings` are what a worker is told beside the task; `advice` ends the message of a failure."""
+        """`settings` are what a worker is told beside the limits; `advice` ends the message of a failure."""
+        self.limits = limits
+        self.has_failed = False
         self._name = name
-        self._task = task
         self._advice = advice
         self._buffer = b""
         self._cpu_s = 0.0
@@ -84,7 +94,7 @@ class PeerReference:
         assert self._process.stdout is not None
         self._selector.register(self._process.stdout, selectors.EVENT_READ)
         try:
-            self._send({**asdict(task), **settings})
+            self._send({**asdict(limits), **settings})
             ready = self._receive(PATIENCE_TO_START_S)
             if "version" not in ready:
                 raise self._failure(f"did not say its version: {_shortened(json.dumps(ready))}")
@@ -93,20 +103,43 @@ class PeerReference:
             self.close()
             raise
 
-    def complete(self, prompts: Sequence[Sequence[int]], *, seed: int) -> Iterator[Completion]:
-        """Decode all prompts together; each completion comes when the peer gives it."""
-        self._send({"prompts": [list(prompt) for prompt in prompts], "seed": seed})
-        waiting = set(range(len(prompts)))
+    def complete(
+        self,
+        task: ReferenceTask,
+        prompts: Sequence[Sequence[int]],
+        *,
+        seed: int,
+        max_tokens: Sequence[int] | None = None,
+    ) -> Iterator[Completion]:
+        """Decode all prompts together, as a task says; each completion comes when the peer gives it."""
+        most = task.most_tokens(prompts, max_tokens)
+        self._send(
+            {
+                "prompts": [list(prompt) for prompt in prompts],
+                "max_tokens": list(most),
+                "seed": seed,
+                "batch": task.batch,
+                "temperature": task.temperature,
+                "eos_token_ids": list(task.eos_token_ids),
+            }
+        )
+        waiting = dict(enumerate(most))
         while "done" not in (answer := self._receive(PATIENCE_S)):
-            completion = self._checked(answer, waiting)
-            waiting.remove(completion.index)
+            completion = self._checked(answer, waiting, task.eos_token_ids)
+            del waiting[completion.index]
             yield completion
         self._cpu_s += self._cpu_of(answer)
         if waiting:
             raise self._failure(f"gave no completion for {len(waiting)} of {len(prompts)} prompts")
 
+    def forget(self) -> None:
+        """What the peer remembers of texts, so that no task profits from the one before."""
+        self._send({"forget": True})
+        if "forgot" not in (answer := self._receive(PATIENCE_S)):
+            raise self._failure(f"did not forget: {_shortened(json.dumps(answer))}")
+
     def cpu_s(self) -> float:
-        """Processor time of the peer's process in all waves so far."""
+        """Processor time of the peer's process, and of all it has started, in all waves so far."""
         return self._cpu_s
 
     def close(self) -> None:
@@ -129,12 +162,17 @@ class PeerReference:
             raise self._failure(f"did not say its processor time: {_shortened(json.dumps(answer))}")
         return float(answer["cpu_s"])
 
-    def _checked(self, answer: Mapping[str, Any], waiting: set[int]) -> Completion:
-        """The completion of an answer, if it is one that was asked for: whole, and with sound numbers."""
+    def _checked(
+        self, answer: Mapping[str, Any], waiting: Mapping[int, int], ends: Sequence[int]
+    ) -> Completion:
+        """The completion of an answer, if it is one that was asked for: whole, and with sound numbers.
+
+        `waiting` has the tokens that each completion not yet given may have.
+        """
         index, token_ids, logprobs = (answer.get(key) for key in ("index", "token_ids", "logprobs"))
-        if index not in waiting or not isinstance(token_ids, list):
+        if not isinstance(index, int) or index not in waiting or not isinstance(token_ids, list):
             raise self._failure(f"gave what was not asked for: {_shortened(json.dumps(answer))}")
-        most, ends = self._task.max_tokens, self._task.eos_token_ids
+        most = waiting[index]
         has_ended = len(token_ids) == most or bool(token_ids and token_ids[-1] in ends)
         if len(token_ids) > most or not has_ended:
             raise self._failure(f"gave {len(token_ids)} tokens where {most} were asked for")
@@ -184,32 +222,36 @@ class PeerReference:
         except subprocess.TimeoutExpired:
             raise self._failure("closed its output and goes on") from None
         how = f"exit code {code}" if code >= 0 else f"signal {-code}"
+        if code == -signal.SIGKILL:
+            how += ", as a process is when memory runs out (fewer --batch or --max-tokens need less)"
         self._stderr.seek(0)
         said = [line for line in self._stderr.read().decode("utf-8", "replace").splitlines() if line.strip()]
         raise self._failure(f"ended by {how}" + (f": {_shortened(said[-1])}" if said else ""))
 
     def _failure(self, what: str) -> PeerFailed:
+        self.has_failed = True
         return PeerFailed(f"the process of {self._name} {what}{self._advice}")
 
 
 def start_peer(
-    name: str, task: ReferenceTask, *, folder: Path, dtype: str, threads: int, python: Path
-) -> PeerReference:
-    """Start a peer's process for a task; it is ready when this returns."""
+    name: str, limits: ReferenceTask, *, folder: Path, dtype: str, threads: int, python: Path
+) -> PeerProcess:
+    """Start a peer's process for tasks within limits; it is ready when this returns."""
     peer = PEERS[name]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
     environment["NUMBA_NUM_THREADS"] = str(threads)  # vLLM's n-gram lookup has threads of its own
     if peer.has_own_environment:
         environment = _of_another(environment, python)
-    return PeerReference(
+    return PeerProcess(
         name,
         [str(python) if peer.has_own_environment else sys.executable, "-P", str(WORKER), peer.engine],
         environment,
-        task,
+        limits,
         advice="; `make peers` makes its environment" if peer.has_own_environment else "",
         model=str(folder.absolute()),
         dtype=dtype,
         threads=threads,
+        speculation=peer.speculation,
         num_drafts=peer.num_drafts,
     )
 
@@ -235,12 +277,19 @@ def _of_another(variables: Mapping[str, str], python: Path) -> dict[str, str]:
         if name not in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
     }
     openmp = python.absolute().parents[1] / "lib" / "libiomp5.so"
-    preloaded = {"LD_PRELOAD": str(openmp), "KMP_BLOCKTIME": "5"} if openmp.is_file() else {}
+    preloaded = {"KMP_BLOCKTIME": "5"} if openmp.is_file() else {}
+    libraries = [str(openmp)] if openmp.is_file() else []
+    if allocator := ctypes.util.find_library("tcmalloc_minimal"):
+        libraries.append(allocator)
+    if libraries:
+        preloaded["LD_PRELOAD"] = ":".join(libraries)
     # As everything that is measured: no thread is bound to a core, which something else may use.
     vllm = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
+    vllm["VLLM_PLUGINS"] = ""  # the package with suffix decoding would also patch what it knows of vLLM
     return {**preloaded, **vllm, **kept}
 
 
 def _shortened(text: str) -> str:
-    first = text.strip().splitlines()[0] if text.strip() else "nothing"
-    return first if len(first) <= 300 else f"{first[:300]} ..."
+    """In one line: some errors, as those of vLLM's checks of a model, say what is wrong in their second."""
+    line = " ".join(text.split()) or "nothing"
+    return line if len(line) <= 300 else f"{line[:300]} ..."

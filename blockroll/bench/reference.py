@@ -33,6 +33,12 @@ class ReferenceTask:
     temperature: float  # 0 is greedy
     eos_token_ids: tuple[int, ...]  # none: every completion has `max_tokens` tokens
 
+    def most_tokens(
+        self, prompts: Sequence[Sequence[int]], max_tokens: Sequence[int] | None
+    ) -> Sequence[int]:
+        """Of each prompt's completion."""
+        return [self.max_tokens] * len(prompts) if max_tokens is None else max_tokens
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Completion:
@@ -50,12 +56,17 @@ class Reference(Protocol):
         """Of what decodes; None: the versions of this process say it."""
         ...
 
-    def complete(self, prompts: Sequence[Sequence[int]], *, seed: int) -> Iterator[Completion]:
-        """Decode all prompts together; each completion comes when its caller would get it."""
+    def complete(
+        self, prompts: Sequence[Sequence[int]], *, seed: int, max_tokens: Sequence[int] | None = None
+    ) -> Iterator[Completion]:
+        """Decode all prompts together; each completion comes when its caller would get it.
+
+        `max_tokens` bounds each completion; None: the task's, for all.
+        """
         ...
 
     def cpu_s(self) -> float:
-        """Processor time spent so far, in seconds, by all threads of the process that decodes."""
+        """Processor time spent so far, in seconds, by all threads and processes that decode."""
         ...
 
     def close(self) -> None:
@@ -78,20 +89,23 @@ class GenerateReference:
         self._task = task
         self._lookup_tokens = lookup_tokens
 
-    def complete(self, prompts: Sequence[Sequence[int]], *, seed: int) -> Iterator[Completion]:
-        """Decode left-padded batches, one after the other."""
+    def complete(
+        self, prompts: Sequence[Sequence[int]], *, seed: int, max_tokens: Sequence[int] | None = None
+    ) -> Iterator[Completion]:
+        """Decode left-padded batches, one after the other, each as far as the longest of it may go."""
+        most = self._task.most_tokens(prompts, max_tokens)
         for start in range(0, len(prompts), self._task.batch):
             completions = generate_stock(
                 self._model,
                 prompts[start : start + self._task.batch],
-                max_tokens=self._task.max_tokens,
+                max_tokens=max(most[start : start + self._task.batch]),
                 temperature=self._task.temperature,
                 eos_token_ids=self._task.eos_token_ids,
                 seed=seed + start,
                 lookup_tokens=self._lookup_tokens,
             )
             for index, token_ids in enumerate(completions, start=start):
-                yield Completion(index=index, token_ids=token_ids)
+                yield Completion(index=index, token_ids=token_ids[: most[index]])
 
     def cpu_s(self) -> float:
         """Of this process."""
@@ -138,17 +152,18 @@ class ContinuousBatchingReference:
         )
         self._num_waves = 0
 
-    def complete(self, prompts: Sequence[Sequence[int]], *, seed: int) -> Iterator[Completion]:
+    def complete(
+        self, prompts: Sequence[Sequence[int]], *, seed: int, max_tokens: Sequence[int] | None = None
+    ) -> Iterator[Completion]:
         """Submit all prompts at once."""
         self._num_waves += 1
+        most = self._task.most_tokens(prompts, max_tokens)
         index_of = {f"{self._num_waves}-{index}": index for index in range(len(prompts))}
         with _seeded(self._device, seed), torch.inference_mode():
             if not self._manager.is_running():
                 self._manager.start()
-            for request_id, prompt in zip(index_of, prompts, strict=True):
-                self._manager.add_request(
-                    list(prompt), request_id=request_id, max_new_tokens=self._task.max_tokens
-                )
+            for request_id, prompt, each in zip(index_of, prompts, most, strict=True):
+                self._manager.add_request(list(prompt), request_id=request_id, max_new_tokens=each)
             while index_of:
                 result = self._manager.get_result(timeout=1)
                 if result is None:

@@ -1,5 +1,6 @@
 """One row per subject and workload: its whole setting, and the figures of its waves."""
 
+import platform
 import statistics
 import subprocess
 from collections import Counter
@@ -27,6 +28,7 @@ class Setting:
     device: str  # "cpu", or the accelerator's name
     dtype: str  # of weights and forward
     threads: int  # torch threads of this process
+    cpu: str  # the processor's name, as the system has it
     commit: str | None  # of the source tree; None outside one
     blockroll_version: str
     torch_version: str
@@ -45,7 +47,10 @@ class BenchRow:
     prompt_tokens: int | None  # the length that was asked for; None: as long as each prompt is
     context: int  # prompt tokens, median
     max_tokens: int  # completion length at most
-    ignore_eos: bool  # every completion has max_tokens tokens
+    ignore_eos: bool  # every completion goes on to its length
+    workload: str  # `even`, `grouped` or `skewed`
+    siblings: int | None  # rollouts of each prompt; None: not grouped
+    epochs: int | None  # times that a repeat goes through its prompts; None: not grouped
     repeats: int
     rollouts: int  # of one repeat
     queue: int  # rollouts submitted together for each place in the batch
@@ -67,6 +72,9 @@ class BenchRow:
     tokens_per_cpu_s_max: float | None = None
     tokens_per_cpu_s_all: tuple[float, ...] = ()  # in the order of repeats
     cpu_speedup_over_plain: float | None = None  # median of the repeats' ratios of processor time
+    # Entry i is epoch i + 1, median over repeats; None: not grouped.
+    tokens_per_s_by_epoch: tuple[float, ...] | None = None
+    tokens_per_cpu_s_by_epoch: tuple[float, ...] | None = None
     latency_ms_p50: float | None = None  # of a request, from submission to its end; over all repeats
     latency_ms_p95: float | None = None
     latency_ms_p99: float | None = None
@@ -124,6 +132,8 @@ def with_speed(row: BenchRow, repeats: Sequence[Sequence[Wave]], plain: Sequence
         tokens_per_cpu_s_max=max(cpu_speeds),
         tokens_per_cpu_s_all=tuple(cpu_speeds),
         cpu_speedup_over_plain=statistics.median(cpu_ratios) if cpu_ratios else None,
+        tokens_per_s_by_epoch=_by_epoch(row, repeats, _wall_s),
+        tokens_per_cpu_s_by_epoch=_by_epoch(row, repeats, _cpu_s),
         latency_ms_p50=percentile(latencies_ms, 50),
         latency_ms_p95=percentile(latencies_ms, 95),
         latency_ms_p99=percentile(latencies_ms, 99),
@@ -184,11 +194,32 @@ def describe_setting(policy: HFPolicy, policy_path: str) -> Setting:
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         dtype=str(policy.model.dtype).removeprefix("torch."),
         threads=torch.get_num_threads(),
+        cpu=processor(),
         commit=_commit(),
         blockroll_version=blockroll.__version__,
         torch_version=torch.__version__,
         transformers_version=version("transformers"),
     )
+
+
+def _by_epoch(
+    row: BenchRow, repeats: Sequence[Sequence[Wave]], time: Callable[[Wave], float]
+) -> tuple[float, ...] | None:
+    """Tokens per second of each epoch, which is a wave, median over repeats."""
+    if row.epochs is None:
+        return None
+    return tuple(
+        statistics.median(_tokens_per(time, [waves[epoch]]) for waves in repeats)
+        for epoch in range(row.epochs)
+    )
+
+
+def processor() -> str:
+    """The processor's name, as the system has it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
 
 
 def _wall_s(wave: Wave) -> float:

@@ -9,7 +9,8 @@ from typing import Protocol
 
 import torch
 
-from blockroll.bench.peer import PEERS, PEERS_PYTHON, check_peers, start_peer
+from blockroll.bench.peer import PEERS, PEERS_PYTHON, check_peers
+from blockroll.bench.peer_pool import PeerPool
 from blockroll.bench.reference import LOOKUP_TOKENS, REFERENCES, Reference, ReferenceTask
 from blockroll.errors import InvalidInput, NonFiniteLogits, PeerFailed
 from blockroll.policies.hf import HFPolicy
@@ -33,7 +34,7 @@ class Wave:
 
     num_tokens: int
     duration_s: float
-    cpu_s: float  # processor time of all threads of the process that decodes
+    cpu_s: float  # processor time of all threads and processes that decode
     latencies_s: tuple[float, ...]  # of each request, from submission to its end
     rollouts: tuple[Rollout, ...] | None = None
     times: EngineTimes | None = None
@@ -141,7 +142,8 @@ class ReferenceSubject:
         num_tokens = 0
         start, cpu_start = time.perf_counter(), self._reference.cpu_s()
         prompts = [request.prompt_ids for request in requests]
-        for completion in self._reference.complete(prompts, seed=requests[0].seed):
+        most = [request.sampling.max_tokens for request in requests]
+        for completion in self._reference.complete(prompts, seed=requests[0].seed, max_tokens=most):
             latencies.append(time.perf_counter() - start)
             num_tokens += len(completion.token_ids)
         return Wave(
@@ -158,8 +160,23 @@ class ReferenceSubject:
             self._reference = None
 
 
+def make_peer_pool(policy: HFPolicy, path: str, *, python: Path = PEERS_PYTHON) -> PeerPool:
+    """Of peers that load a policy's folder in its precision, with as many threads as this process has."""
+    return PeerPool(
+        folder=resolve_checkpoint(path),
+        dtype=str(policy.model.dtype).removeprefix("torch."),
+        threads=torch.get_num_threads(),
+        python=python,
+    )
+
+
 def load_references(
-    names: Sequence[str], policy: HFPolicy, path: str, *, peers_python: Path = PEERS_PYTHON
+    names: Sequence[str],
+    policy: HFPolicy,
+    path: str,
+    *,
+    peers: PeerPool,
+    peers_python: Path,
 ) -> dict[str, Callable[[ReferenceTask], Reference]]:
     """By the names of their rows, how to set up each reference that is asked for.
 
@@ -177,14 +194,7 @@ def load_references(
     found: dict[str, Callable[[ReferenceTask], Reference]] = {}
     for name in names:
         if name in PEERS:
-            found[PEERS[name].row] = functools.partial(
-                start_peer,
-                name,
-                folder=folder,
-                dtype=str(dtype).removeprefix("torch."),
-                threads=torch.get_num_threads(),
-                python=peers_python,
-            )
+            found[PEERS[name].row] = functools.partial(peers.reference, name)
         else:
             model = load_model(folder, device=policy.device, dtype=dtype)
             found[REFERENCE_NAMES[name]] = functools.partial(REFERENCES[name], model)

@@ -4,7 +4,7 @@ import itertools
 import math
 import random
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from blockroll.errors import InvalidInput
@@ -14,6 +14,11 @@ from blockroll.types import Law, Request, Sampling
 Prompts = Sequence[tuple[int, ...]]
 TARGET = Law()
 PromptSource = Literal["text", "random"]
+WorkloadShape = Literal["even", "grouped", "skewed"]
+# Lengths of skewed completions: of 400 at most, 3 at least, a median of 17 and a mean of about 47.
+SHORTEST = 3
+MEDIAN_SHARE = 17 / 400  # of the longest
+SPREAD = 1.43  # standard deviation of the logarithm
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,13 +45,25 @@ class BenchOptions:
     repeats: int = 5  # measured rounds of each workload
     rollouts: int = 8  # rollouts of one repeat at least; small batches take several waves
     queue: int = 1  # rollouts submitted together for each place in the batch
-    seed: int = 0  # of requests and random prompts
+    shape: WorkloadShape = "even"
+    siblings: int = 8  # grouped: rollouts of each prompt
+    epochs: int = 2  # grouped: times that a repeat goes through its prompts
+    seed: int = 0  # of requests, random prompts and skewed lengths
 
     def __post_init__(self) -> None:
         if min(self.repeats, self.rollouts, self.queue) < 1:
             raise InvalidInput(
                 f"repeats, rollouts and queue must be at least 1, got {self.repeats}, {self.rollouts} and "
                 f"{self.queue}"
+            )
+        if min(self.siblings, self.epochs) < 1:
+            raise InvalidInput(
+                f"siblings and epochs must be at least 1, got {self.siblings} and {self.epochs}"
+            )
+        if self.shape == "skewed" and min(self.max_tokens, default=SHORTEST) < SHORTEST:
+            raise InvalidInput(
+                f"skewed completions have {SHORTEST} tokens at least: give max_tokens of at least that, got "
+                f"{list(self.max_tokens)}"
             )
         lengths = [length for length in self.prompt_tokens if length is not None]
         _check_list("batch sizes", self.batches, counts=self.batches)
@@ -76,13 +93,22 @@ class BenchOptions:
         return "text" if prompt_tokens is None else "text cut to length"
 
     def sampling(self, workload: Workload, law: Law) -> Sampling:
-        """How every request of a workload is sampled."""
+        """How every request of a workload is sampled, the longest of skewed ones."""
         return Sampling(
             temperature=workload.temperature,
             max_tokens=workload.max_tokens,
-            ignore_eos=self.ignore_eos,
+            ignore_eos=self.has_fixed_lengths,
             law=law,
         )
+
+    @property
+    def has_fixed_lengths(self) -> bool:
+        """Whether every completion goes on to its `max_tokens`, as skewed ones do."""
+        return self.ignore_eos or self.shape == "skewed"
+
+    def groups(self, workload: Workload) -> int:
+        """Grouped: prompts of one repeat, whose rollouts are enough for the batch and for `rollouts`."""
+        return math.ceil(max(self.rollouts, workload.batch * self.queue) / self.siblings)
 
 
 def make_waves(
@@ -90,8 +116,12 @@ def make_waves(
 ) -> list[list[Request]]:
     """The requests of one repeat, in waves of `batch` times `queue`; prompts are taken in turn.
 
-    Equal arguments give equal requests; other laws differ in nothing but the law.
+    Grouped, a wave is an epoch: all siblings of all prompts of the repeat, those of a prompt side by side.
+    Skewed, each request ends at a length of its own. Equal arguments give equal requests; other laws differ
+    in nothing but the law. No seed serves twice.
     """
+    if options.shape == "grouped":
+        return _grouped(prompts, workload, repeat, options, law=law)
     size, sampling = workload.batch * options.queue, options.sampling(workload, law)
     num_waves = math.ceil(options.rollouts / size)
     first = repeat * num_waves * size
@@ -101,12 +131,25 @@ def make_waves(
                 request_id=f"bench-{index}",
                 prompt_ids=prompts[index % len(prompts)],
                 seed=options.seed * 1_000_003 + index,
-                sampling=sampling,
+                sampling=_skewed(sampling, index, options) if options.shape == "skewed" else sampling,
             )
             for index in range(first + wave * size, first + (wave + 1) * size)
         ]
         for wave in range(num_waves)
     ]
+
+
+def warm_up_wave(prompts: Prompts, workload: Workload, options: BenchOptions, *, law: Law) -> list[Request]:
+    """Requests that fill the batch and that no repeat measures.
+
+    Who remembers texts would know the answers to requests that are measured.
+    """
+    wave = make_waves(prompts, workload, options.repeats, options, law=law)[0]
+    return (
+        wave[: math.ceil(workload.batch / options.siblings) * options.siblings]
+        if (options.shape == "grouped")
+        else wave
+    )
 
 
 def cut_to_length(prompts: Prompts, length: int) -> list[tuple[int, ...]]:
@@ -124,6 +167,36 @@ def random_prompts(
     generator = random.Random(derive_seed("bench prompts", seed, length))
     allowed = tuple(allowed_ids)
     return [tuple(generator.choices(allowed, k=length)) for _ in range(count)]
+
+
+def _grouped(
+    prompts: Prompts, workload: Workload, repeat: int, options: BenchOptions, *, law: Law
+) -> list[list[Request]]:
+    num_groups, sampling = options.groups(workload), options.sampling(workload, law)
+    per_epoch = num_groups * options.siblings
+    waves = []
+    for epoch in range(options.epochs):
+        first = (repeat * options.epochs + epoch) * per_epoch
+        waves.append(
+            [
+                Request(
+                    request_id=f"bench-{first + index}",
+                    prompt_ids=prompts[(repeat * num_groups + index // options.siblings) % len(prompts)],
+                    seed=options.seed * 1_000_003 + first + index,
+                    sampling=sampling,
+                    group_id=f"bench-{repeat}-{epoch}-{index // options.siblings}",
+                )
+                for index in range(per_epoch)
+            ]
+        )
+    return waves
+
+
+def _skewed(longest: Sampling, index: int, options: BenchOptions) -> Sampling:
+    """Log-normal, between the shortest and the longest."""
+    draw = random.Random(derive_seed("bench lengths", options.seed, index)).gauss(0.0, SPREAD)
+    length = round(longest.max_tokens * MEDIAN_SHARE * math.exp(draw))
+    return replace(longest, max_tokens=min(max(length, SHORTEST), longest.max_tokens))
 
 
 def _tokens_up_to(prompts: Prompts, index: int, length: int) -> tuple[int, ...]:

@@ -28,6 +28,7 @@ EXAMPLES = {
         "blockroll bench --plans plain,two_forward --batch 1,8,64 --json rows.json --against generate",
         "blockroll bench --policy DIR --adapter ADAPTER --plans plain,auto --prompts prompts.jsonl",
         "blockroll bench --prompts random --prompt-tokens 64,512 --ignore-eos",
+        "blockroll bench --policy DIR --workload grouped --prompts worked --plans plain,auto --against vllm",
     ),
     "report": ("blockroll report runs/demo",),
     "doctor": (

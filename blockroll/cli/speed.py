@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from blockroll.policies.hf import HFPolicy
 
 BENCH_PROMPTS = 256
+GSM8K = "gsm8k:"  # and a file
 WIDEST_TABLE = 250  # characters
 
 
@@ -51,7 +52,9 @@ def bench(
     prompts: Annotated[
         str,
         typer.Option(
-            help=f"'text': arithmetic problems; 'random': token ids drawn at random; else {FILE_HELP}."
+            help="'text': arithmetic problems; 'worked': sums behind two that are worked out, for pretrained "
+            "models; 'gsm8k:FILE': the questions of a GSM8K file, as a user's message where there is a chat "
+            f"template; 'random': token ids drawn at random; else {FILE_HELP}."
         ),
     ] = "text",
     prompt_tokens: Annotated[
@@ -65,13 +68,23 @@ def bench(
     repeats: Annotated[int, typer.Option(help="Measured rounds of each workload.")] = 5,
     rollouts: Annotated[int, typer.Option(help="Rollouts of one round at least.")] = 8,
     queue: Annotated[int, typer.Option(help="Rollouts submitted together for each place in the batch.")] = 1,
+    workload: Annotated[
+        Literal["even", "grouped", "skewed"],
+        typer.Option(
+            help="'even': another prompt for each rollout; 'grouped': --siblings rollouts of each prompt, "
+            "--epochs times over; 'skewed': heavy-tailed lengths, few of them near --max-tokens."
+        ),
+    ] = "even",
+    siblings: Annotated[int, typer.Option(help="Rollouts of each prompt of a grouped workload.")] = 8,
+    epochs: Annotated[int, typer.Option(help="Times that a grouped workload goes through its prompts.")] = 2,
     seed: SeedOption = 0,
     against: Annotated[
         str | None,
         typer.Option(
             help="Also measure transformers' own 'generate', 'continuous_batching', 'assisted' (by prompt "
-            "lookup), or 'vllm' and 'vllm_ngram' (its n-gram speculation), which `make peers` installs, or "
-            "'generate_process' (in a process of its own, as vLLM is), separated by commas."
+            "lookup), or 'vllm', 'vllm_ngram' (its n-gram speculation) and 'vllm_suffix' (its suffix "
+            "decoding), which `make peers` installs, or 'generate_process' (in a process of its own, as vLLM "
+            "is), separated by commas."
         ),
     ] = None,
     peers_python: Annotated[
@@ -113,20 +126,19 @@ def bench(
         repeats=repeats,
         rollouts=rollouts,
         queue=queue,
+        shape=workload,
+        siblings=siblings,
+        epochs=epochs,
         seed=seed,
     )
     _check_outputs(json_file, picture)
-    is_own = prompts not in ("text", "random")
-    if is_own and task != "none":
+    if prompts != "text" and task != "none":
         raise InvalidInput(f"--task {task} judges its own problems: leave out --prompts {prompts}, or --task")
     hf_policy = load_policy(policy, device, threads, adapter, dtype=dtype)
     parsed = [read_plan(text, hf_policy) for text in split_plans(plans)]
     if picture is not None and PLAIN not in parsed:
         raise InvalidInput(f"--picture draws speed-ups over plain: add 'plain' to --plans, got {plans!r}")
-    if prompts == "random":
-        chosen = []
-    else:
-        chosen = prompts_from(Path(prompts), hf_policy) if is_own else arithmetic_prompts(hf_policy)
+    chosen = _chosen_prompts(prompts, hf_policy)
     console = Console()
     with console.status("measuring ...") as status:
         rows = run_bench(
@@ -175,6 +187,41 @@ def _check_outputs(json_file: Path | None, picture: Path | None) -> None:
             check_output(option, path)
     if picture is not None and picture.suffix != ".png":
         raise InvalidInput(f"--picture {picture}: give a file that ends in .png")
+
+
+def _chosen_prompts(source: str, policy: "HFPolicy") -> list[tuple[int, ...]]:
+    """What `--prompts` names, as tokens; none where they are drawn at random."""
+    if source == "random":
+        return []
+    if source == "text":
+        return arithmetic_prompts(policy)
+    if source == "worked":
+        return worked_prompts(policy, BENCH_PROMPTS)
+    if source.startswith(GSM8K):
+        return gsm8k_prompts(policy, Path(source.removeprefix(GSM8K)))
+    return prompts_from(Path(source), policy)
+
+
+def worked_prompts(policy: "HFPolicy", count: int) -> list[tuple[int, ...]]:
+    """Sums behind two that are worked out, as tokens."""
+    from blockroll.bench.prompts import worked_arithmetic
+    from blockroll.policies.prompts import PromptEncoder
+
+    encode = PromptEncoder(policy.tokenizer, vocab_size=policy.vocab_size)
+    return [encode(text) for text in worked_arithmetic(count)]
+
+
+def gsm8k_prompts(policy: "HFPolicy", path: Path) -> list[tuple[int, ...]]:
+    """The questions of a GSM8K file as tokens, as a user's message where there is a chat template."""
+    from blockroll.bench.prompts import gsm8k_questions
+    from blockroll.policies.prompts import PromptEncoder
+
+    encode = PromptEncoder(policy.tokenizer, vocab_size=policy.vocab_size)
+    has_template = getattr(policy.tokenizer, "chat_template", None) is not None
+    return [
+        encode([{"role": "user", "content": question}] if has_template else question)
+        for question in gsm8k_questions(path)
+    ]
 
 
 def arithmetic_prompts(policy: "HFPolicy") -> list[tuple[int, ...]]:

@@ -123,6 +123,10 @@ bench --prompts latin.txt                            | no UTF-8 text
 bench --prompts chat.jsonl                           | no chat template
 bench --prompts long.txt                             | the policy was built for
 bench --prompts long.txt --task arithmetic           | judges its own problems
+bench --prompts gsm8k:nowhere.jsonl                  | give a file of GSM8K
+bench --workload wide                                | 'grouped'
+bench --workload grouped --siblings 0                | siblings and epochs must be at least 1
+bench --workload skewed --max-tokens 2               | give max_tokens of at least that
 bench --policy POLICY --against all                  | generate, continuous_batching, assisted
 bench --against vllm --peers-python nowhere/python   | run `make peers`
 bench --against generate_process --dtype half        | bfloat16

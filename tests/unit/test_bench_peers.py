@@ -1,6 +1,7 @@
 """Engines measured in a process of their own: real child processes, good ones and bad ones."""
 
 import dataclasses
+import json
 import sys
 import time
 from pathlib import Path
@@ -8,10 +9,11 @@ from pathlib import Path
 import psutil
 import pytest
 
-from blockroll.bench import peer
+from blockroll.bench import peer, peer_worker
 from blockroll.bench.bench import run_bench, to_record
-from blockroll.bench.peer import PeerReference, start_peer
+from blockroll.bench.peer import PeerProcess, start_peer
 from blockroll.bench.reference import ReferenceTask
+from blockroll.bench.subjects import make_peer_pool
 from blockroll.bench.table import bench_table
 from blockroll.errors import InvalidInput, PeerFailed
 from blockroll.types import PLAIN, Sampling
@@ -32,8 +34,13 @@ def give(index, count):
 task = json.loads(sys.stdin.readline())
 most = task["max_tokens"]
 say(ready=True, version="scripted 1.0")
-for number, line in enumerate(sys.stdin):
-    prompts = json.loads(line)["prompts"]
+waves = 0
+for line in sys.stdin:
+    wave = json.loads(line)
+    if "forget" in wave:
+        say(forgot=True)
+        continue
+    prompts, waves = wave["prompts"], waves + 1
     {fault}
     for index in range(len(prompts)):
         give(index, most)
@@ -41,10 +48,10 @@ for number, line in enumerate(sys.stdin):
 """
 
 
-def scripted(fault="pass", *, task=TASK):
+def scripted(fault="pass"):
     """A peer whose process answers as asked, but for its fault; it needs nothing that is installed."""
     command = [sys.executable, "-c", ANSWERS.format(fault=fault)]
-    return PeerReference("scripted", command, {}, task, advice="; `make peers` makes its environment")
+    return PeerProcess("scripted", command, {}, TASK, advice="; `make peers` makes its environment")
 
 
 def test_a_peer_is_measured_beside_plain_and_leaves_no_process(saved):
@@ -81,7 +88,7 @@ def test_a_peer_draws_the_greedy_tokens_that_plain_draws(saved):
     )
     try:
         for seed in (0, 1):
-            drawn = {each.index: tuple(each.token_ids) for each in started.complete(texts, seed=seed)}
+            drawn = {each.index: tuple(each.token_ids) for each in started.complete(task, texts, seed=seed)}
     finally:
         started.close()
 
@@ -128,10 +135,10 @@ def test_an_environment_without_vllm_is_one_line_and_the_rest_is_measured(saved)
 
 def test_a_peer_that_answers_as_asked_is_timed_by_its_own_processor_time():
     started = scripted()
-    completions = list(started.complete([[1], [2], [3]], seed=0))
+    completions = list(started.complete(TASK, [[1], [2], [3]], seed=0))
     assert [each.index for each in completions] == [0, 1, 2]
     assert started.cpu_s() == 1.5
-    list(started.complete([[1]], seed=1))
+    list(started.complete(TASK, [[1]], seed=1))
     assert (started.cpu_s(), started.version) == (3.0, "scripted 1.0")
     started.close()
 
@@ -155,7 +162,8 @@ def test_a_peer_that_answers_as_asked_is_timed_by_its_own_processor_time():
         ("say(error='ValueError: too long')", "failed: ValueError: too long"),
         ("say(done=True)", "did not say its processor time"),
         ("give(0, most); sys.exit('no memory is left')", "ended by exit code 1: no memory is left"),
-        ("os.kill(os.getpid(), 9)", "ended by signal 9"),
+        ("os.kill(os.getpid(), 9)", "ended by signal 9, as a process is when memory runs out"),
+        ("say(error='1 error\\n  no such model')", "failed: 1 error no such model"),
         ("os.close(1); time.sleep(60)", "closed its output and goes on"),
         ("time.sleep(60)", "was silent for 1 s"),
     ],
@@ -165,7 +173,7 @@ def test_what_a_peer_does_wrong_is_one_line_that_names_it_and_says_what_to_do(fa
     monkeypatch.setattr(peer, "PATIENCE_TO_END_S", 1.0)
     started = scripted(fault)
     with pytest.raises(PeerFailed) as failed:
-        list(started.complete([[1], [2], [3]], seed=0))
+        list(started.complete(TASK, [[1], [2], [3]], seed=0))
     started.close()
 
     message = str(failed.value)
@@ -176,15 +184,16 @@ def test_what_a_peer_does_wrong_is_one_line_that_names_it_and_says_what_to_do(fa
 
 
 def test_a_text_shorter_than_asked_is_whole_if_it_ends_in_an_end_token():
-    started = scripted("most = 2", task=dataclasses.replace(TASK, eos_token_ids=(5,)))
-    assert [each.token_ids for each in started.complete([[1]], seed=0)] == [[5, 5]]
+    task = dataclasses.replace(TASK, eos_token_ids=(5,))
+    started = scripted("most = 2")
+    assert [each.token_ids for each in started.complete(task, [[1]], seed=0)] == [[5, 5]]
     started.close()
 
 
 def test_a_peer_that_ends_before_it_is_ready_says_its_last_words():
     command = [sys.executable, "-c", "raise SystemExit('no such processor')"]
     with pytest.raises(PeerFailed, match="ended by exit code 1: no such processor"):
-        PeerReference("early", command, {}, TASK)
+        PeerProcess("early", command, {}, TASK)
 
 
 def test_what_a_peer_does_while_it_waits_is_no_processor_time_of_its_waves():
@@ -199,7 +208,7 @@ class Restless:
     version = "restless"
     def __init__(self, task):
         threading.Thread(target=burn, daemon=True).start()
-    def complete(self, prompts, seed):
+    def complete(self, wave):
         yield {"index": 0, "token_ids": [5] * 6, "logprobs": None}
 peer_worker.ENGINES["restless"] = Restless
 def answer(line):
@@ -207,21 +216,84 @@ def answer(line):
 peer_worker.serve("restless", iter(sys.stdin), answer)
 """
     root = str(Path(peer.__file__).parents[2])
-    started = PeerReference("restless", [sys.executable, "-c", script], {"PYTHONPATH": root}, TASK)
+    started = PeerProcess("restless", [sys.executable, "-c", script], {"PYTHONPATH": root}, TASK)
     process = psutil.Process(started._process.pid)
-    list(started.complete([[1]], seed=0))
+    list(started.complete(TASK, [[1]], seed=0))
     before, measured = sum(process.cpu_times()[:2]), started.cpu_s()
     while sum(process.cpu_times()[:2]) < before + 0.5:
         time.sleep(0.05)
-    list(started.complete([[1]], seed=1))
+    list(started.complete(TASK, [[1]], seed=1))
     assert started.cpu_s() - measured < 0.25
     started.close()
+
+
+def test_what_the_processes_of_a_peer_take_is_its_processor_time(tmp_path):
+    """Those that go on and those that have ended: an engine may do its work in another process."""
+    script = """
+import json, subprocess, sys
+from blockroll.bench import peer_worker
+BURN = "import time\\nwhile time.process_time() < 0.5: pass\\n"
+class Delegating:
+    version = "delegating"
+    def __init__(self, task):
+        pass
+    def complete(self, wave):
+        subprocess.run([sys.executable, "-c", BURN], check=True)
+        living = subprocess.Popen(
+            [sys.executable, "-c", BURN + "print(flush=True); input()"],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        )
+        living.stdout.readline()
+        yield {"index": 0, "token_ids": [5] * 6, "logprobs": None}
+peer_worker.ENGINES["delegating"] = Delegating
+peer_worker.serve("delegating", iter(sys.stdin), lambda line: print(json.dumps(line), flush=True))
+"""
+    root = str(Path(peer.__file__).parents[2])
+    started = PeerProcess("delegating", [sys.executable, "-c", script], {"PYTHONPATH": root}, TASK)
+    list(started.complete(TASK, [[1]], seed=0))
+    assert started.cpu_s() >= 0.9
+    started.close()
+
+
+def test_a_pool_keeps_a_process_from_task_to_task_and_ends_it_when_it_is_too_small(saved):
+    policy, path = saved
+    before = set(psutil.Process().children())
+    pool = make_peer_pool(policy, path)
+    processes = []
+    for task in (TASK, dataclasses.replace(TASK, temperature=0.0), dataclasses.replace(TASK, batch=4)):
+        reference = pool.reference("generate_process", task)
+        assert len(list(reference.complete(prompts(4), seed=0))) == 4
+        reference.close()
+        processes.append(set(psutil.Process().children()) - before)
+    assert processes[0] == processes[1] != processes[2]
+    assert [len(each) for each in processes] == [1, 1, 1]
+    pool.close()
+    assert set(psutil.Process().children()) == before
+
+
+def test_a_task_after_a_failure_has_a_new_process(saved, tmp_path, monkeypatch):
+    worker = tmp_path / "worker.py"
+    worker.write_text(ANSWERS.format(fault="if wave['seed'] == 1: os._exit(4)"))
+    monkeypatch.setattr(peer, "WORKER", worker)
+    pool = make_peer_pool(*saved)
+    reference = pool.reference("generate_process", TASK)
+    with pytest.raises(PeerFailed, match="exit code 4"):
+        list(reference.complete([[1]], seed=1))
+    assert len(list(pool.reference("generate_process", TASK).complete([[1]], seed=0))) == 1
+    pool.close()
+
+
+def test_suffix_decoding_without_its_package_says_so(tmp_path):
+    """The check comes before vLLM is imported, whose own words name another version of the package."""
+    limits = {**dataclasses.asdict(TASK), "speculation": "suffix", "num_drafts": 0}
+    with pytest.raises(ModuleNotFoundError, match="needs the package arctic-inference"):
+        peer_worker.serve("vllm", iter([json.dumps(limits)]), print)
 
 
 def test_a_peer_that_dies_while_it_is_measured_loses_its_own_row_alone(saved, tmp_path, monkeypatch):
     """Its warm-up and first repeat go well; whatever else is measured keeps every figure."""
     worker = tmp_path / "worker.py"
-    worker.write_text(ANSWERS.format(fault="if number == 3: os._exit(4)"))
+    worker.write_text(ANSWERS.format(fault="if waves == 4: os._exit(4)"))
     monkeypatch.setattr(peer, "WORKER", worker)
     policy, path = saved
     rows = run_bench(
