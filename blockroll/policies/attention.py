@@ -15,7 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
-from blockroll.policies.layout import Packing
+from blockroll.policies.packing import Packing
 
 ATTENTION_NAME = "blockroll"
 
@@ -36,21 +36,20 @@ def block_attention(
 
     A mask that `folded_mask` has made for all layers, (B, 1, H / G * R, S), saves folding it in each.
     `softcap` c bends the scores to c * tanh(score / c) before the softmax (Gemma 2, section 2).
-    With a `packing`, queries (1, H, N, D) come and (1, N, H, D) goes back; keys, values and mask are those of
-    its cells.
+    With a `packing`, queries (1, H, N, D) come and (1, N, H, D) goes back; the mask is `packed_mask`'s.
     """
     if packing is not None:
-        output_BLHD, _ = block_attention(
+        return _packed_attention(
             module,
-            packing.unpack(query_BHRD.transpose(1, 2)).transpose(1, 2),
+            query_BHRD,
             key_BGSD,
             value_BGSD,
             attention_mask,
+            packing,
             scaling=scaling,
             dropout=dropout,
             softcap=softcap,
-        )
-        return packing.pack(output_BLHD), None
+        ), None
     rows = query_BHRD.shape[2]
     if softcap is not None:
         output_BHRD = _capped_attention(
@@ -92,6 +91,44 @@ def block_attention(
 def folded_mask(mask_B1RS: Tensor, repeats: int) -> Tensor:
     """The mask (B, 1, repeats * R, S) of as many query heads folded into one; one row stands for all."""
     return mask_B1RS if mask_B1RS.shape[2] == 1 else mask_B1RS.repeat(1, 1, repeats, 1)
+
+
+def packed_mask(mask_B1LS: Tensor, packing: Packing, repeats: int) -> Tensor:
+    """The masks of its bands, each folded, one behind the other: (1, 1, rows, S)."""
+    masks = [
+        folded_mask(band.of(mask_B1LS[:, :, band.first : band.first + band.width]), repeats).flatten(0, 2)
+        for band in packing.bands
+    ]
+    return torch.cat(masks)[None, None]
+
+
+def _packed_attention(
+    module: nn.Module,
+    query_1HND: Tensor,
+    key_BGSD: Tensor,
+    value_BGSD: Tensor,
+    mask_11MS: Tensor | None,
+    packing: Packing,
+    **options: Any,
+) -> Tensor:
+    """Band by band: of all requests the first rows, then of some what they have behind those."""
+    assert mask_11MS is not None, "each band has a mask"
+    repeats = query_1HND.shape[1] // key_BGSD.shape[1]
+    rows = [band.size * (band.width if band.width == 1 else repeats * band.width) for band in packing.bands]
+    masks = torch.split(mask_11MS[0, 0], rows)
+    queries = packing.by_band(query_1HND.transpose(1, 2))
+    outputs = [
+        block_attention(
+            module,
+            query_BLHD.transpose(1, 2),
+            band.of(key_BGSD),
+            band.of(value_BGSD),
+            mask_MS.view(band.size, 1, -1, mask_MS.shape[-1]),
+            **options,
+        )[0]
+        for band, query_BLHD, mask_MS in zip(packing.bands, queries, masks, strict=True)
+    ]
+    return packing.from_bands(outputs)
 
 
 def _capped_attention(

@@ -10,7 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from blockroll.policies.layout import Packing
+from blockroll.policies.packing import Packing
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -25,7 +25,7 @@ from blockroll.policies import attention
 from blockroll.policies.adapter import DraftAdapter, chat_template_hash, has_adapter
 from blockroll.policies.base import FusedRows, KVShape, KVWindow
 from blockroll.policies.ends import end_token_ids
-from blockroll.policies.layout import Packing, RowLayout, causal_rows, fused_rows, two_forward_rows
+from blockroll.policies.layout import RowLayout, causal_rows, fused_rows, two_forward_rows
 from blockroll.policies.loading import (
     FAMILIES,
     check_family,
@@ -34,6 +34,7 @@ from blockroll.policies.loading import (
     no_progress_bar,
     resolve_checkpoint,
 )
+from blockroll.policies.packing import Packing
 from blockroll.policies.positions import context_of, use_text_rotary
 from blockroll.policies.prepacked import PackedLinears, Prepack
 
@@ -316,7 +317,7 @@ class HFPolicy:
             output = self.model.base_model(
                 **inputs,
                 position_ids=positions_BR,
-                attention_mask=self._masks_by_layer(attention_mask),
+                attention_mask=self._masks_by_layer(attention_mask, packing),
                 use_cache=True,
                 **{self._cache_keyword: window},
                 **options,
@@ -338,11 +339,15 @@ class HFPolicy:
         ids_1T = torch.arange(1, length + 1, device=self.device)[None] * self.vocab_size // (length + 1)
         return self.logits(self.model.base_model(input_ids=ids_1T, use_cache=False).last_hidden_state)
 
-    def _masks_by_layer(self, attention_mask: Callable[..., Tensor]) -> Tensor | dict[str, Tensor]:
+    def _masks_by_layer(
+        self, attention_mask: Callable[..., Tensor], packing: Packing | None
+    ) -> Tensor | dict[str, Tensor]:
         """The mask as the family takes it: one, or one per kind of layer; folded once for all of them."""
 
         def folded(sliding_window: int | None) -> Tensor:
             mask_B1RS = attention_mask(sliding_window=sliding_window)
+            if packing is not None:
+                return attention.packed_mask(mask_B1RS, packing, self._heads_per_key)
             return attention.folded_mask(mask_B1RS, self._heads_per_key)
 
         if not self._layer_types:

@@ -1,10 +1,8 @@
 """The new rows of one forward: where each stands, what each sees, and which of them are masks.
 
-Shapes: B requests, R new rows per request, S keys, K drafted tokens, P proposals; where requests differ in
-their number of rows, N rows in all, and L of the request that has most.
+Shapes: B requests, R new rows per request, S keys, K drafted tokens, P proposals.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -49,50 +47,6 @@ class RowLayout:
             distance_BRS = self.positions(lengths_B)[..., None] - position_BS[:, None]
             mask_BRS = mask_BRS & (distance_BRS < sliding_window)
         return mask_BRS[:, None].contiguous()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Packing:
-    """Rows of which each request has its own number, those of each behind those of the one before.
-
-    Made once for a forward: what works row by row runs on the N rows, attention on the (B, L) cells.
-    """
-
-    num_rows: tuple[int, ...]  # of each request, at least 1
-    width: int  # L, or more
-    num_rows_B: Tensor  # int64, the same
-    starts_B: Tensor  # int64, first row of each request
-    request_N: Tensor  # int64, whose each row is,
-    offset_N: Tensor  # and which of its rows
-    cell_N: Tensor  # int64, its place among all B * L cells
-    row_C: Tensor  # int64 (B * L,), the row in each cell; where a request has none, its last
-
-    @classmethod
-    def of(cls, num_rows: Sequence[int], width: int, device: torch.device) -> "Packing":
-        """For requests with so many rows, none with more than `width`."""
-        num_rows_B = torch.tensor(num_rows, device=device)
-        starts_B = num_rows_B.cumsum(0) - num_rows_B
-        offsets_L = torch.arange(width, device=device)
-        row_BL = starts_B[:, None] + torch.minimum(offsets_L, num_rows_B[:, None] - 1)
-        cell_N = (offsets_L < num_rows_B[:, None]).flatten().nonzero().squeeze(1)
-        return cls(
-            num_rows=tuple(num_rows),
-            num_rows_B=num_rows_B,
-            width=width,
-            starts_B=starts_B,
-            request_N=cell_N // width,
-            offset_N=cell_N % width,
-            cell_N=cell_N,
-            row_C=row_BL.flatten(),
-        )
-
-    def pack(self, cells: Tensor) -> Tensor:
-        """(B, L, ...) to (1, N, ...)."""
-        return cells.flatten(0, 1).index_select(0, self.cell_N)[None]
-
-    def unpack(self, rows: Tensor) -> Tensor:
-        """(1, N, ...) to (B, L, ...); in cells that are no request's stands a copy of its last row."""
-        return rows[0].index_select(0, self.row_C).view(len(self.num_rows), self.width, *rows.shape[2:])
 
 
 def causal_rows(num_rows: int, device: torch.device) -> RowLayout:

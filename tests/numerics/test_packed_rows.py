@@ -5,7 +5,7 @@ import torch
 
 from blockroll.policies.base import VerifiesPacked
 from blockroll.policies.hf import HFPolicy
-from blockroll.policies.layout import Packing
+from blockroll.policies.packing import Packing
 from tests.models import FAMILIES, VOCAB_SIZE, prompts, random_policy
 from tests.numerics.test_policy import TOLERANCE, prefilled
 from tests.numerics.test_positions import BOUNDARY, KINDS, model, prompt

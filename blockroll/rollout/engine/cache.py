@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from blockroll.policies.base import Policy
-from blockroll.policies.layout import Packing
+from blockroll.policies.packing import Packing
 from blockroll.rollout.engine.held import SlotTexts
 
 ROW_STEP = 16  # keys handed to attention come in multiples of this, so that few shapes occur

@@ -7,7 +7,7 @@ on a rectangle either way, and some copies to and from it in every layer are the
 from collections.abc import Sequence
 
 from blockroll.policies.base import Policy, VerifiesPacked
-from blockroll.policies.layout import Packing
+from blockroll.policies.packing import Packing
 
 _LEAST_SAVED = 4  # rows
 
