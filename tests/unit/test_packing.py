@@ -22,7 +22,7 @@ def samples():
     yield [1] * 31 + [257]
 
 
-@pytest.mark.parametrize("num_rows", samples(), ids=lambda rows: f"{len(rows)} of {max(rows)}")
+@pytest.mark.parametrize("num_rows", list(samples()), ids=lambda rows: f"{len(rows)} of {max(rows)}")
 @pytest.mark.parametrize("spare", [0, 3])
 def test_every_row_comes_back_from_rectangles_and_bands(num_rows, spare):
     size, width, total = len(num_rows), max(num_rows) + spare, sum(num_rows)
