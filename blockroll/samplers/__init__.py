@@ -6,12 +6,12 @@ from blockroll.samplers.lossless import (
     draft_probs,
     draw_draft,
     join_verdicts,
-    mixed_logits,
     policy_logprobs,
     settle_first,
     verify_block,
 )
 from blockroll.samplers.packed import Logits, PackedLogits
+from blockroll.samplers.processing import mixed_logits
 from blockroll.samplers.rows import LogitRows, target_probs
 from blockroll.samplers.uniforms import step_uniforms
 

@@ -13,7 +13,7 @@ Shapes: B requests, K drafted tokens, L target rows, N tokens behind the committ
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -23,10 +23,10 @@ from torch import Tensor
 from blockroll.errors import RequestFailed
 from blockroll.samplers.brought import allowed_rows, processed
 from blockroll.samplers.growing import IdBuffer, TokenCounts
-from blockroll.samplers.lossless import draw_draft, mixed_logits, policy_logprobs
+from blockroll.samplers.lossless import draw_draft, policy_logprobs
 from blockroll.samplers.packed import Logits, PackedLogits, PackedRows, joined, rectangle
-from blockroll.samplers.processing import completed_by, counts_by_row, penalize, truncate
-from blockroll.samplers.rows import DenseRows, inverse_cdf, softmax_rows, target_probs
+from blockroll.samplers.processing import Cut, completed_by, counts_by_row, penalize
+from blockroll.samplers.rows import LogitRows, Mix, held
 from blockroll.types import POINT_MASS, Draft, Guide, Rows, Sampling, Verdict
 
 
@@ -156,8 +156,10 @@ class Laws:
                 has_greedy=self.has_greedy_draft,
                 all_greedy=self.all_greedy_draft,
             )
-        scale_B = None if self.all_greedy_draft else self.draft_temperature_B
-        return self.processing.draw(logits_BKV, scale_B, uniforms_BK, num_drafts_B)
+        if self.all_greedy_draft:
+            return self.processing.draw(logits_BKV, None, uniforms_BK, num_drafts_B)
+        rows = LogitRows(logits_BKV, self.draft_temperature_B, self.has_greedy_draft, self.processing.cut)
+        return self.processing.draw(logits_BKV, rows, uniforms_BK, num_drafts_B)
 
     def target_rows(
         self, logits_BLV: Logits, between_BN: Tensor, draft_logits_BKV: Tensor | None, num_drafts_B: Tensor
@@ -166,14 +168,17 @@ class Laws:
 
         Draft row i is mixed into target row i where a request mixes and has a draft there; None: no rows.
         """
-        if isinstance(logits_BLV, PackedLogits) and self.processing is None:
-            return TargetRows(PackedRows(logits_BLV, self.temperature_B, self.has_greedy), None)
-        logits_BLV = rectangle(logits_BLV)
-        if self.is_mixed and draft_logits_BKV is not None:
-            logits_BLV = mixed_logits(logits_BLV, draft_logits_BKV, self.weight_B, num_drafts_B)
-        if self.processing is None:
-            return TargetRows(softmax_rows(logits_BLV, self.temperature_B, has_greedy=self.has_greedy), None)
-        return self.processing.target_rows(logits_BLV, between_BN, self.temperature_B, num_drafts_B)
+        cut = None if self.processing is None else self.processing.cut
+        is_edited = self.processing is not None and self.processing.is_editing
+        is_mixed = self.is_mixed and draft_logits_BKV is not None
+        if isinstance(logits_BLV, PackedLogits) and not (is_edited or is_mixed):
+            return TargetRows(PackedRows(logits_BLV, self.temperature_B, self.has_greedy, cut), None)
+        rows = LogitRows(rectangle(logits_BLV), self.temperature_B, self.has_greedy, cut)
+        if is_mixed and draft_logits_BKV is not None and draft_logits_BKV.shape[1]:
+            rows = replace(rows, mix=Mix(draft_logits_BKV, self.weight_B, num_drafts_B))
+        if self.processing is None or not is_edited:
+            return TargetRows(held(rows), None)
+        return self.processing.target_rows(rows, between_BN, num_drafts_B)
 
     def policy_logprobs(self, logits: Sequence[Logits], verdict: Verdict) -> Tensor:
         """Of every row's token under the policy, float64 (B, L); `logits` are all rows, in parts.
@@ -191,14 +196,12 @@ class _Processing:
     """Edits and truncation of a batch; per request, float64 (B,)."""
 
     texts: Sequence[Text]
-    top_k_B: Tensor
-    top_p_B: Tensor
-    min_p_B: Tensor
-    is_truncating: bool
+    cut: Cut | None  # None: no request is truncated
     penalties_B3: Tensor | None  # repetition, presence, frequency; None: no request has any,
     seen_BV: Tensor | None  # and no counts are needed, of prompt and completion,
     completed_BV: Tensor | None  # and of the completion alone
     bias_BV: Tensor | None
+    is_edited_by_row: bool  # whether any request's rows are
     failed: dict[int, str]
 
     @classmethod
@@ -207,7 +210,7 @@ class _Processing:
     ) -> "_Processing":
         samplings = [text.sampling for text in texts]
         cuts = [(each.top_k, each.top_p, each.min_p) for each in samplings]
-        top_k_B, top_p_B, min_p_B = torch.tensor(cuts, dtype=torch.float64, device=device).unbind(dim=1)
+        cut = Cut(*torch.tensor(cuts, dtype=torch.float64, device=device).unbind(dim=1))
         penalties = [
             (each.repetition_penalty, each.presence_penalty, each.frequency_penalty) for each in samplings
         ]
@@ -224,24 +227,22 @@ class _Processing:
             bias_BV = bias_BV.to(device)
         return cls(
             texts=texts,
-            top_k_B=top_k_B,
-            top_p_B=top_p_B,
-            min_p_B=min_p_B,
-            is_truncating=any(each != (0, 1, 0) for each in cuts),
+            cut=cut if any(each != (0, 1, 0) for each in cuts) else None,
             penalties_B3=penalties_B3,
             seen_BV=seen_BV,
             completed_BV=completed_BV,
             bias_BV=bias_BV,
+            is_edited_by_row=any(text.is_edited_by_row for text in texts),
             failed=failed,
         )
 
     def draw(
-        self, logits_BKV: Tensor, temperature_B: Tensor | None, uniforms_BK: Tensor, num_drafts_B: Tensor
+        self, logits_BKV: Tensor, law: LogitRows | None, uniforms_BK: Tensor, num_drafts_B: Tensor
     ) -> Draft:
-        """As `Laws.draw`; without temperatures greedily: truncation leaves a point mass as it is."""
-        rows = self._biased(logits_BKV)
-        if self.penalties_B3 is not None:
-            rows = self._penalized(rows, torch.empty((len(rows), 0), dtype=torch.int64, device=rows.device))
+        """As `Laws.draw`, by the law of these logits; None draws greedily: no cut moves a point mass."""
+        rows = logits_BKV
+        if self.is_editing:
+            rows = self._edited(rows, torch.empty((len(rows), 0), dtype=torch.int64, device=rows.device))
         paths = [
             (row, _DraftPath(text, num_drafts))
             for row, (text, num_drafts) in enumerate(zip(self.texts, num_drafts_B.tolist(), strict=True))
@@ -249,37 +250,34 @@ class _Processing:
         ]
         # All positions at once, or one after another where masks depend on the drafts before.
         width = 1 if paths else max(rows.shape[1], 1)
-        tokens, probs = [], []
+        tokens = []
         for start in range(0, max(rows.shape[1], 1), width):
             span = slice(start, start + width)
             for row, path in paths:
                 if row not in self.failed:
                     with self._request(row):
                         path.mask(rows[row, span])
-            drawable = _drawable(rows[:, span])
-            if temperature_B is None:
+            drawable = rows[:, span]
+            if self.is_editing:
+                _even_where_empty(drawable)
+            if law is None:
                 tokens.append(drawable.argmax(dim=-1))
             else:
-                probs.append(self._truncated(target_probs(drawable, temperature_B)))
-                tokens.append(inverse_cdf(probs[-1], uniforms_BK[:, span]))
+                tokens.append(held(replace(law, logits_BLV=drawable)).draw(uniforms_BK[:, span]))
             if paths:
                 drawn = tokens[-1].tolist()
                 for row, path in paths:
                     path.extend(drawn[row])
         return Draft(
             token_ids_BK=torch.cat(tokens, dim=1),
-            law=POINT_MASS if temperature_B is None else torch.cat(probs, dim=1),
+            law=POINT_MASS if law is None else held(replace(law, logits_BLV=rows)),
             num_drafts_B=num_drafts_B,
         )
 
-    def target_rows(
-        self, logits_BLV: Tensor, between_BN: Tensor, temperature_B: Tensor, num_drafts_B: Tensor
-    ) -> TargetRows:
-        """As `Laws.target_rows`, of rows that are mixed already."""
-        rows = self._biased(logits_BLV)
-        if self.penalties_B3 is not None:
-            rows = self._penalized(rows, between_BN)
-        if any(text.is_edited_by_row for text in self.texts):
+    def target_rows(self, law: LogitRows, between_BN: Tensor, num_drafts_B: Tensor) -> TargetRows:
+        """As `Laws.target_rows`, of rows that are still to be edited."""
+        rows = self._edited(law.logits(), between_BN)
+        if self.is_edited_by_row:
             behind = zip(between_BN.tolist(), (num_drafts_B + 1).tolist(), strict=True)
             for row, (rows_LV, text, (between, num_reached)) in enumerate(
                 zip(rows, self.texts, behind, strict=True)
@@ -291,11 +289,13 @@ class _Processing:
                     num_between = len(between) - (len(rows_LV) - len(reached_LV))
                     with self._request(row):
                         _edit_rows(reached_LV, text, between[:num_between])
-        is_empty_BL = ~rows.amax(dim=-1).isfinite()
-        if not is_empty_BL.any():
-            return TargetRows(DenseRows(self._truncated(target_probs(rows, temperature_B))), None)
-        rows = torch.where(is_empty_BL[..., None], 0.0, rows)
-        return TargetRows(DenseRows(self._truncated(target_probs(rows, temperature_B))), is_empty_BL)
+        is_empty_BL = _even_where_empty(rows)
+        return TargetRows(held(replace(law, logits_BLV=rows, mix=None)), is_empty_BL)
+
+    @property
+    def is_editing(self) -> bool:
+        """Whether any logits change: rows of a batch that is only truncated stay as the forward gave them."""
+        return self.is_edited_by_row or self.penalties_B3 is not None or self.bias_BV is not None
 
     @contextmanager
     def _request(self, row: int) -> Iterator[None]:
@@ -305,13 +305,13 @@ class _Processing:
         except RequestFailed as error:
             self.failed[row] = f"{RequestFailed.__name__}: {error}"
 
-    def _biased(self, logits_BLV: Tensor) -> Tensor:
-        """A float64 copy, which may be edited in place: the logits themselves give the policy's logprobs."""
+    def _edited(self, logits_BLV: Tensor, between_BN: Tensor) -> Tensor:
+        """Biases and penalties, on a float64 copy: the logits themselves give the policy's logprobs."""
         rows = logits_BLV.to(torch.float64, copy=True)
-        return rows if self.bias_BV is None else rows.add_(self.bias_BV[:, None])
-
-    def _penalized(self, rows: Tensor, between_BN: Tensor) -> Tensor:
-        assert self.penalties_B3 is not None
+        if self.bias_BV is not None:
+            rows += self.bias_BV[:, None]
+        if self.penalties_B3 is None:
+            return rows
         assert self.seen_BV is not None
         assert self.completed_BV is not None
         num_rows = rows.shape[1] if between_BN.shape[1] else 1  # drafts all go by the committed text
@@ -322,16 +322,17 @@ class _Processing:
             *self.penalties_B3.unbind(dim=1),
         )
 
-    def _truncated(self, probs_BLV: Tensor) -> Tensor:
-        return (
-            truncate(probs_BLV, self.top_k_B, self.top_p_B, self.min_p_B) if self.is_truncating else probs_BLV
-        )
 
+def _even_where_empty(rows_BLV: Tensor) -> Tensor | None:
+    """Make rows that no token is left in even, in place, and say which they were; None: there is none.
 
-def _drawable(rows_BKV: Tensor) -> Tensor:
-    """The rows, of which those that no token is left in are even: whatever is drafted there is rejected."""
-    is_empty_BK1 = ~rows_BKV.amax(dim=-1, keepdim=True).isfinite()
-    return torch.where(is_empty_BK1, 0.0, rows_BKV) if is_empty_BK1.any() else rows_BKV
+    Of a draft row, whatever is drawn there is rejected.
+    """
+    is_empty_BL = ~rows_BLV.amax(dim=-1).isfinite()
+    if not is_empty_BL.any():
+        return None
+    rows_BLV.masked_fill_(is_empty_BL[..., None], 0.0)
+    return is_empty_BL
 
 
 @lru_cache(maxsize=256)

@@ -15,7 +15,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from blockroll.samplers.rows import LogitRows, target_probs
+from blockroll.samplers.processing import Cut
+from blockroll.samplers.rows import LogitRows
 from blockroll.types import Rows
 
 
@@ -72,11 +73,12 @@ def joined(parts: Sequence[Logits]) -> Logits:
 
 @dataclass(frozen=True, slots=True)
 class PackedRows(Rows):
-    """softmax(logits / temperature) of packed rows, a point mass where the temperature is 0."""
+    """softmax(logits / temperature) of packed rows, a point mass at temperature 0; cut where asked."""
 
     packed: PackedLogits
     temperature_B: Tensor
     has_greedy: bool  # whether any temperature is 0
+    cut: Cut | None = None  # None: no request is truncated
 
     @property
     def shape(self) -> torch.Size:
@@ -91,7 +93,8 @@ class PackedRows(Rows):
 
     def row(self, offset_B: Tensor, requests: slice = slice(None)) -> Tensor:
         index_B = self.packed.starts_B[requests] + offset_B
-        rows = self._rows(index_B, self.temperature_B[requests])
+        cut = None if self.cut is None else self.cut.of(requests)
+        rows = self._rows(index_B, self.temperature_B[requests], cut)
         return rows.row(torch.zeros_like(index_B))
 
     def behind_first(self) -> Self:
@@ -110,7 +113,7 @@ class PackedRows(Rows):
         return self._each(LogitRows.draw, uniforms_BL, torch.int64)
 
     def dense(self) -> Tensor:
-        return target_probs(self.packed.padded(), self.temperature_B, has_greedy=self.has_greedy)
+        return LogitRows(self.packed.padded(), self.temperature_B, self.has_greedy, self.cut).dense()
 
     def _each(
         self, compute: Callable[[LogitRows, Tensor], Tensor], given_BM: Tensor, dtype: torch.dtype
@@ -118,12 +121,13 @@ class PackedRows(Rows):
         """What is computed of each row and what is given for it; 0 in cells that are no request's."""
         has_row_BM = self.packed.has_row(given_BM.shape[1])
         index_R = self.packed.row_BL[:, : given_BM.shape[1]][has_row_BM]
-        temperature_R = self.temperature_B[:, None].expand(given_BM.shape)[has_row_BM]
+        request_R = has_row_BM.nonzero()[:, 0]
+        cut = None if self.cut is None else self.cut.of(request_R)
         computed_BM = torch.zeros(given_BM.shape, dtype=dtype, device=given_BM.device)
-        rows = self._rows(index_R, temperature_R)
+        rows = self._rows(index_R, self.temperature_B[request_R], cut)
         computed_BM[has_row_BM] = compute(rows, given_BM[has_row_BM][:, None]).squeeze(1)
         return computed_BM
 
-    def _rows(self, index_R: Tensor, temperature_R: Tensor) -> LogitRows:
+    def _rows(self, index_R: Tensor, temperature_R: Tensor, cut_R: Cut | None) -> LogitRows:
         """Some of the N rows, each as the only row of a request."""
-        return LogitRows(self.packed.logits_NV[index_R][:, None], temperature_R, self.has_greedy)
+        return LogitRows(self.packed.logits_NV[index_R][:, None], temperature_R, self.has_greedy, cut_R)

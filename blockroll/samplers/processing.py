@@ -8,9 +8,54 @@ Shapes: B requests, N tokens behind the committed text, L rows, V vocabulary.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
+
+_FEW = 1 << 10  # tokens that are sorted faster than the best of them are found
+_HOPED = 1 << 9  # the first guess: each token that top-p keeps is this part of what may go, at least
+_SMALLEST = torch.tensor(5e-324, dtype=torch.float64)
+
+
+class Cut(NamedTuple):
+    """Truncation by request, float64 (B,), or (B, 1, 1) against rows; off are 0, 1 and 0."""
+
+    top_k: Tensor
+    top_p: Tensor
+    min_p: Tensor
+
+    def of(self, requests: slice | Tensor) -> "Cut":
+        """That of some requests."""
+        return Cut(*(option_B[requests] for option_B in self))
+
+    @property
+    def is_cut(self) -> Tensor:
+        """Where any token may go."""
+        return (self.top_k > 0) | (self.top_p < 1) | (self.min_p > 0)
+
+
+def mixed_logits(
+    policy_logits_BLV: Tensor, draft_logits_BKV: Tensor, weight_B: Tensor, num_drafts_B: Tensor
+) -> Tensor:
+    """Target rows of the mixed law: float64 (B, L, V), w z_policy + (1 - w) z_draft where a draft was met.
+
+    A draft row enters only at the position it was drafted for; rows without a draft, the extra row among
+    them, stay causal, and so does every row of a request with w = 1, bit for bit. The law of a token then
+    depends on its prefix and on the draft row it met, so its log-probability is known only here.
+    Source: logit mixing of TiDAR (arXiv 2511.08923, ablation), as a target law under the verify rule.
+    """
+    num_drafts = draft_logits_BKV.shape[1]
+    policy_BLV = policy_logits_BLV.to(torch.float64)
+    weight_B11 = weight_B.to(torch.float64)[:, None, None]
+    mixed_BKV = weight_B11 * policy_BLV[:, :num_drafts] + (1 - weight_B11) * draft_logits_BKV.to(
+        torch.float64
+    )
+    offsets_K = torch.arange(num_drafts, device=policy_BLV.device)
+    meets_draft_BK = (offsets_K < num_drafts_B[:, None]) & (weight_B < 1)[:, None]
+    mixed_BKV = torch.where(meets_draft_BK[..., None], mixed_BKV, policy_BLV[:, :num_drafts])
+    return torch.cat([mixed_BKV, policy_BLV[:, num_drafts:]], dim=1)
 
 
 def counts_by_row(counts_BV: Tensor, between_BN: Tensor, num_rows: int) -> Tensor:
@@ -41,25 +86,92 @@ def penalize(
     return logits_BLV - frequency_B[:, None, None] * counts_BLV - presence_B[:, None, None] * (counts_BLV > 0)
 
 
-def truncate(probs_BLV: Tensor, top_k_B: Tensor, top_p_B: Tensor, min_p_B: Tensor) -> Tensor:
+def truncate(probs_BLV: Tensor, cut_B: Cut) -> Tensor:
     """The law on the tokens that top-k, then top-p, then min-p keep, normalised; the best token always stays.
 
-    Off are 0, 1 and 0. Exactly k tokens stay; top-p keeps the fewest that hold the mass, of what top-k left.
+    Exactly k tokens stay; top-p keeps the fewest that hold the mass, of what top-k left.
     """
-    sorted_BLV, ids_BLV = probs_BLV.sort(dim=-1, descending=True, stable=True)
-    ranks_V = torch.arange(probs_BLV.shape[-1], device=probs_BLV.device)
-    k_B11, p_B11 = top_k_B[:, None, None], top_p_B[:, None, None]
-    kept_BLV = torch.where((ranks_V < k_B11) | (k_B11 == 0), sorted_BLV, 0.0)
-    before_BLV = kept_BLV.cumsum(dim=-1) - kept_BLV
-    is_kept_BLV = (kept_BLV > 0) & ((before_BLV < p_B11 * kept_BLV.sum(dim=-1, keepdim=True)) | (p_B11 >= 1))
-    is_kept_BLV &= sorted_BLV >= min_p_B[:, None, None] * sorted_BLV[..., :1]
-    kept_BLV = torch.where(is_kept_BLV, kept_BLV, 0.0)
-    kept_BLV = torch.zeros_like(probs_BLV).scatter_(-1, ids_BLV, kept_BLV)
-    is_truncating_B = (top_k_B > 0) | (top_p_B < 1) | (min_p_B > 0)
+    cut = Cut(*(option_B[:, None, None] for option_B in cut_B))
+    mass_BL1 = probs_BLV.sum(dim=-1, keepdim=True)
+    sorted_BLM, ids_BLM = _best_of(probs_BLV, mass_BL1, cut)
+    ranks_M = torch.arange(sorted_BLM.shape[-1], device=probs_BLV.device)
+    kept_BLM = torch.where((ranks_M < cut.top_k) | (cut.top_k == 0), sorted_BLM, 0.0)
+    mass_BL1 = torch.where(cut.top_k == 0, mass_BL1, kept_BLM.sum(dim=-1, keepdim=True))
+    before_BLM = kept_BLM.cumsum(dim=-1) - kept_BLM
+    is_kept_BLM = (kept_BLM > 0) & ((before_BLM < cut.top_p * mass_BL1) | (cut.top_p >= 1))
+    is_kept_BLM &= sorted_BLM >= cut.min_p * sorted_BLM[..., :1]
+    kept_BLM = torch.where(is_kept_BLM, kept_BLM, 0.0)
+    kept_BLM /= kept_BLM.sum(dim=-1, keepdim=True)
+    # Behind the last candidate of a row stands token 0, without weight: it is added, not written.
+    kept_BLV = torch.zeros_like(probs_BLV).scatter_add_(-1, ids_BLM, kept_BLM)
+    is_cut_B = cut.is_cut.flatten()
     # A row that is not truncated stays as it is, bit for bit.
-    return torch.where(
-        is_truncating_B[:, None, None], kept_BLV / kept_BLV.sum(dim=-1, keepdim=True), probs_BLV
-    )
+    return kept_BLV if is_cut_B.all() else torch.where(is_cut_B[:, None, None], kept_BLV, probs_BLV)
+
+
+def _best_of(probs_BLV: Tensor, mass_BL1: Tensor, cut: Cut) -> tuple[Tensor, Tensor]:
+    """Of each row all tokens that may stay, best first, of equals the lowest id first; and their ids.
+
+    Rows with fewer of them than others end in weights of 0. Only these few are sorted: a row that is cut
+    tells beforehand which probability a token needs at least to stay.
+    """
+    vocab_size = probs_BLV.shape[-1]
+    if vocab_size <= _FEW:
+        return probs_BLV.sort(dim=-1, descending=True, stable=True)
+    is_free = (cut.top_k == 0) & (cut.top_p < 1)  # top-p of all tokens
+    least = torch.maximum(_least_of_best(probs_BLV, cut.top_k), _SMALLEST)
+    by_min_p = torch.maximum(cut.min_p * probs_BLV.amax(dim=-1, keepdim=True), least)
+    # What is less than its share of the mass that may go adds up to no more than that mass.
+    by_top_p = torch.maximum((1 - cut.top_p) / (2 * vocab_size) * mass_BL1, by_min_p)
+    safe = torch.where(cut.top_k > 0, least, torch.where(is_free, by_top_p, by_min_p))
+    safe = torch.where(cut.is_cut, safe, torch.inf)
+    # Mostly the fewest tokens that hold the mass are far fewer, and each of them is far more likely.
+    least = torch.where(is_free, torch.maximum((1 - cut.top_p) / _HOPED * mass_BL1, safe), safe)
+    probs_BLM, ids_BLM = _at_least(probs_BLV, least)
+    while True:
+        is_short = (least > safe) & (probs_BLM.sum(dim=-1, keepdim=True) < cut.top_p * mass_BL1)
+        if not is_short.any():
+            break
+        least = torch.where(is_short, torch.maximum(least / 8, safe), least)
+        probs_BLM, ids_BLM = _at_least(probs_BLV, least)
+    sorted_BLM, order_BLM = probs_BLM.sort(dim=-1, descending=True, stable=True)
+    return sorted_BLM, ids_BLM.gather(-1, order_BLM)
+
+
+def _least_of_best(probs_BLV: Tensor, top_k_B11: Tensor) -> Tensor:
+    """A probability that at least k tokens of each row have, and few more; 0 where k is 0 or above V."""
+    size, num_rows, vocab_size = probs_BLV.shape
+    k_B11 = top_k_B11.long()
+    most = int(k_B11.where(k_B11 < vocab_size, 0).max())
+    if most == 0:
+        return torch.zeros_like(probs_BLV[..., :1])
+    # Blocks that hold a token of a probability are no more than the tokens that have it.
+    width = max(1, vocab_size // (8 * most))
+    num_blocks = vocab_size // width
+    blocks = probs_BLV[..., : num_blocks * width].reshape(size, num_rows, num_blocks, width)
+    best_BLk = blocks.amax(dim=-1).topk(most, dim=-1).values
+    is_on_B11 = (k_B11 > 0) & (k_B11 < vocab_size)
+    index_BL1 = (k_B11 - 1).clamp(0, most - 1).expand(size, num_rows, 1)
+    return torch.where(is_on_B11, best_BLk.gather(-1, index_BL1), 0.0)
+
+
+def _at_least(probs_BLV: Tensor, least_BL1: Tensor) -> tuple[Tensor, Tensor]:
+    """What is at least so likely, in the order of ids, and the ids: (B, L, M), filled up with zeros."""
+    size, num_rows, vocab_size = probs_BLV.shape
+    if probs_BLV.is_cpu:  # NumPy compares, and looks through what comes of it, several times as fast
+        flat_N = torch.from_numpy(np.flatnonzero(probs_BLV.numpy() >= least_BL1.numpy()))
+    else:
+        flat_N = (probs_BLV >= least_BL1).flatten().nonzero().squeeze(-1)
+    row_N = flat_N // vocab_size
+    count_R = torch.bincount(row_N, minlength=size * num_rows)
+    width = max(1, int(count_R.max()))
+    shift_R = torch.arange(len(count_R), device=count_R.device) * width - (count_R.cumsum(0) - count_R)
+    place_N = torch.arange(len(row_N), device=row_N.device) + shift_R[row_N]
+    probs_BLM = probs_BLV.new_zeros((size, num_rows, width))
+    probs_BLM.view(-1)[place_N] = probs_BLV.reshape(-1)[flat_N]
+    ids_BLM = torch.zeros(probs_BLM.shape, dtype=torch.int64, device=row_N.device)
+    ids_BLM.view(-1)[place_N] = flat_N - row_N * vocab_size
+    return probs_BLM, ids_BLM
 
 
 def completed_by(text: Sequence[int], sequences: Sequence[Sequence[int]]) -> list[int]:

@@ -14,6 +14,7 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor
 
+from blockroll.samplers.processing import Cut, mixed_logits, truncate
 from blockroll.types import Rows
 
 _TILE = 1 << 18  # probabilities that are formed at once: 2 MB, which stay in a core's cache
@@ -56,12 +57,46 @@ class DenseRows(Rows):
 
 
 @dataclass(frozen=True, slots=True)
+class Mix:
+    """Draft rows of which a part enters the rows they were met by, as `mixed_logits` has it."""
+
+    draft_logits_BKV: Tensor
+    weight_B: Tensor
+    num_drafts_B: Tensor
+
+    def of_all(self, logits_BLV: Tensor) -> Tensor:
+        """All rows, mixed: float64."""
+        return mixed_logits(logits_BLV, self.draft_logits_BKV, self.weight_B, self.num_drafts_B)
+
+    def tile(self, place: tuple[slice, slice], logits_BLV: Tensor) -> Tensor:
+        """These rows of these requests."""
+        requests, rows = place
+        num_drafts_B = self.num_drafts_B[requests] - rows.start
+        return mixed_logits(logits_BLV, self.draft_logits_BKV[place], self.weight_B[requests], num_drafts_B)
+
+    def row(self, offset_B: Tensor, requests: slice, logits_B1V: Tensor) -> Tensor:
+        """The row of each of these requests that stands at an offset."""
+        draft_BKV, met_B = self.draft_logits_BKV[requests], offset_B < self.num_drafts_B[requests]
+        place_B = offset_B.clamp(max=draft_BKV.shape[1] - 1)
+        draft_BV = draft_BKV[torch.arange(len(draft_BKV), device=draft_BKV.device), place_B]
+        return mixed_logits(logits_B1V, draft_BV[:, None], self.weight_B[requests], met_B.long())
+
+    def behind_first(self) -> "Mix | None":
+        """That of all rows but the first of each request; None: nothing is left to mix."""
+        if self.draft_logits_BKV.shape[1] < 2:
+            return None
+        return Mix(self.draft_logits_BKV[:, 1:], self.weight_B, self.num_drafts_B - 1)
+
+
+@dataclass(frozen=True, slots=True)
 class LogitRows(Rows):
-    """softmax(logits / temperature), a point mass where the temperature is 0."""
+    """softmax(logits / temperature), a point mass where the temperature is 0; mixed and cut where asked."""
 
     logits_BLV: Tensor
     temperature_B: Tensor
     has_greedy: bool  # whether any temperature is 0
+    cut: Cut | None = None  # None: no request is truncated,
+    mix: Mix | None = None  # or mixes
 
     @property
     def shape(self) -> torch.Size:
@@ -74,23 +109,34 @@ class LogitRows(Rows):
         return probs_BN
 
     def logprobs_of(self, token_ids_BN: Tensor) -> Tensor:
-        """Their logarithms, also where a probability is too small for float64; no temperature is 0."""
+        """Their logarithms, also where a probability is too small for float64; no temperature is 0.
+
+        Of rows as they are: neither truncated nor mixed.
+        """
         logprobs_BN = torch.empty(token_ids_BN.shape, dtype=torch.float64, device=token_ids_BN.device)
-        for place, scaled_BLV in self._scaled_tiles(token_ids_BN.shape[1]):
+        for place in self._places(token_ids_BN.shape[1]):
+            scaled_BLV = _scaled(self.logits_BLV[place], self.temperature_B[place[0]])
             own_BL = scaled_BLV.gather(-1, token_ids_BN[place][..., None]).squeeze(-1)
             logprobs_BN[place] = own_BL - scaled_BLV.logsumexp(dim=-1)
         return logprobs_BN
 
     def row(self, offset_B: Tensor, requests: slice = slice(None)) -> Tensor:
-        logits_BLV, temperature_B = self.logits_BLV[requests], self.temperature_B[requests]
-        logits_BV = logits_BLV[torch.arange(len(logits_BLV), device=logits_BLV.device), offset_B]
-        return target_probs(logits_BV[:, None], temperature_B, has_greedy=self.has_greedy)[:, 0]
+        logits_BLV = self.logits_BLV[requests]
+        logits_B1V = logits_BLV[torch.arange(len(logits_BLV), device=logits_BLV.device), offset_B, None]
+        if self.mix is not None:
+            logits_B1V = self.mix.row(offset_B, requests, logits_B1V)
+        return self._law(logits_B1V, requests)[:, 0]
 
     def behind_first(self) -> Self:
-        return replace(self, logits_BLV=self.logits_BLV[:, 1:])
+        mix = None if self.mix is None else self.mix.behind_first()
+        return replace(self, logits_BLV=self.logits_BLV[:, 1:], mix=mix)
 
     def dense(self) -> Tensor:
-        return target_probs(self.logits_BLV, self.temperature_B, has_greedy=self.has_greedy)
+        return self._law(self.logits(), slice(None))
+
+    def logits(self) -> Tensor:
+        """What the softmax is taken of; float64 (B, L, V) where any request mixes."""
+        return self.logits_BLV if self.mix is None else self.mix.of_all(self.logits_BLV)
 
     def draw(self, uniforms_BL: Tensor) -> Tensor:
         token_ids_BL = torch.empty(uniforms_BL.shape, dtype=torch.int64, device=uniforms_BL.device)
@@ -101,12 +147,14 @@ class LogitRows(Rows):
     def _tiles(self, num_rows: int) -> Iterator[tuple[tuple[slice, slice], Tensor]]:
         """The law of the first rows of each request, some at a time, and which they are."""
         for place in self._places(num_rows):
-            temperature_B = self.temperature_B[place[0]]
-            yield place, target_probs(self.logits_BLV[place], temperature_B, has_greedy=self.has_greedy)
+            logits_BLV = self.logits_BLV[place]
+            if self.mix is not None:
+                logits_BLV = self.mix.tile(place, logits_BLV)
+            yield place, self._law(logits_BLV, place[0])
 
-    def _scaled_tiles(self, num_rows: int) -> Iterator[tuple[tuple[slice, slice], Tensor]]:
-        for place in self._places(num_rows):
-            yield place, _scaled(self.logits_BLV[place], self.temperature_B[place[0]])
+    def _law(self, logits_BLV: Tensor, requests: slice) -> Tensor:
+        probs_BLV = target_probs(logits_BLV, self.temperature_B[requests], has_greedy=self.has_greedy)
+        return probs_BLV if self.cut is None else truncate(probs_BLV, self.cut.of(requests))
 
     def _places(self, num_rows: int) -> Iterator[tuple[slice, slice]]:
         """Whole requests, or rows of one where those of one are a tile."""
@@ -117,11 +165,9 @@ class LogitRows(Rows):
                 yield requests, rows
 
 
-def softmax_rows(logits_BLV: Tensor, temperature_B: Tensor, *, has_greedy: bool) -> Rows:
-    """The law softmax(logits / temperature), held in the cheaper way: what is one tile is formed at once."""
-    if logits_BLV.numel() <= _TILE:
-        return DenseRows(target_probs(logits_BLV, temperature_B, has_greedy=has_greedy))
-    return LogitRows(logits_BLV, temperature_B, has_greedy)
+def held(rows: LogitRows) -> Rows:
+    """The same law, held in the cheaper way: what is one tile is formed at once."""
+    return DenseRows(rows.dense()) if rows.logits_BLV.numel() <= _TILE else rows
 
 
 def spans_of_requests(size: int, vocab_size: int) -> Iterator[slice]:

@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 from transformers import NoRepeatNGramLogitsProcessor
 
 from blockroll.samplers import laws as laws_module
+from blockroll.samplers import processing as processing_module
+from blockroll.samplers import rows as rows_module
 from blockroll.types import Plan
 from tests.law.engine_law import PROMPT, Processing, engine_law, processed_law
 from tests.law.integrate import Toy, max_difference, target_law
@@ -109,6 +111,29 @@ PROCESSINGS = {
 def test_every_processor_sees_the_prefix_a_position_really_has(plan, toy, name):
     law, _ = engine_law(TOYS[toy], plan, length=LENGTH, processing=PROCESSINGS[name])
     assert max_difference(law, processed_law(TOYS[toy], PROCESSINGS[name], LENGTH)) < 1e-12
+
+
+@pytest.fixture
+def large(monkeypatch):
+    """Tables are held as rows of a large vocabulary are: logits, of which a row at a time is judged."""
+    monkeypatch.setattr(rows_module, "_TILE", 0)
+    monkeypatch.setattr(processing_module, "_FEW", 0)
+
+
+@pytest.mark.parametrize("plan", [PLANS[1], PLANS[3]], ids=lambda plan: plan.name)
+@pytest.mark.parametrize("name", ["top_k", "top_p", "min_p", "top_k_then_top_p", "all"])
+def test_rows_of_a_large_vocabulary_have_the_same_law(large, plan, name):
+    law, _ = engine_law(TOYS["hot"], plan, length=2, processing=PROCESSINGS[name])
+    assert max_difference(law, processed_law(TOYS["hot"], PROCESSINGS[name], 2)) < 1e-12
+
+
+@pytest.mark.parametrize("plan", [PLANS[1], PLANS[3]], ids=lambda plan: plan.name)
+@pytest.mark.parametrize("name", ["nothing", "repetition"])
+def test_mixed_rows_of_a_large_vocabulary_are_corrected_by_pi_over_mu(large, plan, name):
+    toy, processing = TOYS["hot"], PROCESSINGS.get(name, Processing())
+    law, corrected = engine_law(toy, plan, length=2, weight=0.5, processing=processing)
+    assert max_difference(corrected, target_law(toy, 2)) < 1e-12
+    assert max_difference(law, target_law(toy, 2)) > 1e-2
 
 
 @pytest.mark.parametrize("plan", PLANS, ids=lambda plan: plan.name)

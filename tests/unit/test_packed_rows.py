@@ -5,12 +5,13 @@ import torch
 
 from blockroll.samplers import LogitRows, PackedLogits, policy_logprobs
 from blockroll.samplers.packed import PackedRows
+from blockroll.samplers.processing import Cut
 
 NUM_ROWS = torch.tensor([1, 4, 1, 2])
 WIDTH, VOCAB = 4, 50
 
 
-def rows(temperatures, *, seed=0):
+def rows(temperatures, *, cut=None, seed=0):
     """The same laws packed and as a rectangle, and which cells are a request's own."""
     generator = torch.Generator().manual_seed(seed)
     logits_BLV = 3 * torch.randn(4, WIDTH, VOCAB, generator=generator)
@@ -24,8 +25,8 @@ def rows(temperatures, *, seed=0):
     temperature_B = torch.tensor(temperatures, dtype=torch.float64)
     has_greedy = bool((temperature_B == 0).any())
     return (
-        PackedRows(packed, temperature_B, has_greedy),
-        LogitRows(logits_BLV, temperature_B, has_greedy),
+        PackedRows(packed, temperature_B, has_greedy, cut),
+        LogitRows(logits_BLV, temperature_B, has_greedy, cut),
         is_own_BL,
     )
 
@@ -34,9 +35,17 @@ def uniforms(shape):
     return torch.rand(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
 
 
+CUT = Cut(
+    top_k=torch.tensor([0.0, 7, 0, 0], dtype=torch.float64),
+    top_p=torch.tensor([1.0, 1, 0.6, 1], dtype=torch.float64),
+    min_p=torch.tensor([0.0, 0, 0, 0.2], dtype=torch.float64),
+)
+
+
+@pytest.mark.parametrize("cut", [None, CUT], ids=["whole", "cut"])
 @pytest.mark.parametrize("temperatures", [(1.0, 0.7, 2.0, 1.0), (0.0, 1.0, 0.0, 0.5)])
-def test_what_is_read_of_packed_rows_is_what_the_rectangle_says(temperatures):
-    packed, rectangle, is_own_BL = rows(temperatures)
+def test_what_is_read_of_packed_rows_is_what_the_rectangle_says(temperatures, cut):
+    packed, rectangle, is_own_BL = rows(temperatures, cut=cut)
     assert packed.shape == rectangle.shape
     for width in (WIDTH, WIDTH - 1):
         ids_BN = torch.randint(VOCAB, (4, width), generator=torch.Generator().manual_seed(1))

@@ -23,7 +23,7 @@ from blockroll.policies.hf import HFPolicy
 from blockroll.rl_loops.run import rollout_sampling
 from blockroll.rollout.engine.requests import Limits, check_request
 from blockroll.samplers.laws import Laws, Text
-from blockroll.samplers.processing import completed_by, truncate
+from blockroll.samplers.processing import Cut, completed_by, truncate
 from blockroll.types import Law, Plan, Request, Sampling
 from tests.engines import make_requests, run
 from tests.equality import assert_same_rollouts
@@ -97,7 +97,7 @@ def row(*probs: float) -> torch.Tensor:
 
 def cut(probs: torch.Tensor, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> list[float]:
     return (
-        truncate(probs, torch.tensor([top_k]), torch.tensor([top_p]), torch.tensor([min_p]))
+        truncate(probs, Cut(torch.tensor([top_k]), torch.tensor([top_p]), torch.tensor([min_p])))
         .flatten()
         .tolist()
     )
