@@ -25,7 +25,7 @@ from blockroll.samplers.brought import allowed_rows, processed
 from blockroll.samplers.growing import IdBuffer, TokenCounts
 from blockroll.samplers.lossless import draw_draft, policy_logprobs
 from blockroll.samplers.packed import Logits, PackedLogits, PackedRows, joined, rectangle
-from blockroll.samplers.processing import Cut, completed_by, counts_by_row, penalize
+from blockroll.samplers.processing import Cut, completed_by, counts_by_row, even_where_empty, penalize
 from blockroll.samplers.rows import LogitRows, Mix, held
 from blockroll.types import POINT_MASS, Draft, Guide, Rows, Sampling, Verdict
 
@@ -259,7 +259,7 @@ class _Processing:
                         path.mask(rows[row, span])
             drawable = rows[:, span]
             if self.is_editing:
-                _even_where_empty(drawable)
+                even_where_empty(drawable)
             if law is None:
                 tokens.append(drawable.argmax(dim=-1))
             else:
@@ -289,7 +289,7 @@ class _Processing:
                     num_between = len(between) - (len(rows_LV) - len(reached_LV))
                     with self._request(row):
                         _edit_rows(reached_LV, text, between[:num_between])
-        is_empty_BL = _even_where_empty(rows)
+        is_empty_BL = even_where_empty(rows)
         return TargetRows(held(replace(law, logits_BLV=rows, mix=None)), is_empty_BL)
 
     @property
@@ -321,18 +321,6 @@ class _Processing:
             counts_by_row(self.completed_BV, between_BN, num_rows),
             *self.penalties_B3.unbind(dim=1),
         )
-
-
-def _even_where_empty(rows_BLV: Tensor) -> Tensor | None:
-    """Make rows that no token is left in even, in place, and say which they were; None: there is none.
-
-    Of a draft row, whatever is drawn there is rejected.
-    """
-    is_empty_BL = ~rows_BLV.amax(dim=-1).isfinite()
-    if not is_empty_BL.any():
-        return None
-    rows_BLV.masked_fill_(is_empty_BL[..., None], 0.0)
-    return is_empty_BL
 
 
 @lru_cache(maxsize=256)

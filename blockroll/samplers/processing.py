@@ -86,6 +86,18 @@ def penalize(
     return logits_BLV - frequency_B[:, None, None] * counts_BLV - presence_B[:, None, None] * (counts_BLV > 0)
 
 
+def even_where_empty(rows_BLV: Tensor) -> Tensor | None:
+    """Make rows that no token is left in even, in place, and say which they were; None: there is none.
+
+    Of a draft row, whatever is drawn there is rejected.
+    """
+    is_empty_BL = ~rows_BLV.amax(dim=-1).isfinite()
+    if not is_empty_BL.any():
+        return None
+    rows_BLV.masked_fill_(is_empty_BL[..., None], 0.0)
+    return is_empty_BL
+
+
 def truncate(probs_BLV: Tensor, cut_B: Cut) -> Tensor:
     """The law on the tokens that top-k, then top-p, then min-p keep, normalised; the best token always stays.
 
