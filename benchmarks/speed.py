@@ -1,14 +1,14 @@
 """Speed against plain decoding and transformers, in one run, on one thread."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+from benchmarks import peers
 from benchmarks.rows import Row
 from benchmarks.workload import (
     RUNS,
-    SMOLLM2,
     TWO_FORWARD,
     K,
     causal_part,
@@ -16,12 +16,10 @@ from benchmarks.workload import (
     prompts,
     trained_adapter,
 )
-from blockroll.bench.bench import PEERS_PYTHON, BenchOptions, run_bench, to_record
+from blockroll.bench.bench import BenchOptions, run_bench, to_record
 from blockroll.policies.hf import HFPolicy
 from blockroll.rollout.planning.planner import read_plan
 from blockroll.types import PLAIN, Plan
-
-HISTORY_DRAFTS = 5  # as many as vLLM's n-gram speculation drafts
 
 
 def drafted_speed(
@@ -72,45 +70,11 @@ def auto(
     return [to_record(row) for row in rows]
 
 
-def against_peers(
-    folder: str | Path = SMOLLM2 / "policy",
-    texts: Sequence[tuple[int, ...]] = (),
-    *,
-    batches: tuple[int, ...] = (1, 8, 32),
-    repeats: int = 5,
-    max_tokens: int = 48,
-    dtype: str = "bfloat16",
-    against: tuple[str, ...] = ("generate", "vllm", "vllm_ngram"),
-) -> list[Row]:
-    """A real pretrained model beside transformers and vLLM, in turns; every text has `max_tokens` tokens.
-
-    `texts` are its prompts, as tokens; none: the held-out questions of examples/smollm2.py.
-    """
-    from examples.smollm2 import HELD_OUT_TOPICS, prompt_ids, questions
-
-    with one_thread():
-        policy = HFPolicy.from_pretrained(folder, dtype=dtype)
-        options = BenchOptions(
-            batches=batches, repeats=repeats, rollouts=1, max_tokens=(max_tokens,), ignore_eos=True
-        )
-        rows = run_bench(
-            policy,
-            texts or prompt_ids(policy, list(questions(HELD_OUT_TOPICS))),
-            [PLAIN, read_plan(f"history({HISTORY_DRAFTS})", policy)],
-            options,
-            policy_path=str(folder),
-            against=against,
-        )
-    return [to_record(row) for row in rows]
-
-
 def experiments() -> dict[str, Callable[[], list[Row]]]:
     """Every experiment by the name of its result file."""
     found = {"drafts": partial(drafted_speed, HFPolicy.from_pretrained("tiny")), "auto": auto}
-    if not (SMOLLM2 / "policy" / "config.json").is_file():
-        print(f"speed: peers is left out: no {SMOLLM2 / 'policy'}; run examples/smollm2.py first")
-    elif not PEERS_PYTHON.is_file():
-        print(f"speed: peers is left out: no {PEERS_PYTHON}; run `make peers` first")
+    if (reason := peers.missing()) is not None:
+        print(f"speed: peers is left out: {reason}")
     else:
-        found["peers"] = against_peers
+        found["peers"] = peers.peers
     return found

@@ -124,12 +124,19 @@ def has_checkpoint(run_dir: Path) -> bool:
 @contextmanager
 def one_thread() -> Iterator[None]:
     """Speed is measured on one torch thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    with threads(1):
+        yield
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """So many torch threads meanwhile."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
     try:
         yield
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(before)
 
 
 def has_smollm2(subject: str, experiment: str) -> bool:

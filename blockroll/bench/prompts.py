@@ -6,8 +6,26 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from blockroll.errors import InvalidInput
+from blockroll.policies.hf import HFPolicy
+from blockroll.policies.prompts import PromptEncoder
 
 GSM8K_FIELD = "question"
+
+
+def worked_prompts(policy: HFPolicy, count: int) -> list[tuple[int, ...]]:
+    """Sums behind two that are worked out, as tokens."""
+    encode = PromptEncoder(policy.tokenizer, vocab_size=policy.vocab_size)
+    return [encode(text) for text in worked_arithmetic(count)]
+
+
+def gsm8k_prompts(policy: HFPolicy, path: Path) -> list[tuple[int, ...]]:
+    """The questions of a GSM8K file as tokens, as a user's message where there is a chat template."""
+    encode = PromptEncoder(policy.tokenizer, vocab_size=policy.vocab_size)
+    has_template = getattr(policy.tokenizer, "chat_template", None) is not None
+    return [
+        encode([{"role": "user", "content": question}] if has_template else question)
+        for question in gsm8k_questions(path)
+    ]
 
 
 def worked_arithmetic(count: int, *, seed: int = 0) -> list[str]:

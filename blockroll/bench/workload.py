@@ -145,11 +145,7 @@ def warm_up_wave(prompts: Prompts, workload: Workload, options: BenchOptions, *,
     Who remembers texts would know the answers to requests that are measured.
     """
     wave = make_waves(prompts, workload, options.repeats, options, law=law)[0]
-    return (
-        wave[: math.ceil(workload.batch / options.siblings) * options.siblings]
-        if (options.shape == "grouped")
-        else wave
-    )
+    return wave[: workload.batch] if options.shape == "grouped" else wave
 
 
 def cut_to_length(prompts: Prompts, length: int) -> list[tuple[int, ...]]:

@@ -191,6 +191,8 @@ def _check_outputs(json_file: Path | None, picture: Path | None) -> None:
 
 def _chosen_prompts(source: str, policy: "HFPolicy") -> list[tuple[int, ...]]:
     """What `--prompts` names, as tokens; none where they are drawn at random."""
+    from blockroll.bench.prompts import gsm8k_prompts, worked_prompts
+
     if source == "random":
         return []
     if source == "text":
@@ -200,28 +202,6 @@ def _chosen_prompts(source: str, policy: "HFPolicy") -> list[tuple[int, ...]]:
     if source.startswith(GSM8K):
         return gsm8k_prompts(policy, Path(source.removeprefix(GSM8K)))
     return prompts_from(Path(source), policy)
-
-
-def worked_prompts(policy: "HFPolicy", count: int) -> list[tuple[int, ...]]:
-    """Sums behind two that are worked out, as tokens."""
-    from blockroll.bench.prompts import worked_arithmetic
-    from blockroll.policies.prompts import PromptEncoder
-
-    encode = PromptEncoder(policy.tokenizer, vocab_size=policy.vocab_size)
-    return [encode(text) for text in worked_arithmetic(count)]
-
-
-def gsm8k_prompts(policy: "HFPolicy", path: Path) -> list[tuple[int, ...]]:
-    """The questions of a GSM8K file as tokens, as a user's message where there is a chat template."""
-    from blockroll.bench.prompts import gsm8k_questions
-    from blockroll.policies.prompts import PromptEncoder
-
-    encode = PromptEncoder(policy.tokenizer, vocab_size=policy.vocab_size)
-    has_template = getattr(policy.tokenizer, "chat_template", None) is not None
-    return [
-        encode([{"role": "user", "content": question}] if has_template else question)
-        for question in gsm8k_questions(path)
-    ]
 
 
 def arithmetic_prompts(policy: "HFPolicy") -> list[tuple[int, ...]]:

@@ -1,6 +1,8 @@
 """A short form of the experiments on speed."""
 
-from benchmarks import speed
+import json
+
+from benchmarks import peers, speed
 from benchmarks.readme_speed import peers_table
 from benchmarks.workload import prompts
 
@@ -25,23 +27,42 @@ def test_auto_has_rows_beside_plain_and_transformers(adapter, tmp_path, monkeypa
     assert list((tmp_path / "cache" / "plans").glob("*.json"))
 
 
-def test_peers_have_rows_beside_plain_and_drafts_from_history(policy):
-    rows = speed.against_peers(
-        "tiny",
-        prompts(policy, 4),
-        batches=(2,),
-        repeats=1,
-        max_tokens=4,
-        dtype="float32",
-        against=("generate", "generate_process"),
-    )
-    assert [row["plan"] for row in rows] == [
-        "plain",
-        "history(5)",
-        "transformers_generate",
-        "transformers_generate_process",
+SMALL = {"prompts": "worked", "batch": 2, "temperature": 1.0, "repeats": 1, "against": ("generate_process",)}
+
+
+def test_peers_have_rows_of_every_cell_and_a_cell_is_measured_once(tmp_path, capsys):
+    """What is kept of another commit is measured again, and nothing begins after the deadline."""
+    even = peers.Cell(**SMALL, shape="even")
+    grouped = peers.Cell(**SMALL)
+    settings = {
+        "folder": "tiny",
+        "prompts": {"worked": lambda policy: prompts(policy, 4)},
+        "kept": tmp_path,
+        "max_tokens": 4,
+        "dtype": "float32",
+    }
+    rows = peers.measure([even, grouped], **settings)
+    subjects = ["plain", "auto", "transformers_generate_process"]
+    assert [(row["workload"], row["plan"]) for row in rows] == [
+        (workload, plan) for workload in ("even", "grouped") for plan in subjects
     ]
-    assert all(row["tokens_per_cpu_s"] > 0 and row["mean_length"] == 4 for row in rows)
+    assert all(row["tokens_per_cpu_s"] > 0 and row["prompts"] == "worked" for row in rows)
+    assert peers.measure([even, grouped], **settings) == json.loads(json.dumps(rows))
+
+    (path,) = tmp_path.glob("even-*")
+    path.write_text(json.dumps({"commit": "another", "rows": []}))
+    again = peers.measure([even, grouped], **settings, deadline=0.0)
+    assert [row["workload"] for row in again] == ["grouped"] * 3
+    assert f"{even.name} is left out: there is no time for it" in capsys.readouterr().out
+
+
+def test_questions_of_gsm8k_are_left_out_by_name_where_there_is_no_file(tmp_path, capsys):
+    cells, _ = peers.every_cell(tmp_path / "gsm8k.jsonl")
+    assert {cell.prompts for cell in cells} == {"chat", "worked"}
+    assert "GSM8K is left out: no" in capsys.readouterr().out
+    (tmp_path / "gsm8k.jsonl").write_text('{"question": "How many?"}')
+    cells, _ = peers.every_cell(tmp_path / "gsm8k.jsonl")
+    assert len({cell.name for cell in cells}) == len(cells) == 11
 
 
 def test_the_table_of_peers_says_ratios_of_repeats_and_what_was_not_measured():

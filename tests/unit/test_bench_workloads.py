@@ -37,12 +37,12 @@ def test_an_epoch_holds_the_siblings_of_each_prompt_and_comes_back_with_other_se
     assert not {request.seed for request in warm_up} & {request.seed for request in requests}
 
 
-def test_an_epoch_fills_the_batch_and_warming_up_takes_no_more_groups_than_that():
+def test_an_epoch_fills_the_batch_and_warming_up_takes_no_more_than_that():
     wide = dataclasses.replace(WORKLOAD, batch=5)
     options = dataclasses.replace(GROUPED, rollouts=20)
     assert [len(epoch) for epoch in make_waves(prompts(3), wide, 0, GROUPED)] == [6, 6, 6]
     assert [len(epoch) for epoch in make_waves(prompts(3), wide, 0, options)] == [20, 20, 20]
-    assert len(warm_up_wave(prompts(3), wide, options, law=TARGET)) == 6
+    assert len(warm_up_wave(prompts(3), wide, options, law=TARGET)) == 5
 
 
 def test_skewed_lengths_have_a_heavy_tail_and_do_not_depend_on_the_batch():
