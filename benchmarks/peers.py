@@ -111,6 +111,7 @@ def measure(
 
     `prompts` has for each name what makes them. No cell begins after `deadline`, by `time.monotonic`.
     """
+    commit = rows.provenance()["commit"]
     with threads(num_threads):
         policy = HFPolicy.from_pretrained(folder, dtype=dtype)
         texts = {name: prompts[name](policy) for name in {cell.prompts for cell in cells}}
@@ -121,12 +122,12 @@ def measure(
                 _make_room(pool, cell, texts[cell.prompts], max_tokens)
             for cell in cells:
                 path = kept / f"{cell.name}-threads{num_threads}.json"
-                measured = _kept(path)
+                measured = _kept(path, commit)
                 if measured is None and (deadline is None or time.monotonic() < deadline):
                     start = time.monotonic()
                     measured = _measured(cell, policy, texts[cell.prompts], folder, pool, max_tokens)
                     path.parent.mkdir(parents=True, exist_ok=True)
-                    path.write_text(json.dumps({"commit": rows.provenance()["commit"], "rows": measured}))
+                    path.write_text(json.dumps({"commit": commit, "rows": measured}))
                     print(f"{NAME}: {cell.name} took {time.monotonic() - start:.0f} s", flush=True)
                 elif measured is None:
                     print(f"{NAME}: {cell.name} is left out: there is no time for it", flush=True)
@@ -164,12 +165,12 @@ def _measured(
     return [{**to_record(row), "prompts": cell.prompts} for row in measured]
 
 
-def _kept(path: Path) -> list[Row] | None:
+def _kept(path: Path, commit: str | None) -> list[Row] | None:
     """The rows of a cell, if they are of this commit."""
     if not path.is_file():
         return None
     kept = json.loads(path.read_text())
-    return kept["rows"] if kept["commit"] == rows.provenance()["commit"] else None
+    return kept["rows"] if kept["commit"] == commit else None
 
 
 def chat_prompts(policy: HFPolicy) -> list[tuple[int, ...]]:

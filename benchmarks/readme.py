@@ -5,19 +5,20 @@
 A test holds both texts against the rows, but for the marks of what is stale.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from benchmarks import (
     readme_drafts,
     readme_law,
     readme_learning,
+    readme_peers,
     readme_pictures,
     readme_speed,
     readme_trl,
     stale,
 )
-from benchmarks.rows import ROOT, has_rows, read
+from benchmarks.rows import ROOT, Row, has_rows, read
 
 PAGE = ROOT / "docs" / "measured.md"
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
@@ -42,13 +43,7 @@ SECTIONS = (
     Section(
         "speed_peers",
         "Speed: a real model beside transformers and vLLM",
-        # Rows of the commit behind the one that mended it; without the sentence once they are measured again.
-        lambda: (
-            readme_speed.peers_table(read("speed_peers"))
-            + "\n\nWhere vLLM stands, a CPU second is worth more than it says: in these rows its processor "
-            "time holds that of its idle threads while others were measured, and its n-gram lookup had a "
-            "second thread. Wall time is the ratio to go by; batch 1 and 8 were measured beside other work."
-        ),
+        lambda: readme_peers.peers_page(read("speed_peers")) + flawed_cpu_time(read("speed_peers")),
     ),
     Section("drafts_conversions", "What an adapter drafts", readme_drafts.drafts_table),
     Section("drafts_smollm2", "SmolLM2-135M-Instruct, converted by adapter", readme_drafts.smollm2_table),
@@ -93,7 +88,22 @@ FINDINGS: tuple[tuple[str, Callable[[], str]], ...] = (
 def measured_section() -> str:
     """Everything the README says in numbers."""
     findings = "\n".join(text() for name, text in FINDINGS if has_rows(name))
-    return f"{readme_speed.auto_table()}\n\n{findings}"
+    peers = read("speed_peers") if has_rows("speed_peers") else []
+    first = (
+        readme_peers.readme_section(peers) if readme_peers.has_grouped(peers) else readme_speed.auto_table()
+    )
+    return f"{first}\n\n{findings}"
+
+
+def flawed_cpu_time(rows: Sequence[Row]) -> str:
+    """A warning beside rows from before a peer's processor time was that of its waves alone."""
+    if all("cpu" in row for row in rows):
+        return ""
+    return (
+        "\n\nWhere vLLM stands, a CPU second is worth more than it says: in these rows its processor "
+        "time holds that of its idle threads while others were measured, and its n-gram lookup had a "
+        "second thread. Wall time is the ratio to go by; batch 1 and 8 were measured beside other work."
+    )
 
 
 def measured_page() -> str:

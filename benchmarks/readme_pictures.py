@@ -7,12 +7,20 @@ from typing import Any
 import numpy as np
 
 from benchmarks.readme_learning import laws_summary, rewards_by_run, smoothed
-from benchmarks.rows import ROOT, has_rows, read
+from benchmarks.readme_peers import PROMPTS, best_of_vllm, cells_of, has_grouped, of_workload
+from benchmarks.rows import ROOT, Row, has_rows, read
 
 IMAGES = ROOT / "docs" / "images"
 COLOURS = {"plain": "#6b7280", "two_forward": "#0f766e", "lossless": "#0f766e"}
 COLOURS |= {"mixed, corrected": "#3d7fd6", "mixed, uncorrected": "#d9822b"}
 COLOURS |= {"left alone": "#6b7280", "aligned": "#0f766e"}
+BARS = {  # of speeds: what is drawn, its name and its colour
+    "plain": ("ours, plain", "#6b7280"),
+    "auto": ("ours, auto", "#0f766e"),
+    "transformers_generate": ("transformers' generate", "#d9822b"),
+    "vllm": ("vLLM, plain", "#93b8e8"),
+    "best": ("vLLM, best of its ways", "#2b62b8"),
+}
 
 
 def draw_all() -> None:
@@ -22,6 +30,8 @@ def draw_all() -> None:
         draw_laws()
     if has_rows("trl_alignment"):
         draw_alignment()
+    if has_rows("speed_peers") and has_grouped(read("speed_peers")):
+        draw_peers(read("speed_peers"))
 
 
 def draw_learning() -> None:
@@ -61,15 +71,68 @@ def draw_alignment() -> None:
         right.legend(frameon=False, loc="lower right", title=f"mean and band of {len(runs)} seeds")
 
 
+def draw_peers(rows: Sequence[Row]) -> None:
+    """Tokens per second of a real model: where nothing can be looked up, and where prompts come back."""
+    grouped = cells_of(of_workload(rows, "grouped"))
+    even = cells_of(of_workload(rows, "even"))
+    widths = [max(len(even), 1), max(len(grouped), 1)]
+    with _picture("speed_peers", width=14, panels=2, widths=widths) as (left, right):
+        _bars(left, {f"batch {batch}": cells for (_, _, batch), cells in even.items()})
+        _bars(
+            right,
+            {
+                f"{PROMPTS.get(prompts, prompts)}\nbatch {batch}, T = {temperature:g}": cells
+                for (prompts, temperature, batch), cells in grouped.items()
+            },
+        )
+        left.set(ylabel="tokens per second", title="every prompt new")
+        siblings, epochs = ({row[name] for row in rows} - {None} for name in ("siblings", "epochs"))
+        right.set_title(
+            f"{', '.join(map(str, siblings))} rollouts of each prompt, {', '.join(map(str, epochs))} epochs"
+        )
+        bars = {
+            name: bar
+            for panel in (left, right)
+            for bar, name in zip(*panel.get_legend_handles_labels(), strict=True)
+        }
+        names = [name for name, _ in BARS.values() if name in bars]
+        left.legend([bars[name] for name in names], names, frameon=False, loc="upper left", fontsize=8)
+
+
+def _bars(axes: Any, groups: dict[str, dict[str, Row]]) -> None:
+    """A bunch of bars for each group, on a logarithmic axis, each with its figure."""
+    width, labelled = 0.8 / len(BARS), set()
+    for place, cells in enumerate(groups.values()):
+        shown = {name: row["tokens_per_s"] for name, row in cells.items() if row["skipped"] is None}
+        best = best_of_vllm(cells)
+        if best is not None:
+            shown["best"] = shown[best]
+        drawn = [name for name in BARS if name in shown]
+        for index, name in enumerate(drawn):
+            label, colour = BARS[name]
+            at = place + (index - (len(drawn) - 1) / 2) * width
+            bar = axes.bar(at, shown[name], width, color=colour, label="" if name in labelled else label)
+            axes.bar_label(bar, fmt="%.0f", fontsize=7)
+            labelled.add(name)
+    axes.set_yscale("log")
+    axes.set_xticks(range(len(groups)), list(groups), fontsize=8)
+    low, high = axes.get_ylim()
+    axes.set_ylim(low, high * 2)
+
+
 @contextmanager
-def _picture(name: str, *, width: float, panels: int = 1) -> Iterator[Sequence[Any]]:
+def _picture(
+    name: str, *, width: float, panels: int = 1, widths: Sequence[float] | None = None
+) -> Iterator[Sequence[Any]]:
     """Panels side by side, saved as docs/images/NAME.png."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, panels, figsize=(width, 3.6), layout="constrained", squeeze=False)
+    figure, axes = pyplot.subplots(
+        1, panels, figsize=(width, 3.6), layout="constrained", squeeze=False, width_ratios=widths
+    )
     for each in axes[0]:
         each.spines[["top", "right"]].set_visible(False)
         each.grid(axis="y", alpha=0.25)

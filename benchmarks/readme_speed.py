@@ -59,43 +59,6 @@ def speed_table() -> str:
     return "\n".join((*lines, "", caption))
 
 
-def peers_table(rows: Sequence[Row]) -> str:
-    """Tokens per second of a real model, and per second of processor time, beside transformers and vLLM."""
-    lines = [
-        "| batch | | tokens a second | a CPU second | ours plain over it, wall time | CPU time |",
-        "| ---: | --- | ---: | ---: | ---: | ---: |",
-    ]
-    plain = {row["batch"]: row for row in rows if row["plan"] == "plain"}
-    for row in rows:
-        name, ours = row["plan"].removeprefix("transformers_"), plain[row["batch"]]
-        if row["skipped"] is not None:
-            lines.append(f"| {row['batch']} | `{name}` | not measured: {row['skipped']} | | | |")
-            continue
-        ratios = (
-            paired(ours[f"{figure}_all"], row[f"{figure}_all"]) if row is not ours else ""
-            for figure in ("tokens_per_s", "tokens_per_cpu_s")
-        )
-        lines.append(
-            f"| {row['batch']} | `{name}` | {row['tokens_per_s']:.0f} | {row['tokens_per_cpu_s']:.0f} "
-            f"| {' | '.join(ratios)} |"
-        )
-    first = rows[0]
-    versions = ", ".join(sorted({row["version"] for row in rows if row["version"] is not None}))
-    starts = [row["setup_s"] for row in rows if row["version"] is not None and row["setup_s"] is not None]
-    caption = (
-        f"SmolLM2-135M-Instruct, {first['dtype']}, {first['threads']} thread each, {first['machine']}, "
-        f"temperature {first['temperature']:g}, every text {first['max_tokens']} tokens, log-probabilities "
-        f"on: medians of {first['repeats']} repeats in turns, and median (and range) of their ratios. Above "
-        f"1 ours is faster; a range that holds 1 shows no difference. {versions or 'no vLLM'}; transformers "
-        f"{first['transformers_version']}; commit {first['commit']}."
-    )
-    if starts:
-        caption += (
-            f" vLLM's start and compilation, {min(starts):.0f} to {max(starts):.0f} s, are not counted."
-        )
-    return "\n".join((*lines, "", caption))
-
-
 def audit_table() -> str:
     """Time with the audit over time without."""
     lines = [

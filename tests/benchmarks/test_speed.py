@@ -3,7 +3,6 @@
 import json
 
 from benchmarks import peers, speed
-from benchmarks.readme_speed import peers_table
 from benchmarks.workload import prompts
 
 
@@ -63,23 +62,3 @@ def test_questions_of_gsm8k_are_left_out_by_name_where_there_is_no_file(tmp_path
     (tmp_path / "gsm8k.jsonl").write_text('{"question": "How many?"}')
     cells, _ = peers.every_cell(tmp_path / "gsm8k.jsonl")
     assert len({cell.name for cell in cells}) == len(cells) == 11
-
-
-def test_the_table_of_peers_says_ratios_of_repeats_and_what_was_not_measured():
-    figures = {"dtype": "bfloat16", "threads": 1, "machine": "a machine", "temperature": 1.0, "max_tokens": 4}
-    figures |= {"repeats": 2, "transformers_version": "5", "commit": "abc", "batch": 8, "skipped": None}
-    ours = {"plan": "plain", "version": None, "setup_s": 1.0, "tokens_per_s": 15.0, "tokens_per_cpu_s": 30.0}
-    ours |= {"tokens_per_s_all": (10.0, 20.0), "tokens_per_cpu_s_all": (30.0, 30.0)}
-    other = {"plan": "vllm", "version": "vllm 0.32.0", "setup_s": 90.0, "tokens_per_s": 20.0}
-    other |= {
-        "tokens_per_cpu_s": 40.0,
-        "tokens_per_s_all": (20.0, 20.0),
-        "tokens_per_cpu_s_all": (60.0, 20.0),
-    }
-    dead = {"plan": "vllm_ngram(5)", "version": None, "setup_s": None}
-    table = peers_table([figures | ours, figures | other, figures | dead | {"skipped": "it died"}])
-
-    assert "| 8 | `vllm` | 20 | 40 | 0.75x (0.50 to 1.00) | 1.00x (0.50 to 1.50) |" in table
-    assert "| 8 | `vllm_ngram(5)` | not measured: it died |" in table
-    assert "90 to 90 s, are not counted" in table
-    assert "vllm 0.32.0" in table
