@@ -6,6 +6,7 @@ from itertools import cycle
 import torch
 
 from blockroll.rollout.drafters.engine import Engine
+from blockroll.rollout.engine.plans import Choice, NextStep, StepTaken
 from blockroll.types import Plan, Request, Rollout, Sampling
 
 
@@ -26,20 +27,12 @@ class PlansInTurn:
         self.observed: list[tuple[Plan, int, int, int]] = []  # plan, batch size, context, tokens
         self._turns = cycle(plans)
 
-    def choose(self, batch_size: int, context: int) -> Plan:
-        return next(self._turns)
+    def choose(self, step: NextStep) -> Choice:
+        self._context = step.context
+        return Choice(plan=next(self._turns))
 
-    def observe(
-        self,
-        plan: Plan,
-        batch_size: int,
-        context: int,
-        seconds: float,
-        num_tokens: int,
-        *,
-        start_seconds: float,
-    ) -> None:
-        self.observed.append((plan, batch_size, context, num_tokens))
+    def observe(self, taken: StepTaken) -> None:
+        self.observed.append((taken.plan, taken.batch_size, self._context, taken.num_tokens))
 
 
 def run(policy, requests: Iterable[Request], plan: Plan | PlansInTurn, **options) -> dict[str, Rollout]:

@@ -167,7 +167,8 @@ def test_a_request_that_was_aborted_goes_on_with_drafts():
 def test_nothing_is_drafted_behind_a_token_that_ends_the_text_nor_past_its_length():
     policy = random_policy(scale=3.0)
     prompt = (5, 9, 13)
-    engine = Engine(policy, plan=PLAN, observers=[watch := Watch()])
+    history = HistoryDrafts(row_cost=0.001)
+    engine = Engine(policy, plan=PLAN, observers=[watch := Watch()], drafters=[history])
     text = drain(engine, [request("a", prompt, seed=1, **GREEDY_OPTIONS)])["a"].token_ids
     stop = text[2]
     options = {**GREEDY_OPTIONS, "stop_token_ids": (stop,)}

@@ -53,11 +53,11 @@ def test_options_of_the_policy_and_of_the_engine_take_effect(checkpoint, tmp_pat
         assert len(engine._observers) == 1
 
 
-def test_an_ordinary_checkpoint_just_works_and_the_log_says_once_that_it_decodes_plainly(checkpoint, caplog):
+def test_an_ordinary_checkpoint_just_works_and_the_log_says_once_that_it_has_no_drafts(checkpoint, caplog):
     with caplog.at_level(logging.WARNING), RolloutPool.from_pretrained(checkpoint, num_replicas=2) as pool:
         assert engine_of(pool).planner is not None
         assert len(list(pool.generate(pool.requests([[5, 6, 7]], num_samples=3)))) == 3
-    (said,) = [record.message for record in caplog.records if "decodes plainly" in record.message]
+    (said,) = [record.message for record in caplog.records if "from history alone" in record.message]
     assert "blockroll convert" in said
 
 

@@ -46,11 +46,11 @@ def test_every_metric_of_the_stock_trainer_is_logged_and_ours_beside_it(tmp_path
     assert [row["rollout/weight_version"] for row in ours] == [0, 1]
 
 
-def test_a_trainer_whose_policy_has_no_drafts_says_once_that_it_decodes_plainly(tmp_path, caplog):
+def test_a_trainer_whose_policy_has_no_drafts_says_so_once(tmp_path, caplog):
     bare = save_random_policy(tmp_path / "bare", can_draft=False)
     with caplog.at_level(logging.WARNING):
         logs(trainer(tmp_path, model=bare, rollout=RolloutConfig(plan="auto"), options={"max_steps": 1}))
-    (said,) = [record.message for record in caplog.records if "decodes plainly" in record.message]
+    (said,) = [record.message for record in caplog.records if "from history alone" in record.message]
     assert "blockroll convert" in said
 
 

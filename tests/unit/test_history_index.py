@@ -60,7 +60,7 @@ def test_places_vote_and_those_that_disagree_drop_out():
     for tokens in ((4, 5, 6), (4, 5, 7), (4, 9, 9)):
         written(texts, tokens, close=True)
     (match,) = texts.matches(written(texts, ()))
-    rows = rows_behind(match, 8)
+    rows = [*rows_behind(match, 8)]
     assert [row.token_id for row in rows] == [4, 5, 7], "of 6 and 7, equally frequent, the latest"
     assert [row.order for row in rows] == [3, 4, 5]
     assert [row.agreement for row in rows] == [4, 3, 2]
@@ -105,7 +105,7 @@ def test_a_token_costs_the_same_operations_however_often_it_stood_before(length,
         texts.extend(number, (token,))
         for match in texts.matches(number):
             assert len(match.places) <= PLACES_PER_NGRAM
-            assert len(rows_behind(match, 8)) <= 8
+            assert len([*rows_behind(match, 8)]) <= 8
     assert counting.touched <= length * 3 * ORDER
     assert counting.most_places <= PLACES_PER_NGRAM
 

@@ -4,7 +4,7 @@ import pytest
 
 from blockroll.errors import InvalidInput
 from blockroll.rollout.drafters.engine import Engine
-from blockroll.rollout.planning.cost_table import Bucket, CostTable
+from blockroll.rollout.planning.costs import CostModel, Work
 from blockroll.rollout.planning.planner import Planner
 from blockroll.types import DRAFTERS, MASK_ROWS, PLAIN, Plan, PlanKind
 
@@ -67,20 +67,19 @@ def test_a_planner_guesses_a_drafters_tokens_by_that_drafter_alone():
     """What another drafter's shorter drafts were accepted for says nothing of these."""
     short, long = Plan(2, drafter="first"), Plan(4, drafter="second")
     planner = Planner([short, long])
-    for _ in range(50):
-        planner.observe(short, 1, 64, 1.0, 1)  # none was ever accepted
+    planner.load_state_dict({short.name: [50, 50, 0, 0]})  # none was ever accepted
     assert planner.expected_tokens(long) == 5.0
     assert planner.expected_tokens(short) < 1.5
 
 
-def test_a_table_of_costs_and_the_counts_of_a_planner_keep_the_plans_of_any_drafter(tmp_path):
-    plan, bucket = Plan(4, drafter=OTHER), Bucket(1, 64)
-    table = CostTable(tmp_path / "costs.json")
-    table.add(plan, bucket, 1.5)
-    table.save()
-    assert CostTable.load(tmp_path / "costs.json").cost(plan, bucket) == 1.5
-    planner = Planner([plan])
-    planner.observe(plan, 1, 64, 1.0, 3)
-    again = Planner([plan])
+def test_costs_and_the_counts_of_a_planner_keep_the_plans_of_any_drafter(tmp_path):
+    plan = Plan(4, drafter=OTHER)
+    model, work = CostModel(tmp_path / "costs.json"), Work.of(plan, 1, 64)
+    for seconds in (1.0, 1.0, 1.0, 1.5, 1.5, 1.0, 1.5):
+        model.observe(work if seconds > 1 else work.plain, seconds)
+    model.save()
+    assert CostModel.load(tmp_path / "costs.json").num_samples(work) == model.num_samples(work) == 2
+    planner, again = Planner([plan]), Planner([plan])
+    planner.load_state_dict({plan.name: [10, 30, 0, 0]})
     again.load_state_dict(planner.state_dict())
-    assert again.expected_tokens(plan) == planner.expected_tokens(plan)
+    assert again.expected_tokens(plan) == planner.expected_tokens(plan) > 3

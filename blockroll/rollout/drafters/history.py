@@ -8,7 +8,7 @@ places agreed.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import NamedTuple
@@ -27,6 +27,7 @@ ROW_COST = 0.1
 _MOST_TRIES = 512  # of a cell; then both counts are halved, so that what was right lately decides
 _PRIOR_TRIES = 4.0
 _MOST_SEEDS = 1 << 17
+_MOST_SKIPPED = 31  # looks in a row that a text sits out where it has found nothing again and again
 
 
 class Row(NamedTuple):
@@ -54,7 +55,7 @@ class AcceptanceTable:
     def rate(self, source: Source, row: Row) -> float:
         """Chance of a row whose rows before are right; a longer match starts from a better one."""
         tries, right = self._counts.get((source, min(row.order, 8), row.agreement), (0, 0))
-        prior = 0.2 + 0.075 * min(row.order, 8)
+        prior = 0.05 + 0.05 * min(row.order, 8)
         return (right + prior * _PRIOR_TRIES) / (tries + _PRIOR_TRIES)
 
     def learn(self, guess: Guess, token_ids: Sequence[int]) -> None:
@@ -75,7 +76,11 @@ class _Followed:
 
     texts: PromptTexts
     number: int
-    guesses: list[Guess] = field(default_factory=list)  # of the latest step
+    guesses: list[Guess] = field(default_factory=list)  # of the latest look
+    drafts: list[int] = field(default_factory=list)  # of the guess that promises most,
+    chances: list[float] = field(default_factory=list)  # and that each and all before it are accepted
+    num_silent: int = 0  # looks that it sits out after one that finds nothing; doubles with each
+    num_skipped: int = 0  # of them so far
 
 
 class HistoryDrafts(Drafter):
@@ -140,14 +145,43 @@ class HistoryDrafts(Drafter):
                 del self.drawn[next(iter(self.drawn))]
         self.index.close(followed.texts, followed.number)
 
+    def outlook(
+        self, batch: Sequence[RunningRequest], most: int, least_chance: float
+    ) -> Sequence[Sequence[float]]:
+        """Look for each request's drafts; a text that finds nothing is looked up seldom, until it does.
+
+        Of the texts of a prompt all are read before one is looked up.
+        """
+        followed_B = [self._follow_request(running) for running in batch]
+        due_B = [followed is not None and _is_due(followed) for followed in followed_B]
+        prompts = {id(each.texts) for each, due in zip(followed_B, due_B, strict=True) if each and due}
+        for followed, running in zip(followed_B, batch, strict=True):
+            if followed is not None and id(followed.texts) in prompts:
+                self._read(followed, running.text.token_ids)
+        chances_B: list[Sequence[float]] = []
+        for followed, running, is_due in zip(followed_B, batch, due_B, strict=True):
+            if followed is None or not is_due:
+                chances_B.append(())
+                continue
+            self._look(followed, running, most, least_chance)
+            followed.num_silent = 0 if followed.drafts else min(2 * followed.num_silent + 1, _MOST_SKIPPED)
+            chances_B.append(followed.chances)
+        return chances_B
+
     def propose(self, step: DraftStep) -> Draft:
         """Of each request the guess that promises most tokens, behind texts that are all read first."""
-        followed_B = [self._up_to_date(running) for running in step.batch]
-        most = step.plan.num_drafts
-        drafts = [
-            [] if followed is None else self._drafts(followed, running, most)
-            for followed, running in zip(followed_B, step.batch, strict=True)
-        ]
+        most, lengths = step.plan.num_drafts, step.lengths
+        drafts: list[list[int]] = []
+        if lengths is not None:  # chosen by the outlook on this very step
+            for running, length in zip(step.batch, lengths, strict=True):
+                followed = self._followed.get(running.request.request_id)
+                drafts.append(followed.drafts[:length] if followed is not None and length else [])
+        else:
+            followed_B = [self._up_to_date(running) for running in step.batch]
+            for followed, running in zip(followed_B, step.batch, strict=True):
+                if followed is not None:
+                    self._look(followed, running, most, self.row_cost)
+                drafts.append([] if followed is None else followed.drafts)
         device, width = step.policy.device, max(map(len, drafts))
         padded = [each + [0] * (width - len(each)) for each in drafts]
         return Draft(
@@ -157,13 +191,16 @@ class HistoryDrafts(Drafter):
         )
 
     def _up_to_date(self, running: RunningRequest) -> _Followed | None:
-        request_id = running.request.request_id
-        if request_id not in self._followed:
-            self._follow(running.request)
-        followed = self._followed[request_id]
+        followed = self._follow_request(running)
         if followed is not None:
             self._read(followed, running.text.token_ids)
         return followed
+
+    def _follow_request(self, running: RunningRequest) -> _Followed | None:
+        request_id = running.request.request_id
+        if request_id not in self._followed:
+            self._follow(running.request)
+        return self._followed[request_id]
 
     def _follow(self, request: Request) -> None:
         """Open a text for it, unless coins of its seed have drawn more than it begins with."""
@@ -181,74 +218,93 @@ class HistoryDrafts(Drafter):
     def _read(self, followed: _Followed, token_ids: Sequence[int]) -> None:
         """What was committed since the last time; guesses of a step that raised teach nothing."""
         fresh = token_ids[len(followed.texts.text(followed.number).tokens) :]
-        for guess in followed.guesses if fresh else ():
+        if not fresh:
+            return
+        for guess in followed.guesses:
             self.acceptance.learn(guess, fresh)
         followed.guesses = []
         followed.texts.extend(followed.number, fresh)
 
-    def _drafts(self, followed: _Followed, running: RunningRequest, most: int) -> list[int]:
-        """The step's last token needs no draft, and behind one that ends the text none is needed."""
+    def _look(self, followed: _Followed, running: RunningRequest, most: int, least_chance: float) -> None:
+        """Find the guess that promises most. The text has been read.
+
+        The step's last token needs no draft, and behind one that ends the text none is needed.
+        """
+        followed.drafts, followed.chances, followed.guesses = [], [], []
         most = min(most, running.request.sampling.max_tokens - len(running.text.token_ids) - 1)
         if most < 1:
-            return []
-        best: list[int] = []
+            return
         promised = 0.0
+        ends = running.text.end_token_ids
         for match in self._matches(followed):
-            guess = Guess(match.source, rows_behind(match, most))
+            guess, chances = self._guess(match, most, least_chance, ends)
             followed.guesses.append(guess)
-            count, expected = self._worth(guess)
-            if expected > promised:
-                best, promised = [row.token_id for row in guess.rows[:count]], expected
-        for count, token_id in enumerate(best, start=1):
-            if token_id in running.text.end_token_ids:
-                return best[:count]
-        return best
+            if sum(chances) > promised:
+                followed.drafts = [row.token_id for row in guess.rows[: len(chances)]]
+                followed.chances, promised = chances, sum(chances)
 
     def _matches(self, followed: _Followed) -> Iterable[Match]:
         yield from followed.texts.matches(followed.number)
-        match = self.index.job.match(followed.texts.text(followed.number).tail)
+        match = self.index.job.match(followed.texts.tail(followed.number))
         if match is not None:
             yield match
 
-    def _worth(self, guess: Guess) -> tuple[int, float]:
-        """How many of its rows are worth their cost, and the drafts that are expected to be accepted."""
-        chance, expected = 1.0, 0.0
-        for count, row in enumerate(guess.rows):
-            chance *= self.acceptance.rate(guess.source, row)
-            if chance < self.row_cost:
-                return count, expected
-            expected += chance
-        return len(guess.rows), expected
+    def _guess(
+        self, match: Match, most: int, least_chance: float, ends: Container[int]
+    ) -> tuple[Guess, list[float]]:
+        """What a source expects, and the chances of the rows that are worth drafting.
+
+        It goes one row further than they do: what is not drafted has to be counted to become worth it.
+        """
+        guess, chances, chance = Guess(match.source, []), [], 1.0
+        for row in rows_behind(match, most):
+            guess.rows.append(row)
+            chance *= self.acceptance.rate(match.source, row)
+            if chance < least_chance:
+                break
+            chances.append(chance)
+            if row.token_id in ends:
+                break
+        return guess, chances
 
 
-def rows_behind(match: Match, most: int) -> list[Row]:
+def _is_due(followed: _Followed) -> bool:
+    """Whether a text is to be looked up, or sits this one out."""
+    if followed.num_skipped >= followed.num_silent:
+        followed.num_skipped = 0
+        return True
+    followed.num_skipped += 1
+    return False
+
+
+def rows_behind(match: Match, most: int) -> Iterator[Row]:
     """What followed, row by row: the most frequent token, then of the places that went on with it.
 
     Of equally frequent ones the latest. A text that is looked up in itself goes on with its own drafts, so
     what repeats is drafted as far as is asked.
     """
-    rows: list[Row] = []
+    drafts: list[int] = []
     places = match.places
-    while len(rows) < most:
+    while len(drafts) < most:
         went_on = []
         votes: dict[int, int] = {}
         for tokens, offset in places:
             if offset < len(tokens):
                 token_id = tokens[offset]
-            elif tokens is match.own and offset - len(tokens) < len(rows):
-                token_id = rows[offset - len(tokens)].token_id
+            elif tokens is match.own and offset - len(tokens) < len(drafts):
+                token_id = drafts[offset - len(tokens)]
             else:
                 continue
             if token_id >= 0:
                 went_on.append((token_id, tokens, offset + 1))
                 votes[token_id] = votes.get(token_id, 0) + 1
         if not votes:
-            break
+            return
         best = max(votes, key=votes.__getitem__)
         agreement = 0 if len(went_on) == 1 else 1 + 3 * votes[best] // len(went_on)
-        rows.append(Row(best, match.order + len(rows), agreement))
+        yield Row(best, match.order + len(drafts), agreement)
+        drafts.append(best)
         places = [(tokens, offset) for token_id, tokens, offset in went_on if token_id == best]
-    return rows
 
 
 def vocabulary_of(policy: Policy) -> str:

@@ -6,7 +6,7 @@ operations, however often it is repeated.
 """
 
 from array import array
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -40,11 +40,11 @@ class Source(IntEnum):
 
 @dataclass(slots=True)
 class Text:
-    """A completion as far as it is known, and the last tokens of prompt and completion."""
+    """A completion as far as it is known, and how much of it has n-grams."""
 
     tokens: Tokens
-    tail: tuple[int, ...]
     group: str | None
+    num_learned: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +58,10 @@ class Match:
 
 
 class PromptTexts:
-    """The texts of one prompt. Takes 4 bytes a token, and about 1 KB more while its n-grams are kept."""
+    """The texts of one prompt. Takes 4 bytes a token, and about 1 KB more while its n-grams are kept.
+
+    N-grams are made when a text is looked up, for all that came since: a text costs nothing until then.
+    """
 
     def __init__(self, prompt_ids: Sequence[int]) -> None:
         self.num_running = 0
@@ -67,6 +70,7 @@ class PromptTexts:
         self._texts: dict[int, Text] = {}  # by number, in the order of their beginnings
         self._ended: OrderedDict[int, None] = OrderedDict()
         self._ngrams: dict[int, tuple[int, ...]] | None = None
+        self._unlearned: dict[int, None] = {}  # texts with tokens that have no n-grams yet
         self._next = _PROMPT + 1
 
     @property
@@ -82,7 +86,7 @@ class PromptTexts:
     def open(self, group: str | None) -> int:
         """The number of a text that begins."""
         number, self._next = self._next, self._next + 1
-        self._texts[number] = Text(array("i"), tuple(self._prompt[-ORDER:]), group)
+        self._texts[number] = Text(array("i"), group)
         self.num_running += 1
         return number
 
@@ -90,29 +94,32 @@ class PromptTexts:
         """A text by its number."""
         return self._texts[number]
 
+    def tail(self, number: int) -> tuple[int, ...]:
+        """The last tokens of prompt and text, as many as are looked up at most."""
+        return self._tail_before(number, len(self._texts[number].tokens))
+
     def extend(self, number: int, token_ids: Iterable[int]) -> None:
         """More tokens of a text."""
-        text = self._texts[number]
-        for token_id in token_ids:
-            if self._ngrams is not None:
-                self._learn(self._ngrams, number, text.tail, len(text.tokens))
-            text.tokens.append(token_id)
-            text.tail = (*text.tail[1 - ORDER :], token_id)
-            self.num_tokens += 1
+        tokens = self._texts[number].tokens
+        num_before = len(tokens)
+        tokens.extend(token_ids)
+        self.num_tokens += len(tokens) - num_before
+        self._unlearned[number] = None
 
     def close(self, number: int) -> None:
         """A text has ended. Twice as many as are kept may pile up before the oldest are dropped."""
         self.num_running -= 1
         if not self._texts[number].tokens:
             del self._texts[number]
+            self._unlearned.pop(number, None)
             return
         self._ended[number] = None
         if len(self._ended) >= 2 * TEXTS_PER_PROMPT:
             while len(self._ended) > TEXTS_PER_PROMPT:
                 oldest, _ = self._ended.popitem(last=False)
                 self.num_tokens -= len(self._texts.pop(oldest).tokens)
-            if self._ngrams is not None:
-                self._ngrams = self._ngrams_of_texts()
+                self._unlearned.pop(oldest, None)
+            self.forget_ngrams()
 
     def forget_ngrams(self) -> None:
         """Keep the tokens alone; n-grams are made anew when they are asked for."""
@@ -120,11 +127,10 @@ class PromptTexts:
 
     def matches(self, number: int) -> Iterator[Match]:
         """By source, the places behind the longest suffix of a text."""
-        if self._ngrams is None:
-            self._ngrams = self._ngrams_of_texts()
-        text, found = self._texts[number], 0
-        for order in range(len(text.tail), 0, -1):
-            held = self._ngrams.get(hash(text.tail[-order:]))
+        ngrams = self._learned_ngrams()
+        text, tail, found = self._texts[number], self.tail(number), 0
+        for order in range(len(tail), 0, -1):
+            held = ngrams.get(hash(tail[-order:]))
             if held is None:
                 continue
             by_source: dict[Source, list[tuple[Tokens, int]]] = {}
@@ -147,19 +153,43 @@ class PromptTexts:
     def _tokens(self, number: int) -> Tokens:
         return self._prompt if number == _PROMPT else self._texts[number].tokens
 
-    def _ngrams_of_texts(self) -> dict[int, tuple[int, ...]]:
-        ngrams: dict[int, tuple[int, ...]] = {}
-        self._learn_all(ngrams, _PROMPT, (), self._prompt)
-        for number, text in self._texts.items():
-            self._learn_all(ngrams, number, tuple(self._prompt[-ORDER:]), text.tokens)
+    def _tail_before(self, number: int, offset: int) -> tuple[int, ...]:
+        """The tokens that stand before one of a text."""
+        tokens = self._texts[number].tokens
+        missing = ORDER - offset
+        if missing <= 0:
+            return tuple(tokens[offset - ORDER : offset])
+        return (*self._prompt[-missing:], *tokens[:offset])
+
+    def _learned_ngrams(self) -> dict[int, tuple[int, ...]]:
+        """Those of all texts as they are now."""
+        ngrams = self._ngrams
+        if ngrams is None:
+            ngrams = {}
+            self._learn_all(ngrams, _PROMPT, (), self._prompt, 0)
+            for text in self._texts.values():
+                text.num_learned = 0
+            self._unlearned = dict.fromkeys(self._texts)
+            self._ngrams = ngrams
+        for number in [*self._unlearned]:
+            text = self._texts[number]
+            tail = self._tail_before(number, text.num_learned)
+            self._learn_all(ngrams, number, tail, text.tokens, text.num_learned)
+            text.num_learned = len(text.tokens)
+            del self._unlearned[number]
         return ngrams
 
     def _learn_all(
-        self, ngrams: dict[int, tuple[int, ...]], number: int, tail: tuple[int, ...], tokens: Tokens
+        self,
+        ngrams: dict[int, tuple[int, ...]],
+        number: int,
+        tail: tuple[int, ...],
+        tokens: Tokens,
+        start: int,
     ) -> None:
-        for offset, token_id in enumerate(tokens):
+        for offset in range(start, len(tokens)):
             self._learn(ngrams, number, tail, offset)
-            tail = (*tail[1 - ORDER :], token_id)
+            tail = (*tail[1 - ORDER :], tokens[offset])
 
     @staticmethod
     def _learn(ngrams: dict[int, tuple[int, ...]], number: int, tail: tuple[int, ...], offset: int) -> None:
@@ -189,21 +219,46 @@ class _Generation:
 class JobTexts:
     """All texts of a job: the last place of an n-gram, four orders, at most some 500 bytes a token.
 
-    Two generations of half the bound each; the older one is dropped when the newer is full.
+    Two generations of half the bound each; the older one is dropped when the newer is full. Texts get their
+    n-grams when something is looked up; of those that wait, the latest within the bound are kept.
     """
 
     def __init__(self, max_tokens: int) -> None:
         self._most = max(1, max_tokens // 2)
         self._newer, self._older = _Generation(), _Generation()
+        self._waiting: deque[tuple[tuple[int, ...], Tokens]] = deque()
+        self._num_waiting = 0
 
     @property
     def num_tokens(self) -> int:
         """Tokens that it holds."""
-        return len(self._newer.tokens) + len(self._older.tokens)
+        return len(self._newer.tokens) + len(self._older.tokens) + self._num_waiting
 
     def add(self, tail: tuple[int, ...], token_ids: Iterable[int]) -> None:
         """A text that has ended, behind the last tokens of its prompt."""
-        for token_id in (*token_ids, _END):
+        tokens = array("i", token_ids)
+        self._waiting.append((tail, tokens))
+        self._num_waiting += len(tokens)
+        while self.num_tokens > 2 * self._most and self._num_waiting:
+            self._drop_oldest()
+
+    def _drop_oldest(self) -> None:
+        if self._older.tokens:
+            self._older = _Generation()
+        elif self._newer.tokens:
+            self._newer = _Generation()
+        else:
+            _, tokens = self._waiting.popleft()
+            self._num_waiting -= len(tokens)
+
+    def _learn_waiting(self) -> None:
+        while self._waiting:
+            tail, tokens = self._waiting.popleft()
+            self._num_waiting -= len(tokens)
+            self._learn(tail, tokens)
+
+    def _learn(self, tail: tuple[int, ...], tokens: Tokens) -> None:
+        for token_id in (*tokens, _END):
             if len(self._newer.tokens) >= self._most:
                 self._newer, self._older = _Generation(), self._newer
             newer = self._newer
@@ -216,6 +271,7 @@ class JobTexts:
 
     def match(self, tail: tuple[int, ...]) -> Match | None:
         """The last place behind the longest suffix of these tokens."""
+        self._learn_waiting()
         for order in JOB_ORDERS:
             if order > len(tail):
                 continue

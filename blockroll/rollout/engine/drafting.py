@@ -29,6 +29,7 @@ class DraftStep:
     policy: Policy
     cache: SlotCache
     first_logits: Tensor | None  # float32 (B, K + 1, V), where the prefill brought them along
+    lengths: Sequence[int] | None = None  # most drafts of each request, by its outlook; None: K
 
     def anchors(self, first: int = 0) -> Tensor:
         """The last committed tokens of the requests from `first` on, int64 (B, 1)."""
@@ -83,6 +84,16 @@ class Drafter(ABC):
 
     def num_masks_at_start(self, plan: Plan) -> int | None:
         """Masks that texts which begin together should bring along in their prefill; None: nothing."""
+        return None
+
+    def outlook(
+        self, batch: Sequence[RunningRequest], most: int, least_chance: float
+    ) -> Sequence[Sequence[float]] | None:
+        """What to expect of drafts for these requests, before a plan is chosen; None: it cannot say.
+
+        By request, for its first draft, its second and so on, up to `most`: the chance that it and all before
+        it are accepted. It ends where that falls under `least_chance`. From committed tokens alone.
+        """
         return None
 
     def start(self, step: DraftStep) -> bool:

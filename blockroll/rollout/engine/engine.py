@@ -16,7 +16,7 @@ from blockroll.policies.base import Policy
 from blockroll.rollout.engine.cache import SlotCache
 from blockroll.rollout.engine.drafting import Drafter
 from blockroll.rollout.engine.ends import Decode
-from blockroll.rollout.engine.plans import PlanChooser, at_hand, check_plan
+from blockroll.rollout.engine.plans import NextStep, PlanChooser, StepTaken, at_hand, check_plan
 from blockroll.rollout.engine.prefill import prefill
 from blockroll.rollout.engine.requests import Limits, check_request
 from blockroll.rollout.engine.room import CacheRoom
@@ -266,10 +266,12 @@ class BareEngine:
 
     def _decode_batch(self, batch: list[RunningRequest], num_running: int) -> None:
         """One step of those that run and, behind them, those that join."""
-        context = 0
+        lengths, choice_s = None, 0.0
         if self.planner is not None:
-            context = max(running.num_tokens for running in batch)
-            self._change_plan(self.planner.choose(len(batch), context), batch)
+            chosen_at = self._clock()
+            choice = self.planner.choose(NextStep.of(batch, self._drafters))
+            self._change_plan(choice.plan, batch)
+            lengths, choice_s = choice.lengths, self._clock() - chosen_at
         first_logits = None
         if num_running < len(batch):
             # Growing copies the cache, so it grows by powers of two.
@@ -281,19 +283,20 @@ class BareEngine:
             first_logits = self._prefill(num_running, batch[num_running:], num_masks)
             self._scheduler.admit()
         started, start_s, num_commits = self._clock(), self.times.start_s, len(self._commits)
-        self._decode_step(batch, first_logits)
+        self._settle(batch, self._decoder.decode(batch, self.plan, first_logits, lengths))
         seconds = self._clock() - started
-        self.times.step_s += seconds
+        self.times.step_s += seconds + choice_s
         self.times.num_steps += 1
         if self.planner is not None and first_logits is None:
-            num_tokens = sum(len(commit.token_ids) for commit in self._commits[num_commits:])
             self.planner.observe(
-                self.plan,
-                len(batch),
-                context,
-                seconds,
-                num_tokens,
-                start_seconds=self.times.start_s - start_s,
+                StepTaken(
+                    plan=self.plan,
+                    batch_size=len(batch),
+                    seconds=seconds,
+                    start_seconds=self.times.start_s - start_s,
+                    choice_seconds=choice_s,
+                    num_tokens=sum(len(commit.token_ids) for commit in self._commits[num_commits:]),
+                )
             )
 
     def _change_plan(self, plan: Plan, batch: list[RunningRequest]) -> None:
@@ -303,8 +306,7 @@ class BareEngine:
                 running.proposal = None
         self.plan = plan
 
-    def _decode_step(self, batch: list[RunningRequest], first_logits: Tensor | None) -> None:
-        decoded = self._decoder.decode(batch, self.plan, first_logits)
+    def _settle(self, batch: list[RunningRequest], decoded: Decoded) -> None:
         num_before = [running.num_tokens for running in batch]
         self._commit(batch, decoded)
         if not self._observers:

@@ -1,12 +1,53 @@
 """Which plan a step takes: what an engine asks of whoever chooses, and what a policy can follow."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from blockroll.errors import InvalidInput
 from blockroll.policies.base import Policy
 from blockroll.rollout.engine.drafting import Drafter
+from blockroll.rollout.engine.running import RunningRequest
 from blockroll.types import Plan, PlanKind
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NextStep:
+    """What a plan is chosen for."""
+
+    batch_size: int
+    context: int  # tokens of the longest text
+    # A drafter's name, K and the least chance of a draft -> what it expects, as `Drafter.outlook` says.
+    outlook: Callable[[str, int, float], Sequence[Sequence[float]] | None]
+
+    @classmethod
+    def of(cls, batch: Sequence[RunningRequest], drafters: Mapping[str, Drafter]) -> "NextStep":
+        """That of these requests."""
+        return cls(
+            batch_size=len(batch),
+            context=max(running.num_tokens for running in batch),
+            outlook=lambda name, *asked: drafters[name].outlook(batch, *asked),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """The plan of a step."""
+
+    plan: Plan
+    lengths: Sequence[int] | None = None  # most drafts of each request; None: as the drafter sees fit
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepTaken:
+    """What a step took, prefill excluded, and committed."""
+
+    plan: Plan
+    batch_size: int
+    seconds: float  # of drafting, verifying and committing
+    start_seconds: float = 0.0  # of those, for first proposals of a fused plan
+    choice_seconds: float = 0.0  # beside them, for the choice of its plan
+    num_tokens: int
 
 
 class PlanChooser(Protocol):
@@ -17,21 +58,12 @@ class PlanChooser(Protocol):
         """All that it may ever choose."""
         ...
 
-    def choose(self, batch_size: int, context: int) -> Plan:
-        """The plan of the next step of so many requests, the longest of `context` tokens."""
+    def choose(self, step: NextStep) -> Choice:
+        """How the next step decodes."""
         ...
 
-    def observe(
-        self,
-        plan: Plan,
-        batch_size: int,
-        context: int,
-        seconds: float,
-        num_tokens: int,
-        *,
-        start_seconds: float = 0.0,
-    ) -> None:
-        """A step took so long, prefill excluded, `start_seconds` of it for first proposals."""
+    def observe(self, taken: StepTaken) -> None:
+        """The step that was chosen last has run, without a prefill in it."""
         ...
 
 

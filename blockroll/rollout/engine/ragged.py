@@ -9,13 +9,13 @@ from collections.abc import Sequence
 from blockroll.policies.base import Policy, VerifiesPacked
 from blockroll.policies.packing import Packing
 
-_LEAST_SAVED = 4  # rows
+LEAST_SAVED = 4  # rows
 
 
 def packing_of(num_drafts: Sequence[int], width: int, policy: Policy) -> Packing | None:
     """The packing of anchors and so many drafts of each request, in L = `width` cells; None: padded."""
     num_rows = [count + 1 for count in num_drafts]
     num_saved = len(num_rows) * width - sum(num_rows)
-    if num_saved < _LEAST_SAVED or not isinstance(policy, VerifiesPacked):
+    if num_saved < LEAST_SAVED or not isinstance(policy, VerifiesPacked):
         return None
     return Packing.of(num_rows, width, policy.device)

@@ -123,14 +123,24 @@ class Decoder:
         return self._drafters[plan.drafter].num_masks_at_start(plan)
 
     def decode(
-        self, batch: Sequence[RunningRequest], plan: Plan, first_logits: Tensor | None = None
+        self,
+        batch: Sequence[RunningRequest],
+        plan: Plan,
+        first_logits: Tensor | None = None,
+        lengths: Sequence[int] | None = None,
     ) -> Decoded:
         """Decode slots 0.. by a plan. All forwards are done then; what they gave is for the caller to commit.
 
-        `first_logits` (B, K + 1, V) are the anchors' and the masks' rows of a batch whose prefill had both.
+        `first_logits` (B, K + 1, V) are the anchors' and the masks' rows of a batch whose prefill had both;
+        `lengths` the most drafts of each request.
         """
         step = DraftStep(
-            plan=plan, batch=batch, policy=self._policy, cache=self._cache, first_logits=first_logits
+            plan=plan,
+            batch=batch,
+            policy=self._policy,
+            cache=self._cache,
+            first_logits=first_logits,
+            lengths=lengths,
         )
         clock = self._clock()
         if plan.kind is not PlanKind.PLAIN and self._drafters[plan.drafter].start(step):

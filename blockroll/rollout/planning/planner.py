@@ -1,15 +1,16 @@
 """A plan that chooses itself: each step takes the plan with the most expected tokens per second.
 
-Expected are the tokens a plan commits per request and step, counted online, over what a step costs at that
-batch and context. Costs are ratios: a trial is one step of a plan between two plain ones, and a step costs
-what it took over the mean of theirs, so a machine that speeds up and slows down moves both. Trials are real
-steps and commit tokens too. Plans that could win are tried when a bucket is first met, those that the trials
-before let expect to lose never; the plan in use and those close to it are tried again now and then.
+A step's cost is predicted by a model of measured steps (costs.py). What it commits is counted online where
+mask rows draft, and where history drafts it is what the drafter expects of the very texts at hand: request by
+request, the chance that each draft is accepted. From these follow how many drafts each request gets, none
+included. Plain is always a candidate, and a step without drafts is a plain one.
 
-Law: a choice depends on counts of committed tokens and on times, never on a draft that is not settled, and
-every coin of a step is fresh. So under the target law tokens follow the causal policy exactly, whatever is
-chosen. A mixed law mixes draft rows only where a plan drafts; each token records the law it was drawn from.
-Which tokens a request gets depends on the clock: a fixed plan is what repeats them.
+What teaches costs time: a step of a plan that may turn out slower, a look into history that finds nothing.
+Of all time at most two hundredths go there, beyond a few steps at the start.
+
+Law: a choice depends on committed tokens, their counts, and times, never on a draft that is not settled. So
+under the target law tokens follow the causal policy exactly, whatever is chosen. A mixed law mixes draft rows
+only where a plan drafts; each token records the law it was drawn from.
 """
 
 import dataclasses
@@ -17,7 +18,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -25,8 +26,10 @@ import torch
 import blockroll
 from blockroll.config import cache_dir
 from blockroll.policies.base import Policy
-from blockroll.rollout.planning.cost_table import SAMPLES_KEPT, Bucket, CostTable
-from blockroll.types import PLAIN, Plan
+from blockroll.rollout.engine.plans import Choice, NextStep, StepTaken
+from blockroll.rollout.engine.ragged import LEAST_SAVED
+from blockroll.rollout.planning.costs import VERIFY, CostModel, Work
+from blockroll.types import HISTORY, PLAIN, Plan, PlanKind
 from blockroll.types.plan import MAX_DRAFTS
 
 if TYPE_CHECKING:
@@ -36,16 +39,24 @@ logger = logging.getLogger(__name__)
 
 AUTO = "auto"
 _NUM_DRAFTS = (4, 8, 16, 32)  # drafts worth a try, below what the policy was trained for
+_NUM_LOOKED_UP = (1, 2, 4, 8, 16)  # drafts from history that a step may verify for a request,
+_NEAREST = (0, 1, 2, 4, 4, 4, 8, 8, 8, 8, 8, 8, 16, 16, 16, 16, 16)  # where so many are asked for
+_THRESHOLDS = (0.0, 0.15, 0.3, 0.5, 0.75)  # chances to draft for, between the least and certainty
 _MARGIN = 0.05  # a plan replaces another if it is faster by this share
 _HOPELESS = 0.8  # a plan is not tried if it is expected to reach less than this share of the best's speed
-_TRIALS = 4  # after which a plan is known in a bucket
-_COUNTED_STEPS = 16  # request-steps anywhere, after which its tokens are known
+_TRIALS = 3  # steps of a plan at a place, after which its cost is known there
+_COUNTED_STEPS = 12  # request-steps anywhere, after which its tokens are known
 _PRIOR_STEPS = 4  # request-steps that the optimistic guess at a plan's tokens weighs
 _HALF_LIFE = 1024  # request-steps after which a count of tokens weighs half
-_TRIAL_SHARE = 0.01  # of the time spent decoding that may go to first trials, beyond the time at the start
-_STEPS_PER_TRIAL = (64, 256)  # in use and close plans are tried again: few samples, and as many as are kept
-_STEPS_PER_CHOICE = 8  # a choice holds so long: choosing takes time too
+_SHARE_TO_LEARN = 0.0075  # of the time, that each kind of learning may take,
+_STEPS_TO_LEARN = 6.0  # beyond so many plain steps
+_STEPS_OF_A_TRIAL = 4
+_STEPS_BETWEEN_TRIALS = 3
+_STEPS_PER_TRIAL = 64  # the plan in use and those close to it are tried again
+_FIRST_STEPS = 2  # that are plain, to compare others with
+_STEPS_PER_CHOICE = 8  # a choice among counted plans holds so long: choosing takes time too
 _FORGET_STEPS = 10_000  # steps after which what plans not in use commit is counted anew
+_CALIBRATION_STEPS = 256.0  # request-steps that the promise of history is held against
 
 
 @dataclass(slots=True)
@@ -71,113 +82,111 @@ class _Counts:
 
 
 @dataclass(slots=True)
-class _Trial:
-    """A step of a plan between two plain ones; steps before it, if any, only warm it up."""
+class _Account:
+    """Time that went into learning and has not come back, in plain steps."""
+
+    unpaid: float = 0.0
+
+    def add(self, plain_steps: float) -> None:
+        """What a step has lost, or, below 0, saved."""
+        self.unpaid = max(0.0, self.unpaid + plain_steps)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Chosen:
+    """What a step is expected to do; costs in plain steps, tokens of a request."""
 
     plan: Plan
-    num_warm_ups: int
-    steps: list[tuple[int, float]] = field(default_factory=list)  # batch size and seconds of those done
-
-    @property
-    def next_plan(self) -> Plan:
-        return self.plan if 1 <= len(self.steps) <= 1 + self.num_warm_ups else PLAIN
-
-    @property
-    def is_done(self) -> bool:
-        return len(self.steps) == 3 + self.num_warm_ups
-
-    @property
-    def cost(self) -> float:
-        """Plain steps that one step of the plan takes; plain as it would be at the batch of that step."""
-        (size_before, before), *_, (size, seconds), (size_after, after) = self.steps
-        ended = size_before - size_after
-        share = min(max((size_before - size) / ended, 0.0), 1.0) if ended else 0.5
-        return seconds / (before + share * (after - before))
+    work: Work
+    tokens: float
+    rate: float  # tokens per plain step that the plan in use would have
+    has_looked: bool = False
+    is_trial: bool = False
 
 
 class Planner:
-    """Chooses among candidate plans from what their steps have cost and committed.
+    """Chooses among candidate plans from what steps have cost and committed.
 
     Its decisions are functions of the calls made so far: it reads no clock and draws nothing.
     """
 
     name = AUTO
 
-    def __init__(
-        self, candidates: Iterable[Plan], *, costs: CostTable | None = None, max_measure_s: float = 20.0
-    ) -> None:
-        """Plain is always a candidate. First trials take at most `max_measure_s` and 1 % of the time."""
+    def __init__(self, candidates: Iterable[Plan], *, costs: CostModel | None = None) -> None:
+        """Plain is always a candidate."""
         self.candidates = tuple(
             sorted({PLAIN, *candidates}, key=lambda plan: (plan.rows_per_forward, plan.forwards_per_step))
         )
-        self.costs = CostTable() if costs is None else costs
-        self.max_measure_s = max_measure_s
+        self.costs = CostModel() if costs is None else costs
+        self._looked_up = [plan for plan in self.candidates if plan.drafter == HISTORY]
+        self._counted = [plan for plan in self.candidates if plan.drafter != HISTORY]
         self._counts = {plan: _Counts() for plan in self.candidates}
         self._narrower = {
-            plan: [other for other in reversed(self.candidates) if _is_narrower(other, plan)]
-            for plan in self.candidates
+            plan: [other for other in reversed(self._counted) if _is_narrower(other, plan)]
+            for plan in self._counted
         }
         self._in_use = PLAIN
-        self._bucket: Bucket | None = None
-        self._holds_until = 0  # this many steps
-        self._trial: _Trial | None = None
-        self._next_check: dict[Bucket, int] = {}
-        self._tried_at: dict[tuple[Plan, Bucket], int] = {}
-        self._last_run: Plan | None = None
-        self._warm: set[tuple[Plan, Bucket]] = set()
+        self._place: Work | None = None
+        self._holds_until = _FIRST_STEPS  # this many steps
+        self._trial: tuple[Plan, int] | None = None  # and its steps to come
+        self._tried_at: dict[Plan, int] = {}
+        self._ran: set[Work] = set()
+        self._last_run = PLAIN
+        self._chosen: _Chosen | None = None
         self._num_steps = 0
-        self._decoding_s = 0.0
-        self._first_trials_s = 0.0
+        self._plain_steps = 0.0  # that the time of all steps is worth
+        self._trials, self._looks = _Account(), _Account()
+        self._promised, self._kept = _CALIBRATION_STEPS / 8, _CALIBRATION_STEPS / 8  # drafts from history
+        self._speeds = [0.0, 0.0, 0.0]  # seconds, and times predicted and achieved speed-ups
 
-    def choose(self, batch_size: int, context: int) -> Plan:
-        """The plan of the next step of so many requests, the longest of `context` tokens."""
-        bucket = Bucket.of(batch_size, context)
-        if bucket != self._bucket:  # steps on both sides of an edge do not compare
-            self._bucket, self._trial, self._holds_until = bucket, None, 0
-        if self._trial is None and self._num_steps >= self._holds_until:
-            best = self._best(bucket)
-            if best != self._in_use:
-                self._log_switch(best, bucket)
-                self._in_use = best
-            self._trial = self._next_trial(bucket)
-            self._holds_until = self._num_steps + _STEPS_PER_CHOICE
-        return self._in_use if self._trial is None else self._trial.next_plan
+    def choose(self, step: NextStep) -> Choice:
+        """How the next step decodes."""
+        plan, is_trial = self._from_counts(step)
+        rate = self.speedup(self._in_use, step.batch_size, step.context)
+        lengths = None
+        chosen = _Chosen(
+            plan=plan,
+            work=Work.of(plan, step.batch_size, step.context),
+            tokens=self.expected_tokens(plan),
+            rate=rate,
+            is_trial=is_trial,
+        )
+        if not is_trial and self._looked_up and self._may_learn(self._looks):
+            chosen, lengths = self._from_history(step, chosen)
+        self._chosen = chosen
+        return Choice(plan=chosen.plan, lengths=lengths)
 
-    def observe(
-        self,
-        plan: Plan,
-        batch_size: int,
-        context: int,
-        seconds: float,
-        num_tokens: int,
-        *,
-        start_seconds: float = 0.0,
-    ) -> None:
-        """A step under `plan` took so long, prefill excluded, and committed so many tokens in all.
-
-        Of the time, `start_seconds` went into first proposals for requests that had none.
-        """
+    def observe(self, taken: StepTaken) -> None:
+        """The step that was chosen last took so long, prefill excluded, and committed so many tokens."""
+        chosen, seconds = self._chosen, taken.seconds
+        assert chosen is not None, "a step is chosen before it is observed"
         self._num_steps += 1
-        self._decoding_s += seconds
-        counts, trial = self._counts[plan], self._trial
-        counts.count(batch_size, num_tokens)
-        bucket = Bucket.of(batch_size, context)
-        if trial is not None and seconds > 0:
-            trial.steps.append((batch_size, seconds - start_seconds))
-            if self.costs.num_samples(trial.plan, bucket) < _TRIALS:
-                self._first_trials_s += seconds
-            if trial.is_done:
-                self._end_trial(trial, bucket)
-        elif trial is None and plan == self._last_run:  # after a switch, all requests are started
-            counts.step_s += seconds - start_seconds
-            counts.start_s += start_seconds
-        self._last_run = plan
-        self._warm.add((plan, bucket))
+        self.costs.observe(chosen.work, seconds - taken.start_seconds)
+        counts = self._counts[taken.plan]
+        counts.count(taken.batch_size, taken.num_tokens)
+        if taken.plan == self._last_run and not chosen.is_trial:  # after a switch, all requests are started
+            counts.step_s += seconds - taken.start_seconds
+            counts.start_s += taken.start_seconds
+        if taken.plan.drafter == HISTORY:
+            kept = 0.5 ** (taken.batch_size / _CALIBRATION_STEPS)
+            self._promised = kept * self._promised + taken.batch_size * (chosen.tokens - 1)
+            self._kept = kept * self._kept + taken.num_tokens - taken.batch_size
+        self._balance(chosen, taken)
+        self._last_run = taken.plan
+        self._ran.add(chosen.work.place)
         if self._num_steps % _FORGET_STEPS == 0:
             self._forget()
+        if self._num_steps in (64, 512) or self._num_steps % 4096 == 0:
+            self.costs.save()
+
+    @property
+    def speedups(self) -> tuple[float, float]:
+        """Predicted and achieved tokens per second, over those of plain steps; 1 before the first step."""
+        seconds, predicted, achieved = self._speeds
+        return (predicted / seconds, achieved / seconds) if seconds else (1.0, 1.0)
 
     def state_dict(self) -> dict[str, list[float]]:
-        """What was counted of each plan; what steps cost lies in the cost table, of the device."""
+        """What was counted of each plan; what steps cost lies in the cost model, of the device."""
         return {plan.name: list(dataclasses.astuple(counts)) for plan, counts in self._counts.items()}
 
     def load_state_dict(self, state: Mapping[str, Sequence[float]]) -> None:
@@ -196,64 +205,156 @@ class Planner:
 
     def _most_tokens(self, plan: Plan) -> float:
         """Further drafts are accepted at most as often as, on average, those of the next narrower plan."""
-        for narrower in self._narrower[plan]:
+        for narrower in self._narrower.get(plan, ()):
             if self._counts[narrower].num_steps:
                 accepted_per_draft = (self.expected_tokens(narrower) - 1) / narrower.num_drafts
                 return 1 + accepted_per_draft * plan.num_drafts
         return 1.0 + plan.num_drafts
 
-    def speedup(self, plan: Plan, bucket: Bucket) -> float:
+    def speedup(self, plan: Plan, batch_size: int, context: int) -> float:
         """Expected tokens per second over plain's."""
-        cost = self.costs.cost(plan, bucket) * (1 + self._counts[plan].start_share)
+        cost = self.costs.cost(Work.of(plan, batch_size, context)) * (1 + self._counts[plan].start_share)
         return self.expected_tokens(plan) / cost
 
-    def _best(self, bucket: Bucket) -> Plan:
-        """The fastest of the plans tried here or nearby; the one in use if it comes close."""
-        speedups = {
-            plan: self.speedup(plan, bucket)
-            for plan in self.candidates
-            if plan == PLAIN
-            or self.costs.num_samples(plan, bucket) >= _TRIALS
-            or self.costs.is_measured_near(plan, bucket)
-        }
-        fastest = max(speedups, key=speedups.__getitem__)
-        is_close = speedups[fastest] <= (1 + _MARGIN) * speedups.get(self._in_use, 0.0)
-        return self._in_use if is_close else fastest
+    def _from_counts(self, step: NextStep) -> tuple[Plan, bool]:
+        """The plan in use, or a trial of another."""
+        place = Work.of(PLAIN, step.batch_size, step.context).place
+        if place != self._place:  # steps on both sides of an edge do not compare
+            self._place, self._trial = place, None
+            self._holds_until = max(self._num_steps, _FIRST_STEPS)
+        if self._trial is None and self._num_steps >= self._holds_until:
+            speeds = {plan: self.speedup(plan, step.batch_size, step.context) for plan in self._counted}
+            self._use_best(speeds, step)
+            self._trial = self._next_trial(speeds, step)
+            hold = _STEPS_PER_CHOICE if self._trial is None else self._trial[1] + _STEPS_BETWEEN_TRIALS
+            self._holds_until = self._num_steps + hold
+        if self._trial is None:
+            return self._in_use, False
+        plan, steps = self._trial
+        self._trial = (plan, steps - 1) if steps > 1 else None
+        return plan, True
 
-    def _next_trial(self, bucket: Bucket) -> _Trial | None:
-        """Of a plan not known yet that could win, or again of the plan in use or one close to it."""
-        best = self.speedup(self._in_use, bucket)
-        plan = None
-        if self._first_trials_s < self.max_measure_s + _TRIAL_SHARE * self._decoding_s:
-            plan = next(
-                (each for each in self.candidates if self._is_worth_a_trial(each, bucket, best)), None
+    def _use_best(self, speeds: Mapping[Plan, float], step: NextStep) -> None:
+        """The fastest of the plans whose tokens are counted; the one in use if it comes close."""
+        known = {plan: speed for plan, speed in speeds.items() if plan == PLAIN or self._is_counted(plan)}
+        best = max(known, key=known.__getitem__)
+        if known[best] > (1 + _MARGIN) * known.get(self._in_use, 0.0):
+            logger.info(
+                "plan %s after %s at batch %d, context %d: expected %.3gx plain, against %.3gx",
+                best.name,
+                self._in_use.name,
+                step.batch_size,
+                step.context,
+                speeds[best],
+                speeds[self._in_use],
             )
-        if plan is None and self._num_steps >= self._next_check.get(bucket, 0):
-            close = [
-                each
-                for each in self.candidates
-                if self.costs.num_samples(each, bucket) and self.speedup(each, bucket) >= _HOPELESS * best
-            ]
-            if close:
-                plan = min(close, key=lambda each: self._tried_at.get((each, bucket), 0))
-                fewest = min(self.costs.num_samples(each, bucket) for each in close)
-                self._next_check[bucket] = self._num_steps + _STEPS_PER_TRIAL[fewest >= SAMPLES_KEPT]
-        if plan is None:
-            return None
-        return _Trial(plan, num_warm_ups=(plan, bucket) not in self._warm)
+            self._in_use = best
 
-    def _is_worth_a_trial(self, plan: Plan, bucket: Bucket, best: float) -> bool:
-        num_trials = self.costs.num_samples(plan, bucket)
-        if plan == PLAIN or num_trials >= _TRIALS:
+    def _is_counted(self, plan: Plan) -> bool:
+        return self._counts[plan].num_steps >= _COUNTED_STEPS
+
+    def _is_unknown(self, plan: Plan, step: NextStep) -> bool:
+        """Whether tokens or cost need a trial; those of narrower plans come first, wider ones follow them."""
+        if plan in (PLAIN, self._in_use) or not all(map(self._is_counted, self._narrower[plan])):
             return False
-        return num_trials > 0 or self.speedup(plan, bucket) > _HOPELESS * best
+        work = Work.of(plan, step.batch_size, step.context)
+        return not self._is_counted(plan) or self.costs.num_samples(work) < _TRIALS
 
-    def _end_trial(self, trial: _Trial, bucket: Bucket) -> None:
-        self._trial, self._holds_until = None, 0
-        self.costs.add(trial.plan, bucket, trial.cost)
-        self._tried_at[trial.plan, bucket] = self._num_steps
-        if self.costs.num_samples(trial.plan, bucket) in (_TRIALS, SAMPLES_KEPT):
-            self.costs.save()
+    def _next_trial(self, speeds: Mapping[Plan, float], step: NextStep) -> tuple[Plan, int] | None:
+        """Of a plan that could win and is not known yet, or again of one that comes close, or of plain."""
+        if len(self.candidates) == 1 or not self._may_learn(self._trials):
+            return None
+        best = speeds[self._in_use]
+        unknown = [plan for plan in self._counted if self._is_unknown(plan, step)]
+        if unknown:
+            plan = max(unknown, key=speeds.__getitem__)
+            if speeds[plan] > _HOPELESS * best:
+                has_run = Work.of(plan, step.batch_size, step.context).place in self._ran
+                steps = max(-(-_COUNTED_STEPS // step.batch_size), 1 if has_run else 2)
+                return plan, min(steps, _STEPS_OF_A_TRIAL)
+        close = [plan for plan, speed in speeds.items() if speed >= _HOPELESS * best or plan == PLAIN]
+        due = [
+            plan
+            for plan in close
+            if plan != self._last_run
+            and self._num_steps - self._tried_at.get(plan, 0) >= _STEPS_PER_TRIAL * len(close)
+        ]
+        if not due:
+            return None
+        plan = min(due, key=lambda each: self._tried_at.get(each, 0))
+        self._tried_at[plan] = self._num_steps
+        return plan, 1 if Work.of(plan, step.batch_size, step.context).place in self._ran else 2
+
+    def _from_history(self, step: NextStep, without: _Chosen) -> tuple[_Chosen, Sequence[int] | None]:
+        """Drafts from history if they beat the plan in use, and how many for each request."""
+        size, most = step.batch_size, self._looked_up[-1].num_drafts
+        one_more = Work(VERIFY, 1, size, 2 * size, step.context)  # a row for each request
+        least_chance = min(max(without.rate * (self.costs.cost(one_more) - 1.0), 1e-3), 1.0)
+        chances = step.outlook(HISTORY, most, least_chance)
+        looked = dataclasses.replace(without, has_looked=True)
+        if not chances or not any(chances):
+            return looked, None
+        trust = min(self._kept / self._promised, 1.2)
+        best, lengths, fastest = looked, None, without.rate
+        for share in _THRESHOLDS:  # from the rows that may pay to those that are certain
+            least = least_chance ** (1.0 - share)
+            asked = [self._length(each, least) for each in chances]
+            widest = max(asked)
+            if not widest:
+                break
+            expected = sum(sum(each[:length]) for each, length in zip(chances, asked, strict=True))
+            rows = size + sum(asked)
+            if size * (widest + 1) - rows < LEAST_SAVED:
+                rows = size * (widest + 1)
+            work, tokens = one_more._replace(rows=rows), 1 + trust * expected / size
+            speed = tokens / self.costs.cost(work)
+            if speed > fastest:
+                plan = next(each for each in self._looked_up if each.num_drafts >= widest)
+                best = dataclasses.replace(looked, plan=plan, work=work, tokens=tokens)
+                lengths, fastest = asked, speed
+        if best is looked or not self._is_worth_switching(best, step):
+            return looked, None
+        return best, lengths
+
+    def _length(self, chances: Sequence[float], least: float) -> int:
+        """Drafts of at least this chance, nearly: lengths are few, since rows that are met anew cost more."""
+        count = sum(chance >= least for chance in chances)
+        return min(_NEAREST[min(count, _NUM_LOOKED_UP[-1])], len(chances), self._looked_up[-1].num_drafts)
+
+    def _is_worth_switching(self, best: _Chosen, step: NextStep) -> bool:
+        """Whether history wins by a margin. From a fused plan and back costs a draft forward."""
+        cost = self.costs.cost(best.work)
+        gain = best.tokens - best.rate * cost
+        is_on = self._last_run.drafter == HISTORY
+        if self._in_use.kind is PlanKind.FUSED:
+            start = best.rate * self.costs.cost(Work.of(Plan(self._in_use.num_drafts), 1, step.context)) / 2
+            return gain > (-start / _STEPS_PER_CHOICE if is_on else start)
+        return gain > (0.0 if is_on else _MARGIN / 2 * best.rate * cost)
+
+    def _may_learn(self, account: _Account) -> bool:
+        return account.unpaid <= _SHARE_TO_LEARN * self._plain_steps + _STEPS_TO_LEARN
+
+    def _balance(self, chosen: _Chosen, taken: StepTaken) -> None:
+        """What the step has lost or saved against the plan in use, and how fast it was.
+
+        By what it costs, not by what it took: a machine that paused has lost nothing by the plan.
+        """
+        plain_s = self.costs.plain_seconds()
+        if plain_s is None:
+            return
+        tokens, cost = taken.num_tokens / taken.batch_size, self.costs.cost(chosen.work)
+        total_s = taken.seconds + taken.choice_seconds
+        self._plain_steps += total_s / plain_s
+        lost = cost - tokens / chosen.rate
+        look = min(taken.choice_seconds / plain_s, 1.0) if chosen.has_looked else 0.0
+        if chosen.is_trial:
+            self._trials.add(lost)
+        elif taken.plan.drafter == HISTORY:
+            self._looks.add(look + lost)
+        else:
+            self._looks.add(look)
+        for index, part in enumerate((total_s, chosen.tokens / cost * total_s, tokens * plain_s)):
+            self._speeds[index] += part
 
     def _forget(self) -> None:
         """Policy and prompts have changed meanwhile: what is not in use may have become better."""
@@ -261,22 +362,12 @@ class Planner:
             if plan != self._in_use:
                 self._counts[plan] = _Counts()
 
-    def _log_switch(self, plan: Plan, bucket: Bucket) -> None:
-        logger.info(
-            "plan %s after %s at batch up to %d, context up to %d: expected %.3gx plain, against %.3gx",
-            plan.name,
-            self._in_use.name,
-            bucket.batch_size,
-            bucket.context,
-            self.speedup(plan, bucket),
-            self.speedup(self._in_use, bucket),
-        )
-
 
 def candidate_plans(policy: Policy) -> tuple[Plan, ...]:
-    """The plans a policy was trained for, plain first."""
+    """The plans a policy was trained for, plain first, and those of history, which any policy can follow."""
+    looked_up = [Plan(size, drafter=HISTORY) for size in _NUM_LOOKED_UP if size < policy.max_length]
     if not (policy.can_draft and policy.trained_drafts):
-        return (PLAIN,)
+        return (PLAIN, *looked_up)
     trained = min(policy.trained_drafts, policy.max_length - 1, MAX_DRAFTS)
     sizes = [*(num_drafts for num_drafts in _NUM_DRAFTS if num_drafts < trained), trained]
     plans = [PLAIN]
@@ -285,14 +376,14 @@ def candidate_plans(policy: Policy) -> tuple[Plan, ...]:
     if "fused" in policy.trained_layouts:
         for size in sizes:
             plans += [Plan(size, tuple(sorted(levels))) for levels in ({0}, {0, size // 2, size})]
-    return tuple(dict.fromkeys(plans))
+    return tuple(dict.fromkeys([*plans, *looked_up]))
 
 
 def read_plan(text: str, policy: "HFPolicy") -> Plan | Planner:
     """What `rollout.plan` asks for: `auto`, or a fixed plan as `Plan.parse` reads it."""
     if text.strip() == AUTO:
         path = cache_dir() / "plans" / f"{cost_key(policy)}.json"
-        return Planner(candidate_plans(policy), costs=CostTable.load(path))
+        return Planner(candidate_plans(policy), costs=CostModel.load(path))
     return Plan.parse(text, default_drafts=policy.trained_drafts or 1)
 
 

@@ -183,7 +183,7 @@ def replica_around(
     )
     if engine.planner is not None and not policy.can_draft:
         replica.notice = (
-            "plan 'auto' decodes plainly, one token a forward, because this policy has no drafts; `blockroll "
+            "plan 'auto' drafts from history alone, because this policy has no drafts of its own; `blockroll "
             "convert` teaches it some without changing its weights, and they are given as `adapter`"
         )
     return replica
