@@ -70,6 +70,6 @@ def test_what_a_replica_remembers_outlives_a_weight_update(pool):
     assert sum(each.stats.num_forwards for each in after) < sum(each.stats.num_forwards for each in before)
 
 
-def test_history_is_no_candidate_of_auto_yet(checkpoint):
+def test_history_is_a_candidate_of_auto(checkpoint):
     plans = candidate_plans(HFPolicy.from_pretrained(checkpoint))
-    assert [plan.name for plan in plans if plan.drafter == "history"] == []
+    assert [plan.num_drafts for plan in plans if plan.drafter == "history"] == [1, 2, 4, 8, 16]

@@ -36,7 +36,11 @@ class World:
         self.lengths = []  # of the latest step
 
     def seconds(self, plan, batch_size, context=64):
-        rows = plan.rows_per_forward * batch_size
+        rows = (
+            plan.rows_per_forward * batch_size
+            if plan.drafter != "history" or not self.lengths
+            else batch_size + sum(self.lengths)
+        )
         return 1e-3 * plan.forwards_per_step * (1 + self.row_cost * rows) * (1 + context / 4096)
 
     def tokens(self, plan):
@@ -168,10 +172,10 @@ def test_trying_ends_and_a_wide_plan_that_cannot_win_never_runs():
     assert set(chosen[20:]) == {PLAIN}
 
 
-@pytest.mark.parametrize("batch_size", [1, 16])
-def test_learning_takes_at_most_two_hundredths_of_the_time_behind_the_start(batch_size):
-    """Trials that lose and looks that find nothing, in a world where plain is best."""
-    world = World(draft_agrees=0.3, row_cost=0.02, look_s=2e-5, noise=0.2)
+@pytest.mark.parametrize(("batch_size", "share"), [(1, 0.04), (16, 0.02)])
+def test_learning_takes_few_hundredths_of_the_time_behind_the_start(batch_size, share):
+    """Trials that lose and looks that find nothing where plain is best; one request is counted slowly."""
+    world = World(draft_agrees=0.3, row_cost=0.05, look_s=2e-5, noise=0.2)
     planner = Planner([*PLANS, *LOOKED_UP])
     chosen = world.run(planner, 3000, batch_size)
     plain_s = world.seconds(PLAIN, batch_size)
@@ -179,7 +183,7 @@ def test_learning_takes_at_most_two_hundredths_of_the_time_behind_the_start(batc
         world.seconds(plan, batch_size) - world.tokens(plan) * plain_s for plan in chosen if plan != PLAIN
     )
     looks_s = world.num_looks * world.look_s * batch_size
-    assert lost_s + looks_s < (0.02 * 3000 + 15) * plain_s
+    assert lost_s + looks_s < (share * 3000 + 15) * plain_s
     assert world.num_looks > 5
 
 

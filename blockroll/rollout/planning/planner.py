@@ -18,7 +18,6 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -29,6 +28,7 @@ from blockroll.policies.base import Policy
 from blockroll.rollout.engine.plans import Choice, NextStep, StepTaken
 from blockroll.rollout.engine.ragged import LEAST_SAVED
 from blockroll.rollout.planning.costs import VERIFY, CostModel, Work
+from blockroll.rollout.planning.counts import Account, Chosen, Counts
 from blockroll.types import HISTORY, PLAIN, Plan, PlanKind
 from blockroll.types.plan import MAX_DRAFTS
 
@@ -47,7 +47,6 @@ _HOPELESS = 0.8  # a plan is not tried if it is expected to reach less than this
 _TRIALS = 3  # steps of a plan at a place, after which its cost is known there
 _COUNTED_STEPS = 12  # request-steps anywhere, after which its tokens are known
 _PRIOR_STEPS = 4  # request-steps that the optimistic guess at a plan's tokens weighs
-_HALF_LIFE = 1024  # request-steps after which a count of tokens weighs half
 _SHARE_TO_LEARN = 0.0075  # of the time, that each kind of learning may take,
 _STEPS_TO_LEARN = 6.0  # beyond so many plain steps
 _STEPS_OF_A_TRIAL = 4
@@ -57,51 +56,6 @@ _FIRST_STEPS = 2  # that are plain, to compare others with
 _STEPS_PER_CHOICE = 8  # a choice among counted plans holds so long: choosing takes time too
 _FORGET_STEPS = 10_000  # steps after which what plans not in use commit is counted anew
 _CALIBRATION_STEPS = 256.0  # request-steps that the promise of history is held against
-
-
-@dataclass(slots=True)
-class _Counts:
-    """What the steps of one plan did, the older the lighter."""
-
-    num_steps: float = 0.0  # request-steps
-    num_tokens: float = 0.0
-    step_s: float = 0.0  # of steps in use, without their starts,
-    start_s: float = 0.0  # and of those: a fused plan starts with a draft forward for each new request
-
-    def count(self, num_requests: int, num_tokens: int) -> None:
-        """One step of so many requests committed so many tokens."""
-        kept = 0.5 ** (num_requests / _HALF_LIFE)
-        self.num_steps = kept * self.num_steps + num_requests
-        self.num_tokens = kept * self.num_tokens + num_tokens
-        self.step_s, self.start_s = kept * self.step_s, kept * self.start_s
-
-    @property
-    def start_share(self) -> float:
-        """Time for starts over time for steps."""
-        return self.start_s / self.step_s if self.step_s else 0.0
-
-
-@dataclass(slots=True)
-class _Account:
-    """Time that went into learning and has not come back, in plain steps."""
-
-    unpaid: float = 0.0
-
-    def add(self, plain_steps: float) -> None:
-        """What a step has lost, or, below 0, saved."""
-        self.unpaid = max(0.0, self.unpaid + plain_steps)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Chosen:
-    """What a step is expected to do; costs in plain steps, tokens of a request."""
-
-    plan: Plan
-    work: Work
-    tokens: float
-    rate: float  # tokens per plain step that the plan in use would have
-    has_looked: bool = False
-    is_trial: bool = False
 
 
 class Planner:
@@ -120,7 +74,7 @@ class Planner:
         self.costs = CostModel() if costs is None else costs
         self._looked_up = [plan for plan in self.candidates if plan.drafter == HISTORY]
         self._counted = [plan for plan in self.candidates if plan.drafter != HISTORY]
-        self._counts = {plan: _Counts() for plan in self.candidates}
+        self._counts = {plan: Counts() for plan in self.candidates}
         self._narrower = {
             plan: [other for other in reversed(self._counted) if _is_narrower(other, plan)]
             for plan in self._counted
@@ -132,10 +86,10 @@ class Planner:
         self._tried_at: dict[Plan, int] = {}
         self._ran: set[Work] = set()
         self._last_run = PLAIN
-        self._chosen: _Chosen | None = None
+        self._chosen: Chosen | None = None
         self._num_steps = 0
         self._plain_steps = 0.0  # that the time of all steps is worth
-        self._trials, self._looks = _Account(), _Account()
+        self._trials, self._looks = Account(), Account()
         self._promised, self._kept = _CALIBRATION_STEPS / 8, _CALIBRATION_STEPS / 8  # drafts from history
         self._speeds = [0.0, 0.0, 0.0]  # seconds, and times predicted and achieved speed-ups
 
@@ -144,7 +98,7 @@ class Planner:
         plan, is_trial = self._from_counts(step)
         rate = self.speedup(self._in_use, step.batch_size, step.context)
         lengths = None
-        chosen = _Chosen(
+        chosen = Chosen(
             plan=plan,
             work=Work.of(plan, step.batch_size, step.context),
             tokens=self.expected_tokens(plan),
@@ -193,7 +147,7 @@ class Planner:
         """Go on from `state_dict()`; plans that are no candidates here are left out."""
         for plan in self.candidates:
             if plan.name in state:
-                self._counts[plan] = _Counts(*state[plan.name])
+                self._counts[plan] = Counts(*state[plan.name])
 
     def expected_tokens(self, plan: Plan) -> float:
         """Committed tokens per request and step; as many as there can be at most while few were counted."""
@@ -285,7 +239,7 @@ class Planner:
         self._tried_at[plan] = self._num_steps
         return plan, 1 if Work.of(plan, step.batch_size, step.context).place in self._ran else 2
 
-    def _from_history(self, step: NextStep, without: _Chosen) -> tuple[_Chosen, Sequence[int] | None]:
+    def _from_history(self, step: NextStep, without: Chosen) -> tuple[Chosen, Sequence[int] | None]:
         """Drafts from history if they beat the plan in use, and how many for each request."""
         size, most = step.batch_size, self._looked_up[-1].num_drafts
         one_more = Work(VERIFY, 1, size, 2 * size, step.context)  # a row for each request
@@ -321,7 +275,7 @@ class Planner:
         count = sum(chance >= least for chance in chances)
         return min(_NEAREST[min(count, _NUM_LOOKED_UP[-1])], len(chances), self._looked_up[-1].num_drafts)
 
-    def _is_worth_switching(self, best: _Chosen, step: NextStep) -> bool:
+    def _is_worth_switching(self, best: Chosen, step: NextStep) -> bool:
         """Whether history wins by a margin. From a fused plan and back costs a draft forward."""
         cost = self.costs.cost(best.work)
         gain = best.tokens - best.rate * cost
@@ -331,10 +285,10 @@ class Planner:
             return gain > (-start / _STEPS_PER_CHOICE if is_on else start)
         return gain > (0.0 if is_on else _MARGIN / 2 * best.rate * cost)
 
-    def _may_learn(self, account: _Account) -> bool:
+    def _may_learn(self, account: Account) -> bool:
         return account.unpaid <= _SHARE_TO_LEARN * self._plain_steps + _STEPS_TO_LEARN
 
-    def _balance(self, chosen: _Chosen, taken: StepTaken) -> None:
+    def _balance(self, chosen: Chosen, taken: StepTaken) -> None:
         """What the step has lost or saved against the plan in use, and how fast it was.
 
         By what it costs, not by what it took: a machine that paused has lost nothing by the plan.
@@ -360,7 +314,7 @@ class Planner:
         """Policy and prompts have changed meanwhile: what is not in use may have become better."""
         for plan in self.candidates:
             if plan != self._in_use:
-                self._counts[plan] = _Counts()
+                self._counts[plan] = Counts()
 
 
 def candidate_plans(policy: Policy) -> tuple[Plan, ...]:
