@@ -17,7 +17,8 @@ from blockroll.policies.hf import HFPolicy
 from blockroll.rollout.drafters.engine import Engine
 from blockroll.rollout.engine.trace import StepTrace
 from blockroll.samplers import draft_probs
-from blockroll.types import Rollout
+from blockroll.types import PLAIN, Rollout
+from blockroll.types.plan import MASK_ROWS
 
 COIN_TOLERANCE = 1e-5
 TIE_TOLERANCE = 1e-4
@@ -33,8 +34,8 @@ def assert_same_rollouts(
 
     Equal are the requests, tokens, ends, laws and versions; log-probabilities within 1e-4. Counts of work
     (`stats`) are not compared. With `cut` one rollout may end where the other goes on. `policy` drew the
-    rollouts, each under one fixed plan unless it was greedy: one that differs is drawn again from it, alone,
-    to see how near its coins came to a boundary.
+    rollouts, each under one fixed plan unless it was greedy, or all its drafts were point masses: one that
+    differs is drawn again from it, alone, to see how near its coins came to a boundary.
     """
     before, after = by_id(want), by_id(got)
     assert before.keys() == after.keys()
@@ -94,7 +95,11 @@ def best_logits_gap(policy: HFPolicy, rollout: Rollout, index: int) -> float:
 def coin_margin(policy: HFPolicy, rollout: Rollout, index: int) -> float:
     """The smallest distance from a boundary, of the coins of the step that drew a token."""
     request = rollout.request
-    ((plan, _),) = rollout.stats.steps_by_plan
+    plans = [plan for plan, _ in rollout.stats.steps_by_plan]
+    if len(plans) > 1:
+        drafts_from_rows = any(plan.drafter == MASK_ROWS for plan in plans)
+        assert request.sampling.draft_temperature == 0 or not drafts_from_rows, "its steps had other coins"
+    plan = plans[0] if len(plans) == 1 else PLAIN
     margins = CoinMargins(committed=len(request.prefix.token_ids) if request.prefix else 0)
     decode = policy.decode if policy.tokenizer is not None else None
     engine = Engine(policy, plan=plan, max_batch_size=1, decode=decode, observers=(margins,))
@@ -110,7 +115,10 @@ def coin_margin(policy: HFPolicy, rollout: Rollout, index: int) -> float:
 
 
 class CoinMargins:
-    """An engine observer of one request: how close the coins of each step came to a boundary."""
+    """An engine observer of one request: how close the coins of each step came to a boundary.
+
+    By position each token has a coin of its own, and what was drafted has no say.
+    """
 
     def __init__(self, *, committed: int = 0) -> None:
         self._committed = committed  # tokens before the first step
@@ -128,6 +136,10 @@ class CoinMargins:
     def __call__(self, record: StepTrace) -> None:
         verdict, draft = record.verdict, record.draft
         (num_drafts,), (committed,) = draft.num_drafts_B.tolist(), verdict.num_committed_B.tolist()
+        if draft.is_certain is True:
+            rows = zip(record.target_probs_BLV[0, :committed], record.verify_uniforms_BL[0], strict=False)
+            self._steps += [(1, _edge_distance(law_V, uniform)) for law_V, uniform in rows]
+            return
         draft_probs_KV = draft_probs(draft, record.target_probs_BLV.shape[-1])[0]
         margins = []
         for i in range(min(committed, num_drafts)):

@@ -13,7 +13,7 @@ from blockroll.samplers.lossless import (
 from blockroll.samplers.packed import Logits, PackedLogits
 from blockroll.samplers.processing import mixed_logits
 from blockroll.samplers.rows import LogitRows, target_probs
-from blockroll.samplers.uniforms import step_uniforms
+from blockroll.samplers.uniforms import step_uniforms, token_uniforms
 
 __all__ = [
     "Laws",
@@ -29,5 +29,6 @@ __all__ = [
     "settle_first",
     "step_uniforms",
     "target_probs",
+    "token_uniforms",
     "verify_block",
 ]

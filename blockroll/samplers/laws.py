@@ -117,7 +117,7 @@ class Laws:
     is_mixed: bool  # whether any request mixes,
     has_greedy: bool  # decodes greedily,
     has_greedy_draft: bool  # or drafts greedily,
-    all_greedy_draft: bool  # or all of them do
+    all_greedy_draft: bool  # or all of them do: drafts of theirs are point masses
     processing: "_Processing | None"
     failed: dict[int, str]  # by row of the batch: what its request brought along raised; the row is empty
     is_policy_B: Tensor | None  # which requests draw from the policy at its temperature; None: all of them
@@ -145,6 +145,13 @@ class Laws:
             else torch.tensor([text.is_policy for text in texts], device=device),
         )
 
+    @property
+    def is_certain_draft(self) -> Tensor | bool:
+        """Whose drafts from rows are point masses, bool (B,); True or False where it is the same of all."""
+        if self.has_greedy_draft and not self.all_greedy_draft:
+            return self.draft_temperature_B == 0
+        return self.all_greedy_draft
+
     def draw(self, logits_BKV: Tensor, uniforms_BK: Tensor, num_drafts_B: Tensor) -> Draft:
         """Drafts from their rows, processed as far as the committed text decides."""
         if self.processing is None:
@@ -156,10 +163,12 @@ class Laws:
                 has_greedy=self.has_greedy_draft,
                 all_greedy=self.all_greedy_draft,
             )
-        if self.all_greedy_draft:
-            return self.processing.draw(logits_BKV, None, uniforms_BK, num_drafts_B)
         rows = LogitRows(logits_BKV, self.draft_temperature_B, self.has_greedy_draft, self.processing.cut)
-        return self.processing.draw(logits_BKV, rows, uniforms_BK, num_drafts_B)
+        drawn = self.processing.draw(
+            logits_BKV, None if self.all_greedy_draft else rows, uniforms_BK, num_drafts_B
+        )
+        certain_B = self.is_certain_draft
+        return replace(drawn, certain_B=certain_B) if isinstance(certain_B, Tensor) else drawn
 
     def target_rows(
         self, logits_BLV: Logits, between_BN: Tensor, draft_logits_BKV: Tensor | None, num_drafts_B: Tensor

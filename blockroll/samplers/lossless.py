@@ -3,15 +3,25 @@
 Samplers see logits and uniforms, never models or requests. Logits come in as float32; probabilities are
 float64, because the law is proven on what this module computes.
 
-Shapes: B requests, K drafted tokens, L = K + 1 target positions, V vocabulary.
+Two rules verify drafts. One that was drawn is accepted by min(1, target / draft), else the residual replaces
+it. One that was certain is compared with the token that the position's own coin draws from the target: as
+likely to stand, and what is committed does not depend on it.
+
+Shapes: B requests, K drafted tokens, L = K + 1 target positions, N rows, V vocabulary.
 """
+
+import dataclasses
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from blockroll.samplers.by_position import draw_by_position
 from blockroll.samplers.packed import Logits, PackedLogits, PackedRows
-from blockroll.samplers.rows import DenseRows, Drawn, LogitRows, drawn_from, held, spans_of_requests
+from blockroll.samplers.rows import DenseRows, Drawn, LogitRows, drawn_from, held, spans_of_rows
 from blockroll.types import POINT_MASS, Draft, Evidence, PointMass, Rows, Verdict
+
+_T = TypeVar("_T", Verdict, Evidence)
 
 
 def draw_draft(
@@ -26,8 +36,8 @@ def draw_draft(
     """Draw every draft independently from its own row; temperature 0 takes the argmax, a point mass.
 
     The law returned is the law drawn from, whatever the rows hold: POINT_MASS where every request takes the
-    argmax. Without `num_drafts_B` every row counts. Who knows whether any or all temperatures are 0 saves a
-    look.
+    argmax, and `certain_B` where some do. Without `num_drafts_B` every row counts. Who knows whether any or
+    all temperatures are 0 saves a look.
     """
     batch, num_drafts = uniforms_BK.shape
     if num_drafts_B is None:
@@ -42,7 +52,12 @@ def draw_draft(
     if has_greedy is None:
         has_greedy = bool((temperature_B == 0).any())
     rows = held(LogitRows(logits_BKV, temperature_B, has_greedy))
-    return Draft(token_ids_BK=rows.draw(uniforms_BK), law=rows, num_drafts_B=num_drafts_B)
+    return Draft(
+        token_ids_BK=rows.draw(uniforms_BK),
+        law=rows,
+        num_drafts_B=num_drafts_B,
+        certain_B=temperature_B == 0 if has_greedy else None,
+    )
 
 
 def draft_probs(draft: Draft, vocab_size: int) -> Tensor:
@@ -57,17 +72,47 @@ def draft_probs(draft: Draft, vocab_size: int) -> Tensor:
 def verify_block(draft: Draft, target: Rows | Tensor, uniforms_BL: Tensor) -> Verdict:
     """Accept the longest draft prefix the target allows, then take one token from the target.
 
-    Law: if each draft token was drawn from its row of `draft.law` and the uniforms are independent on (0, 1),
-    the committed tokens are a sample of the target. A point mass is accepted with the token's own target
-    probability, and its residual is the target without that token.
-    Source: Leviathan et al. 2023, appendix A.1; Chen et al. 2023, theorem 1.
+    Law: if each draft token was drawn from its row of `draft.law`, no draft depends on the uniforms, and
+    these are independent on (0, 1), the committed tokens are a sample of the target.
+
+    Where drafts were certain, uniform i draws the token of row i from the target, and draft i stands if it is
+    that token: the first that is not is replaced by it. Where they were drawn, uniform i is the accept coin
+    of draft i, and the last one draws the token behind those accepted, from the residual after a rejection.
+    Source of the second rule: Leviathan et al. 2023, appendix A.1; Chen et al. 2023, theorem 1.
     `target` (B, L, V) may be probabilities: rows that sum to one, float64. K may be zero, and a request may
     have fewer drafts than K.
     """
-    target = as_rows(target)
-    num_drafts = draft.token_ids_BK.shape[1]
-    if num_drafts == 0:
+    target, is_certain = as_rows(target), draft.is_certain
+    if draft.token_ids_BK.shape[1] == 0:
         return _draw(draft, target, uniforms_BL)
+    if is_certain is True:
+        return _verify_certain(draft, target, uniforms_BL)
+    verdict = _verify_drawn(draft, target, uniforms_BL)
+    return _certain_or(verdict, _verify_certain(draft, target, uniforms_BL), is_certain)
+
+
+def settle_first(draft: Draft, target: Rows | Tensor, uniforms_B2: Tensor) -> Verdict:
+    """The first position alone, whatever becomes of the others: its draft if accepted, else what replaces it.
+
+    `uniforms_B2` are its accept coin and the coin of the token that replaces a rejected draft; where drafts
+    were certain, the coin that draws the token of its position, and one that decides nothing.
+    Law: verify_block on one draft without its extra token; the token that stands is a sample of the target.
+    """
+    target, is_certain = as_rows(target), draft.is_certain
+    first = dataclasses.replace(
+        draft,
+        token_ids_BK=draft.token_ids_BK[:, :1],
+        num_drafts_B=draft.num_drafts_B.clamp(max=1),
+    )
+    if is_certain is True:
+        return _settle_certain(first, target, uniforms_B2[:, :1])
+    verdict = _settle_drawn(draft, target, uniforms_B2)
+    return _certain_or(verdict, _settle_certain(first, target, uniforms_B2[:, :1]), is_certain)
+
+
+def _verify_drawn(draft: Draft, target: Rows, uniforms_BL: Tensor) -> Verdict:
+    """By accept coins, and a residual."""
+    num_drafts = draft.token_ids_BK.shape[1]
     draft_p_BK, target_p_BK = _own_probs(draft), target.probs_of(draft.token_ids_BK)
 
     # u * draft < target is u < target / draft without the division, so draft == 0 is no special case.
@@ -85,17 +130,12 @@ def verify_block(draft: Draft, target: Rows | Tensor, uniforms_BL: Tensor) -> Ve
         num_committed_B=num_accepted_B + 1,
         is_draft_BL=torch.arange(num_drafts + 1, device=uniforms_BL.device) < num_accepted_B1,
         behavior_logprobs_BL=probs_BL.log(),
-        evidence=_evidence(draft_p_BK, target_p_BK, uniforms_BL, final),
+        evidence=_evidence(draft_p_BK, target_p_BK, uniforms_BL, final, width=num_drafts + 1),
     )
 
 
-def settle_first(draft: Draft, target: Rows | Tensor, uniforms_B2: Tensor) -> Verdict:
-    """The first position alone, whatever becomes of the others: its draft if accepted, else the residual's.
-
-    `uniforms_B2` are its accept coin and the coin of the token that replaces a rejected draft.
-    Law: verify_block on one draft without its extra token; the token that stands is a sample of the target.
-    """
-    target, drafted_B1 = as_rows(target), draft.token_ids_BK[:, :1]
+def _settle_drawn(draft: Draft, target: Rows, uniforms_B2: Tensor) -> Verdict:
+    drafted_B1 = draft.token_ids_BK[:, :1]
     draft_p_B1, target_p_B1 = _own_probs(draft)[:, :1], target.probs_of(drafted_B1)
     has_draft_B = draft.num_drafts_B > 0
     is_draft_B1 = (uniforms_B2[:, :1] * draft_p_B1 < target_p_B1) & has_draft_B[:, None]
@@ -106,8 +146,27 @@ def settle_first(draft: Draft, target: Rows | Tensor, uniforms_B2: Tensor) -> Ve
         num_committed_B=torch.ones_like(draft.num_drafts_B),
         is_draft_BL=is_draft_B1,
         behavior_logprobs_BL=torch.where(is_draft_B1, target_p_B1, final_p_B[:, None]).log(),
-        evidence=_evidence(draft_p_B1, target_p_B1, uniforms_B2, final),
+        evidence=_evidence(draft_p_B1, target_p_B1, uniforms_B2, final, width=1),
     )
+
+
+def _verify_certain(draft: Draft, target: Rows, uniforms_BL: Tensor) -> Verdict:
+    verdict = draw_by_position(draft, target, uniforms_BL)
+    return dataclasses.replace(verdict, num_committed_B=verdict.is_draft_BL.sum(dim=1) + 1)
+
+
+def _settle_certain(first: Draft, target: Rows, uniforms_B1: Tensor) -> Verdict:
+    verdict = draw_by_position(first, target, uniforms_B1)
+    return dataclasses.replace(verdict, num_committed_B=torch.ones_like(first.num_drafts_B))
+
+
+def _certain_or(drawn: Verdict, certain: Verdict, certain_B: Tensor | bool) -> Verdict:
+    """Of each request the verdict by the rule of its drafts."""
+    if not isinstance(certain_B, Tensor):
+        return drawn
+    assert drawn.evidence is not None
+    assert certain.evidence is not None
+    return _either(certain_B, certain, drawn, evidence=_either(certain_B, certain.evidence, drawn.evidence))
 
 
 def _draw(draft: Draft, target: Rows, uniforms_B1: Tensor) -> Verdict:
@@ -120,7 +179,7 @@ def _draw(draft: Draft, target: Rows, uniforms_B1: Tensor) -> Verdict:
         num_committed_B=torch.ones_like(first_B),
         is_draft_BL=torch.zeros_like(tokens_B1, dtype=torch.bool),
         behavior_logprobs_BL=probs_B[:, None].log(),
-        evidence=_evidence(nothing_B0, nothing_B0, uniforms_B1, drawn),
+        evidence=_evidence(nothing_B0, nothing_B0, uniforms_B1, drawn, width=1, by_position=draft.is_certain),
     )
 
 
@@ -131,8 +190,7 @@ def as_rows(law: Rows | Tensor) -> Rows:
 
 def _own_probs(draft: Draft) -> Tensor:
     """Of each drafted token under the law it was drawn from, float64 (B, K)."""
-    if isinstance(draft.law, PointMass):
-        return torch.ones_like(draft.token_ids_BK, dtype=torch.float64)
+    assert not isinstance(draft.law, PointMass)
     return as_rows(draft.law).probs_of(draft.token_ids_BK)
 
 
@@ -141,12 +199,17 @@ def _draw_final(
 ) -> tuple[Tensor, Drawn]:
     """Target probability and draw of a token at an offset: from a rejected draft's residual, or target."""
     size, _, vocab_size = target.shape
+    requests_B = torch.arange(size, device=offset_B.device)
     probs, drawn = [], []
-    for requests in spans_of_requests(size, vocab_size):
-        target_BV = weights_BV = target.row(offset_B[requests], requests)
+    for requests in spans_of_rows(size, vocab_size):
+        target_BV = weights_BV = target.at(requests_B[requests], offset_B[requests])
         if draft.token_ids_BK.shape[1]:
             weights_BV = _final_weights(
-                target_BV, draft, offset_B, requests, is_rejected_B=is_rejected_B[requests]
+                target_BV,
+                draft,
+                requests_B[requests],
+                offset_B[requests],
+                is_rejected_B=is_rejected_B[requests],
             )
         drawn.append(drawn_from(weights_BV, uniforms_B[requests]))
         probs.append(target_BV.gather(-1, drawn[-1].token_ids_B[:, None]).squeeze(-1))
@@ -156,31 +219,44 @@ def _draw_final(
 
 
 def _final_weights(
-    target_BV: Tensor, draft: Draft, offset_B: Tensor, requests: slice, *, is_rejected_B: Tensor
+    target_NV: Tensor, draft: Draft, requests_N: Tensor, offset_N: Tensor, *, is_rejected_B: Tensor
 ) -> Tensor:
     """What the token at these offsets is drawn from: the residual of the rejected draft there, or target."""
-    residual_BV = _residual(target_BV, draft, offset_B, requests)
+    residual_NV = _residual(target_NV, draft, requests_N, offset_N)
     # Rounding can reject a token and leave no mass: draft and target are then equal.
-    use_residual_B = is_rejected_B & (residual_BV.sum(dim=-1) > 0)
-    return torch.where(use_residual_B[:, None], residual_BV, target_BV)
+    use_residual_N = is_rejected_B & (residual_NV.sum(dim=-1) > 0)
+    return torch.where(use_residual_N[:, None], residual_NV, target_NV)
 
 
-def _residual(target_BV: Tensor, draft: Draft, offset_B: Tensor, requests: slice) -> Tensor:
-    """The positive part of target less draft, not normalised; of a point mass, target without its token."""
-    offset_B = offset_B[requests].clamp(max=draft.token_ids_BK.shape[1] - 1)
-    if isinstance(draft.law, PointMass):
-        return target_BV.scatter(-1, draft.token_ids_BK[requests].gather(1, offset_B[:, None]), 0.0)
-    return (target_BV - as_rows(draft.law).row(offset_B, requests)).clamp(min=0)
+def _residual(target_NV: Tensor, draft: Draft, requests_N: Tensor, offset_N: Tensor) -> Tensor:
+    """The positive part of target less draft, not normalised."""
+    assert not isinstance(draft.law, PointMass)
+    offset_N = offset_N.clamp(max=draft.token_ids_BK.shape[1] - 1)
+    return (target_NV - as_rows(draft.law).at(requests_N, offset_N)).clamp(min=0)
 
 
-def _evidence(draft_p_BK: Tensor, target_p_BK: Tensor, uniforms_BL: Tensor, final: Drawn) -> Evidence:
+def _evidence(
+    draft_p_BK: Tensor,
+    target_p_BK: Tensor,
+    uniforms: Tensor,
+    final: Drawn,
+    *,
+    width: int,
+    by_position: Tensor | bool = False,
+) -> Evidence:
+    """Of accept coins and the token that was drawn behind them, wherever that is."""
+    size, num_drafts = draft_p_BK.shape
     return Evidence(
+        by_position_B=torch.full((size,), by_position, device=uniforms.device)
+        if isinstance(by_position, bool)
+        else by_position,
         draft_probs_BK=draft_p_BK,
         target_probs_BK=target_p_BK,
-        uniforms_BL=uniforms_BL,
-        mass_B=final.mass_B,
-        low_B=final.low_B,
-        high_B=final.high_B,
+        coins_BK=uniforms[:, :num_drafts],
+        uniforms_BL=uniforms[:, -1:].expand(-1, width),
+        mass_BL=final.mass_B[:, None].expand(-1, width),
+        low_BL=final.low_B[:, None].expand(-1, width),
+        high_BL=final.high_B[:, None].expand(-1, width),
     )
 
 
@@ -200,3 +276,14 @@ def policy_logprobs(logits_BLV: Logits, token_ids_BL: Tensor, temperature_B: Ten
     if isinstance(logits_BLV, PackedLogits):
         return PackedRows(logits_BLV, scale_B, False).logprobs_of(token_ids_BL)
     return LogitRows(logits_BLV, scale_B, False).logprobs_of(token_ids_BL)
+
+
+def _either(is_first_B: Tensor, first: _T, second: _T, **others: Evidence) -> _T:
+    """Of each request the row of one or the other, tensor by tensor."""
+    chosen: dict[str, Any] = {**others}
+    for field in dataclasses.fields(first):
+        one, other = getattr(first, field.name), getattr(second, field.name)
+        if isinstance(one, Tensor):
+            is_first = is_first_B.view(-1, *[1] * (one.ndim - 1))
+            chosen[field.name] = torch.where(is_first, one, other)
+    return type(first)(**chosen)

@@ -91,11 +91,12 @@ class PackedRows(Rows):
         """Their logarithms, also where a probability is too small for float64; no temperature is 0."""
         return self._each(LogitRows.logprobs_of, token_ids_BN, torch.float64)
 
-    def row(self, offset_B: Tensor, requests: slice = slice(None)) -> Tensor:
-        index_B = self.packed.starts_B[requests] + offset_B
-        cut = None if self.cut is None else self.cut.of(requests)
-        rows = self._rows(index_B, self.temperature_B[requests], cut)
-        return rows.row(torch.zeros_like(index_B))
+    def at(self, requests_N: Tensor, offsets_N: Tensor) -> Tensor:
+        packed = self.packed
+        offsets_N = torch.minimum(offsets_N, packed.num_rows_B[requests_N] - 1)
+        cut = None if self.cut is None else self.cut.of(requests_N)
+        rows = self._rows(packed.starts_B[requests_N] + offsets_N, self.temperature_B[requests_N], cut)
+        return rows.dense()[:, 0]
 
     def behind_first(self) -> Self:
         packed = self.packed

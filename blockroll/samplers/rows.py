@@ -42,9 +42,8 @@ class DenseRows(Rows):
     def probs_of(self, token_ids_BN: Tensor) -> Tensor:
         return self.probs_BLV[:, : token_ids_BN.shape[1]].gather(-1, token_ids_BN[..., None]).squeeze(-1)
 
-    def row(self, offset_B: Tensor, requests: slice = slice(None)) -> Tensor:
-        probs_BLV = self.probs_BLV[requests]
-        return probs_BLV[torch.arange(len(probs_BLV), device=probs_BLV.device), offset_B]
+    def at(self, requests_N: Tensor, offsets_N: Tensor) -> Tensor:
+        return self.probs_BLV[requests_N, offsets_N]
 
     def behind_first(self) -> Self:
         return replace(self, probs_BLV=self.probs_BLV[:, 1:])
@@ -74,12 +73,12 @@ class Mix:
         num_drafts_B = self.num_drafts_B[requests] - rows.start
         return mixed_logits(logits_BLV, self.draft_logits_BKV[place], self.weight_B[requests], num_drafts_B)
 
-    def row(self, offset_B: Tensor, requests: slice, logits_B1V: Tensor) -> Tensor:
-        """The row of each of these requests that stands at an offset."""
-        draft_BKV, met_B = self.draft_logits_BKV[requests], offset_B < self.num_drafts_B[requests]
-        place_B = offset_B.clamp(max=draft_BKV.shape[1] - 1)
-        draft_BV = draft_BKV[torch.arange(len(draft_BKV), device=draft_BKV.device), place_B]
-        return mixed_logits(logits_B1V, draft_BV[:, None], self.weight_B[requests], met_B.long())
+    def at(self, requests_N: Tensor, offsets_N: Tensor, logits_N1V: Tensor) -> Tensor:
+        """These rows, each of a request and at an offset."""
+        met_N = offsets_N < self.num_drafts_B[requests_N]
+        place_N = offsets_N.clamp(max=self.draft_logits_BKV.shape[1] - 1)
+        draft_N1V = self.draft_logits_BKV[requests_N, place_N][:, None]
+        return mixed_logits(logits_N1V, draft_N1V, self.weight_B[requests_N], met_N.long())
 
     def behind_first(self) -> "Mix | None":
         """That of all rows but the first of each request; None: nothing is left to mix."""
@@ -120,12 +119,11 @@ class LogitRows(Rows):
             logprobs_BN[place] = own_BL - scaled_BLV.logsumexp(dim=-1)
         return logprobs_BN
 
-    def row(self, offset_B: Tensor, requests: slice = slice(None)) -> Tensor:
-        logits_BLV = self.logits_BLV[requests]
-        logits_B1V = logits_BLV[torch.arange(len(logits_BLV), device=logits_BLV.device), offset_B, None]
+    def at(self, requests_N: Tensor, offsets_N: Tensor) -> Tensor:
+        logits_N1V = self.logits_BLV[requests_N, offsets_N][:, None]
         if self.mix is not None:
-            logits_B1V = self.mix.row(offset_B, requests, logits_B1V)
-        return self._law(logits_B1V, requests)[:, 0]
+            logits_N1V = self.mix.at(requests_N, offsets_N, logits_N1V)
+        return self._law(logits_N1V, requests_N)[:, 0]
 
     def behind_first(self) -> Self:
         mix = None if self.mix is None else self.mix.behind_first()
@@ -152,7 +150,7 @@ class LogitRows(Rows):
                 logits_BLV = self.mix.tile(place, logits_BLV)
             yield place, self._law(logits_BLV, place[0])
 
-    def _law(self, logits_BLV: Tensor, requests: slice) -> Tensor:
+    def _law(self, logits_BLV: Tensor, requests: slice | Tensor) -> Tensor:
         probs_BLV = target_probs(logits_BLV, self.temperature_B[requests], has_greedy=self.has_greedy)
         return probs_BLV if self.cut is None else truncate(probs_BLV, self.cut.of(requests))
 
@@ -170,9 +168,9 @@ def held(rows: LogitRows) -> Rows:
     return DenseRows(rows.dense()) if rows.logits_BLV.numel() <= _TILE else rows
 
 
-def spans_of_requests(size: int, vocab_size: int) -> Iterator[slice]:
-    """Requests of which one row each makes a tile."""
-    yield from _spans(size, max(1, _TILE // vocab_size))
+def spans_of_rows(num_rows: int, vocab_size: int) -> Iterator[slice]:
+    """Rows of which so many make a tile."""
+    yield from _spans(num_rows, max(1, _TILE // vocab_size))
 
 
 def _spans(size: int, width: int) -> Iterator[slice]:

@@ -24,8 +24,8 @@ class Rows(ABC):
         """Probability of a token in each of the first N rows, float64 (B, N)."""
 
     @abstractmethod
-    def row(self, offset_B: "Tensor", requests: slice = slice(None)) -> "Tensor":
-        """One row of each of these requests, float64 (B, V)."""
+    def at(self, requests_N: "Tensor", offsets_N: "Tensor") -> "Tensor":
+        """These rows, each of a request and at an offset, float64 (N, V)."""
 
     @abstractmethod
     def draw(self, uniforms_BL: "Tensor") -> "Tensor":

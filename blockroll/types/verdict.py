@@ -33,6 +33,7 @@ class Draft:
     token_ids_BK: "Tensor"  # int64; behind a request's number of drafts they hold no meaning
     law: "Rows | Tensor | PointMass"  # (B, K, V); as a tensor float64 probabilities; POINT_MASS: all certain
     num_drafts_B: "Tensor"  # int64, 0..K: how many drafts each request really has
+    certain_B: "Tensor | None" = None  # bool: whose drafts were certain under a law of rows; None: nobody's
 
     def __post_init__(self) -> None:
         if self.law is None:
@@ -40,6 +41,13 @@ class Draft:
                 "drafts need the law they were drawn from, rows or probabilities (B, K, V), or POINT_MASS "
                 "where each was certain, as argmax drafts and looked-up tokens are"
             )
+
+    @property
+    def is_certain(self) -> "Tensor | bool":
+        """Whose drafts are point masses, bool (B,); True or False where it is the same of all."""
+        if isinstance(self.law, PointMass):
+            return True
+        return False if self.certain_B is None else self.certain_B
 
     def behind_first(self) -> "Draft":
         """The drafts without those of the first position."""
@@ -52,19 +60,26 @@ class Draft:
             token_ids_BK=self.token_ids_BK[:, 1:],
             law=law,
             num_drafts_B=self.num_drafts_B - 1,
+            certain_B=self.certain_B,
         )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evidence:
-    """What a verification was decided by; the audit keeps it."""
+    """What a verification was decided by, float64; the audit keeps it.
 
-    draft_probs_BK: "Tensor"  # float64, of each drafted token under its own law,
-    target_probs_BK: "Tensor"  # and under the law to commit by
-    uniforms_BL: "Tensor"  # accept coins, and the uniform of the token that was drawn
-    mass_B: "Tensor"  # of what that token was drawn from, a target row or a residual: all of it,
-    low_B: "Tensor"  # that of all ids before the token,
-    high_B: "Tensor"  # and the token's own with them
+    By position every committed token was drawn, accepted drafts too, and no accept coin decided anything.
+    Otherwise one token was drawn, behind the accepted drafts: what is said of draws holds there alone.
+    """
+
+    by_position_B: "Tensor"  # bool: whose tokens were drawn by the coins of their positions
+    draft_probs_BK: "Tensor"  # of each drafted token under its own law,
+    target_probs_BK: "Tensor"  # and under the law to commit by, as far as the drafts before it were accepted
+    coins_BK: "Tensor"  # of acceptance
+    uniforms_BL: "Tensor"  # that drew the token
+    mass_BL: "Tensor"  # of what it was drawn from, a target row or a residual: all of it,
+    low_BL: "Tensor"  # that of all ids before the token,
+    high_BL: "Tensor"  # and the token's own with them
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

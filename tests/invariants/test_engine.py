@@ -157,7 +157,7 @@ def test_switching_plans_keeps_exact_logprobs_and_uses_no_coin_twice(policy, pla
 
 def test_a_plan_whose_forwards_are_not_counted_would_use_coins_twice(policy, coins, monkeypatch):
     monkeypatch.setattr(Plan, "forwards_per_step", property(lambda plan: int(plan.layout is None)))
-    run(policy, joining_and_leaving(Sampling()), PlansInTurn(*SWITCHES[0]), max_batch_size=5)
+    run(policy, joining_and_leaving(Sampling()), TWO_FORWARD, max_batch_size=5)
     assert len(set(coins)) < len(coins)
 
 

@@ -14,12 +14,10 @@ can be summed over every path that reaches a text.
 Shapes: B requests, R rows, K drafted tokens, L = K + 1, P levels, S keys, V vocabulary, C cells.
 """
 
-import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import cycle
-from typing import NamedTuple
 from unittest import mock
 
 import numpy as np
@@ -28,20 +26,11 @@ import torch
 
 from blockroll.rollout.drafters.engine import Engine
 from blockroll.rollout.engine import step as decoding
-from blockroll.rollout.engine.drafting import Drafter
 from blockroll.types import Law, Plan, Request, Sampling
 from tests.engines import PlansInTurn
-from tests.law.integrate import Tokens, Toy, _boundaries, _product, _split, tempered
+from tests.law.engine_cells import PROMPT, Processing, State, step_cells
+from tests.law.integrate import Tokens, Toy
 from tests.law.table_policy import LONGEST, TablePolicy
-
-PROMPT = 0  # every request starts from this one token; histories below leave it out
-
-
-class State(NamedTuple):
-    """Where a request stands between two steps, and the draft rows it will meet, as keys of the table."""
-
-    history: Tokens
-    drafts: tuple[tuple[Tokens, int], ...]
 
 
 @dataclass
@@ -51,49 +40,6 @@ class Reached:
     mass: float = 0.0
     corrected: float = 0.0
     coins: tuple[tuple[float, ...], ...] = field(default=())
-
-
-@dataclass(frozen=True, kw_only=True)
-class Processing:
-    """Options of `Sampling`, and what they make of a row of weights: written for the test, in numpy."""
-
-    options: dict = field(default_factory=dict)
-    excluded: Callable[[Tokens], set[int]] = lambda completion: set()  # what must not follow
-
-    def target_V(self, weights_V, completion: Tokens, temperature: float) -> np.ndarray:
-        """The law of the token behind `completion`."""
-        return self._law(weights_V, completion, self.excluded(completion), temperature)
-
-    def draft_V(self, weights_V, completion: Tokens, drafted: Tokens, temperature: float) -> np.ndarray:
-        """The law of the draft behind `drafted`: penalties go by the completion, masks by the drafts too."""
-        excluded = self.excluded(completion + drafted)
-        if len(excluded) == len(weights_V):
-            excluded = set()
-        return self._law(weights_V, completion, excluded, temperature)
-
-    def _law(self, weights_V, completion: Tokens, excluded: set[int], temperature: float) -> np.ndarray:
-        get = self.options.get
-        logits = [math.log(weight) for weight in weights_V]
-        for token in range(len(logits)):
-            logits[token] += get("logit_bias", {}).get(token, 0.0)
-            if token in (PROMPT, *completion):
-                penalty = get("repetition_penalty", 1.0)
-                logits[token] *= penalty if logits[token] < 0 else 1 / penalty
-            logits[token] -= get("frequency_penalty", 0.0) * completion.count(token)
-            logits[token] -= get("presence_penalty", 0.0) * (token in completion)
-            if token in excluded:
-                logits[token] = -math.inf
-        law = tempered(np.exp(logits), temperature)
-        order = sorted(range(len(law)), key=lambda token: (-law[token], token))
-        kept = order[: get("top_k", 0) or None]
-        mass, nucleus = 0.0, []
-        for token in kept:
-            if mass < get("top_p", 1.0) * sum(law[kept]):
-                nucleus.append(token)
-            mass += law[token]
-        nucleus = [token for token in nucleus if law[token] >= get("min_p", 0.0) * law[order[0]]]
-        law = np.array([p if token in nucleus else 0.0 for token, p in enumerate(law)])
-        return law / law.sum()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,7 +122,7 @@ def engine_law(
         cells = [
             (state, reached, coins, volume)
             for state, reached in frontier.items()
-            for coins, volume in zip(*_cells(toy, plan, state, weight, processing), strict=True)
+            for coins, volume in zip(*step_cells(toy, plan, state, weight, processing), strict=True)
         ]
         coins_C = [(*reached.coins, tuple(coins)) for _, reached, coins, _ in cells]
         outcomes = _run(toy, steps, coins_C, weight, processing, interruption)
@@ -217,97 +163,6 @@ def _next_state(
     return State(history, tuple((known, j) for j in range(num_accepted - level + 1, plan.num_drafts + 1)))
 
 
-def _laws(
-    toy: Toy, state: State, drafted: Tokens, weight: float, processing: Processing
-) -> tuple[list, list]:
-    """Draft laws (one per draft), and the laws that are committed by (one more)."""
-    drafts = [
-        processing.draft_V(toy.draft_weights(*key), state.history, drafted[:i], toy.draft_temperature)
-        for i, key in enumerate(state.drafts)
-    ]
-    targets = []
-    for i in range(len(drafts) + 1):
-        prefix = state.history + drafted[:i]
-        row = np.asarray(toy.target_weights(prefix), dtype=np.float64)
-        if i < len(drafts):
-            row = row**weight * np.asarray(toy.draft_weights(*state.drafts[i]), dtype=np.float64) ** (
-                1 - weight
-            )
-        targets.append(processing.target_V(row, prefix, toy.temperature))
-    return drafts, targets
-
-
-def _cells(
-    toy: Toy, plan: Plan, state: State, weight: float, processing: Processing
-) -> tuple[np.ndarray, np.ndarray]:
-    """Points (C, 2K + 1), draft uniforms, accept coins, final uniform; and volumes (C,).
-
-    A two-forward step settles its first position by one more coin, and verifies the others behind the token
-    that then stands there.
-    """
-    if plan.num_drafts and not plan.levels:
-        return _settled_cells(toy, state, weight, processing)
-    num_drafts, unused = len(state.drafts), plan.num_drafts - len(state.drafts)
-    points, volumes = [], []
-    for drafted in np.ndindex(*[toy.vocab_size] * num_drafts):
-        draft_laws, targets = _laws(toy, state, drafted, weight, processing)
-        if any(law_V[token] == 0 for token, law_V in zip(drafted, draft_laws, strict=True)):
-            continue
-        pairs = list(zip(targets, draft_laws, strict=False))
-        rows = [*targets, *(np.maximum(target - draft, 0) for target, draft in pairs)]
-        final_T = np.concatenate([_boundaries(row) for row in rows])
-        draws = [
-            _split(_boundaries(law_V), "low", within=law_V[:token].sum() + law_V[token] / 2)
-            for token, law_V in zip(drafted, draft_laws, strict=True)
-        ]
-        coins = [
-            _split(np.minimum(1, target[token] / draft[token])[None], "low")
-            for token, (target, draft) in zip(drafted, pairs, strict=True)
-        ]
-        idle = [(np.array([0.5]), np.array([1.0]))] * unused
-        intervals = [*draws, *idle, *coins, *idle, _split(final_T, "low")]
-        points.append(_product(point for point, _ in intervals))
-        volumes.append(_product(width for _, width in intervals).prod(axis=1))
-    return np.concatenate(points), np.concatenate(volumes)
-
-
-def _settled_cells(
-    toy: Toy, state: State, weight: float, processing: Processing
-) -> tuple[np.ndarray, np.ndarray]:
-    """Points (C, 2K + 2): the coin that replaces a rejected first draft comes last."""
-    points, volumes = [], []
-    for drafted in np.ndindex(*[toy.vocab_size] * len(state.drafts)):
-        draft_laws, (first_V, *_) = _laws(toy, state, drafted, weight, processing)
-        if any(law_V[token] == 0 for token, law_V in zip(drafted, draft_laws, strict=True)):
-            continue
-        draws = [
-            _split(_boundaries(law_V), "low", within=law_V[:token].sum() + law_V[token] / 2)
-            for token, law_V in zip(drafted, draft_laws, strict=True)
-        ]
-        share = min(1.0, first_V[drafted[0]] / draft_laws[0][drafted[0]])
-        residual_V = np.maximum(first_V - draft_laws[0], 0)
-        outcomes = [(drafted[0], (share / 2, share), (0.5, 1.0))] if share > 0 else []
-        if share < 1:
-            for token in np.flatnonzero(residual_V):
-                below, mass = residual_V[:token].sum(), residual_V[token]
-                settle = ((below + mass / 2) / residual_V.sum(), mass / residual_V.sum())
-                outcomes.append((int(token), ((1 + share) / 2, 1 - share), settle))
-        for stands, coin, settle in outcomes:
-            _, targets = _laws(toy, state, (stands, *drafted[1:]), weight, processing)
-            pairs = list(zip(targets[1:], draft_laws[1:], strict=False))
-            rows = [*targets[1:], *(np.maximum(target - draft, 0) for target, draft in pairs)]
-            coins = [
-                _split(np.minimum(1, target[token] / draft[token])[None], "low")
-                for token, (target, draft) in zip(drafted[1:], pairs, strict=True)
-            ]
-            final = _split(np.concatenate([_boundaries(row) for row in rows]), "low")
-            fixed = [(np.array([point]), np.array([width])) for point, width in (coin, settle)]
-            intervals = [*draws, fixed[0], *coins, final, fixed[1]]
-            points.append(_product(point for point, _ in intervals))
-            volumes.append(_product(width for _, width in intervals).prod(axis=1))
-    return np.concatenate(points), np.concatenate(volumes)
-
-
 def _run(
     toy: Toy,
     plans: Sequence[Plan],
@@ -315,7 +170,6 @@ def _run(
     weight: float,
     processing: Processing,
     interruption: Interruption | None,
-    make_drafters: Callable[[], Sequence[Drafter]] = tuple,
 ) -> list:
     """Of the last of these steps, one plan each, per cell: tokens, number accepted, drafts, and pi / mu."""
     tables = [torch.tensor(step, dtype=torch.float64) for step in zip(*coins_C, strict=True)]
@@ -324,10 +178,14 @@ def _run(
 
     first_use: dict[tuple[int, int, int, str], tuple[int, int]] = {}
 
-    def given_uniforms(seeds_B, positions_B, attempts_B, num_drafts, *, settles):
+    def given_uniforms(seeds_B, positions_B, attempts_B, num_drafts, *, settles, by_position):
         step = tables[step_index[0]][seeds_B]
         if interruption is not None:  # a coin that has served comes again, as its words would give it
             purposes = ["draft"] * num_drafts + ["accept"] * num_drafts + ["final"] * (1 + settles)
+            if by_position:
+                assert by_position is True
+                assert num_drafts == 0, "coins that decide nothing would need cells over several steps"
+                purposes, attempts_B = ["token"], 0 * attempts_B
             offsets = [*range(num_drafts), *range(num_drafts), num_drafts, *[0] * settles]
             for b, (seed, position, attempt) in enumerate(
                 zip(seeds_B.tolist(), positions_B.tolist(), attempts_B.tolist(), strict=True)
@@ -359,7 +217,6 @@ def _run(
             plan=left[0] if len(set(left)) == 1 else PlansInTurn(*left),
             max_batch_size=len(coins_C),
             observers=(remember,),
-            drafters=make_drafters(),
         )
 
     with mock.patch.object(decoding, "step_uniforms", given_uniforms):

@@ -16,7 +16,7 @@ _SAMPLED = {"stochastic", "four_tokens", "zeros", "opposite", "argmax_draft", "h
 BROKEN_BY = {
     "final_from_target": _SAMPLED,
     "accept_if_target_is_larger": _SAMPLED,
-    "no_cumulative_stop": _SAMPLED | {"greedy"},
+    "no_cumulative_stop": _SAMPLED | {"greedy", "greedy_argmax_draft"},
     "coin_reused": _SAMPLED,
 }
 

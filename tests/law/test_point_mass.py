@@ -1,14 +1,16 @@
-"""Drafts that were certain carry no dense law, and are verified by the same law, token for token."""
+"""Drafts that were certain carry no dense law, and stand if they are the tokens that their coins draw."""
 
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import pytest
 import torch
 
 from blockroll.errors import InvalidInput
 from blockroll.samplers import Laws, draft_probs, draw_draft, lossless, settle_first, verify_block
+from blockroll.samplers.by_position import draw_by_position
 from blockroll.samplers.check import check_draft_law
 from blockroll.samplers.laws import Text
+from blockroll.samplers.rows import LogitRows, inverse_cdf
 from blockroll.types import POINT_MASS, Draft, Sampling
 from tests.law.integrate import PRODUCTION, Sampler, committed_law, max_difference, target_law
 from tests.law.toys import TOYS, Toy
@@ -40,27 +42,69 @@ def targets(num_rows: int, generator: torch.Generator) -> torch.Tensor:
     return logits.softmax(dim=-1)
 
 
-def assert_same(sparse: object, dense: object) -> None:
-    for field in fields(dense):
-        one, other = getattr(sparse, field.name), getattr(dense, field.name)
-        if isinstance(other, torch.Tensor):
-            assert torch.equal(one, other), field.name
-        else:
-            assert_same(one, other)
-
-
-@pytest.mark.parametrize("num_drafts", [1, 2, 5])
-def test_a_point_mass_is_verified_as_its_dense_law_is(num_drafts):
+@pytest.mark.parametrize("num_drafts", [0, 1, 2, 5])
+def test_tokens_are_those_of_their_coins_up_to_the_first_that_is_not_the_draft(num_drafts):
     generator = torch.Generator().manual_seed(num_drafts)
     draft = certain_draft(num_drafts, generator)
-    dense = replace(draft, law=draft_probs(draft, VOCAB))
     rows = targets(num_drafts + 1, generator)
     uniforms = torch.rand((BATCH, num_drafts + 1), generator=generator, dtype=torch.float64)
-    sparse_verdict, dense_verdict = (verify_block(each, rows, uniforms) for each in (draft, dense))
-    assert 0 < sparse_verdict.num_accepted_B.sum() < draft.num_drafts_B.sum()
-    assert_same(sparse_verdict, dense_verdict)
-    assert_same(*(settle_first(each, rows[:, :1], uniforms[:, :2]) for each in (draft, dense)))
-    assert_same(*(verify_block(each.behind_first(), rows[:, 1:], uniforms[:, 1:]) for each in (draft, dense)))
+    verdict, drawn = verify_block(draft, rows, uniforms), inverse_cdf(rows, uniforms)
+    is_same = drawn[:, :num_drafts] == draft.token_ids_BK
+    is_same &= torch.arange(num_drafts) < draft.num_drafts_B[:, None]
+    num_same = is_same.long().cumprod(dim=1).sum(dim=1)
+    assert torch.equal(verdict.num_committed_B, num_same + 1)
+    assert torch.equal(verdict.num_accepted_B, num_same)
+    is_committed = torch.arange(num_drafts + 1) < verdict.num_committed_B[:, None]
+    assert torch.equal(verdict.token_ids_BL[is_committed], drawn[is_committed])
+    want = rows.gather(-1, drawn[..., None])[..., 0].log()
+    assert torch.equal(verdict.behavior_logprobs_BL[is_committed], want[is_committed])
+    seen, committed = verdict.evidence, uniforms[is_committed]
+    low, high, mass = (each[is_committed] for each in (seen.low_BL, seen.high_BL, seen.mass_BL))
+    assert ((low <= committed * mass) & (committed * mass < high)).all()
+    assert seen.by_position_B.all()
+    assert torch.equal(seen.uniforms_BL[is_committed], committed)
+
+
+@pytest.mark.parametrize("vocab_size", [40, 9_000])
+def test_rows_of_logits_are_verified_as_their_probabilities_are(vocab_size):
+    """Where rows cost much, none behind the first token that is no draft is formed; the rest is equal."""
+    generator = torch.Generator().manual_seed(7)
+    size, num_drafts = 30, 4
+    logits = 4 * torch.randn((size, num_drafts + 1, vocab_size), generator=generator)
+    temperature = torch.where(torch.arange(size) % 3 > 0, 0.7, 0.0).double()
+    uniforms = torch.rand((size, num_drafts + 1), generator=generator, dtype=torch.float64)
+    rows = LogitRows(logits, temperature, True)
+    right = torch.rand((size, num_drafts), generator=generator) < 0.8
+    tokens = torch.where(right, rows.draw(uniforms)[:, :-1], 3)
+    draft = Draft(token_ids_BK=tokens, law=POINT_MASS, num_drafts_B=torch.full((size,), num_drafts))
+    lean, dense = (verify_block(draft, each, uniforms) for each in (rows, rows.dense()))
+    assert lean.num_committed_B.unique().tolist() == [1, 2, 3, 4, 5]
+    assert torch.equal(lean.num_committed_B, dense.num_committed_B)
+    is_committed = torch.arange(num_drafts + 1) < lean.num_committed_B[:, None]
+    for name in ("token_ids_BL", "behavior_logprobs_BL"):
+        assert torch.equal(getattr(lean, name)[is_committed], getattr(dense, name)[is_committed])
+
+
+@pytest.mark.parametrize("settles", [False, True])
+def test_requests_whose_drafts_were_certain_change_nothing_for_those_whose_were_drawn(settles):
+    generator = torch.Generator().manual_seed(3)
+    temperature = torch.where(torch.arange(BATCH) % 2 > 0, 1.0, 0.0)
+    logits = torch.randn((BATCH, 2, VOCAB), generator=generator)
+    rows = targets(1 if settles else 3, generator)
+    uniforms = torch.rand((BATCH, 3), generator=generator, dtype=torch.float64)
+    verify = (
+        (lambda *each: settle_first(*each, uniforms[:, :2]))
+        if settles
+        else (lambda *each: verify_block(*each, uniforms))
+    )
+    draft = draw_draft(logits, temperature, uniforms[:, :2])
+    both = verify(draft, rows)
+    drawn = verify(replace(draft, certain_B=None), rows)
+    certain = verify(replace(draft, law=POINT_MASS, certain_B=None), rows)
+    for one, is_mine in ((certain, temperature == 0), (drawn, temperature > 0)):
+        for name in ("num_committed_B", "is_draft_BL", "token_ids_BL"):
+            assert torch.equal(getattr(both, name)[is_mine], getattr(one, name)[is_mine]), name
+        assert torch.equal(both.evidence.by_position_B[is_mine], one.evidence.by_position_B[is_mine])
 
 
 @pytest.mark.parametrize("options", [{}, {"top_k": 3, "repetition_penalty": 1.3}, {"bad_words_ids": ((2,),)}])
@@ -81,6 +125,8 @@ def test_drafts_that_are_all_greedy_hold_no_row_as_wide_as_the_vocabulary(option
     assert certain.law is POINT_MASS
     assert torch.equal(draft_probs(certain, VOCAB)[:2], draft_probs(mixed, VOCAB)[:2])
     assert torch.equal(certain.token_ids_BK[:2], mixed.token_ids_BK[:2])
+    assert certain.is_certain is True
+    assert mixed.certain_B.tolist() == [True, True, False]
 
 
 @pytest.mark.parametrize("toy", [*(TOYS[name] for name in CERTAIN), NEVER_LIKELY], ids=[*CERTAIN, "fixed"])
@@ -98,30 +144,27 @@ def test_tokens_behind_point_masses_follow_the_target_law(toy, num_drafts, corne
     assert max_difference(law, target_law(toy, num_drafts + 1)) < 1e-12
 
 
-def leaves_the_token_in_the_residual(monkeypatch):
-    monkeypatch.setattr(lossless, "_residual", lambda target, *_: target)
+def takes_every_point_mass(draft, target, uniforms):
+    verdict = draw_by_position(draft, target, uniforms)
+    offsets = torch.arange(uniforms.shape[1])
+    return replace(verdict, is_draft_BL=offsets < draft.num_drafts_B[:, None])
 
 
-def takes_every_point_mass(monkeypatch):
-    monkeypatch.setattr(lossless, "_own_probs", lambda draft: torch.zeros_like(draft.token_ids_BK).double())
+def compares_with_the_draft_before(draft, target, uniforms):
+    return draw_by_position(replace(draft, token_ids_BK=draft.token_ids_BK.roll(1, dims=1)), target, uniforms)
 
 
-def removes_the_token_of_another_position(monkeypatch):
-    residual_at = lossless._residual
-
-    def residual_at_first(target, draft, offset, requests):
-        return residual_at(target, draft, 0 * offset, requests)
-
-    monkeypatch.setattr(lossless, "_residual", residual_at_first)
+def goes_on_behind_a_rejection(draft, target, uniforms):
+    verdict = draw_by_position(draft, target, uniforms)
+    return replace(verdict, is_draft_BL=verdict.is_draft_BL | verdict.is_draft_BL.roll(1, dims=1))
 
 
 @pytest.mark.parametrize(
-    "plant",
-    [leaves_the_token_in_the_residual, takes_every_point_mass, removes_the_token_of_another_position],
+    "plant", [takes_every_point_mass, compares_with_the_draft_before, goes_on_behind_a_rejection]
 )
 @pytest.mark.parametrize("toy", [TOYS["argmax_draft"], NEVER_LIKELY], ids=["argmax", "fixed"])
 def test_a_planted_bug_of_point_masses_breaks_the_law(monkeypatch, plant, toy):
-    plant(monkeypatch)
+    monkeypatch.setattr(lossless, "draw_by_position", plant)
     law = committed_law(PRODUCTION, toy, [2], 3)
     assert max_difference(law, target_law(toy, 3)) > 1e-3
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from blockroll.policies.hf import HFPolicy
-from blockroll.samplers import step_uniforms
+from blockroll.samplers import token_uniforms
 from blockroll.types import Law, Plan, Sampling
 from tests.engines import make_requests, run
 from tests.equality import COIN_TOLERANCE, assert_same_rollouts, coin_margin
@@ -43,7 +43,7 @@ def test_a_coin_on_a_boundary_is_a_near_tie_and_is_counted(policy):
     """Of a hundred thousand seeds some draw the first token by a coin that lies so close."""
     (request,) = make_requests([(5, 6, 7)], Sampling(max_tokens=3, ignore_eos=True))
     seeds = torch.arange(100_000)
-    _, coins = step_uniforms(seeds, torch.full_like(seeds, 3), torch.zeros_like(seeds), 0, settles=False)
+    coins = token_uniforms(seeds, torch.full_like(seeds, 3))[:, None]
     ids = torch.tensor([request.prompt_ids])
     edges = policy.model(ids, use_cache=False).logits[0, -1].double().softmax(-1).cumsum(-1)[:-1]
     distance = (coins - edges).abs().min(dim=-1).values

@@ -54,10 +54,9 @@ def test_what_is_read_of_packed_rows_is_what_the_rectangle_says(temperatures, cu
         assert (packed.probs_of(ids_BN)[~own_BN] == 0).all()
     coins_BL = uniforms((4, WIDTH))
     assert torch.equal(packed.draw(coins_BL)[is_own_BL], rectangle.draw(coins_BL)[is_own_BL])
-    offset_B = NUM_ROWS - 1
-    assert torch.equal(packed.row(offset_B), rectangle.row(offset_B))
-    part = slice(1, 3)
-    assert torch.equal(packed.row(offset_B[part], part), rectangle.row(offset_B[part], part))
+    requests, offsets = is_own_BL.nonzero().flip(0).unbind(dim=1)
+    assert torch.equal(packed.at(requests, offsets), rectangle.at(requests, offsets))
+    assert torch.equal(packed.at(requests, offsets + WIDTH), rectangle.at(requests, NUM_ROWS[requests] - 1))
     assert torch.equal(packed.dense()[is_own_BL], rectangle.dense()[is_own_BL])
     assert torch.allclose(packed.dense().sum(dim=-1), torch.ones(4, WIDTH, dtype=torch.float64))
 

@@ -133,12 +133,9 @@ def test_rows_judged_a_tile_at_a_time_are_those_of_all_rows_at_once(monkeypatch,
     own = probs.gather(-1, token_ids_BL[..., None]).squeeze(-1)
     torch.testing.assert_close(lean.probs_of(token_ids_BL), own, rtol=0, atol=1e-14)
     for offsets in ([0, 1, 2, 3], [5, 5, 5, 5], [4, 3, 0, 2]):
-        offset_B = torch.tensor(offsets)
-        torch.testing.assert_close(
-            lean.row(offset_B), probs[torch.arange(size), offset_B], rtol=0, atol=1e-14
-        )
-        some = lean.row(offset_B[1:3], slice(1, 3))
-        torch.testing.assert_close(some, probs[torch.arange(1, 3), offset_B[1:3]], rtol=0, atol=1e-14)
+        for place in ((torch.arange(size), torch.tensor(offsets)), (torch.tensor([2, 0, 2]), [5, 1, 0])):
+            place = tuple(map(torch.as_tensor, place))
+            torch.testing.assert_close(lean.at(*place), probs[place], rtol=0, atol=1e-14)
     uniforms_BL = torch.rand(token_ids_BL.shape, generator=generator, dtype=torch.float64)
     assert torch.equal(lean.draw(uniforms_BL), inverse_cdf(probs, uniforms_BL))
     rest = lean.behind_first()

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from blockroll.samplers import step_uniforms
+from blockroll.samplers import step_uniforms, token_uniforms
 from blockroll.samplers.uniforms import Purpose, _rounds, philox4x32, u52
 
 _MASK = 0xFFFFFFFF
@@ -97,7 +97,12 @@ def test_philox_equals_triton_bit_for_bit(tmp_path):
 
 
 def test_every_use_of_a_uniform_has_a_purpose_of_its_own():
-    assert {purpose.name: purpose.value for purpose in Purpose} == {"DRAFT": 0, "ACCEPT": 1, "FINAL": 2}
+    assert {purpose.name: purpose.value for purpose in Purpose} == {
+        "DRAFT": 0,
+        "ACCEPT": 1,
+        "FINAL": 2,
+        "TOKEN": 3,
+    }
 
 
 @pytest.mark.failure(43)
@@ -136,6 +141,28 @@ def test_each_uniform_is_the_word_of_its_position_purpose_and_attempt(seed, num_
     words += [(40 + num_drafts, Purpose.FINAL)]
     expected = [u52(*philox4x32(torch.tensor(seed), 0, c1, int(c2), 7)[:2]).item() for c1, c2 in words]
     assert draft_1K[0].tolist() + verify_1L[0].tolist() == expected
+
+
+@pytest.mark.parametrize("attempt", [0, 7])
+@pytest.mark.parametrize("settles", [False, True])
+def test_a_position_has_one_coin_whatever_the_plan_and_the_attempt(attempt, settles):
+    arguments = (torch.tensor([5, 6]), torch.tensor([40, 50]), torch.tensor([attempt, attempt]))
+    alone = [token_uniforms(arguments[0], arguments[1] + i) for i in range(4)]
+    for num_drafts in (0, 1, 3):
+        _, verify = step_uniforms(*arguments, num_drafts, settles=settles, by_position=True)
+        for i in range(num_drafts + 1):
+            assert torch.equal(verify[:, i], alone[i])
+
+
+def test_requests_that_go_by_position_change_no_coin_of_others():
+    arguments = (torch.tensor([5, 6]), torch.tensor([40, 50]), torch.tensor([3, 4]), 2)
+    (draws, by_attempt), (_, by_position) = (
+        step_uniforms(*arguments, settles=True, by_position=each) for each in (False, True)
+    )
+    both = step_uniforms(*arguments, settles=True, by_position=torch.tensor([True, False]))
+    assert torch.equal(both[0], draws)
+    assert torch.equal(both[1], torch.stack([by_position[0], by_attempt[1]]))
+    assert not (by_position == by_attempt).any()
 
 
 @pytest.mark.failure(51)

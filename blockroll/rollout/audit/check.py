@@ -25,7 +25,7 @@ from blockroll.rollout.audit.writer import (
     row_checksums,
     settles_first,
 )
-from blockroll.samplers import step_uniforms
+from blockroll.samplers import step_uniforms, token_uniforms
 from blockroll.samplers.check import equal_coins_limit
 
 EXACT = 1e-9  # between two float64 figures of one file
@@ -117,8 +117,9 @@ def _all_decisions(rows: AuditRows) -> Iterator[Wrong]:
 def _decisions(all_rows: AuditRows) -> Iterator[Wrong]:
     """Accept flags, intervals and log-probabilities against each other."""
     rows = all_rows.numbers_N
-    kind, drafted = rows["kind"], rows["draft"] >= 0
-    accepted, drawn = kind == ACCEPTED, kind != ACCEPTED
+    kind, drafted, by_position = rows["kind"], rows["draft"] >= 0, rows["by_position"] != 0
+    accepted = kind == ACCEPTED
+    drawn = ~accepted | by_position
     with np.errstate(invalid="ignore", divide="ignore"):
         passes = rows["coin"] * rows["draft_prob"] < rows["target_prob"]
         target_logprob = np.log(rows["target_prob"])
@@ -126,15 +127,21 @@ def _decisions(all_rows: AuditRows) -> Iterator[Wrong]:
         yield ((kind < 0) | (kind >= len(KINDS)), "no such kind of token")
         yield (drafted != np.isin(kind, (ACCEPTED, RECOVERED)), "kind and draft contradict each other")
         yield (accepted & (rows["token"] != rows["draft"]), "an accepted token is not the draft")
-        yield (accepted & ~passes, "a draft was accepted that its coin rejects")
+        yield (accepted & ~by_position & ~passes, "a draft was accepted that its coin rejects")
         yield ((kind == RECOVERED) & passes, "a draft was rejected that its coin accepts")
+        yield (
+            (kind == RECOVERED) & by_position & (rows["token"] == rows["draft"]),
+            "a draft was rejected that is the token its position's coin draws",
+        )
+        yield (by_position & ~np.isnan(rows["coin"]), "an accept coin stands where none decides")
+        yield ((kind == PLAIN_TOKEN) & ~by_position, "a plain token is not its position's coin's")
         yield (
             accepted & (np.abs(rows["behavior_logprob"] - target_logprob) > EXACT),
             "behavior_logprob is not the log of target_prob",
         )
         inside = (rows["uniform"] >= rows["low"] - EXACT) & (rows["uniform"] <= rows["high"] + EXACT)
         yield (drawn & ~inside, "the uniform lies outside the token's interval")
-        whole = (kind == EXTRA) | (kind == PLAIN_TOKEN)
+        whole = (kind == EXTRA) | (kind == PLAIN_TOKEN) | by_position
         yield (whole & (np.abs(rows["mass"] - 1) > EXACT), "a whole row has another mass than 1")
         # A narrow interval is a difference of two sums near 1.
         loose = EXACT + 1e-14 / np.exp(rows["behavior_logprob"])
@@ -143,9 +150,14 @@ def _decisions(all_rows: AuditRows) -> Iterator[Wrong]:
             "behavior_logprob is not the log of the token's interval",
         )
         yield (
-            (kind == RECOVERED) & (share > rows["behavior_logprob"] + loose),
+            (kind == RECOVERED) & ~by_position & (share > rows["behavior_logprob"] + loose),
             "the residual gives the token more than the target does",
         )
+    is_certain_N = all_rows.by_serving([request.drafts_are_certain for request in all_rows.requests], bool)
+    yield (
+        (rows["num_masks"] > 0) & (by_position != is_certain_N),
+        "its draft was verified by the other rule than its request's drafts are",
+    )
     laws = [request.sampling() for request in all_rows.requests]
     is_policy_N = all_rows.by_serving([law is not None and law.is_policy for law in laws], bool)
     difference = np.abs(rows["behavior_logprob"] - rows["policy_logprob"])
@@ -156,15 +168,16 @@ def _decisions(all_rows: AuditRows) -> Iterator[Wrong]:
 
 
 def _coins(rows: AuditRows) -> Iterator[Wrong]:
-    """Coins and uniforms are the words of seed, position and attempt."""
+    """Coins and uniforms are the words of seed and position, and of the attempt where drafts were drawn."""
     numbers = rows.numbers_N
     seed_N = rows.by_serving([request.info["seed"] for request in rows.requests], np.int64)
     prompt_N = rows.by_serving([len(request.info["prompt_ids"]) for request in rows.requests], np.int64)
-    start_N = prompt_N + numbers["position"].astype(np.int64) - numbers["offset"]
+    position_N = prompt_N + numbers["position"]
+    start_N, by_position_N = position_N - numbers["offset"], numbers["by_position"] != 0
     coin_N, uniform_N = np.full(len(numbers), np.nan), np.full(len(numbers), np.nan)
     keys = numbers["num_drafts"].astype(int) * 2 + settles_first(numbers)
-    for key in np.unique(keys):
-        of_plan = np.flatnonzero(keys == key)
+    for key in np.unique(keys[~by_position_N]):
+        of_plan = np.flatnonzero((keys == key) & ~by_position_N)
         num_drafts, settles = divmod(int(key), 2)
         for first in range(0, len(of_plan), _ROWS_AT_ONCE):
             members = of_plan[first : first + _ROWS_AT_ONCE]
@@ -185,7 +198,10 @@ def _coins(rows: AuditRows) -> Iterator[Wrong]:
         (drafted_N & (numbers["coin"] != coin_N), "coin"),
         (drawn_N & (numbers["uniform"] != uniform_N), "uniform"),
     ):
-        yield is_wrong_N, f"the {name} is not that of seed, position and attempt"
+        yield ~by_position_N & is_wrong_N, f"the {name} is not that of seed, position and attempt"
+    token_N = token_uniforms(torch.from_numpy(seed_N), torch.from_numpy(position_N)).numpy()
+    is_wrong_N = numbers["uniform"] != token_N
+    yield by_position_N & is_wrong_N, "the uniform is not that of seed and position"
 
 
 def _served_twice(rows: AuditRows) -> Problem | None:
@@ -274,6 +290,8 @@ def _uses(rows: AuditRows, value_M: np.ndarray, shared: np.ndarray) -> tuple[np.
     step_R = prompt_S[serving_R] + part["position"] - part["offset"]
     is_settled_R = settles_first(part) & (part["offset"] == 0)
     drawn_at_R = step_R + np.where(is_settled_R, 0, part["num_drafts"])
+    by_position_R = part["by_position"] != 0
+    drawn_at_R = np.where(by_position_R, step_R + part["offset"], drawn_at_R)
     order = np.lexsort((value_M[shared], serving_R))
     is_next = np.ones(len(order), dtype=bool)
     is_next[1:] = (np.diff(serving_R[order]) != 0) | (np.diff(value_M[shared][order]) != 0)
@@ -281,6 +299,6 @@ def _uses(rows: AuditRows, value_M: np.ndarray, shared: np.ndarray) -> tuple[np.
     uses_R = np.empty(len(shared), dtype=_USE)
     uses_R["value"], uses_R["seed"] = value_M[shared], seed_S[serving_R]
     uses_R["position"] = np.where(is_coin_R, step_R + part["offset"], drawn_at_R)
-    uses_R["attempt"], uses_R["is_coin"] = part["attempt"], is_coin_R
+    uses_R["attempt"], uses_R["is_coin"] = np.where(by_position_R, 0, part["attempt"]), is_coin_R
     uses_R["again"][order] = place - np.maximum.accumulate(np.where(is_next, place, 0))
     return uses_R, index_R

@@ -336,10 +336,10 @@ def _laws_again(
     target_BV = of_drafts.target_rows(laws, logits_BV)
     if laws.has_greedy:
         is_tied_B |= is_tied(of_drafts.target_rows(softened, logits_BV), tokens, tolerance)
-    weights_BV = np.where(
-        (rows["kind"] == RECOVERED)[:, None], np.maximum(target_BV - draft_probs_BV, 0), target_BV
-    )
-    drawn = rows["kind"] != ACCEPTED
+    by_position = rows["by_position"] != 0
+    is_residual = (rows["kind"] == RECOVERED) & ~by_position
+    weights_BV = np.where(is_residual[:, None], np.maximum(target_BV - draft_probs_BV, 0), target_BV)
+    drawn = (rows["kind"] != ACCEPTED) | by_position
     cumulative_BV = weights_BV.cumsum(axis=1)
     # Intervals are compared as mass: a small residual magnifies the noise of its two laws.
     mass = cumulative_BV[:, -1]

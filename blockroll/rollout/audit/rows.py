@@ -78,6 +78,13 @@ class AuditedRequest:
         return list(self.info["prompt_ids"])
 
     @property
+    def drafts_are_certain(self) -> bool:
+        """Whether its drafts from mask rows are point masses."""
+        options = self.info["sampling"]
+        draft_temperature = options["draft_temperature"]
+        return bool((options["temperature"] if draft_temperature is None else draft_temperature) == 0)
+
+    @property
     def precision(self) -> str | None:
         """That forwards multiplied in; None in files of before it was kept."""
         return self.info.get("precision")

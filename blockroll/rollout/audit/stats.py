@@ -48,8 +48,11 @@ def _at(rows: np.ndarray) -> dict[str, Any]:
 
 
 def _redraws(rows: np.ndarray) -> dict[str, Any] | None:
-    """Whether the uniforms that replaced rejected drafts are uniform given the rejection."""
-    uniforms = rows["uniform"][rows["kind"] == RECOVERED]
+    """Whether the uniforms that replaced rejected drafts are uniform given the rejection.
+
+    By position they need not be: the coin that draws the token is the one that its draft is compared by.
+    """
+    uniforms = rows["uniform"][(rows["kind"] == RECOVERED) & (rows["by_position"] == 0)]
     if len(uniforms) < _LEAST_REDRAWS:
         return None
     finding = check_redraw_uniforms(torch.from_numpy(uniforms.copy()))

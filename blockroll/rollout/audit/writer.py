@@ -1,7 +1,8 @@
 """The audit: a row for every committed token, with what decided it.
 
 A row holds the draft that stood at its position and its two probabilities, the accept coin, and for a drawn
-token the uniform, the mass it was drawn from and the token's interval of the cumulative law. With the seed of
+token the uniform, the mass it was drawn from and the token's interval of the cumulative law. By position all
+tokens were drawn, accepted drafts too, and there is no accept coin. With the seed of
 its request, which the request's first row brings along, every decision can be repeated from the file alone
 (`check.py`). Full rows of the vocabulary are not kept.
 
@@ -32,7 +33,7 @@ from blockroll.errors import AuditError, InvalidInput
 from blockroll.rollout.engine.trace import StepTrace
 from blockroll.types import POINT_MASS, Evidence, PlanKind, Request, Sampling
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 KINDS = ("accepted", "recovered", "extra", "plain")  # by their codes
 ACCEPTED, RECOVERED, EXTRA, PLAIN_TOKEN = range(4)
 ROWS_PER_FILE = 200_000
@@ -50,14 +51,15 @@ NUMBERS = np.dtype(
         ("version", "<i4"),  # of the weights
         ("attempt", "<i4"),  # forwards the request had run: a word of every coin of the step
         ("offset", "<i2"),  # of the token in its step
+        ("by_position", "<i1"),  # whether the coin of its position drew it
         ("draft", "<i4"),  # the token drafted for this position, or -1
         ("draft_prob", "<f8"),  # of that token under the law it was drawn from,
         ("target_prob", "<f8"),  # and under the law to commit by
-        ("coin", "<f8"),
+        ("coin", "<f8"),  # that accepted or rejected the draft, NaN by position
         ("context", "<i4"),  # tokens of the text that the draft rows of this step knew
         ("slot", "<i2"),  # mask row the draft came from, of so many
         ("num_masks", "<i2"),  # 0: no row of the policy gave it
-        ("uniform", "<f8"),  # that drew the token, NaN if it was accepted; likewise:
+        ("uniform", "<f8"),  # that drew the token, NaN if an accept coin took the draft; likewise:
         ("mass", "<f8"),  # of the residual, or 1
         ("low", "<f8"),  # the token's interval of the cumulative law
         ("high", "<f8"),
@@ -263,7 +265,7 @@ def _merged(steps: Sequence[tuple[StepTrace, list[int]]]) -> Iterator[tuple[Step
         run = list(group)
         members = [step for step, _ in run]
         parts = [
-            (_cat([draft for draft, _ in part], without="law"), _cat([verdict for _, verdict in part]))
+            (_cat([draft for draft, _ in part]), _cat([verdict for _, verdict in part]))
             for part in zip(*(step.parts for step in members), strict=True)
         ]
         merged = dataclasses.replace(
@@ -281,19 +283,22 @@ def _merged(steps: Sequence[tuple[StepTrace, list[int]]]) -> Iterator[tuple[Step
 
 def _without_laws(step: StepTrace) -> StepTrace:
     """Laws are as wide as the vocabulary; all that rows of the audit say of them is in the evidence."""
-    parts = [(dataclasses.replace(draft, law=POINT_MASS), verdict) for draft, verdict in step.parts]
+    parts = [
+        (dataclasses.replace(draft, law=POINT_MASS, certain_B=None), verdict) for draft, verdict in step.parts
+    ]
     return dataclasses.replace(step, targets=(), draft=parts[0][0], parts=parts)
 
 
-def _cat(records: Sequence[Any], *, without: str = "") -> Any:
-    """Dataclasses of tensors, batch behind batch; one field keeps only what the first record has."""
+def _cat(records: Sequence[Any]) -> Any:
+    """Dataclasses of tensors, batch behind batch; of what is neither, the first record's."""
     fields = {}
     for field in dataclasses.fields(records[0]):
         values = [getattr(record, field.name) for record in records]
-        if field.name == without:
-            fields[field.name] = values[0]
-        else:
-            fields[field.name] = torch.cat(values) if isinstance(values[0], Tensor) else _cat(values)
+        fields[field.name] = values[0]
+        if isinstance(values[0], Tensor):
+            fields[field.name] = torch.cat(values)
+        elif dataclasses.is_dataclass(values[0]):
+            fields[field.name] = _cat(values)
     return type(records[0])(**fields)
 
 
@@ -309,6 +314,7 @@ def _numbers(step: StepTrace, is_kept_B: np.ndarray, serials_B: np.ndarray) -> t
     for draft, verdict in step.parts:
         evidence = verdict.evidence
         assert evidence is not None
+        by_position_B = evidence.by_position_B.cpu().numpy()
         tokens_BL, is_draft_BL = verdict.token_ids_BL.cpu().numpy(), verdict.is_draft_BL.cpu().numpy()
         committed_B = np.minimum(verdict.num_committed_B.cpu().numpy(), np.maximum(kept_B - first, 0))
         row_N, index_N = np.nonzero(np.arange(tokens_BL.shape[1]) < committed_B[:, None])
@@ -325,7 +331,7 @@ def _numbers(step: StepTrace, is_kept_B: np.ndarray, serials_B: np.ndarray) -> t
             not (is_plain or step.plan.settles_first),
         )
         numbers_N["version"], numbers_N["attempt"] = step.version, attempts_B[row_N]
-        numbers_N["offset"] = first + index_N
+        numbers_N["offset"], numbers_N["by_position"] = first + index_N, by_position_B[row_N]
         for name in ("draft", "context", "slot", "num_masks"):
             numbers_N[name] = -1
         for name in ("draft_prob", "target_prob", "coin", "uniform", "mass", "low", "high"):
@@ -335,14 +341,15 @@ def _numbers(step: StepTrace, is_kept_B: np.ndarray, serials_B: np.ndarray) -> t
             ("draft", draft.token_ids_BK),
             ("draft_prob", evidence.draft_probs_BK),
             ("target_prob", evidence.target_probs_BK),
-            ("coin", evidence.uniforms_BL),
+            ("coin", evidence.coins_BK),
         ):
             numbers_N[name][drafted_N] = values.cpu().numpy()[at_draft]
         context_N, slot_N, masks_N = origins_B3[at_draft[0]].T
         numbers_N["context"][drafted_N] = context_N
         numbers_N["slot"][drafted_N] = slot_N + first + at_draft[1]
         numbers_N["num_masks"][drafted_N] = masks_N
-        _add_draws(numbers_N, ~accepted_N, row_N[~accepted_N], evidence)
+        drawn_N = ~accepted_N | by_position_B[row_N]
+        _add_draws(numbers_N, drawn_N, (row_N[drawn_N], index_N[drawn_N]), evidence)
         numbers_N["behavior_logprob"] = verdict.behavior_logprobs_BL.cpu().numpy()[row_N, index_N]
         numbers_N["policy_logprob"] = logprobs_BL[row_N, first + index_N]
         rows.append(row_N)
@@ -353,11 +360,13 @@ def _numbers(step: StepTrace, is_kept_B: np.ndarray, serials_B: np.ndarray) -> t
     return row_N[order], numbers_N[order]
 
 
-def _add_draws(numbers_N: np.ndarray, drawn_N: np.ndarray, rows: np.ndarray, evidence: Evidence) -> None:
-    """Uniform, mass and interval of the tokens that were drawn; a request has one of them at most."""
-    mass, low, high = (
-        values_B.cpu().numpy()[rows] for values_B in (evidence.mass_B, evidence.low_B, evidence.high_B)
+def _add_draws(
+    numbers_N: np.ndarray, drawn_N: np.ndarray, places: tuple[np.ndarray, np.ndarray], evidence: Evidence
+) -> None:
+    """Uniform, mass and interval of the tokens that were drawn, which stand at these places of the batch."""
+    uniform, mass, low, high = (
+        values_BL.cpu().numpy()[places]
+        for values_BL in (evidence.uniforms_BL, evidence.mass_BL, evidence.low_BL, evidence.high_BL)
     )
-    numbers_N["uniform"][drawn_N] = evidence.uniforms_BL[:, -1].cpu().numpy()[rows]
-    numbers_N["mass"][drawn_N] = mass
+    numbers_N["uniform"][drawn_N], numbers_N["mass"][drawn_N] = uniform, mass
     numbers_N["low"][drawn_N], numbers_N["high"][drawn_N] = low / mass, high / mass

@@ -36,7 +36,10 @@ def check_drafted(drafted: DraftRows | Draft, plan: Plan, *, batch_size: int, vo
         if len(drafted.origins) != batch_size:
             raise _invalid(plan, f"{len(drafted.origins)} origins", f"{batch_size}, one for each request")
         return
-    tokens_BK = drafted.token_ids_BK
+    tokens_BK, certain_B = drafted.token_ids_BK, drafted.certain_B
+    if certain_B is not None and (certain_B.shape, certain_B.dtype) != ((batch_size,), torch.bool):
+        given = f"certain_B of {certain_B.dtype} {tuple(certain_B.shape)}"
+        raise _invalid(plan, given, f"torch.bool ({batch_size},)")
     strange = tokens_BK[(tokens_BK < 0) | (tokens_BK >= vocab_size)]
     if len(strange):
         raise _invalid(

@@ -5,7 +5,9 @@ the others are verified behind the token that really stands there, so such a ste
 A fused step verifies drafts that the step before proposed, and proposes the next ones in the same forward.
 
 Law: with the target law, committed tokens follow the causal policy exactly, whatever the drafts are; with a
-mixed law they follow the mixture of policy and draft rows, which is recorded with each token.
+mixed law they follow the mixture of policy and draft rows, which is recorded with each token. Where drafts
+are point masses, and where there are none, tokens are drawn by the coins of their positions: with the target
+law the text is then that of plain decoding, token for token.
 
 Shapes: B running requests, K drafted tokens, L = K + 1 verify rows, P proposals, W width, V vocabulary.
 """
@@ -34,7 +36,7 @@ from blockroll.samplers import (
     step_uniforms,
     verify_block,
 )
-from blockroll.types import Draft, Plan, PlanKind, Rows, Verdict
+from blockroll.types import POINT_MASS, Draft, Plan, PlanKind, Rows, Verdict
 
 _NO_ORIGIN = (0, 0, 0)  # of drafts that no row of the policy gave
 
@@ -153,17 +155,17 @@ class Decoder:
 
         clock = self._clock()
         settles = plan.settles_first
-        draft_uniforms_BK, verify_uniforms = step_uniforms(
-            seeds_B, positions_B, attempts_B, plan.num_drafts, settles=settles
-        )
-        clock = self._charge("sampler_s", clock)
         drafted = self._draft(step)
         if plan.kind is not PlanKind.PLAIN:
             check_drafted(drafted, plan, batch_size=len(batch), vocab_size=self._policy.vocab_size)
         clock = self._charge("forward_s", clock)
+        by_position = drafted.is_certain if isinstance(drafted, Draft) else laws.is_certain_draft
+        draft_uniforms_BK, verify_uniforms = step_uniforms(
+            seeds_B, positions_B, attempts_B, plan.num_drafts, settles=settles, by_position=by_position
+        )
         draft, draft_rows, bad_drafts_B = self._drawn(drafted, laws, draft_uniforms_BK, settles=settles)
         draft_uniforms_BK, verify_uniforms = _of_width(
-            draft.token_ids_BK.shape[1], draft_uniforms_BK, verify_uniforms
+            draft.token_ids_BK.shape[1], draft_uniforms_BK, verify_uniforms, by_position=by_position
         )
         self._charge("sampler_s", clock)
         if settles:
@@ -292,12 +294,8 @@ class Decoder:
         """What the plan's drafter proposes; of a plain plan, nothing."""
         if step.plan.kind is not PlanKind.PLAIN:
             return self._drafters[step.plan.drafter].propose(step)
-        size, device = len(step.batch), self._policy.device
-        return DraftRows(
-            logits=torch.empty((size, 0, self._policy.vocab_size), device=device),
-            num_drafts_B=torch.zeros(size, dtype=torch.int64, device=device),
-            origins=[_NO_ORIGIN] * size,
-        )
+        no_tokens_B0 = torch.empty((len(step.batch), 0), dtype=torch.int64, device=self._policy.device)
+        return Draft(token_ids_BK=no_tokens_B0, law=POINT_MASS, num_drafts_B=no_tokens_B0.sum(dim=1))
 
     def _drawn(
         self, drafted: DraftRows | Draft, laws: Laws, uniforms_BK: Tensor, *, settles: bool
@@ -315,12 +313,20 @@ class Decoder:
         return now
 
 
-def _of_width(num_drafts: int, draft_BK: Tensor, verify: Tensor) -> tuple[Tensor, Tensor]:
-    """The uniforms of a step with so many drafts, of those that its plan may have; the last ones stay."""
+def _of_width(
+    num_drafts: int, draft_BK: Tensor, verify: Tensor, *, by_position: Tensor | bool
+) -> tuple[Tensor, Tensor]:
+    """The uniforms of a step with so many drafts, of those that its plan may have.
+
+    The first ones; but the one that draws the token behind the drafts stays where no position says which.
+    """
     if num_drafts == draft_BK.shape[1]:
         return draft_BK, verify
-    last = verify[:, draft_BK.shape[1] :]
-    return draft_BK[:, :num_drafts], torch.cat([verify[:, :num_drafts], last], dim=1)
+    first, last = verify[:, : num_drafts + 1], verify[:, draft_BK.shape[1] :]
+    with_last = torch.cat([verify[:, :num_drafts], last], dim=1)
+    if isinstance(by_position, Tensor):
+        return draft_BK[:, :num_drafts], torch.where(by_position[:, None], first, with_last)
+    return draft_BK[:, :num_drafts], first if by_position else with_last
 
 
 def _without_non_finite(logits: Tensor) -> tuple[Tensor, Tensor | None]:

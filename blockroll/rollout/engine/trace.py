@@ -59,7 +59,9 @@ class StepTrace:
     forward_rows: ForwardRows
     draft: Draft  # K is that of the step: at most the plan's, where no request has as many
     draft_uniforms_BK: Tensor
-    verify_uniforms: Tensor  # (B, L), and one column more where the first position was settled by itself
+    # (B, L), by position or attempt, as the evidence of the parts says; and one column more where the first
+    # position was settled by itself.
+    verify_uniforms: Tensor
     targets: Sequence[Rows]  # (B, L, V), in the parts that they were verified in
     verdict: Verdict  # of the whole step
     parts: Sequence[tuple[Draft, Verdict]]  # verifications, each behind the tokens of those before
@@ -78,12 +80,15 @@ class StepTrace:
 
     @property
     def verify_uniforms_BL(self) -> Tensor:
-        """Accept coins, and the uniform of the token behind the accepted drafts."""
+        """Coins of positions; or accept coins, and the uniform of the token behind the accepted drafts."""
         return self.verify_uniforms[:, : self.draft_uniforms_BK.shape[1] + 1]
 
     @property
     def settle_uniforms_B(self) -> Tensor | None:
-        """The uniform that replaces a rejected first draft; None: it was verified with the others."""
+        """The uniform that replaces a rejected first draft; None: it was verified with the others.
+
+        By position it decides nothing.
+        """
         num_rows = self.draft_uniforms_BK.shape[1] + 1
         return self.verify_uniforms[:, -1] if self.verify_uniforms.shape[1] > num_rows else None
 

@@ -14,6 +14,9 @@ The thresholds come from the tables, in numpy, never from the code under test:
     accept coin i       min(1, target(d_i) / draft(d_i)), with target row i given the drafts before it
     final uniform       cumulative law of every target row and of every residual max(target - draft, 0)
 
+Where drafts are point masses (a draft temperature of 0) a coin may as well draw the token that its draft is
+compared with: accept coin i is split at the cumulative law of target row i too.
+
 Shapes: C cells, K drafted tokens, L = K + 1 target positions, V vocabulary, I intervals, T thresholds.
 """
 
@@ -157,7 +160,11 @@ def _cells(
         ]
         for token, (target_V, draft_V) in zip(drafts, pairs, strict=True):
             coin_T = np.minimum(1, target_V[token] / draft_V[token])[None]
-            intervals.append(_split(np.concatenate([coin_T, final_T]) if is_coin_shared else coin_T, corner))
+            if is_coin_shared:
+                coin_T = np.concatenate([coin_T, final_T])
+            elif tables.draft_temperature == 0:
+                coin_T = np.concatenate([coin_T, _boundaries(target_V)])
+            intervals.append(_split(coin_T, corner))
         intervals.append(_split(final_T, corner))
         points.append(_product(point_I for point_I, _ in intervals))
         volumes.append(_product(width_I for _, width_I in intervals).prod(axis=1))

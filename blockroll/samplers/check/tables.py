@@ -20,8 +20,9 @@ class Sampler(NamedTuple):
 
     `draw_draft(logits_BKV, temperature_B, uniforms_BK)` draws K drafts per row, each by its own uniform.
     `verify_block(draft, target_probs_BLV, uniforms_BL)` decides with K accept coins and a last uniform for
-    the token after the accepted drafts. Everything is float64; token i of a law is its i-th interval of (0,
-    1).
+    the token after the accepted drafts; or, of point masses, draws the token of each row by its uniform, and
+    accepts the drafts that are these tokens. Everything is float64; token i of a law is its i-th interval of
+    (0, 1).
     """
 
     draw_draft: Callable[[Tensor, Tensor, Tensor], Draft]
