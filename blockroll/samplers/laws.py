@@ -115,9 +115,8 @@ class Laws:
     draft_temperature_B: Tensor
     weight_B: Tensor
     is_mixed: bool  # whether any request mixes,
-    has_greedy: bool  # decodes greedily,
-    has_greedy_draft: bool  # or drafts greedily,
-    all_greedy_draft: bool  # or all of them do: drafts of theirs are point masses
+    has_greedy: bool  # or decodes greedily
+    certain_draft: Tensor | bool  # whose drafts are point masses, bool (B,); True or False if the same of all
     processing: "_Processing | None"
     failed: dict[int, str]  # by row of the batch: what its request brought along raised; the row is empty
     is_policy_B: Tensor | None  # which requests draw from the policy at its temperature; None: all of them
@@ -128,6 +127,7 @@ class Laws:
         scales = tuple(text.scales for text in texts)
         temperature_B, draft_temperature_B, weight_B = _columns(scales, device)
         kinds = set(scales)
+        is_certain = {temperature == 0 for _, temperature, _ in kinds}
         is_processed = any(text.is_processed for text in texts)
         failed: dict[int, str] = {}
         return cls(
@@ -136,21 +136,13 @@ class Laws:
             weight_B=weight_B,
             is_mixed=any(weight < 1 for _, _, weight in kinds),
             has_greedy=any(temperature == 0 for temperature, _, _ in kinds),
-            has_greedy_draft=any(temperature == 0 for _, temperature, _ in kinds),
-            all_greedy_draft=all(temperature == 0 for _, temperature, _ in kinds),
+            certain_draft=is_certain.pop() if len(is_certain) == 1 else draft_temperature_B == 0,
             processing=_Processing.of(texts, vocab_size, device, failed) if is_processed else None,
             failed=failed,
             is_policy_B=None
             if all(text.is_policy for text in texts)
             else torch.tensor([text.is_policy for text in texts], device=device),
         )
-
-    @property
-    def is_certain_draft(self) -> Tensor | bool:
-        """Whose drafts from rows are point masses, bool (B,); True or False where it is the same of all."""
-        if self.has_greedy_draft and not self.all_greedy_draft:
-            return self.draft_temperature_B == 0
-        return self.all_greedy_draft
 
     def draw(self, logits_BKV: Tensor, uniforms_BK: Tensor, num_drafts_B: Tensor) -> Draft:
         """Drafts from their rows, processed as far as the committed text decides."""
@@ -160,15 +152,15 @@ class Laws:
                 self.draft_temperature_B,
                 uniforms_BK,
                 num_drafts_B,
-                has_greedy=self.has_greedy_draft,
-                all_greedy=self.all_greedy_draft,
+                has_greedy=self.certain_draft is not False,
+                all_greedy=self.certain_draft is True,
             )
-        rows = LogitRows(logits_BKV, self.draft_temperature_B, self.has_greedy_draft, self.processing.cut)
-        drawn = self.processing.draw(
-            logits_BKV, None if self.all_greedy_draft else rows, uniforms_BK, num_drafts_B
-        )
-        certain_B = self.is_certain_draft
-        return replace(drawn, certain_B=certain_B) if isinstance(certain_B, Tensor) else drawn
+        law = None
+        if self.certain_draft is not True:
+            has_greedy = self.certain_draft is not False
+            law = LogitRows(logits_BKV, self.draft_temperature_B, has_greedy, self.processing.cut)
+        drawn = self.processing.draw(logits_BKV, law, uniforms_BK, num_drafts_B)
+        return drawn if isinstance(self.certain_draft, bool) else replace(drawn, certain_B=self.certain_draft)
 
     def target_rows(
         self, logits_BLV: Logits, between_BN: Tensor, draft_logits_BKV: Tensor | None, num_drafts_B: Tensor

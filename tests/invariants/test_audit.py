@@ -28,14 +28,7 @@ from blockroll.rollout.audit import writer as audit_module
 from blockroll.rollout.audit.check import TOLERANCE, check_audit
 from blockroll.rollout.audit.files import audit_files, drop_audit, read_audit
 from blockroll.rollout.audit.stats import audit_stats
-from blockroll.rollout.audit.writer import (
-    KINDS,
-    NUMBERS,
-    SCHEMA_VERSION,
-    AuditWriter,
-    is_audited,
-    row_checksums,
-)
+from blockroll.rollout.audit.writer import KINDS, NUMBERS, AuditWriter, is_audited, row_checksums
 from blockroll.rollout.drafters.engine import Engine
 from blockroll.rollout.pool.pool import RolloutPool
 from blockroll.samplers.constraints import Regex
@@ -142,10 +135,7 @@ def change(path, column, index, value, *, with_checksum):
     columns["request_info"] = pa.array(file.infos, type=pa.string())
     columns["checksum"] = pa.array(checksums, type=pa.uint32())
     pq.write_table(
-        pa.table(columns).replace_schema_metadata(
-            {"blockroll_audit": str(SCHEMA_VERSION), "session": file.session}
-        ),
-        path,
+        pa.table(columns).replace_schema_metadata({"blockroll_audit": "2", "session": file.session}), path
     )
 
 

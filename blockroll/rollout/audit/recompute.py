@@ -271,7 +271,7 @@ def _draft_blocks(
         num_drafts_B = torch.full((len(steps),), width)
         draft = laws.draw(logits_BKV, uniforms_BK, num_drafts_B)
         probs_BKV, soft_BKV = draft_probs(draft, policy.vocab_size), None
-        if laws.has_greedy_draft:
+        if laws.certain_draft is not False:
             soft = softened.draw(logits_BKV, uniforms_BK, num_drafts_B)
             soft_BKV = draft_probs(soft, policy.vocab_size)
         for index, (attempt, _, _) in enumerate(steps):
@@ -295,7 +295,7 @@ def _laws(
         return Laws.of(texts, vocab_size=policy.vocab_size, device=torch.device("cpu"))
 
     laws = laws_of(sampling)
-    if not (laws.has_greedy or laws.has_greedy_draft):
+    if not laws.has_greedy and laws.certain_draft is False:
         return laws, laws
     temperature, draft_temperature = sampling.temperature or 1.0, sampling.draft_temperature or None
     soft = replace(sampling, temperature=temperature, draft_temperature=draft_temperature)

@@ -159,7 +159,7 @@ class Decoder:
         if plan.kind is not PlanKind.PLAIN:
             check_drafted(drafted, plan, batch_size=len(batch), vocab_size=self._policy.vocab_size)
         clock = self._charge("forward_s", clock)
-        by_position = drafted.is_certain if isinstance(drafted, Draft) else laws.is_certain_draft
+        by_position = drafted.is_certain if isinstance(drafted, Draft) else laws.certain_draft
         draft_uniforms_BK, verify_uniforms = step_uniforms(
             seeds_B, positions_B, attempts_B, plan.num_drafts, settles=settles, by_position=by_position
         )
