@@ -44,6 +44,9 @@ class PolicyConfig:
     # Decoding on a CPU with copies of the linear weights in the layout it multiplies fastest, which take as
     # much memory again: "auto" where that is measured to be faster.
     prepack: Literal["auto", "on", "off"] = "auto"
+    # Decoding on a CPU by compiled layers, which read the weights where they lie: "auto" where there is a C
+    # compiler, the law is the same, and it is measured to be faster.
+    compile: Literal["auto", "on", "off"] = "auto"
 
 
 @options

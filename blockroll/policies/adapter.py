@@ -83,6 +83,11 @@ class DraftAdapter(nn.Module):
         self.to(model.device)
 
     @property
+    def hook_ids(self) -> frozenset[int]:
+        """Of its hooks on the model's modules, which do nothing outside `on_rows`."""
+        return frozenset(handle.id for handle in self._handles)
+
+    @property
     def num_parameters(self) -> int:
         """Trainable numbers of the adapter."""
         return sum(parameter.numel() for parameter in self.parameters())

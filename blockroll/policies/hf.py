@@ -18,12 +18,13 @@ from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from blockroll.errors import InvalidInput
 from blockroll.policies import attention
 from blockroll.policies.adapter import DraftAdapter, chat_template_hash, has_adapter
 from blockroll.policies.base import FusedRows, KVShape, KVWindow
+from blockroll.policies.compiled import Compile, CompiledLayers, GrowingWindow
 from blockroll.policies.ends import end_token_ids
 from blockroll.policies.layout import RowLayout, causal_rows, fused_rows, two_forward_rows
 from blockroll.policies.loading import (
@@ -37,6 +38,7 @@ from blockroll.policies.loading import (
 from blockroll.policies.packing import Packing
 from blockroll.policies.positions import context_of, use_text_rotary
 from blockroll.policies.prepacked import PackedLinears, Prepack
+from blockroll.policies.trained import trained_drafts_of
 
 _PROBE_TOKENS = 16
 
@@ -71,12 +73,15 @@ class HFPolicy:
         tokenizer: PreTrainedTokenizerBase | None = None,
         *,
         prepack: Prepack = "auto",
+        compile: Compile = "auto",
     ) -> None:
         """Take over `model`: it is set to evaluation mode and to blockroll's attention.
 
         `prepack` says whether decoding multiplies with packed copies of the linear weights, which take as
         much memory again (`prepacked.py`): `auto` where that is measured to be faster, `on` or `off`.
-        InvalidInput for `on` where nothing can be packed.
+        `compile` says whether few rows go through layers by compiled code (`compiled.py`): `auto` where that
+        is measured to be faster, `on` or `off`. InvalidInput for `on` where nothing can be packed, or the
+        layers are of another shape; MissingDependency where it needs a C compiler and there is none.
         """
         check_family(model.config.model_type)
         attention.register()
@@ -92,7 +97,7 @@ class HFPolicy:
         self._rotary = use_text_rotary(model)
         self.eos_token_ids = end_token_ids(model, tokenizer)
         self.adapter: DraftAdapter | None = None
-        section = _trained_drafts_of(model.config)
+        section = trained_drafts_of(model.config)
         self.mask_token_id: int | None = section.get("mask_token_id")
         self.trained_drafts = 0
         self.trained_layouts: tuple[str, ...] = ()
@@ -108,6 +113,7 @@ class HFPolicy:
             self._layer_types = tuple(sorted(set(model.config.layer_types)))
         self._final_softcap: float | None = getattr(model.config, "final_logit_softcapping", None)
         self.packed = PackedLinears(model, prepack, self._probe_logits)
+        self.compiled = CompiledLayers(model, compile, self._probe_rows, self._cache_keyword)
 
     @property
     def can_draft(self) -> bool:
@@ -164,6 +170,7 @@ class HFPolicy:
         with_tokenizer: bool = True,
         adapter: str | Path | None = None,
         prepack: Prepack = "auto",
+        compile: Compile = "auto",
     ) -> Self:
         """Load a checkpoint folder; `tiny` is the policy that ships with blockroll.
 
@@ -172,7 +179,7 @@ class HFPolicy:
         folder = resolve_checkpoint(path)
         model = load_model(folder, device=device, dtype=dtype)
         tokenizer = load_tokenizer(folder) if with_tokenizer else None
-        policy = cls(model, tokenizer, prepack=prepack)
+        policy = cls(model, tokenizer, prepack=prepack, compile=compile)
         if adapter is not None or has_adapter(folder):
             policy.use_adapter(DraftAdapter.from_pretrained(adapter or folder, model))
             policy.warn_of_another_chat_template()
@@ -314,10 +321,22 @@ class HFPolicy:
                 stack.enter_context(adapter.on_rows(num_clean))
             if self._rotary is not None:
                 stack.enter_context(self._rotary.of_texts(num_tokens_B))
+            masks = self._masks_by_layer(attention_mask, packing)
+            if adapter is None and not torch.is_autocast_enabled(self.device.type):
+                states_BRW = self.compiled.states(
+                    ids_BR,
+                    positions_BR,
+                    masks,
+                    window,
+                    packing=packing,
+                    allowed_hooks=self._idle_hooks,
+                )
+                if states_BRW is not None:
+                    return states_BRW
             output = self.model.base_model(
                 **inputs,
                 position_ids=positions_BR,
-                attention_mask=self._masks_by_layer(attention_mask, packing),
+                attention_mask=masks,
                 use_cache=True,
                 **{self._cache_keyword: window},
                 **options,
@@ -327,16 +346,38 @@ class HFPolicy:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Float32 logits (..., V) of hidden states (..., W), as the model's own forward computes them."""
-        # A head that is kept in higher precision than the layers takes its input in that precision.
-        logits: Tensor = self.output_head(hidden.to(self.output_head.weight.dtype))
+        is_autocast = torch.is_autocast_enabled(self.device.type)
+        logits = None if is_autocast else self.compiled.logits(self.output_head, hidden)
+        if logits is None:
+            # A head that is kept in higher precision than the layers takes its input in that precision.
+            logits = self.output_head(hidden.to(self.output_head.weight.dtype))
         if self._final_softcap is not None:
             logits = torch.tanh(logits / self._final_softcap) * self._final_softcap
         return logits.float()
 
+    @property
+    def _idle_hooks(self) -> frozenset[int]:
+        """Hooks of the adapter, in forwards without its masks."""
+        return frozenset() if self.adapter is None else self.adapter.hook_ids
+
+    def _probe_rows(self) -> Tensor:
+        """Logits of a few rows of two texts and of one row behind them, by forwards as decoding runs them."""
+        ids_BT = self._probe_ids().view(2, -1)
+        window, rows = GrowingWindow(2), []
+        for ids_BR in (ids_BT[:, :-1], ids_BT[:, -1:]):
+            num_rows = ids_BR.shape[1]
+            layout = causal_rows(num_rows, self.device)
+            rows.append(self.logits(self.hidden(ids_BR, layout, window.grown(num_rows))))
+        return torch.cat(rows, dim=1)
+
+    def _probe_ids(self) -> Tensor:
+        """A few tokens spread over the vocabulary, an even number."""
+        length = min(_PROBE_TOKENS, self.max_length // 2 * 2)
+        return torch.arange(1, length + 1, device=self.device) * self.vocab_size // (length + 1)
+
     def _probe_logits(self) -> Tensor:
         """Of a few tokens spread over the vocabulary, by a forward without a cache."""
-        length = min(_PROBE_TOKENS, self.max_length)
-        ids_1T = torch.arange(1, length + 1, device=self.device)[None] * self.vocab_size // (length + 1)
+        ids_1T = self._probe_ids()[None]
         return self.logits(self.model.base_model(input_ids=ids_1T, use_cache=False).last_hidden_state)
 
     def _masks_by_layer(
@@ -354,23 +395,3 @@ class HFPolicy:
             return folded(self._sliding_window)
         windows = {"full_attention": None, "sliding_attention": self._sliding_window}
         return {kind: folded(windows[kind]) for kind in self._layer_types}
-
-
-def _trained_drafts_of(config: PretrainedConfig) -> dict[str, Any]:
-    """What a config says of the drafts that its weights were trained for; empty where it says nothing."""
-    section: Any = getattr(config, "blockroll", None) or {}
-    if not isinstance(section, dict):
-        raise InvalidInput(f"the section `blockroll` of a config is a mapping, got {section!r}; leave it out")
-    mask, sizes, layouts = (section.get(key) for key in ("mask_token_id", "block_sizes", "layouts"))
-    if mask is not None and not (type(mask) is int and 0 <= mask < config.vocab_size):
-        raise InvalidInput(
-            f"blockroll.mask_token_id of the config is {mask!r}, and must be a token of the vocabulary of "
-            f"{config.vocab_size}: correct it, or leave the section out"
-        )
-    for key, values, kind in (("block_sizes", sizes, int), ("layouts", layouts, str)):
-        is_list = isinstance(values, list | tuple) and all(type(each) is kind for each in values)
-        if values is not None and not is_list:
-            raise InvalidInput(
-                f"blockroll.{key} of the config must be a list of {kind.__name__}, got {values!r}"
-            )
-    return section

@@ -118,14 +118,10 @@ class PackedLinears:
 
     def _gap(self, groups: "Sequence[_Group]") -> tuple[float, float]:
         """How far log-probabilities lie apart with packed weights, and how far they may."""
-        expected = self._law().log_softmax(dim=-1)
+        expected = self._law()
         with _patched(groups):
-            found = self._law().log_softmax(dim=-1)
-        dtype = groups[0].dtype
-        gaps = (found - expected).abs()
-        if dtype != torch.float32:
-            gaps = gaps[~(expected.exp() <= _LIKELY)]
-        return float(gaps.max()) if gaps.numel() else 0.0, _LOGPROB_BOUND[dtype]
+            found = self._law()
+        return law_gap(expected, found, groups[0].dtype)
 
 
 class _Group:
@@ -206,6 +202,20 @@ class _Group:
             if tensor is not None
         ]
         return [(tensor._version, tensor.data_ptr()) for tensor in tensors]
+
+
+def law_gap(expected: Tensor, found: Tensor, dtype: torch.dtype) -> tuple[float, float]:
+    """How far log-probabilities of logits (..., V) lie apart, and how far weights of a type let them."""
+    expected, found = expected.log_softmax(dim=-1), found.log_softmax(dim=-1)
+    gaps = (found - expected).abs()
+    if dtype != torch.float32:
+        gaps = gaps[~(expected.exp() <= _LIKELY)]
+    return float(gaps.max()) if gaps.numel() else 0.0, _LOGPROB_BOUND[dtype]
+
+
+def is_packed_forward(forward: object) -> bool:
+    """Whether a module's own `forward` is its product with a packed weight, inside `serving()`."""
+    return isinstance(forward, partial) and isinstance(getattr(forward.func, "__self__", None), _Group)
 
 
 @contextmanager

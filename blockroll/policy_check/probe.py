@@ -140,7 +140,7 @@ class PolicyProbe:
 
         From there on every sum rounds differently, as it does in another kernel or at another shape.
         """
-        with nudged_inputs(self.policy):
+        with nudged_inputs(self.policy.model, self.policy.kv_shape.dtype):
             nudged = replace(self).stock_logits_BLV  # a copy that has computed nothing yet
         return self.logprob_gap(nudged, self.stock_logits_BLV)
 

@@ -137,6 +137,7 @@ def _convert(
                 dtype=config.policy.dtype,
                 adapter=config.policy.adapter,
                 prepack=config.policy.prepack,
+                compile=config.policy.compile,
             )
         reason, done = _rounds(config, policy, state, done, console, clock, stack)
     what = "draft adapter" if config.draft.conversion == "adapter" else "policy"

@@ -39,6 +39,7 @@ MAY_CHANGE = (  # on resume: how far it goes, and on what it runs
     "max_batch_size",
     "policy.device",
     "policy.prepack",
+    "policy.compile",
 )
 MAY_MOVE = ("out", "policy.path", "prompts")  # to another place, if they hold what they held
 NOISE = 1.5  # standard errors that a rise must exceed: of twenty series some always rise by one

@@ -80,7 +80,7 @@ def test_a_whole_number_is_a_float_where_a_float_is_asked():
             r"unknown option 'train\.learning_rat'; did you mean 'learning_rate'\?",
         ),
         ({"rolout": {}}, r"unknown option 'rolout'; did you mean 'rollout'\?"),
-        ({"policy": {"zzz": 1}}, r"unknown option 'policy\.zzz'; allowed are adapter, device, dtype, path"),
+        ({"policy": {"zzz": 1}}, r"unknown option 'policy\.zzz'; allowed are adapter, compile, device"),
         ({1: 2}, r"unknown option '1'; allowed are"),
     ],
 )

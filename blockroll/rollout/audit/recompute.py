@@ -95,7 +95,7 @@ def _recompute(
     logits, keys = causal_logits(policy, texts)
     is_rough = torch.finfo(policy.kv_shape.dtype).bits < 32
     if is_rough:
-        with nudged_inputs(policy):
+        with nudged_inputs(policy.model, policy.kv_shape.dtype):
             nudged, _ = causal_logits(policy, texts)
         moved = torch.cat([_distance(*pair) for pair in zip(logits, nudged, strict=True)])
         tolerance = max(tolerance, _ROUNDING_MARGIN * float(moved.quantile(0.99)))

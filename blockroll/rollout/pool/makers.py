@@ -153,6 +153,7 @@ def build_replica(
         dtype=policy.dtype,
         adapter=policy.adapter,
         prepack=policy.prepack,
+        compile=policy.compile,
     )
     return replica_around(loaded, config, replica_id=replica_id, pool_id=pool_id)
 

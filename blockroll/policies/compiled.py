@@ -1,0 +1,388 @@
+"""Decoder layers by compiled code of blockroll's own, where a CPU decodes few rows.
+
+A decode step should take the time of reading each weight once. The module tree takes two to five times that,
+in hundreds of small operators. `kernels/layers` does in one call what stands between the attentions of two
+layers, and reads the parameters where they lie: no copies, so no memory, and nothing to be made anew when
+weights change.
+
+Models whose layers are of the shape that `layer_shape.py` knows are served, after their log-probabilities
+have been compared with those of the model's own forward. What is wrapped, hooked, training, under autocast,
+or of another type goes through the model's own modules.
+"""
+
+import logging
+import math
+import time
+from collections.abc import Callable, Mapping, Set
+from ctypes import CDLL, addressof
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from blockroll.errors import InvalidInput, MissingDependency
+from blockroll.kernels.layers import Layer, Model, layers_library
+from blockroll.policies import attention
+from blockroll.policies.base import KVWindow
+from blockroll.policies.layer_shape import LayerShape, layer_kinds
+from blockroll.policies.packing import Packing
+from blockroll.policies.prepacked import law_gap
+from blockroll.policies.rounding import nudged_inputs
+
+logger = logging.getLogger(__name__)
+
+Compile = Literal["auto", "on", "off"]
+Masks = Tensor | Mapping[str, Tensor]
+
+_ROWS = (1, 8, 32, 128)  # that are timed under `auto`
+_ALL_ROWS = 1 << 62
+_MOST_TIMED = 8  # layers
+_TURNS = 3  # of which the best counts
+_ROUNDING_MARGIN = 3  # times what rounding alone does to the model's own law: it may differ by as much
+_LEAST_WIDTH = 64  # under `auto`, of the hidden states
+
+
+class CompiledLayers:
+    """One model's layers in compiled code. Whether they serve is decided at the first forward that asks."""
+
+    def __init__(
+        self, model: PreTrainedModel, compile: Compile, law: Callable[[], Tensor], cache_keyword: str
+    ) -> None:
+        """`law` gives logits (..., V) of some rows of the model by forwards that ask here.
+
+        InvalidInput where it must be on and the model is of another shape; MissingDependency where there is
+        no compiler.
+        """
+        self._model, self._compile, self._law = model, compile, law
+        self._cache_keyword = cache_keyword
+        self._most_rows: int | None = 0 if compile == "off" else None  # None: not decided yet
+        self._shape: LayerShape | None = None
+        self._dtype: torch.dtype | None = None
+        self._library: CDLL | None = None
+        self._stamp: list[int] = []
+        self._addresses: tuple[Model, list[Layer]] | None = None
+        self._kinds = list(layer_kinds(model.config))
+        if compile == "on":
+            shape = LayerShape.of(model)
+            if shape is None or shape.dtype is None:
+                raise InvalidInput(
+                    "compile is 'on', but only layers of the well-known shape (RMS norms, a gated MLP), with "
+                    "weights in float32 or bfloat16 on a CPU, run by compiled code; set it to 'auto', which "
+                    "leaves others as they are"
+                )
+            layers_library(shape.dtype)
+
+    @property
+    def most_rows(self) -> int:
+        """Rows of the largest forward that compiled layers serve; 0: they serve none."""
+        return self._most_rows or 0
+
+    def states(
+        self,
+        ids_BR: Tensor,
+        positions_BR: Tensor,
+        masks: Masks,
+        window: KVWindow,
+        *,
+        packing: Packing | None,
+        allowed_hooks: Set[int],
+    ) -> Tensor | None:
+        """Last hidden states (B, R, W), or (1, N, W) with a packing, as the model without its head gives
+        them; None: ask the model.
+
+        `masks` are as `attention.folded_mask` has made them, one or one per kind of layer. `allowed_hooks`
+        are those on the model's modules that do nothing in this forward.
+        """
+        if not self._serves(ids_BR.numel(), allowed_hooks):
+            return None
+        x_BRW = self._shape_here.base.embed_tokens(ids_BR)
+        return self._run(x_BRW, positions_BR, masks, window, packing, self._shape_here.num_layers)
+
+    def logits(self, head: nn.Module, states: Tensor) -> Tensor | None:
+        """Float32 logits (..., V), rounded as the head's own are; None: ask the head."""
+        num_rows = states.numel() // states.shape[-1]
+        weight, bias = (head._parameters.get(name) for name in ("weight", "bias"))
+        if (
+            not self._most_rows
+            or num_rows > self._most_rows
+            or torch.is_grad_enabled()
+            or type(head) is not nn.Linear
+            or head._forward_hooks
+            or head._forward_pre_hooks
+            or weight is None
+            or not (weight.dtype == states.dtype == self._dtype)
+            or weight.device.type != "cpu"
+            or not weight.is_contiguous()
+        ):
+            return None
+        assert self._library is not None
+        size, width = weight.shape
+        states = states.contiguous()
+        logits = torch.empty((*states.shape[:-1], size), dtype=torch.float32)
+        self._library.product_of_rows(
+            weight.data_ptr(),
+            None if bias is None else bias.data_ptr(),
+            size,
+            states.data_ptr(),
+            num_rows,
+            width,
+            logits.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return logits
+
+    @property
+    def _shape_here(self) -> LayerShape:
+        assert self._shape is not None, "nothing is served before the shape is known"
+        return self._shape
+
+    def _serves(self, num_rows: int, allowed_hooks: Set[int]) -> bool:
+        """Whether a forward of so many rows is run here; the first decides."""
+        if self._compile == "off" or torch.is_grad_enabled() or num_rows == 0:
+            return False
+        if self._model.config._attn_implementation != attention.ATTENTION_NAME:
+            return False
+        if self._most_rows is None:
+            self._decide(allowed_hooks)
+        if self._most_rows is None or num_rows > self._most_rows or self._shape is None:
+            return False
+        return self._shape.is_plain(allowed_hooks) and self._is_current()
+
+    def _is_current(self) -> bool:
+        """Whether addresses are of the weights as they are; where they lie in another type, nothing is."""
+        stamp = self._shape_here.stamp()
+        if stamp != self._stamp:
+            dtype = self._shape_here.dtype
+            if dtype is None or dtype != self._dtype:
+                self._most_rows, self._shape = None, None  # decided anew by the next forward
+                return False
+            self._stamp, self._addresses = stamp, self._shape_here.addresses()
+        return True
+
+    def _decide(self, allowed_hooks: Set[int]) -> None:
+        """Serve what is of the shape, gives the same law, and under `auto` takes less time."""
+        self._most_rows = 0
+        shape = LayerShape.of(self._model)
+        dtype = None if shape is None else shape.dtype
+        if shape is None or dtype is None or not shape.is_plain(allowed_hooks):
+            if shape is not None and dtype is not None:
+                self._most_rows = None  # a hook may go, and training may end
+            return
+        if self._compile == "auto" and shape.sizes["width"] < _LEAST_WIDTH:
+            return
+        try:
+            self._library = layers_library(dtype)
+        except MissingDependency as missing:
+            logger.warning("layers are not compiled, and decoding is slower on this CPU: %s", missing)
+            return
+        expected = self._law()
+        with nudged_inputs(self._model, dtype):
+            own_gap, bound = law_gap(expected, self._law(), dtype)
+        if math.isfinite(own_gap):
+            bound = max(bound, _ROUNDING_MARGIN * own_gap)
+        self._shape, self._dtype, self._stamp = shape, dtype, []
+        self._most_rows = _ALL_ROWS
+        gap, _ = law_gap(expected, self._law(), dtype)
+        self._most_rows = 0
+        if not gap <= bound:  # NaN is no agreement
+            logger.warning(
+                "compiled layers are off: log-probabilities move by %.1e with them, and %.1e is allowed",
+                gap,
+                bound,
+            )
+            return
+        self._most_rows = _ALL_ROWS if self._compile == "on" else self._faster_rows()
+        logger.info("compiled layers serve forwards of up to %d rows", self._most_rows)
+
+    def _faster_rows(self) -> int:
+        """The most rows up to which all that were timed take no longer than the model's own modules."""
+        most = 0
+        for num_rows in _ROWS:
+            compiled, own = (
+                min(_seconds(partial(run, num_rows)) for _ in range(_TURNS))
+                for run in (self._compiled_once, self._own_once)
+            )
+            if compiled > own:
+                break
+            most = num_rows
+        return most
+
+    def _compiled_once(self, num_rows: int) -> None:
+        """Some layers, for the first token of so many texts."""
+        x_BRW, positions_BR = self._first_rows(num_rows)
+        masks = torch.ones((num_rows, 1, 1, 1), dtype=torch.bool)
+        by_kind = {kind: masks for kind in self._kinds if kind is not None}
+        num_layers = min(_MOST_TIMED, self._shape_here.num_layers)
+        self._run(x_BRW, positions_BR, by_kind or masks, GrowingWindow(num_rows), None, num_layers)
+
+    def _own_once(self, num_rows: int) -> None:
+        """The same by the model's own modules."""
+        x_BRW, positions_BR = self._first_rows(num_rows)
+        mask = torch.ones((num_rows, 1, 1, 1), dtype=torch.bool)
+        window = GrowingWindow(num_rows)
+        rotary = self._rotary(x_BRW, positions_BR)
+        num_layers = min(_MOST_TIMED, self._shape_here.num_layers)
+        for index, layer in enumerate(self._shape_here.base.layers[:num_layers]):
+            x_BRW = layer(
+                x_BRW,
+                attention_mask=mask,
+                position_embeddings=rotary[self._kinds[index]],
+                position_ids=positions_BR,
+                **{self._cache_keyword: window},
+            )
+        self._shape_here.base.norm(x_BRW)
+
+    def _first_rows(self, num_rows: int) -> tuple[Tensor, Tensor]:
+        ids_B1 = torch.arange(num_rows)[:, None] % self._model.config.vocab_size
+        return self._shape_here.base.embed_tokens(ids_B1), torch.zeros_like(ids_B1)
+
+    def _rotary(self, x_BRW: Tensor, positions_BR: Tensor) -> dict[str | None, tuple[Tensor, Tensor]]:
+        """Cosines and sines (B, R, D) of each kind of layer, by the model's own module."""
+        rotary = self._shape_here.base.rotary_emb
+        parameters = getattr(self._model.config, "rope_parameters", None) or {}
+        kinds = dict.fromkeys(self._kinds)
+        if all(isinstance(parameters.get(kind), Mapping) for kind in kinds):
+            made = {kind: rotary(x_BRW, positions_BR, kind) for kind in kinds}
+        else:
+            made = dict.fromkeys(kinds, rotary(x_BRW, positions_BR))
+        return {kind: (cos.contiguous(), sin.contiguous()) for kind, (cos, sin) in made.items()}
+
+    def _run(
+        self,
+        x_BRW: Tensor,
+        positions_BR: Tensor,
+        masks: Masks,
+        window: KVWindow,
+        packing: Packing | None,
+        num_layers: int,
+    ) -> Tensor:
+        """The first so many layers and the last norm. `x_BRW` is overwritten."""
+        if not self._stamp:
+            self._is_current()
+        assert self._library is not None
+        assert self._addresses is not None
+        call, (model, layers) = self._library.between_attentions, self._addresses
+        size, rows, width = x_BRW.shape
+        num_rows, heads, key_heads, head_width, inner = size * rows, *(
+            self._shape_here.sizes[name] for name in ("heads", "key_heads", "head_width", "inner")
+        )  # fmt: skip
+        x_BRW = x_BRW.contiguous()
+        query_BHRD = x_BRW.new_empty((size, heads, rows, head_width))
+        key_BGRD, value_BGRD = (x_BRW.new_empty((size, key_heads, rows, head_width)) for _ in range(2))
+        last_BRW = torch.empty_like(x_BRW)
+        narrow = x_BRW.new_empty(num_rows * max(width, inner))
+        widest = max((heads + 2 * key_heads) * head_width, 2 * inner, width)
+        wide = torch.empty(num_rows * widest, dtype=torch.float32)
+        made = [each.data_ptr() for each in (query_BHRD, key_BGRD, value_BGRD, last_BRW, narrow, wide)]
+        rotary = self._rotary(x_BRW, positions_BR)
+        x, model_at, threads = x_BRW.data_ptr(), addressof(model), torch.get_num_threads()
+        before: int | None = None
+        attended: Tensor | None = None
+        for index in range(num_layers):
+            kind = self._kinds[index]
+            cos_BRD, sin_BRD = rotary[kind]
+            after, given = addressof(layers[index]), None if attended is None else attended.data_ptr()
+            call(model_at, before, after, x, given, num_rows, rows, cos_BRD.data_ptr(), sin_BRD.data_ptr(),
+                 *made, threads)  # fmt: skip
+            keys_BGSD, values_BGSD = window.update(key_BGRD, value_BGRD, index)
+            mask = masks if isinstance(masks, Tensor) else masks[kind or ""]
+            attended = self._attended(index, query_BHRD, keys_BGSD, values_BGSD, mask, packing)
+            before = after
+        given = None if attended is None else attended.data_ptr()
+        call(model_at, before, None, x, given, num_rows, rows, None, None, *made, threads)
+        return last_BRW
+
+    def _attended(
+        self,
+        index: int,
+        query_BHRD: Tensor,
+        keys_BGSD: Tensor,
+        values_BGSD: Tensor,
+        mask_B1MS: Tensor,
+        packing: Packing | None,
+    ) -> Tensor:
+        """What a layer's attention gives, (B, R, H, D); with a packing (1, N, H, D)."""
+        module = self._shape_here.base.layers[index].self_attn
+        softcap: float | None = getattr(module, "attn_logit_softcapping", None)
+        size, heads, rows, width = query_BHRD.shape
+        num_keys = keys_BGSD.shape[2]
+        is_read_in_place = (
+            packing is None
+            and mask_B1MS.dtype == torch.bool
+            and mask_B1MS.is_contiguous()
+            and mask_B1MS.shape[0] == len(keys_BGSD) == size
+            and keys_BGSD.stride() == values_BGSD.stride()
+            and keys_BGSD.stride()[2:] == (width, 1)
+            and keys_BGSD.dtype == values_BGSD.dtype == query_BHRD.dtype
+        )
+        if not is_read_in_place:
+            attended, _ = attention.block_attention(
+                module,
+                query_BHRD,
+                keys_BGSD,
+                values_BGSD,
+                mask_B1MS,
+                scaling=module.scaling,
+                softcap=softcap,
+                packing=packing,
+            )
+            return attended.contiguous()
+        assert self._library is not None
+        assert self._addresses is not None
+        mask_rows = mask_B1MS.shape[2]
+        space = torch.empty(size * heads * rows * (num_keys + 4 + width), dtype=torch.float32)
+        attended_BRHD = query_BHRD.new_empty((size, rows, heads, width))
+        self._library.attend(
+            addressof(self._addresses[0]),
+            query_BHRD.data_ptr(),
+            keys_BGSD.data_ptr(),
+            values_BGSD.data_ptr(),
+            size,
+            rows,
+            num_keys,
+            keys_BGSD.stride(0),
+            keys_BGSD.stride(1),
+            mask_B1MS.data_ptr(),
+            mask_rows,
+            mask_rows * num_keys,
+            module.scaling,
+            softcap or 0.0,
+            space.data_ptr(),
+            attended_BRHD.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return attended_BRHD
+
+
+class GrowingWindow:
+    """Texts from their first token on, for forwards one after another; stands in for a cache."""
+
+    def __init__(self, num_texts: int) -> None:
+        self.lengths_B = torch.zeros(num_texts, dtype=torch.int64)
+        self.extent = 0
+        self._held: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def grown(self, num_rows: int) -> "GrowingWindow":
+        """The same, for so many rows more."""
+        self.lengths_B = torch.full_like(self.lengths_B, self.extent)
+        self.extent += num_rows
+        return self
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        """Append one layer's new rows (B, H, R, D); return all of its keys and values."""
+        new = (key_states.clone(), value_states.clone())
+        if layer_idx in self._held:
+            keys, values = self._held[layer_idx]
+            new = torch.cat([keys, new[0]], dim=2), torch.cat([values, new[1]], dim=2)
+        self._held[layer_idx] = new
+        return new
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
