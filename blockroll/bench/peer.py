@@ -81,14 +81,16 @@ class PeerProcess:
         self._buffer = b""
         self._cpu_s = 0.0
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 (closed by `close`)
-        # A session of its own: an interrupt at the terminal reaches the bench alone, which then closes it.
+        # A process group of its own: an interrupt at the terminal reaches the bench alone, which then closes
+        # it. Not a session of its own: Linux may share processors out by session first (sched_autogroup), and
+        # then a peer would get more of a busy machine than the bench does.
         self._process = subprocess.Popen(
             command,
             env=dict(environment),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._stderr,
-            start_new_session=True,
+            process_group=0,
         )
         self._selector = selectors.DefaultSelector()
         assert self._process.stdout is not None
@@ -151,7 +153,7 @@ class PeerProcess:
         try:
             self._process.wait(PATIENCE_TO_END_S)
         except subprocess.TimeoutExpired:
-            self._process.kill()
+            os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
         self._selector.close()
         self._process.stdout.close()

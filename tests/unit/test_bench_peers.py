@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -26,7 +27,7 @@ pytestmark = pytest.mark.slow  # it starts some thirty processes
 ONE_BATCH = dataclasses.replace(OPTIONS, batches=(3,), ignore_eos=True)
 TASK = ReferenceTask(batch=3, longest_prompt=12, max_tokens=6, temperature=1.0, eos_token_ids=())
 ANSWERS = """
-import json, os, sys, time
+import json, os, subprocess, sys, time
 def say(**line):
     print(json.dumps(line), flush=True)
 def give(index, count):
@@ -253,6 +254,36 @@ peer_worker.serve("delegating", iter(sys.stdin), lambda line: print(json.dumps(l
     list(started.complete(TASK, [[1]], seed=0))
     assert started.cpu_s() >= 0.9
     started.close()
+
+
+def test_a_busy_machine_is_shared_out_alike_and_an_interrupt_reaches_the_bench_alone():
+    started = scripted()
+    process_id = started._process.pid
+    assert os.getsid(process_id) == os.getsid(0)
+    assert os.getpgid(process_id) != os.getpgid(0)
+    started.close()
+
+
+def test_a_peer_that_does_not_end_is_ended_with_all_it_has_started(monkeypatch):
+    monkeypatch.setattr(peer, "PATIENCE_TO_END_S", 0.5)
+    before = set(psutil.Process().children(recursive=True))
+    started = scripted("subprocess.Popen(['sleep', '60'])\n    os.dup2(os.pipe()[0], 0)")
+    list(started.complete(TASK, [[1]], seed=0))
+    begun = set(psutil.Process().children(recursive=True)) - before
+    assert len(begun) == 2
+    started.close()
+    deadline = time.monotonic() + 10
+    while any(map(lives, begun)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(map(lives, begun))
+
+
+def lives(process):
+    """Whether a process is there and has not ended: whose parent is gone may stay a zombie for a while."""
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def test_a_pool_keeps_a_process_from_task_to_task_and_ends_it_when_it_is_too_small(saved):
