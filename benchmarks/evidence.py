@@ -2,16 +2,21 @@
 
     python -m benchmarks.evidence law              everything of the subject that has no rows yet
     python -m benchmarks.evidence law texts ...    these experiments, again
+        --minutes 10     experiments of many cells begin none after so long; what they have is written
+        --gsm8k FILE     a file of GSM8K, for those that ask its questions; else runs/gsm8k.jsonl
 
-An experiment with rows is not repeated; conversions and RL runs that were interrupted go on. What needs
-SmolLM2 is left out, by name, without it: examples/smollm2.py says how to get it.
+An experiment with rows is not repeated; conversions, RL runs and experiments of many cells that were stopped
+go on. What needs SmolLM2 is left out, by name, without it: examples/smollm2.py says how to get it.
 tests/benchmarks runs a short form of each.
 """
 
 import argparse
 import importlib
+import time
+from pathlib import Path
 
 from benchmarks import rows
+from benchmarks.cells import GIVEN
 
 SUBJECTS = ("law", "speed", "drafts", "learning", "constraints", "audit", "trl")
 
@@ -21,7 +26,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("subject", choices=SUBJECTS)
     parser.add_argument("experiments", nargs="*")
+    parser.add_argument("--minutes", type=float, help=argparse.SUPPRESS)
+    parser.add_argument("--gsm8k", type=Path, default=GIVEN.gsm8k, help=argparse.SUPPRESS)
     given = parser.parse_args()
+    GIVEN.gsm8k = given.gsm8k
+    if given.minutes is not None:
+        GIVEN.deadline = time.monotonic() + 60 * given.minutes
     found = importlib.import_module(f"benchmarks.{given.subject}").experiments()
     unknown = set(given.experiments) - found.keys()
     if unknown:

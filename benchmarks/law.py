@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from scipy import stats
 
+from benchmarks.equality import equality
 from benchmarks.rows import Row
 from benchmarks.workload import (
     TWO_FORWARD,
@@ -189,4 +190,5 @@ def experiments() -> dict[str, Callable[[], list[Row]]]:
         "logprobs": partial(logprob_equality, policy),
         "texts": partial(law_equality, policy),
         "fused": fused_equality,
+        "equality": equality,
     }

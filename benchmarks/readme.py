@@ -14,6 +14,7 @@ from benchmarks import (
     readme_learning,
     readme_peers,
     readme_pictures,
+    readme_shows,
     readme_speed,
     readme_trl,
     stale,
@@ -45,8 +46,28 @@ SECTIONS = (
         "Speed: a real model beside transformers and vLLM",
         lambda: readme_peers.peers_page(read("speed_peers")) + flawed_cpu_time(read("speed_peers")),
     ),
+    Section(
+        "speed_grouped",
+        "Speed: grouped rollouts of a real model",
+        lambda: readme_shows.grouped_table(read("speed_grouped")),
+    ),
+    Section(
+        "speed_grid",
+        "Speed: the plan that chooses itself, by batch and context",
+        lambda: readme_shows.grid_table(read("speed_grid")),
+    ),
+    Section(
+        "speed_longtail",
+        "Speed: the long tail of a batch",
+        lambda: readme_shows.longtail_table(read("speed_longtail")),
+    ),
     Section("drafts_conversions", "What an adapter drafts", readme_drafts.drafts_table),
     Section("drafts_smollm2", "SmolLM2-135M-Instruct, converted by adapter", readme_drafts.smollm2_table),
+    Section(
+        "law_equality",
+        "Drafts that never change a token",
+        lambda: readme_shows.equality_table(read("law_equality")),
+    ),
     Section("law_texts", "The law, at full size", readme_law.law_list),
     Section("learning_plans", "GRPO: plain and drafted rollouts", readme_learning.learning_table),
     Section("learning_laws", "GRPO: the target law and a mixed law", readme_learning.laws_table),
@@ -72,8 +93,14 @@ SECTIONS = (
         "TRL: SmolLM2-135M-Instruct",
         lambda: readme_trl.smollm2_trl_table(read("trl_smollm2")),
     ),
+    Section(
+        "trl_grpo",
+        "GRPO of a real model: TRL's trainer, ours in its place, our loop",
+        lambda: readme_shows.grpo_table(read("trl_grpo")),
+    ),
 )
 FINDINGS: tuple[tuple[str, Callable[[], str]], ...] = (
+    ("law_equality", lambda: readme_shows.equality_finding(read("law_equality"))),
     ("law_texts", readme_law.law_finding),
     ("drafts_conversions", readme_drafts.drafts_finding),
     ("drafts_smollm2", readme_drafts.smollm2_finding),

@@ -29,10 +29,11 @@ def has_rows(name: str) -> bool:
 
 
 def write(name: str, rows: Iterable[Row]) -> None:
-    """Rows with their provenance, the whole file or nothing."""
+    """Rows with their provenance, the whole file or nothing; a row that bears its own keeps it."""
     RESULTS.mkdir(exist_ok=True)
-    partial = RESULTS / f"{name}.partial"
-    partial.write_text("".join(json.dumps({**row, **provenance()}) + "\n" for row in rows))
+    partial, here = RESULTS / f"{name}.partial", provenance()
+    told = (row if "package_commit" in row else {**row, **here} for row in rows)
+    partial.write_text("".join(json.dumps(row) + "\n" for row in told))
     partial.rename(RESULTS / f"{name}.jsonl")
 
 

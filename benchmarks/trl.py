@@ -13,6 +13,7 @@ import torch
 from datasets import Dataset
 from transformers import TrainerCallback
 
+from benchmarks.grpo import grpo
 from benchmarks.rows import Row
 from benchmarks.trl_timing import GENERATE_S, OURS, STOCK, medians, train, train_in_turn
 from benchmarks.workload import RUNS, SMOLLM2, causal_part, converted, has_smollm2, trained_adapter
@@ -225,4 +226,8 @@ def experiments() -> dict[str, Callable[[], list[Row]]]:
     }
     if has_smollm2("trl", "smollm2"):
         found["smollm2"] = smollm2
+    if (SMOLLM2 / "policy" / "config.json").is_file():
+        found["grpo"] = grpo
+    else:
+        print(f"trl: grpo is left out: no {SMOLLM2 / 'policy'}; run examples/smollm2.py first")
     return found
