@@ -71,7 +71,7 @@ def test_a_call_repeated_with_its_seeds_is_drafted_from_itself_and_draws_the_sam
             texts = {rollout.request.seed: rollout.token_ids for rollout in finished}
             assert [texts[t] for t in range(len(cells.texts))] == cells.texts
             accepted.append(sum(rollout.stats.num_accepted for rollout in finished))
-    assert accepted[0] > 0
+    assert min(accepted) > 0
 
 
 @pytest.mark.parametrize("plans", [(Plan(2),), (Plan(2, (0, 2)),), (HISTORY,), IN_TURN[1]], ids=str)

@@ -7,7 +7,6 @@ counted from the guesses of steps before, drafted or not: by source, length of t
 places agreed.
 """
 
-import math
 from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
@@ -26,7 +25,6 @@ MAX_TOKENS = 1 << 20
 ROW_COST = 0.1
 _MOST_TRIES = 512  # of a cell; then both counts are halved, so that what was right lately decides
 _PRIOR_TRIES = 4.0
-_MOST_SEEDS = 1 << 17
 _MOST_SKIPPED = 31  # looks in a row that a text sits out where it has found nothing again and again
 
 
@@ -86,10 +84,9 @@ class _Followed:
 class HistoryDrafts(Drafter):
     """Looks drafts up in earlier texts; needs no training and no mask token.
 
-    Law: drafts depend on committed tokens alone, and those were drawn with coins of other seeds, or of
-    earlier attempts. Coins are keyed by seed, so a request whose seed has served before (a call repeated with
-    its seed) would meet coins that its history was drawn with: it gets no drafts, and leaves no text, unless
-    it is greedy or goes on behind all that this seed has drawn. The latest 131,072 seeds are remembered.
+    Law: drafts depend on committed tokens alone, and are point masses: each position's token is drawn by the
+    one coin of the position, and a draft stands if it is that token. So texts are those of plain decoding,
+    whatever is looked up, a text that the same coins have drawn before included.
 
     Memory: `max_tokens` bounds tokens of prompts and texts that are kept by prompt, 4 bytes each, of each
     prompt the latest 32 to 64 texts. N-grams take about 1 KB a token for prompts that run and the latest 8
@@ -116,8 +113,7 @@ class HistoryDrafts(Drafter):
         self.row_cost = row_cost
         self.vocabulary: str | None = None  # of texts that came from a file
         self._is_asked = False
-        self._followed: dict[str, _Followed | None] = {}  # None: its coins have served before
-        self.drawn: dict[int, float] = {}  # by seed, tokens that it has drawn; infinite while it runs
+        self._followed: dict[str, _Followed] = {}
 
     def check(self, plan: Plan, policy: Policy) -> None:
         """Learn from now on. InvalidInput where the history was written in another vocabulary."""
@@ -136,13 +132,7 @@ class HistoryDrafts(Drafter):
         if request.request_id not in self._followed:
             self._follow(request)
         followed = self._followed.pop(request.request_id)
-        if followed is None:
-            return
         self._read(followed, rollout.token_ids)
-        if request.sampling.temperature > 0:
-            self.drawn[request.seed] = len(rollout.token_ids)
-            if len(self.drawn) > _MOST_SEEDS:
-                del self.drawn[next(iter(self.drawn))]
         self.index.close(followed.texts, followed.number)
 
     def outlook(
@@ -153,14 +143,14 @@ class HistoryDrafts(Drafter):
         Of the texts of a prompt all are read before one is looked up.
         """
         followed_B = [self._follow_request(running) for running in batch]
-        due_B = [followed is not None and _is_due(followed) for followed in followed_B]
-        prompts = {id(each.texts) for each, due in zip(followed_B, due_B, strict=True) if each and due}
+        due_B = [_is_due(followed) for followed in followed_B]
+        prompts = {id(each.texts) for each, due in zip(followed_B, due_B, strict=True) if due}
         for followed, running in zip(followed_B, batch, strict=True):
-            if followed is not None and id(followed.texts) in prompts:
+            if id(followed.texts) in prompts:
                 self._read(followed, running.text.token_ids)
         chances_B: list[Sequence[float]] = []
         for followed, running, is_due in zip(followed_B, batch, due_B, strict=True):
-            if followed is None or not is_due:
+            if not is_due:
                 chances_B.append(())
                 continue
             self._look(followed, running, most, least_chance)
@@ -174,14 +164,12 @@ class HistoryDrafts(Drafter):
         drafts: list[list[int]] = []
         if lengths is not None:  # chosen by the outlook on this very step
             for running, length in zip(step.batch, lengths, strict=True):
-                followed = self._followed.get(running.request.request_id)
-                drafts.append(followed.drafts[:length] if followed is not None and length else [])
+                drafts.append(self._followed[running.request.request_id].drafts[:length] if length else [])
         else:
             followed_B = [self._up_to_date(running) for running in step.batch]
             for followed, running in zip(followed_B, step.batch, strict=True):
-                if followed is not None:
-                    self._look(followed, running, most, self.row_cost)
-                drafts.append([] if followed is None else followed.drafts)
+                self._look(followed, running, most, self.row_cost)
+                drafts.append(followed.drafts)
         device, width = step.policy.device, max(map(len, drafts))
         padded = [each + [0] * (width - len(each)) for each in drafts]
         return Draft(
@@ -190,30 +178,21 @@ class HistoryDrafts(Drafter):
             num_drafts_B=torch.tensor([len(each) for each in drafts], device=device),
         )
 
-    def _up_to_date(self, running: RunningRequest) -> _Followed | None:
+    def _up_to_date(self, running: RunningRequest) -> _Followed:
         followed = self._follow_request(running)
-        if followed is not None:
-            self._read(followed, running.text.token_ids)
+        self._read(followed, running.text.token_ids)
         return followed
 
-    def _follow_request(self, running: RunningRequest) -> _Followed | None:
+    def _follow_request(self, running: RunningRequest) -> _Followed:
         request_id = running.request.request_id
         if request_id not in self._followed:
             self._follow(running.request)
         return self._followed[request_id]
 
     def _follow(self, request: Request) -> None:
-        """Open a text for it, unless coins of its seed have drawn more than it begins with."""
-        num_before = len(request.prefix.token_ids) if request.prefix else 0
-        is_drawn = request.sampling.temperature > 0
-        if is_drawn and self.drawn.get(request.seed, 0) > num_before:
-            self._followed[request.request_id] = None
-            return
+        """Open a text for it."""
         texts = self.index.of_prompt(request.prompt_ids)
         self._followed[request.request_id] = _Followed(texts, texts.open(request.group_id))
-        if is_drawn:
-            self.drawn.pop(request.seed, None)
-            self.drawn[request.seed] = math.inf
 
     def _read(self, followed: _Followed, token_ids: Sequence[int]) -> None:
         """What was committed since the last time; guesses of a step that raised teach nothing."""

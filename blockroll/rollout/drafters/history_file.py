@@ -1,4 +1,4 @@
-"""A history in one file: texts by prompt as token ids, the seeds that drew them, and whose vocabulary it is.
+"""A history in one file: texts by prompt as token ids, and whose vocabulary it is.
 
 Texts that run when it is written are left out, and so are counts of acceptance, which are learned again in a
 few steps.
@@ -6,7 +6,6 @@ few steps.
 
 import hashlib
 import itertools
-import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,16 +18,13 @@ from blockroll.errors import CheckpointError, InvalidInput
 from blockroll.policies.base import Policy
 from blockroll.rollout.drafters.history import MAX_TOKENS, ROW_COST, HistoryDrafts, vocabulary_of
 
-FORMAT = "blockroll history 1"
-# Of prompts: length and number of texts. Of texts: length. Of both: tokens, a prompt's before its texts'. Of
-# seeds: how many tokens each has drawn.
+FORMAT = "blockroll history 2"
+# Of prompts: length and number of texts. Of texts: length. Of both: tokens, a prompt's before its texts'.
 _DTYPES = {
     "prompt_lengths": torch.int64,
     "num_texts": torch.int64,
     "text_lengths": torch.int64,
     "tokens": torch.int32,
-    "seeds": torch.int64,
-    "num_drawn": torch.int64,
 }
 _STARTED = "\0"  # no group of this process: what was written before is nobody's sibling
 
@@ -42,14 +38,11 @@ def save_history(drafter: HistoryDrafts, path: str | Path, policy: Policy) -> No
     known = ((texts.prompt, [*texts.ended]) for texts in drafter.index.prompts)
     prompts = [(prompt, texts) for prompt, texts in known if texts]
     tokens = itertools.chain.from_iterable((prompt, *texts) for prompt, texts in prompts)
-    drawn = drafter.drawn.items()
     columns = {
         "prompt_lengths": [len(prompt) for prompt, _ in prompts],
         "num_texts": [len(texts) for _, texts in prompts],
         "text_lengths": [len(text) for _, texts in prompts for text in texts],
         "tokens": [*itertools.chain.from_iterable(tokens)],
-        "seeds": [seed for seed, _ in drawn],
-        "num_drawn": [-1 if math.isinf(num_drawn) else int(num_drawn) for _, num_drawn in drawn],
     }
     tensors = {name: torch.tensor(column, dtype=_DTYPES[name]) for name, column in columns.items()}
     metadata = {"format": FORMAT, "vocabulary": vocabulary_of(policy), "checksum": _checksum(tensors)}
@@ -86,8 +79,6 @@ def load_history(
             number = texts.open(_STARTED)
             texts.extend(number, itertools.islice(token_ids, length))
             drafter.index.close(texts, number)
-    for seed, num_drawn in zip(columns["seeds"], columns["num_drawn"], strict=True):
-        drafter.drawn[seed] = math.inf if num_drawn < 0 else num_drawn
     return drafter
 
 
@@ -115,7 +106,6 @@ def _check(path: Path, columns: dict[str, list[int]], vocab_size: int) -> None:
         len(columns["prompt_lengths"]) != len(columns["num_texts"])
         or sum(columns["num_texts"]) != len(columns["text_lengths"])
         or num_tokens != len(columns["tokens"])
-        or len(columns["seeds"]) != len(columns["num_drawn"])
     ):
         raise _damaged(path, "its lengths contradict each other")
     strange = next((each for each in columns["tokens"] if not 0 <= each < vocab_size), None)
