@@ -1,12 +1,13 @@
 """A real pretrained model beside transformers and vLLM, in cells that are measured once each.
 
     python -m benchmarks.peers --minutes 25     begin no cell later than that
+    python -m benchmarks.peers --only-start     let vLLM compile, which it keeps, and measure nothing
     python -m benchmarks.evidence speed peers   all of them
 
 Cells whose rows have been kept, of the same commit, are not measured again: a run that was interrupted goes
 on. The parts, with about what each takes on a quiet machine with 2 cores, one thread:
 
-- three vLLM processes start and compile: 4 minutes, once a run;
+- three vLLM processes start: 1 minute, once a run; the first time they compile, 4 minutes;
 - `even`, every text 48 tokens, batch 1, 8 and 32, beside `generate`: 5 minutes;
 - `worked` and `gsm8k`, 8 siblings of each prompt, 2 epochs, at temperature 0.7 and 1: at batch 8 3 minutes
   each, at batch 1 4 minutes each.
@@ -26,6 +27,7 @@ from benchmarks import rows
 from benchmarks.rows import Row
 from benchmarks.workload import RUNS, SMOLLM2, threads
 from blockroll.bench.bench import PEERS_PYTHON, BenchOptions, run_bench, to_record
+from blockroll.bench.peer import PEERS
 from blockroll.bench.peer_pool import PeerPool
 from blockroll.bench.prompts import gsm8k_prompts, worked_prompts
 from blockroll.bench.reference import ReferenceTask
@@ -119,16 +121,16 @@ def measure(
         found: list[Row] = []
         try:
             for cell in cells:
-                _make_room(pool, cell, texts[cell.prompts], max_tokens)
+                pool.make_room(_task(cell, texts[cell.prompts], max_tokens))
             for cell in cells:
                 path = kept / f"{cell.name}-threads{num_threads}.json"
                 measured = _kept(path, commit)
                 if measured is None and (deadline is None or time.monotonic() < deadline):
-                    start = time.monotonic()
+                    begun = time.monotonic()
                     measured = _measured(cell, policy, texts[cell.prompts], folder, pool, max_tokens)
                     path.parent.mkdir(parents=True, exist_ok=True)
                     path.write_text(json.dumps({"commit": commit, "rows": measured}))
-                    print(f"{NAME}: {cell.name} took {time.monotonic() - start:.0f} s", flush=True)
+                    print(f"{NAME}: {cell.name} took {time.monotonic() - begun:.0f} s", flush=True)
                 elif measured is None:
                     print(f"{NAME}: {cell.name} is left out: there is no time for it", flush=True)
                 found += measured or []
@@ -137,12 +139,39 @@ def measure(
     return found
 
 
-def _make_room(pool: PeerPool, cell: Cell, texts: Sequence[tuple[int, ...]], max_tokens: int) -> None:
-    longest = max(map(len, texts))
-    task = ReferenceTask(
-        batch=cell.batch, longest_prompt=longest, max_tokens=max_tokens, temperature=1.0, eos_token_ids=()
+def start(
+    cells: Sequence[Cell],
+    folder: Path = SMOLLM2 / "policy",
+    *,
+    prompts: dict[str, PromptMaker],
+    num_threads: int = 1,
+    max_tokens: int = MAX_TOKENS,
+    dtype: str = "bfloat16",
+) -> None:
+    """Start each peer once as `measure` does, which then finds what vLLM has compiled."""
+    with threads(num_threads):
+        policy = HFPolicy.from_pretrained(folder, dtype=dtype)
+        pool = make_peer_pool(policy, str(folder))
+        try:
+            tasks = [_task(cell, prompts[cell.prompts](policy), max_tokens) for cell in cells]
+            for task in tasks:
+                pool.make_room(task)
+            for name in dict.fromkeys(name for cell in cells for name in cell.against if name in PEERS):
+                begun = time.monotonic()
+                pool.reference(name, tasks[0]).close()
+                print(f"{NAME}: {name} took {time.monotonic() - begun:.0f} s to start", flush=True)
+        finally:
+            pool.close()
+
+
+def _task(cell: Cell, texts: Sequence[tuple[int, ...]], max_tokens: int) -> ReferenceTask:
+    return ReferenceTask(
+        batch=cell.batch,
+        longest_prompt=max(map(len, texts)),
+        max_tokens=max_tokens,
+        temperature=cell.temperature,
+        eos_token_ids=(),
     )
-    pool.make_room(task)
 
 
 def _measured(
@@ -222,9 +251,14 @@ def main() -> None:
     parser.add_argument(
         "--threads", type=int, default=1, help="of torch and of vLLM; rows of 2 have a file of their own"
     )
+    parser.add_argument("--only-start", action="store_true", help="let vLLM compile, and measure nothing")
     given = parser.parse_args()
     if (reason := missing()) is not None:
         parser.error(reason)
+    if given.only_start:
+        cells, prompts = every_cell(given.gsm8k)
+        start(cells, prompts=prompts, num_threads=given.threads)
+        return
     deadline = None if given.minutes is None else time.monotonic() + 60 * given.minutes
     found = peers(gsm8k=given.gsm8k, num_threads=given.threads, deadline=deadline)
     rows.write(NAME if given.threads == 1 else f"{NAME}_{given.threads}_threads", found)

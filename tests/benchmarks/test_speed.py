@@ -41,6 +41,12 @@ def test_peers_have_rows_of_every_cell_and_a_cell_is_measured_once(tmp_path, cap
     assert f"{even.name} is left out: there is no time for it" in capsys.readouterr().out
 
 
+def test_peers_can_be_started_and_nothing_measured(tmp_path, capsys):
+    prompt_makers = {"worked": lambda policy: prompts(policy, 4)}
+    peers.start([peers.Cell(**SMALL)], "tiny", prompts=prompt_makers, max_tokens=4, dtype="float32")
+    assert "generate_process took" in capsys.readouterr().out
+
+
 def test_questions_of_gsm8k_are_left_out_by_name_where_there_is_no_file(tmp_path, capsys):
     cells, _ = peers.every_cell(tmp_path / "gsm8k.jsonl")
     assert {cell.prompts for cell in cells} == {"chat", "worked"}
