@@ -108,6 +108,8 @@ class Policy(Protocol):
 class VerifiesPacked(Protocol):
     """What a policy may offer besides: forwards without the rows that would make a rectangle of the batch."""
 
+    least_saved_rows: int  # that such a forward must leave out to take less time than one of the rectangle
+
     def verify_packed(self, ids_BL: Tensor, packing: Packing, window: KVWindow) -> Tensor:
         """As `verify_logits`, of the rows of `packing` alone: (N, V). Other ids have no meaning.
 

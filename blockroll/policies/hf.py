@@ -35,7 +35,7 @@ from blockroll.policies.loading import (
     no_progress_bar,
     resolve_checkpoint,
 )
-from blockroll.policies.packing import Packing
+from blockroll.policies.packing import Packing, least_saved_rows
 from blockroll.policies.positions import context_of, use_text_rotary
 from blockroll.policies.prepacked import PackedLinears, Prepack
 from blockroll.policies.trained import trained_drafts_of
@@ -112,6 +112,7 @@ class HFPolicy:
         if FAMILIES[model.config.model_type] == "by_layer_type":
             self._layer_types = tuple(sorted(set(model.config.layer_types)))
         self._final_softcap: float | None = getattr(model.config, "final_logit_softcapping", None)
+        self.least_saved_rows = least_saved_rows(model, model.config.num_hidden_layers)
         self.packed = PackedLinears(model, prepack, self._probe_logits)
         self.compiled = CompiledLayers(model, compile, self._probe_rows, self._cache_keyword)
 

@@ -45,6 +45,13 @@ class Uneven(Drafter):
         )
 
 
+def packing_policy(family="llama"):
+    """One that packs however little that saves: it is too small for packing to pay."""
+    policy = random_policy(family)
+    policy.least_saved_rows = 1
+    return policy
+
+
 class Watch:
     def __init__(self):
         self.traces = []
@@ -67,7 +74,7 @@ def accepted(rollouts):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_text_is_the_same_alone_and_in_any_batch(family):
-    policy = random_policy(family)
+    policy = packing_policy(family)
     requests = make_requests(prompts(7), SAMPLING)
     alone = {}
     for each in requests:
@@ -94,7 +101,7 @@ def test_a_text_is_the_same_alone_and_in_any_batch(family):
     ids=str,
 )
 def test_options_of_sampling_go_by_packed_rows_as_by_padded_ones(options, monkeypatch):
-    policy = random_policy()
+    policy = packing_policy()
     requests = make_requests(prompts(8), dataclasses.replace(SAMPLING, **options))
     # Beside requests that nothing edits: their log-probabilities come from the rows themselves.
     requests[::2] = make_requests(prompts(8), SAMPLING)[::2]
@@ -107,7 +114,7 @@ def test_options_of_sampling_go_by_packed_rows_as_by_padded_ones(options, monkey
 
 
 def test_a_step_says_its_rows_and_is_no_wider_than_its_longest_draft():
-    policy = random_policy()
+    policy = packing_policy()
     watch = Watch()
     serve(policy, make_requests(prompts(8), SAMPLING), observers=[watch])
     widths = set()
@@ -122,7 +129,7 @@ def test_a_step_says_its_rows_and_is_no_wider_than_its_longest_draft():
 
 
 def test_steps_in_which_nobody_drafts_are_plain_ones():
-    policy = random_policy()
+    policy = packing_policy()
     requests = make_requests(prompts(5), SAMPLING)
     drafted = serve(policy, requests, Uneven(most=0), observers=[watch := Watch()])
     assert {trace.forward_rows for trace in watch.traces} == {(5, 1, 5)}
@@ -132,7 +139,7 @@ def test_steps_in_which_nobody_drafts_are_plain_ones():
 
 
 def test_an_audit_of_steps_of_any_width_passes_at_both_levels(tmp_path):
-    policy = random_policy()
+    policy = packing_policy()
     serve(policy, make_requests(prompts(6), SAMPLING), observers=[AuditWriter(tmp_path)], max_batch_size=4)
     report = check_audit(sorted(tmp_path.glob("*.parquet")), policy_of=lambda version: policy)
     assert report.problem is None
@@ -141,7 +148,7 @@ def test_an_audit_of_steps_of_any_width_passes_at_both_levels(tmp_path):
 
 def test_drafts_past_the_end_of_the_context_are_verified_and_cut():
     """Slots have room for the widest block behind the longest text, and no more."""
-    policy = random_policy()
+    policy = packing_policy()
     requests = make_requests(prompts(6, longest=20), Sampling(max_tokens=96, ignore_eos=True))
     rollouts = serve(policy, requests, max_length=30)
     for rollout in rollouts.values():
@@ -157,13 +164,13 @@ class VerifiesItself(Uneven):
 
 
 def test_a_drafter_that_verifies_a_whole_rectangle_is_served_too():
-    policy = random_policy()
+    policy = packing_policy()
     requests = make_requests(prompts(8), SAMPLING)
     assert_same_rollouts(serve(policy, requests), serve(policy, requests, VerifiesItself()), policy)
 
 
 def test_logits_that_are_not_finite_fail_the_one_request_whose_rows_they_are():
-    policy = random_policy()
+    policy = packing_policy()
     requests = make_requests(prompts(8), SAMPLING)
     undisturbed = serve(policy, requests)
     verify, num_spoiled = policy.verify_packed, 0
@@ -205,7 +212,7 @@ class Interrupted:
 
 @pytest.mark.parametrize("number", [*range(1, 40, 3), 100, 1000])
 def test_an_interrupt_inside_a_packed_forward_loses_nothing(number):
-    policy = random_policy()
+    policy = packing_policy()
     requests = make_requests(prompts(5), SAMPLING)
     undisturbed = serve(policy, requests)
     engine = Engine(policy, plan=PLAN, drafters=[Uneven()])
@@ -226,7 +233,7 @@ def test_an_interrupt_inside_a_packed_forward_loses_nothing(number):
 
 
 def test_a_packed_forward_that_raises_is_run_again_and_nothing_is_lost():
-    policy = random_policy()
+    policy = packing_policy()
     requests = make_requests(prompts(8), SAMPLING)
     undisturbed = serve(policy, requests)
     engine = Engine(policy, plan=PLAN, drafters=[Uneven()])
@@ -249,3 +256,12 @@ def test_a_packed_forward_that_raises_is_run_again_and_nothing_is_lost():
             engine.check_integrity()
     assert num_calls > 6
     assert_same_rollouts(undisturbed, finished, policy, at_most=0)
+
+
+def test_a_policy_so_small_that_packing_costs_more_than_it_saves_is_padded():
+    policy = random_policy()
+    assert policy.least_saved_rows > 100
+    requests = make_requests(prompts(8), SAMPLING)
+    padded = serve(policy, requests, observers=[watch := Watch()])
+    assert watch.num_packed == 0
+    assert_same_rollouts(serve(packing_policy(), requests), padded, policy)

@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from blockroll.policies.packing import Packing
+from blockroll.policies.packing import Packing, least_saved_rows
 
 CPU = torch.device("cpu")
 
@@ -54,3 +54,14 @@ def test_one_request_with_many_rows_widens_attention_for_no_other():
 def test_requests_of_equal_numbers_are_one_band():
     assert [(band.size, band.width) for band in Packing.of([5] * 8, 5, CPU).bands] == [(8, 5)]
     assert [(band.size, band.width) for band in Packing.of([1, 2] * 4, 2, CPU).bands] == [(8, 2)]
+
+
+def test_the_more_a_row_multiplies_the_fewer_rows_packing_must_save():
+    def of(width, num_layers):
+        layers = [torch.nn.Linear(width, width, device="meta") for _ in range(num_layers)]
+        return least_saved_rows(torch.nn.ModuleList(layers), num_layers)
+
+    on_cpu = torch.nn.ModuleList([torch.nn.Linear(1000, 1000) for _ in range(3)])
+    assert least_saved_rows(on_cpu, 3) == 10
+    assert of(4000, 8) == 250
+    assert least_saved_rows(torch.nn.ReLU(), 2) > 1_000_000

@@ -72,6 +72,7 @@ class World:
                 NextStep(
                     batch_size=batch_size,
                     context=context,
+                    least_saved=4,
                     outlook=lambda name, *asked: self.outlook(batch_size, *asked),
                 )
             )

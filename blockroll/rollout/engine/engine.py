@@ -269,7 +269,7 @@ class BareEngine:
         lengths, choice_s = None, 0.0
         if self.planner is not None:
             chosen_at = self._clock()
-            choice = self.planner.choose(NextStep.of(batch, self._drafters))
+            choice = self.planner.choose(NextStep.of(batch, self._drafters, self.policy))
             self._change_plan(choice.plan, batch)
             lengths, choice_s = choice.lengths, self._clock() - chosen_at
         first_logits = None

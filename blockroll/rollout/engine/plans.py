@@ -7,6 +7,7 @@ from typing import Protocol
 from blockroll.errors import InvalidInput
 from blockroll.policies.base import Policy
 from blockroll.rollout.engine.drafting import Drafter
+from blockroll.rollout.engine.ragged import least_saved
 from blockroll.rollout.engine.running import RunningRequest
 from blockroll.types import Plan, PlanKind
 
@@ -17,15 +18,19 @@ class NextStep:
 
     batch_size: int
     context: int  # tokens of the longest text
+    least_saved: float  # rows by which a packed forward is smaller than a padded one, or it is not packed
     # A drafter's name, K and the least chance of a draft -> what it expects, as `Drafter.outlook` says.
     outlook: Callable[[str, int, float], Sequence[Sequence[float]] | None]
 
     @classmethod
-    def of(cls, batch: Sequence[RunningRequest], drafters: Mapping[str, Drafter]) -> "NextStep":
+    def of(
+        cls, batch: Sequence[RunningRequest], drafters: Mapping[str, Drafter], policy: Policy
+    ) -> "NextStep":
         """That of these requests."""
         return cls(
             batch_size=len(batch),
             context=max(running.num_tokens for running in batch),
+            least_saved=least_saved(policy),
             outlook=lambda name, *asked: drafters[name].outlook(batch, *asked),
         )
 

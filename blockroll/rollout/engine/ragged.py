@@ -1,21 +1,24 @@
 """Whether requests with different numbers of drafts are verified packed, or padded to the longest.
 
-Packed, the linear layers, norms and output head run on the N rows there are instead of B x L; attention runs
-on a rectangle either way, and some copies to and from it in every layer are the price.
+Packed, linear layers, norms and output head run on the N rows that there are instead of B x L, and attention
+on fewer; the price is some copies in every layer, which a policy knows in rows (`least_saved_rows`).
 """
 
+import math
 from collections.abc import Sequence
 
 from blockroll.policies.base import Policy, VerifiesPacked
 from blockroll.policies.packing import Packing
 
-LEAST_SAVED = 4  # rows
+
+def least_saved(policy: Policy) -> float:
+    """Rows that packing must leave out of a forward to be the cheaper way; infinite if a policy cannot."""
+    return policy.least_saved_rows if isinstance(policy, VerifiesPacked) else math.inf
 
 
 def packing_of(num_drafts: Sequence[int], width: int, policy: Policy) -> Packing | None:
     """The packing of anchors and so many drafts of each request, in L = `width` cells; None: padded."""
     num_rows = [count + 1 for count in num_drafts]
-    num_saved = len(num_rows) * width - sum(num_rows)
-    if num_saved < LEAST_SAVED or not isinstance(policy, VerifiesPacked):
+    if len(num_rows) * width - sum(num_rows) < least_saved(policy):
         return None
     return Packing.of(num_rows, width, policy.device)

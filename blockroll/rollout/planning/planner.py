@@ -26,7 +26,6 @@ import blockroll
 from blockroll.config import cache_dir
 from blockroll.policies.base import Policy
 from blockroll.rollout.engine.plans import Choice, NextStep, StepTaken
-from blockroll.rollout.engine.ragged import LEAST_SAVED
 from blockroll.rollout.planning.costs import VERIFY, CostModel, Work
 from blockroll.rollout.planning.counts import Account, Chosen, Counts
 from blockroll.types import HISTORY, PLAIN, Plan, PlanKind
@@ -258,7 +257,7 @@ class Planner:
                 break
             expected = sum(sum(each[:length]) for each, length in zip(chances, asked, strict=True))
             rows = size + sum(asked)
-            if size * (widest + 1) - rows < LEAST_SAVED:
+            if size * (widest + 1) - rows < step.least_saved:
                 rows = size * (widest + 1)
             work, tokens = one_more._replace(rows=rows), 1 + trust * expected / size
             speed = tokens / self.costs.cost(work)
