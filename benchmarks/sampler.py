@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import rows
-from benchmarks.history import drain, worked_arithmetic
+from benchmarks.history import drain, worked_prompts
 from benchmarks.rows import Row
 from benchmarks.workload import RUNS, SMOLLM2, one_thread
 from blockroll.config import DraftConfig
@@ -84,7 +84,7 @@ def measured(policy: HFPolicy, cell: Cell, *, waves: int = WAVES, tokens: int = 
     """Median share of all waves, with the least and the largest; milliseconds are of one step."""
     engine = Engine(policy, plan=cell.plan, max_batch_size=cell.batch)
     sampling = Sampling(max_tokens=tokens, ignore_eos=True, law=cell.law, **cell.options)
-    texts = worked_arithmetic(policy, -(-cell.batch // SIBLINGS))
+    texts = worked_prompts(policy, -(-cell.batch // SIBLINGS))
     shares, step_ms, sampler_ms, forward_ms = [], [], [], []
     for wave in range(waves + 1):
         before = (engine.times.num_steps, engine.times.step_s, engine.times.sampler_s, engine.times.forward_s)
@@ -134,7 +134,13 @@ def drafting(path: str | Path, num_drafts: int, *, dtype: str | None = None) -> 
 
 
 def run(
-    policy: HFPolicy, wanted: Sequence[Cell], path: Path, *, minutes: float, waves: int = WAVES
+    policy: HFPolicy,
+    wanted: Sequence[Cell],
+    path: Path,
+    *,
+    minutes: float,
+    waves: int = WAVES,
+    tokens: int = TOKENS,
 ) -> list[Row]:
     """All rows so far; what the file has already is not measured again."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -145,7 +151,7 @@ def run(
             continue
         if time.monotonic() > deadline:
             break
-        row = measured(policy, cell, waves=waves)
+        row = measured(policy, cell, waves=waves, tokens=tokens)
         done.append(row)
         with path.open("a") as file:
             file.write(json.dumps(row) + "\n")

@@ -23,8 +23,8 @@ from torch import Tensor
 from blockroll.errors import RequestFailed
 from blockroll.samplers.brought import allowed_rows, processed
 from blockroll.samplers.growing import IdBuffer, TokenCounts
-from blockroll.samplers.lossless import draw_draft, policy_logprobs
-from blockroll.samplers.packed import Logits, PackedLogits, PackedRows, joined, rectangle
+from blockroll.samplers.lossless import chosen_logprobs, draw_draft
+from blockroll.samplers.packed import Logits, PackedLogits, PackedRows, rectangle
 from blockroll.samplers.processing import Cut, completed_by, counts_by_row, even_where_empty, penalize
 from blockroll.samplers.rows import LogitRows, Mix, held
 from blockroll.types import POINT_MASS, Draft, Guide, Rows, Sampling, Verdict
@@ -182,14 +182,18 @@ class Laws:
         return self.processing.target_rows(rows, between_BN, num_drafts_B)
 
     def policy_logprobs(self, logits: Sequence[Logits], verdict: Verdict) -> Tensor:
-        """Of every row's token under the policy, float64 (B, L); `logits` are all rows, in parts.
+        """Of every committed token under the policy, float64 (B, L); `logits` are all rows, in parts.
 
-        Where a request draws from the policy they are those of the law it was drawn from, bit for bit.
+        Where a request draws from the policy they are those of the law it was drawn from, bit for bit. Cells
+        behind the committed tokens hold no log-probability of the policy.
         """
+        logprobs_BL = verdict.behavior_logprobs_BL
         if self.is_policy_B is None:
-            return verdict.behavior_logprobs_BL
-        computed_BL = policy_logprobs(joined(logits), verdict.token_ids_BL, self.temperature_B)
-        return torch.where(self.is_policy_B[:, None], verdict.behavior_logprobs_BL, computed_BL)
+            return logprobs_BL
+        offsets_L = torch.arange(logprobs_BL.shape[1], device=logprobs_BL.device)
+        is_asked_BL = (offsets_L < verdict.num_committed_B[:, None]) & ~self.is_policy_B[:, None]
+        computed_BL = chosen_logprobs(logits, is_asked_BL, verdict.token_ids_BL, self.temperature_B)
+        return torch.where(is_asked_BL, computed_BL, logprobs_BL)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

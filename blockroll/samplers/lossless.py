@@ -11,13 +11,14 @@ Shapes: B requests, K drafted tokens, L = K + 1 target positions, N rows, V voca
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from blockroll.samplers.by_position import draw_by_position
-from blockroll.samplers.packed import Logits, PackedLogits, PackedRows
+from blockroll.samplers.packed import Logits, PackedLogits, PackedRows, cells
 from blockroll.samplers.rows import DenseRows, Drawn, LogitRows, drawn_from, held, spans_of_rows
 from blockroll.types import POINT_MASS, Draft, Evidence, PointMass, Rows, Verdict
 
@@ -276,6 +277,23 @@ def policy_logprobs(logits_BLV: Logits, token_ids_BL: Tensor, temperature_B: Ten
     if isinstance(logits_BLV, PackedLogits):
         return PackedRows(logits_BLV, scale_B, False).logprobs_of(token_ids_BL)
     return LogitRows(logits_BLV, scale_B, False).logprobs_of(token_ids_BL)
+
+
+def chosen_logprobs(
+    parts: Sequence[Logits], is_chosen_BL: Tensor, token_ids_BL: Tensor, temperature_B: Tensor
+) -> Tensor:
+    """As `policy_logprobs`, of the chosen cells of all rows, which come in parts; 0 in others."""
+    logprobs_BL = torch.zeros(token_ids_BL.shape, dtype=torch.float64, device=token_ids_BL.device)
+    first = 0
+    for part in parts:
+        columns = slice(first, first + part.shape[1])
+        is_chosen = is_chosen_BL[:, columns]
+        token_ids_N1 = token_ids_BL[:, columns][is_chosen][:, None]
+        temperature_N = temperature_B[is_chosen.nonzero()[:, 0]]
+        found_N1 = policy_logprobs(cells(part, is_chosen), token_ids_N1, temperature_N)
+        logprobs_BL[:, columns][is_chosen] = found_N1.squeeze(1)
+        first = columns.stop
+    return logprobs_BL
 
 
 def _either(is_first_B: Tensor, first: _T, second: _T, **others: Evidence) -> _T:

@@ -8,7 +8,7 @@ V vocabulary.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -66,9 +66,11 @@ def rectangle(logits_BLV: Logits) -> Tensor:
     return logits_BLV.padded() if isinstance(logits_BLV, PackedLogits) else logits_BLV
 
 
-def joined(parts: Sequence[Logits]) -> Logits:
-    """Rows of one forward as they are; of several, those of each request behind one another."""
-    return parts[0] if len(parts) == 1 else torch.cat([rectangle(part) for part in parts], dim=1)
+def cells(logits_BLV: Logits, is_chosen_BL: Tensor) -> Tensor:
+    """Some cells, each as the only row of a request: (N, 1, V)."""
+    if isinstance(logits_BLV, PackedLogits):
+        return logits_BLV.logits_NV[logits_BLV.row_BL[is_chosen_BL]][:, None]
+    return logits_BLV[is_chosen_BL][:, None]
 
 
 @dataclass(frozen=True, slots=True)

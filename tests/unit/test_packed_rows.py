@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from blockroll.samplers import LogitRows, PackedLogits, policy_logprobs
+from blockroll.samplers.lossless import chosen_logprobs
 from blockroll.samplers.packed import PackedRows
 from blockroll.samplers.processing import Cut
 
@@ -73,6 +74,21 @@ def test_log_probabilities_of_packed_rows_are_those_of_the_rectangle():
     got = policy_logprobs(packed.packed, ids_BL, packed.temperature_B)
     want = policy_logprobs(rectangle.logits_BLV, ids_BL, rectangle.temperature_B)
     assert torch.equal(got[is_own_BL], want[is_own_BL])
+
+
+def test_log_probabilities_are_computed_of_chosen_cells_alone_part_by_part():
+    packed, rectangle, is_own_BL = rows((1.0, 0.5, 0.0, 1.0))
+    ids_BL = torch.randint(VOCAB, (4, WIDTH), generator=torch.Generator().manual_seed(1))
+    temperature_B = rectangle.temperature_B
+    want = policy_logprobs(rectangle.logits_BLV, ids_BL, temperature_B).where(is_own_BL, 0.0)
+    parts = (rectangle.logits_BLV[:, :1], rectangle.logits_BLV[:, 1:])
+    for logits in (parts, (packed.packed,)):
+        torch.testing.assert_close(
+            chosen_logprobs(logits, is_own_BL, ids_BL, temperature_B), want, rtol=0, atol=1e-12
+        )
+    exact = rectangle.logits_BLV.double() / torch.where(temperature_B == 0, 1.0, temperature_B)[:, None, None]
+    exact_BL = exact.log_softmax(-1).gather(-1, ids_BL[..., None]).squeeze(-1)
+    torch.testing.assert_close(want[is_own_BL], exact_BL[is_own_BL], rtol=0, atol=1e-12)
 
 
 def test_rows_that_are_not_finite_are_named_by_their_request():
