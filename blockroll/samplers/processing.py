@@ -128,7 +128,7 @@ def _best_of(probs_BLV: Tensor, mass_BL1: Tensor, cut: Cut) -> tuple[Tensor, Ten
     tells beforehand which probability a token needs at least to stay.
     """
     vocab_size = probs_BLV.shape[-1]
-    if vocab_size <= _FEW:
+    if vocab_size <= _FEW or not probs_BLV.numel():
         return probs_BLV.sort(dim=-1, descending=True, stable=True)
     is_free = (cut.top_k == 0) & (cut.top_p < 1)  # top-p of all tokens
     least = torch.maximum(_least_of_best(probs_BLV, cut.top_k), _SMALLEST)

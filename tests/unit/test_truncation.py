@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from blockroll.samplers import processing, rows
+from blockroll.samplers.laws import Laws, Text
 from blockroll.samplers.processing import Cut, mixed_logits, truncate
 from blockroll.samplers.rows import LogitRows, Mix, inverse_cdf, target_probs
+from blockroll.types import Sampling
 
 OFF = (0, 1.0, 0.0)
 CUTS = [
@@ -77,6 +79,23 @@ def test_requests_of_a_batch_are_each_cut_by_their_own_options():
     ours = truncate(probs, cut)
     assert_same_law(ours, by_a_whole_sort(probs, cut))
     assert torch.equal(ours[-1], probs[-1])
+
+
+@pytest.mark.parametrize("options", CUTS, ids=str)
+def test_a_plain_step_has_no_draft_rows_to_cut(options):
+    no_rows = torch.empty(2, 0, 3001, dtype=torch.float64)
+    assert truncate(no_rows, cut_of(options, OFF)).shape == no_rows.shape
+
+
+def test_a_plain_step_of_a_large_vocabulary_draws_from_what_is_kept():
+    texts = [Text(sampling=Sampling(top_k=3), prompt_ids=(1,), token_ids=[]) for _ in range(2)]
+    laws = Laws.of(texts, vocab_size=3001, device=torch.device("cpu"))
+    logits_B1V = torch.randn(2, 1, 3001, generator=torch.Generator().manual_seed(6))
+    nothing_B0, none_B = torch.empty(2, 0, dtype=torch.float64), torch.zeros(2, dtype=torch.int64)
+    draft = laws.draw(torch.empty(2, 0, 3001), nothing_B0, none_B)
+    assert draft.token_ids_BK.shape == (2, 0)
+    target = laws.target_rows(logits_B1V, draft.token_ids_BK, torch.empty(2, 0, 3001), none_B)
+    assert ((target.probs_BLV > 0).sum(dim=-1) == 3).all()
 
 
 def test_a_row_of_which_a_constraint_left_few_tokens_keeps_no_other():
