@@ -37,6 +37,17 @@ def write(name: str, rows: Iterable[Row]) -> None:
     partial.rename(RESULTS / f"{name}.jsonl")
 
 
+def put(name: str, row: Row, *, same: tuple[str, ...]) -> None:
+    """One row with its provenance, in the place of that whose values of `same` are equal, or behind all."""
+    others = read(name) if has_rows(name) else []
+    made = {**row, **provenance()}
+    kept = [each for each in others if any(each.get(key) != row[key] for key in same)]
+    RESULTS.mkdir(exist_ok=True)
+    partial = RESULTS / f"{name}.partial"
+    partial.write_text("".join(json.dumps(each) + "\n" for each in (*kept, made)))
+    partial.rename(RESULTS / f"{name}.jsonl")
+
+
 def provenance() -> Row:
     """Where and from what a row was measured; changes of the rows themselves do not count as changes.
 
