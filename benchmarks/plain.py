@@ -4,11 +4,11 @@
     python -m benchmarks.plain --policy SmolLM2-135M --dtype bfloat16 --threads 1 --batch 1,8,32
     python -m benchmarks.plain --minutes 5                    as many of these as are begun by then
 
-A pair is the same prompts decoded to the same length by each, one directly after the other, who comes
-first going round: what else the machine does slows all alike. Times are of decode steps alone: prefill and the first
-step are left out on each side. With one thread ratios are of processor time, with more of wall time. Beside
-them stands the floor: the time of reading every weight of a step once, by a plain sum over memory in this
-process, in turns with the others. Rows go to benchmarks/results/speed_plain.jsonl, one after each cell.
+A pair is the same prompts decoded to the same length by each, one directly after the other, who comes first
+going round: what else the machine does slows all alike. Times are of decode steps alone: prefill and the
+first step are left out on each side. With one thread ratios are of processor time, with more of wall time.
+Beside them stands the floor: the time of reading every weight of a step once, by a plain sum over memory in
+this process, in turns with the others. Rows go to benchmarks/results/speed_plain.jsonl, one after each cell.
 """
 
 import argparse

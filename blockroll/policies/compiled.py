@@ -304,8 +304,7 @@ class CompiledLayers:
         packing: Packing | None,
     ) -> Tensor:
         """What a layer's attention gives, (B, R, H, D); with a packing (1, N, H, D)."""
-        module = self._shape_here.base.layers[index].self_attn
-        softcap: float | None = getattr(module, "attn_logit_softcapping", None)
+        layer = self._shape_here.attentions[index]
         size, heads, rows, width = query_BHRD.shape
         num_keys = keys_BGSD.shape[2]
         is_read_in_place = (
@@ -319,13 +318,13 @@ class CompiledLayers:
         )
         if not is_read_in_place:
             attended, _ = attention.block_attention(
-                module,
+                layer.module,
                 query_BHRD,
                 keys_BGSD,
                 values_BGSD,
                 mask_B1MS,
-                scaling=module.scaling,
-                softcap=softcap,
+                scaling=layer.scaling,
+                softcap=layer.softcap,
                 packing=packing,
             )
             return attended.contiguous()
@@ -347,8 +346,8 @@ class CompiledLayers:
             mask_B1MS.data_ptr(),
             mask_rows,
             mask_rows * num_keys,
-            module.scaling,
-            softcap or 0.0,
+            layer.scaling,
+            layer.softcap or 0.0,
             space.data_ptr(),
             attended_BRHD.data_ptr(),
             torch.get_num_threads(),

@@ -44,13 +44,22 @@ _CLOSE = 1e-5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LayerAttention:
+    """What a layer says of its attention."""
+
+    module: nn.Module
+    scaling: float
+    softcap: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LayerShape:
     """A model's layers, by what they are made of."""
 
     base: Any  # the model without its head
     modules: tuple[tuple[nn.Module, str, nn.Module], ...]  # parent, name and module: all that is not called
     weights: tuple[tuple[str, nn.Module, str], ...]  # name in the compiled code, module, name of a parameter
-    num_layers: int
+    attentions: tuple["LayerAttention", ...]  # of each layer
     sizes: dict[str, int]  # of `Model`
     epsilon: float
 
@@ -98,10 +107,22 @@ class LayerShape:
             base=base,
             modules=tuple(modules),
             weights=(*weights, ("norm_last", base.norm, "weight")),
-            num_layers=len(base.layers),
+            attentions=tuple(
+                LayerAttention(
+                    module=layer.self_attn,
+                    scaling=layer.self_attn.scaling,
+                    softcap=getattr(layer.self_attn, "attn_logit_softcapping", None),
+                )
+                for layer in base.layers
+            ),
             sizes=sizes,
             epsilon=epsilon,
         )
+
+    @property
+    def num_layers(self) -> int:
+        """All of the model."""
+        return len(self.attentions)
 
     def is_plain(self, allowed_hooks: Set[int]) -> bool:
         """Whether calling the modules would compute what they are made of, and no more.
