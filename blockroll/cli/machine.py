@@ -19,12 +19,14 @@ from rich.text import Text
 import blockroll
 from blockroll.cli.errors import FAILED
 from blockroll.cli.options import AdapterOption, DeviceOption, JsonOption, load_policy
+from blockroll.cli.plans import show_plans
 from blockroll.cli.prompts import PromptsOption, prompts_from
 from blockroll.cli.texts import counts, engine_for, stream
 from blockroll.errors import BlockrollError, InvalidInput
 from blockroll.types import Rollout, Sampling
 
 if TYPE_CHECKING:
+    from blockroll.policies.hf import HFPolicy
     from blockroll.policy_check.check import PolicyReport
 
 EXTRAS = {  # optional package: what it gives
@@ -68,9 +70,10 @@ def doctor(
     facts["tiny_policy"] = _trial_in_words(console)
     passed = facts["tiny_policy"]["works"]
     if passed and model is not None:
-        report = _check(model, adapter, prompts, device)
+        policy, report = _check(model, adapter, prompts, device)
         _print_report(model, report, console)
         facts["check"] = _report_fields(report)
+        facts["planner"] = show_plans(policy, console)
         passed = report.passed
     if as_json:
         typer.echo(json.dumps({"passed": passed, **facts}))
@@ -95,14 +98,17 @@ def _trial_in_words(console: Console) -> dict[str, Any]:
     return {"works": True, "tokens": len(rollout.token_ids), "forwards": rollout.stats.num_forwards}
 
 
-def _check(model: str, adapter: Path | None, prompts: Path | None, device: str) -> "PolicyReport":
+def _check(
+    model: str, adapter: Path | None, prompts: Path | None, device: str
+) -> "tuple[HFPolicy, PolicyReport]":
     from blockroll.policies.hf import HFPolicy
     from blockroll.policies.loading import resolve_checkpoint
     from blockroll.policy_check.check import check_policy
 
     has_tokenizer = (resolve_checkpoint(model) / "tokenizer_config.json").is_file()
     policy = HFPolicy.from_pretrained(model, device=device, with_tokenizer=has_tokenizer, adapter=adapter)
-    return check_policy(policy, prompts=() if prompts is None else prompts_from(prompts, policy))
+    texts = () if prompts is None else prompts_from(prompts, policy)
+    return policy, check_policy(policy, prompts=texts)
 
 
 def _report_fields(report: "PolicyReport") -> dict[str, Any]:

@@ -203,6 +203,26 @@ def test_doctor_shows_the_evidence_of_a_checkpoint_that_keeps_the_contract(polic
     assert "The policy keeps the contract: all 11 checks passed." in result.stdout
 
 
+def test_doctor_shows_what_plans_cost_and_whether_weights_are_packed(policy_path):
+    result = blockroll("doctor", "--model", policy_path, "--json")
+    assert result.exit_code == 0, result.output
+    planner = json.loads(result.stdout)["planner"]
+    measured = {(each["batch_size"], each["plan"]): each["plain_steps"] for each in planner["plans"]}
+    assert {"history(1)", "history(16)", "two_forward(4)"} <= {plan for _, plan in measured}
+    assert {batch_size for batch_size, _ in measured} == {1, 8, 32}
+    assert all(cost >= 1 for (_, plan), cost in measured.items() if plan.startswith("history"))
+    assert planner["packed"].startswith("linear weights are not packed: none is large enough")
+    shown = blockroll("doctor", "--model", policy_path).stdout
+    for words in (
+        "plans of auto, in float32",
+        "pays from",
+        "accepted",
+        "plain where none pays",
+        "not packed",
+    ):
+        assert words in shown
+
+
 def test_doctor_checks_a_checkpoint_with_an_adapter_from_elsewhere_and_without_a_tokenizer(tmp_path):
     policy = adapted_policy("qwen3")
     policy.model.save_pretrained(tmp_path / "policy")

@@ -25,7 +25,7 @@ MAX_TOKENS = 1 << 20
 ROW_COST = 0.1
 _MOST_TRIES = 512  # of a cell; then both counts are halved, so that what was right lately decides
 _PRIOR_TRIES = 4.0
-_MOST_SKIPPED = 31  # looks in a row that a text sits out where it has found nothing again and again
+_MOST_SKIPPED = 7  # looks in a row that a text sits out where it has found nothing again and again
 
 
 class Row(NamedTuple):

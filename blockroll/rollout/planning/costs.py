@@ -107,7 +107,8 @@ class CostModel:
         """Plain steps that such a step takes."""
         if work.is_plain:
             return 1.0
-        return self._on_line(work) * math.exp(self._excess_at(work))
+        cost = self._on_line(work) * math.exp(self._excess_at(work))
+        return max(cost, 1.0) if work.kind == VERIFY else cost  # more rows never take less time
 
     def plain_seconds(self) -> float | None:
         """What a plain step would have taken just now; None before the first step."""

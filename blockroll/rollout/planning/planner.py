@@ -335,9 +335,13 @@ def candidate_plans(policy: Policy) -> tuple[Plan, ...]:
 def read_plan(text: str, policy: "HFPolicy") -> Plan | Planner:
     """What `rollout.plan` asks for: `auto`, or a fixed plan as `Plan.parse` reads it."""
     if text.strip() == AUTO:
-        path = cache_dir() / "plans" / f"{cost_key(policy)}.json"
-        return Planner(candidate_plans(policy), costs=CostModel.load(path))
+        return Planner(candidate_plans(policy), costs=read_costs(policy))
     return Plan.parse(text, default_drafts=policy.trained_drafts or 1)
+
+
+def read_costs(policy: "HFPolicy") -> CostModel:
+    """What is kept of the costs of such a policy on such a machine."""
+    return CostModel.load(cache_dir() / "plans" / f"{cost_key(policy)}.json")
 
 
 def cost_key(policy: "HFPolicy") -> str:
