@@ -255,10 +255,10 @@ class Planner:
             widest = max(asked)
             if not widest:
                 break
-            expected = sum(sum(each[:length]) for each, length in zip(chances, asked, strict=True))
             rows = size + sum(asked)
-            if size * (widest + 1) - rows < step.least_saved:
-                rows = size * (widest + 1)
+            if size * (widest + 1) - rows < step.least_saved:  # all get the rows of the longest
+                rows, asked = size * (widest + 1), [min(len(each), widest) for each in chances]
+            expected = sum(sum(each[:length]) for each, length in zip(chances, asked, strict=True))
             work, tokens = one_more._replace(rows=rows), 1 + trust * expected / size
             speed = tokens / self.costs.cost(work)
             if speed > fastest:
