@@ -11,7 +11,7 @@ from pathlib import Path
 
 from benchmarks.rows import Row
 from benchmarks.workload import SMOLLM2
-from blockroll.bench.prompts import worked_arithmetic
+from blockroll.bench.prompts import worked_prompts
 from blockroll.policies.hf import HFPolicy
 from blockroll.rollout.drafters.engine import Engine
 from blockroll.rollout.drafters.history import HistoryDrafts
@@ -22,12 +22,6 @@ MAX_TOKENS = 64
 SIBLINGS = 8
 TEMPERATURES = (0.7, 1.0)
 EPOCHS = 2
-
-
-def worked_prompts(policy: HFPolicy, count: int) -> list[tuple[int, ...]]:
-    """Sums behind two that are worked out, as tokens."""
-    assert policy.tokenizer is not None, "the prompts are text"
-    return [tuple(policy.tokenizer(text)["input_ids"]) for text in worked_arithmetic(count)]
 
 
 def groups(

@@ -1,31 +1,28 @@
 """A real pretrained model beside transformers and vLLM, in cells that are measured once each.
 
-    python -m benchmarks.peers --minutes 25     begin no cell later than that
-    python -m benchmarks.peers --only-start     let vLLM compile, which it keeps, and measure nothing
-    python -m benchmarks.evidence speed peers   all of them
+    python -m benchmarks.evidence speed peers --minutes 25 --gsm8k FILE
+    python -m benchmarks.peers      start vLLM once, which compiles and keeps what it has compiled
 
-Cells whose rows have been kept, of the same commit, are not measured again: a run that was interrupted goes
-on. The parts, with about what each takes on a quiet machine with 2 cores, one thread:
+The parts, with about what each takes on a quiet machine with 2 cores, one thread:
 
 - three vLLM processes start: 1 minute, once a run; the first time they compile, 4 minutes;
 - `even`, every text 48 tokens, batch 1, 8 and 32, beside `generate`: 5 minutes;
 - `worked` and `gsm8k`, 8 siblings of each prompt, 2 epochs, at temperature 0.7 and 1: at batch 8 3 minutes
   each, at batch 1 4 minutes each.
 
-GSM8K's questions are read from `--gsm8k FILE`; without a file they are left out, by name.
+GSM8K's questions are left out, by name, without a file of them. `speed peers_two_threads` measures `even` on
+two threads.
 """
 
-import argparse
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from benchmarks import rows
+from benchmarks.cells import GIVEN, measured
 from benchmarks.rows import Row
-from benchmarks.workload import RUNS, SMOLLM2, threads
+from benchmarks.workload import SMOLLM2, threads
 from blockroll.bench.bench import PEERS_PYTHON, BenchOptions, run_bench, to_record
 from blockroll.bench.peer import PEERS
 from blockroll.bench.peer_pool import PeerPool
@@ -37,8 +34,6 @@ from blockroll.rollout.planning.planner import read_plan
 from blockroll.types import PLAIN
 
 NAME = "speed_peers"  # of the result file
-KEPT = RUNS / "peers"  # rows of each cell, from when it was measured until the commit changes
-GSM8K = Path("runs") / "gsm8k.jsonl"
 MAX_TOKENS = 48
 SIBLINGS = 8
 EPOCHS = 2
@@ -103,40 +98,28 @@ def measure(
     folder: Path = SMOLLM2 / "policy",
     *,
     prompts: dict[str, PromptMaker],
-    kept: Path = KEPT,
+    name: str = NAME,
     num_threads: int = 1,
     max_tokens: int = MAX_TOKENS,
     dtype: str = "bfloat16",
-    deadline: float | None = None,
 ) -> list[Row]:
-    """The rows of all cells, those kept of this commit among them; a cell is kept as soon as it is measured.
-
-    `prompts` has for each name what makes them. No cell begins after `deadline`, by `time.monotonic`.
-    """
-    commit = rows.provenance()["commit"]
+    """The rows of all cells; `prompts` has for each of their names what makes them."""
     with threads(num_threads):
         policy = HFPolicy.from_pretrained(folder, dtype=dtype)
-        texts = {name: prompts[name](policy) for name in {cell.prompts for cell in cells}}
+        texts = {kind: prompts[kind](policy) for kind in {cell.prompts for cell in cells}}
         pool = make_peer_pool(policy, str(folder))
-        found: list[Row] = []
+        for cell in cells:
+            pool.make_room(_task(cell, texts[cell.prompts], max_tokens))
         try:
-            for cell in cells:
-                pool.make_room(_task(cell, texts[cell.prompts], max_tokens))
-            for cell in cells:
-                path = kept / f"{cell.name}-threads{num_threads}.json"
-                measured = _kept(path, commit)
-                if measured is None and (deadline is None or time.monotonic() < deadline):
-                    begun = time.monotonic()
-                    measured = _measured(cell, policy, texts[cell.prompts], folder, pool, max_tokens)
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    path.write_text(json.dumps({"commit": commit, "rows": measured}))
-                    print(f"{NAME}: {cell.name} took {time.monotonic() - begun:.0f} s", flush=True)
-                elif measured is None:
-                    print(f"{NAME}: {cell.name} is left out: there is no time for it", flush=True)
-                found += measured or []
+            return measured(
+                name,
+                {
+                    cell.name: partial(_measured, cell, policy, texts[cell.prompts], folder, pool, max_tokens)
+                    for cell in cells
+                },
+            )
         finally:
             pool.close()
-    return found
 
 
 def start(
@@ -182,7 +165,7 @@ def _measured(
     pool: PeerPool,
     max_tokens: int,
 ) -> list[Row]:
-    measured = run_bench(
+    found = run_bench(
         policy,
         texts,
         [PLAIN, read_plan("auto", policy)],
@@ -191,15 +174,7 @@ def _measured(
         against=cell.against,
         peers=pool,
     )
-    return [{**to_record(row), "prompts": cell.prompts} for row in measured]
-
-
-def _kept(path: Path, commit: str | None) -> list[Row] | None:
-    """The rows of a cell, if they are of this commit."""
-    if not path.is_file():
-        return None
-    kept = json.loads(path.read_text())
-    return kept["rows"] if kept["commit"] == commit else None
+    return [{**to_record(row), "prompts": cell.prompts} for row in found]
 
 
 def chat_prompts(policy: HFPolicy) -> list[tuple[int, ...]]:
@@ -214,7 +189,7 @@ def short_questions(policy: HFPolicy, path: Path) -> list[tuple[int, ...]]:
     return [text for text in gsm8k_prompts(policy, path) if len(text) <= 128][:NUM_PROMPTS]
 
 
-def every_cell(gsm8k: Path = GSM8K) -> tuple[list[Cell], dict[str, PromptMaker]]:
+def every_cell(gsm8k: Path) -> tuple[list[Cell], dict[str, PromptMaker]]:
     """Cells, and what makes their prompts; without a file of GSM8K those of its questions are left out."""
     prompts = {
         "chat": chat_prompts,
@@ -237,32 +212,21 @@ def missing() -> str | None:
     return None
 
 
-def peers(*, gsm8k: Path = GSM8K, num_threads: int = 1, deadline: float | None = None) -> list[Row]:
-    """Every cell that there is time for."""
-    cells, prompts = every_cell(gsm8k)
-    return measure(cells, prompts=prompts, num_threads=num_threads, deadline=deadline)
+def peers() -> list[Row]:
+    """Every cell that there is time for, on one thread."""
+    cells, prompts = every_cell(GIVEN.gsm8k)
+    return measure(cells, prompts=prompts)
 
 
-def main() -> None:
-    """Measure what is not kept, and write the rows of all that is."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--minutes", type=float, help="begin no cell later")
-    parser.add_argument("--gsm8k", type=Path, default=GSM8K, help="a file of GSM8K")
-    parser.add_argument(
-        "--threads", type=int, default=1, help="of torch and of vLLM; rows of 2 have a file of their own"
-    )
-    parser.add_argument("--only-start", action="store_true", help="let vLLM compile, and measure nothing")
-    given = parser.parse_args()
-    if (reason := missing()) is not None:
-        parser.error(reason)
-    if given.only_start:
-        cells, prompts = every_cell(given.gsm8k)
-        start(cells, prompts=prompts, num_threads=given.threads)
-        return
-    deadline = None if given.minutes is None else time.monotonic() + 60 * given.minutes
-    found = peers(gsm8k=given.gsm8k, num_threads=given.threads, deadline=deadline)
-    rows.write(NAME if given.threads == 1 else f"{NAME}_{given.threads}_threads", found)
+def peers_two_threads() -> list[Row]:
+    """Plain decoding on two."""
+    cells, prompts = every_cell(GIVEN.gsm8k)
+    even = [cell for cell in cells if cell.shape == "even"]
+    return measure(even, prompts=prompts, name=f"{NAME}_two_threads", num_threads=2)
 
 
 if __name__ == "__main__":
-    main()
+    if (reason := missing()) is not None:
+        raise SystemExit(f"{NAME}: {reason}")
+    every, makers = every_cell(GIVEN.gsm8k)
+    start(every, prompts=makers)

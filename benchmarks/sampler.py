@@ -21,9 +21,10 @@ from pathlib import Path
 import torch
 
 from benchmarks import rows
-from benchmarks.history import drain, worked_prompts
+from benchmarks.history import drain
 from benchmarks.rows import Row
 from benchmarks.workload import RUNS, SMOLLM2, one_thread
+from blockroll.bench.prompts import worked_prompts
 from blockroll.config import DraftConfig
 from blockroll.policies.hf import HFPolicy
 from blockroll.rl_loops.draft_trainer import DraftTrainer
