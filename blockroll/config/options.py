@@ -64,6 +64,9 @@ class RolloutConfig(SamplingOptions):
     plan: str = (
         "auto"  # each step chooses; or one for all: "plain", "two_forward(K)", "fused(K)", "history(K)"
     )
+    # Whether "auto" chooses only plans whose texts are those of plain decoding: history, and mask rows where
+    # the temperature is 0. A fixed plan repeats itself.
+    reproducible: bool = False
     max_batch_size: Positive = 64  # requests that one replica decodes together
     max_length: Count = 0  # tokens of prompt and completion; 0: what the policy was built for
     memory_fraction: Share = 0.3  # of the device's memory that keys and values may take, per replica
@@ -79,6 +82,11 @@ class RolloutConfig(SamplingOptions):
     def __post_init__(self) -> None:
         if self.plan.strip() != "auto":
             Plan.parse(self.plan, default_drafts=1)  # how many a policy drafts, it says itself
+        elif self.reproducible and self.mix_weight < 1:
+            raise ConfigError(
+                f"plan 'auto' with reproducible=True never mixes, and mix_weight is {self.mix_weight}: what "
+                "is mixed depends on the plan; fix the plan, or leave the law unmixed"
+            )
 
     @property
     def replica_kind(self) -> Backend:

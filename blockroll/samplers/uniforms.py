@@ -11,7 +11,9 @@ and nothing else, so a text is a function of weights and coins alone.
 
 Drafts that were drawn need coins of three purposes, whose attempt counts the decoding forwards the request
 has run. A position that is drafted, rejected and drafted again therefore never meets a word that has already
-influenced an outcome.
+influenced an outcome. Where such drafts and looked-up ones take turns, each serving of a request counts from
+a number of its own: a text that its seed drew before may come back as a draft, and must not know coins to
+come.
 """
 
 from collections.abc import Callable

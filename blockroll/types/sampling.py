@@ -215,6 +215,11 @@ class Sampling(SamplingOptions):
         return not self.is_processed and self.temperature > 0 and self.law.weight == 1
 
     @property
+    def is_plan_free(self) -> bool:
+        """Whether its text is that of plain decoding under any plan: its drafts are point masses."""
+        return 0 in (self.temperature, self.draft_temperature) and self.law.weight == 1
+
+    @property
     def logprob_temperature(self) -> float:
         """The temperature policy log-probabilities are reported at: 1 when greedy."""
         return self.temperature or 1.0

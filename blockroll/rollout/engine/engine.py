@@ -16,7 +16,7 @@ from blockroll.policies.base import Policy
 from blockroll.rollout.engine.cache import SlotCache
 from blockroll.rollout.engine.drafting import Drafter
 from blockroll.rollout.engine.ends import Decode
-from blockroll.rollout.engine.plans import NextStep, PlanChooser, StepTaken, at_hand, check_plan
+from blockroll.rollout.engine.plans import NextStep, PlanChooser, StepTaken, at_hand, check_plan, drafters_of
 from blockroll.rollout.engine.prefill import prefill
 from blockroll.rollout.engine.requests import Limits, check_request
 from blockroll.rollout.engine.room import CacheRoom
@@ -53,16 +53,17 @@ class BareEngine:
         policy_version: int = 0,
         observers: Iterable[Observer] = (),
         drafters: Iterable[Drafter] = (),
+        reproducible: bool = False,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         """`max_length` 0 is what the policy was built for.
 
         Stop strings are looked for in what `decode` makes of tokens; None: the policy's own tokenizer, with
         special tokens kept. `observers` are told of every step in turn, once it is final. `drafters` serve
-        the plans that name them; one of the class of an own one takes its place.
-
-        The cache has room for the longest text that the requests at hand can become. `max_cache_rows` bounds
-        its rows over all slots: then fewer than `max_batch_size` requests run together. 0: no bound.
+        the plans that name them; one of the class of an own one takes its place. `reproducible` refuses
+        requests whose text would depend on the plans that a planner chooses. The cache has room for the
+        longest text that the requests at hand can become. `max_cache_rows` bounds its rows over all slots:
+        then fewer than `max_batch_size` requests run together. 0: no bound.
         """
         self.planner = None if isinstance(plan, Plan) else plan
         plans = (plan,) if isinstance(plan, Plan) else plan.candidates
@@ -87,6 +88,7 @@ class BareEngine:
             max_length=self._room.max_length,
             boundaries=policy.length_boundaries,
             max_text=self._room.max_text,
+            is_plan_free=reproducible and len(plans) > 1 and any(each.layout for each in plans),
         )
         self._scheduler = Scheduler(max_batch_size=max_batch_size)
         self._cache = SlotCache(policy)
@@ -96,7 +98,7 @@ class BareEngine:
         self._commits: list[Commit] = []
         self._finished: dict[str, Rollout] = {}
         self._is_interrupted = False  # a change of what runs has begun and not ended
-        self._starter = Starter(policy, self.limits, decode)
+        self._starter = Starter(policy, self.limits, decode, numbers_servings=len(drafters_of(plans)) > 1)
         self._observers = tuple(observers)
         self._clock = clock
 

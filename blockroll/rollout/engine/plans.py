@@ -108,3 +108,8 @@ def check_plan(plan: Plan, policy: Policy, drafters: Mapping[str, Drafter]) -> N
             f"{policy.max_length}, one of them before the block; give K of at most {policy.max_length - 1}"
         )
     drafters[plan.drafter].check(plan, policy)
+
+
+def drafters_of(plans: Iterable[Plan]) -> set[str]:
+    """The names of all drafters that these plans ask for."""
+    return {plan.drafter for plan in plans if plan.drafter}

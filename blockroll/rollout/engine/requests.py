@@ -19,6 +19,7 @@ class Limits:
     max_length: int  # tokens of prompt and completion
     boundaries: tuple[int, ...] = ()  # as `Policy.length_boundaries`
     max_text: int | None = None  # tokens of a text that the cache has room for; None: max_length
+    is_plan_free: bool = False  # whether texts must be the same under every plan that may be chosen
 
     @property
     def longest_text(self) -> int:
@@ -92,5 +93,10 @@ def check_request(request: Request, limits: Limits) -> None:
             )
     for processor in sampling.logits_processors:
         check_processor(processor, limits.vocab_size)
+    if limits.is_plan_free and not sampling.is_plan_free:
+        raise InvalidInput(
+            f"{name} has drafts that are drawn from mask rows, and a reproducible 'auto' may choose these: "
+            "its text would depend on it; give it draft_temperature=0 and an unmixed law, or fix the plan"
+        )
     if not -_SEED_LIMIT <= request.seed < _SEED_LIMIT:
         raise InvalidInput(f"{name} has seed {request.seed}, outside 64 bits")

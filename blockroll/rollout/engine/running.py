@@ -30,6 +30,7 @@ class RunningRequest:
         stats = prefix.stats if prefix else RolloutStats()
         self._num_prefilled, self._num_reused = stats.num_prefilled, stats.num_reused
         self._num_forwards = stats.num_forwards
+        self.first_attempt = 0  # attempts count on from here; it may be set before the first step
         self._num_verify_steps = stats.num_verify_steps
         self._num_drafted = stats.num_drafted
         self._num_accepted = stats.num_accepted
@@ -59,7 +60,7 @@ class RunningRequest:
     @property
     def state(self) -> tuple[int, int, int]:
         """Anchor, seed, attempt: what the next step needs besides the cache."""
-        return self.anchor, self.request.seed, self._num_forwards
+        return self.anchor, self.request.seed, self.first_attempt + self._num_forwards
 
     def restart(self, guide: Guide | None) -> None:
         """Go on with this guide, which stands before the first token, behind what was committed."""

@@ -1,5 +1,7 @@
 """What a request needs to run: its stop rule and a walk through its constraint."""
 
+import secrets
+
 from blockroll.errors import BlockrollError, InvalidInput
 from blockroll.policies.base import Policy
 from blockroll.policies.ends import special_token_ids
@@ -12,9 +14,16 @@ from blockroll.types import Guide, Request
 class Starter:
     """Makes running requests, for one policy and its limits."""
 
-    def __init__(self, policy: Policy, limits: Limits, decode: Decode | None) -> None:
-        """`decode` gives the text that stop strings are looked for in; None: the policy's own tokenizer's."""
-        self._policy, self._limits = policy, limits
+    def __init__(
+        self, policy: Policy, limits: Limits, decode: Decode | None, *, numbers_servings: bool = False
+    ) -> None:
+        """`decode` gives the text that stop strings are looked for in; None: the policy's own tokenizer's.
+
+        `numbers_servings` gives each serving of a seed attempts of its own. Where looked-up drafts and drawn
+        ones take turns, a text that the seed drew before may be a draft, and decides where steps begin: it
+        must not know the coins that the drawn ones are about to meet.
+        """
+        self._policy, self._limits, self._numbers_servings = policy, limits, numbers_servings
         self._decode = _text_of(policy) if decode is None else decode
 
     def start(self, request: Request) -> RunningRequest:
@@ -23,7 +32,10 @@ class Starter:
             raise InvalidInput(
                 f"request {request.request_id!r} has stop strings, but the engine has no tokenizer"
             )
-        return RunningRequest(request, self._stop_rule(request), self.guide(request))
+        running = RunningRequest(request, self._stop_rule(request), self.guide(request))
+        if self._numbers_servings:
+            running.first_attempt = secrets.randbits(30)
+        return running
 
     def guide(self, request: Request) -> Guide | None:
         """A walk through the constraint of its own, from its first token."""

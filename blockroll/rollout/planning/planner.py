@@ -316,10 +316,10 @@ class Planner:
                 self._counts[plan] = Counts()
 
 
-def candidate_plans(policy: Policy) -> tuple[Plan, ...]:
+def candidate_plans(policy: Policy, *, with_mask_rows: bool = True) -> tuple[Plan, ...]:
     """The plans a policy was trained for, plain first, and those of history, which any policy can follow."""
     looked_up = [Plan(size, drafter=HISTORY) for size in _NUM_LOOKED_UP if size < policy.max_length]
-    if not (policy.can_draft and policy.trained_drafts):
+    if not (with_mask_rows and policy.can_draft and policy.trained_drafts):
         return (PLAIN, *looked_up)
     trained = min(policy.trained_drafts, policy.max_length - 1, MAX_DRAFTS)
     sizes = [*(num_drafts for num_drafts in _NUM_DRAFTS if num_drafts < trained), trained]
@@ -332,10 +332,14 @@ def candidate_plans(policy: Policy) -> tuple[Plan, ...]:
     return tuple(dict.fromkeys([*plans, *looked_up]))
 
 
-def read_plan(text: str, policy: "HFPolicy") -> Plan | Planner:
-    """What `rollout.plan` asks for: `auto`, or a fixed plan as `Plan.parse` reads it."""
+def read_plan(text: str, policy: "HFPolicy", *, with_mask_rows: bool = True) -> Plan | Planner:
+    """What `rollout.plan` asks for: `auto`, or a fixed plan as `Plan.parse` reads it.
+
+    Without mask rows `auto` chooses among plain decoding and drafts from history.
+    """
     if text.strip() == AUTO:
-        return Planner(candidate_plans(policy), costs=read_costs(policy))
+        candidates = candidate_plans(policy, with_mask_rows=with_mask_rows)
+        return Planner(candidates, costs=read_costs(policy))
     return Plan.parse(text, default_drafts=policy.trained_drafts or 1)
 
 

@@ -168,7 +168,12 @@ def replica_around(
     audit = _audit(config, replica_id, pool_id)
     engine = Engine(
         policy,
-        plan=read_plan(config.plan, policy),
+        plan=read_plan(
+            config.plan,
+            policy,
+            with_mask_rows=not config.reproducible or config.sampling().is_plan_free,
+        ),
+        reproducible=config.reproducible,
         max_batch_size=config.max_batch_size,
         max_length=config.max_length,
         max_cache_rows=cache_rows(policy, config.memory_fraction),
