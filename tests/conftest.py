@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from blockroll.config import cache_dir
 from tests import machines, rounding
 
 torch.set_num_threads(int(os.environ.get(machines.THREADS, "1")))
@@ -20,6 +21,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 SLOW_S = 10.0
+KERNELS = cache_dir() / "kernels"  # by what they were built of, so that they are built once
 EXPERIMENTS = Path(__file__).parent / "benchmarks"
 
 
@@ -45,9 +47,13 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 
 @pytest.fixture(autouse=True)
-def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No test reads what another process has measured, or leaves anything."""
-    monkeypatch.setenv("BLOCKROLL_CACHE", str(tmp_path))
+def cache_folder(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """No test reads what another process has measured, or leaves anything but compiled code."""
+    folder = tmp_path_factory.mktemp("cache")
+    KERNELS.mkdir(parents=True, exist_ok=True)
+    (folder / KERNELS.name).symlink_to(KERNELS)
+    monkeypatch.setenv("BLOCKROLL_CACHE", str(folder))
+    return folder
 
 
 @pytest.fixture(scope="session")

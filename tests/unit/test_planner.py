@@ -295,14 +295,14 @@ def test_every_switch_is_logged_with_the_expectation_of_both(caplog):
     )
 
 
-def test_the_config_names_a_plan_or_leaves_it_to_a_planner(tmp_path):
+def test_the_config_names_a_plan_or_leaves_it_to_a_planner(cache_folder):
     policy = random_policy()
     assert read_plan("fixed:two_forward", policy) == TWO_4
     planner = read_plan("auto", policy)
     assert isinstance(planner, Planner)
     assert planner.name == "auto"
     assert set(planner.candidates) == set(candidate_plans(policy))
-    assert planner.costs.path == tmp_path / "plans" / f"{cost_key(policy)}.json"
+    assert planner.costs.path == cache_folder / "plans" / f"{cost_key(policy)}.json"
     with pytest.raises(InvalidInput, match="plan must be"):
         read_plan("automatic", policy)
 
