@@ -16,19 +16,20 @@ from torch import Tensor, nn
 # In rows of attention, of one request: what its keys and values cost to read, and what another call costs.
 _KEYS_COST = 4
 _BAND_COST = 16
-# In multiply-adds, what packing costs in one layer. On a CPU: with one thread, 15 rows of a policy of 1.6M
-# parameters were measured to take as long, and 3 of one of 135M. Elsewhere, reasoned and not measured: a few
-# small kernels, in whose time a GPU multiplies some hundred times as much.
-_LAYER_COST = {"cpu": 10_000_000}
-_LAYER_COST_ELSEWHERE = 4_000_000_000
+# Rows that packing must save on a CPU. Measured with one thread and compiled layers: as dear as padding at
+# about 6 rows in a policy of 1.6M parameters (float32), and at 12 in one of 135M (bfloat16).
+_LEAST_SAVED_ON_CPU = 12
+# Elsewhere, reasoned and not measured: in the time of the few small kernels that packing takes in a layer, a
+# GPU does so many multiply-adds.
+_LAYER_COST = 4_000_000_000
 
 
 def least_saved_rows(model: nn.Module, num_layers: int) -> int:
-    """Rows that multiply with a model's linear weights, output head included, as long as packing takes."""
+    """Rows that a packed forward must leave out to take less time than a padded one."""
     weights = [module.weight for module in model.modules() if isinstance(module, nn.Linear)]
-    row_cost = sum(weight.numel() for weight in weights)
-    kind = weights[0].device.type if weights else "cpu"
-    return -(-num_layers * _LAYER_COST.get(kind, _LAYER_COST_ELSEWHERE) // max(row_cost, 1))
+    if not weights or weights[0].device.type == "cpu":
+        return _LEAST_SAVED_ON_CPU
+    return -(-num_layers * _LAYER_COST // max(sum(weight.numel() for weight in weights), 1))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
