@@ -60,7 +60,8 @@ class Drafter(ABC):
 
     Drafts may depend on committed tokens, and on drafts that are settled: never on a coin of this step, nor
     on a draft that is not settled yet. Then, whatever they are, tokens follow the law that requests ask for.
-    Coins are keyed by the request's seed: a text that the same seed drew before, in another call, knows them.
+    A draft that is drawn must not know what the same seed has drawn before, by the same attempts; a point
+    mass may: no token depends on it.
 
     What a drafter remembers of a request from step to step it keeps itself, by `request_id`, and brings up to
     date from the committed text when it proposes: other plans may have decoded steps between, and a step that
