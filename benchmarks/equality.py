@@ -4,9 +4,9 @@
 
 Grouped prompts of the tiny policy's causal part with an adapter; argmax drafts: each draft is a point mass.
 Each way of decoding is compared with plain decoding in batches: alone, in batches of other sizes, on two Ray
-replicas, on two of which one is killed, and aborted half way and gone on with. Tokens that differ are looked
-at as `tests/equality.py` says: at a near-tie the coin, or two best logits, hung on rounding; anything else
-counts as different.
+replicas, on two of which one is killed, and aborted half way and gone on with. `auto` is asked for as
+`reproducible`. Tokens that differ are looked at as `tests/equality.py` says: at a near-tie the coin, or two
+best logits, hung on rounding; anything else counts as different.
 """
 
 import functools
@@ -31,14 +31,16 @@ from tests.equality import assert_near_tie, first_difference, largest_gap
 BATCH, ODD = 64, 7
 SIBLINGS = 8
 MAX_TOKENS = 64
+AUTO = "auto"  # asked for as `reproducible`
+STEPS_BEFORE_ABORT = 2
 MOST_EXAMINED = 20  # rollouts that differ; one that does is drawn again to see how near its coins came
-PLANS = ("plain", f"history({K})", f"two_forward({K})", f"fused({K},[0,{K}])", "auto")
-REPRODUCIBLE = {"draft_temperature": 0.0}  # drafts are then point masses, whoever makes them
+PLANS = ("plain", f"history({K})", f"two_forward({K})", f"fused({K},[0,{K}])", AUTO)
+ARGMAX = {"draft_temperature": 0.0}  # drafts of mask rows are then point masses, as those of history are
 
 
 def wanted(policy: HFPolicy, count: int, **sampling: Any) -> list[Request]:
     """Rollouts in groups of siblings; every seed comes once."""
-    options = Sampling(max_tokens=MAX_TOKENS, **REPRODUCIBLE, **sampling)
+    options = Sampling(max_tokens=MAX_TOKENS, **ARGMAX, **sampling)
     siblings = SIBLINGS if options.temperature else 1
     texts = prompts(policy, -(-count // siblings))
     return [
@@ -106,25 +108,31 @@ class Ways:
         return _drained(engine)
 
     def aborted(self, plan: str, batch: int) -> list[Rollout]:
-        """Everything aborted whenever a third of the steps of a text has run; another engine goes on."""
+        """By one engine for a few steps, then aborted and gone on with by another."""
+        first, second = self._engine(plan, batch), self._engine(plan, batch)
         ended: list[Rollout] = []
-        waiting = list(self.requests)
-        while waiting:
-            engine = self._engine(plan, batch)
-            engine.submit(waiting)
-            for _ in range(len(waiting) * MAX_TOKENS // (3 * batch) + 1):
-                if engine.num_requests:
-                    ended += engine.step().finished
-            left = {each.request_id for each in waiting} - {each.request.request_id for each in ended}
-            waiting = [
-                replace(rollout.request, prefix=rollout.as_prefix() if rollout.token_ids else None)
-                for rollout in engine.abort(left)
-            ]
+        num_resumed = 0
+        for start in range(0, len(self.requests), batch):
+            chunk = self.requests[start : start + batch]
+            first.submit(chunk)
+            for _ in range(STEPS_BEFORE_ABORT):
+                ended += first.step().finished
+            aborted = first.abort(request.request_id for request in chunk)
+            num_resumed += len(aborted)
+            second.submit(replace(rollout.request, prefix=rollout.as_prefix()) for rollout in aborted)
+            ended += _drained(second)
+        assert 2 * num_resumed > len(self.requests), f"only {num_resumed} rollouts were aborted half way"
         return ended
 
     def replicas(self, plan: str, batch: int, *, backend: str = "ray", kills: bool = False) -> list[Rollout]:
         """By two replicas; with `kills` one of them is killed while the rollouts arrive."""
-        config = RolloutConfig(backend=backend, num_replicas=2, max_batch_size=batch, plan=plan)
+        config = RolloutConfig(
+            backend=backend,
+            num_replicas=2,
+            max_batch_size=batch,
+            plan=plan,
+            reproducible=plan == AUTO,
+        )
         policy = PolicyConfig(path="tiny", adapter=str(self._adapter))
         with make_pool(policy, config) as pool:
             rollouts = pool.generate(self.requests)
@@ -137,7 +145,13 @@ class Ways:
         return ended
 
     def _engine(self, plan: str, batch: int) -> Engine:
-        return Engine(self.policy, plan=read_plan(plan, self.policy), max_batch_size=batch, max_length=512)
+        return Engine(
+            self.policy,
+            plan=read_plan(plan, self.policy),
+            reproducible=plan == AUTO,
+            max_batch_size=batch,
+            max_length=512,
+        )
 
 
 def _drained(engine: Engine) -> list[Rollout]:
