@@ -6,7 +6,7 @@ import torch
 from blockroll.policies.base import VerifiesPacked
 from blockroll.policies.hf import HFPolicy
 from blockroll.policies.packing import Packing
-from tests.models import FAMILIES, VOCAB_SIZE, prompts, random_policy
+from tests.models import FAMILIES, VOCAB_SIZE, prompts, random_model, random_policy
 from tests.numerics.test_policy import TOLERANCE, prefilled
 from tests.numerics.test_positions import BOUNDARY, KINDS, model, prompt
 
@@ -49,6 +49,15 @@ def test_packed_rows_have_the_logits_and_keys_of_padded_ones(policy):
     assert packed.shape == (sum(NUM_ROWS), VOCAB_SIZE)
     torch.testing.assert_close(packed, padded, atol=TOLERANCE, rtol=0)
     assert_same_keys(*caches, 6)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2"])
+def test_packed_rows_through_compiled_layers_are_those_of_padded_ones(family):
+    policy = HFPolicy(random_model(family), compile="on")
+    padded, packed, *caches = both_ways(policy, prompts(6))
+    torch.testing.assert_close(packed, padded, atol=TOLERANCE, rtol=0)
+    assert_same_keys(*caches, 6)
+    assert policy.compiled.most_rows > sum(NUM_ROWS)
 
 
 def test_packed_rows_under_autocast_are_those_of_padded_ones(policy):
