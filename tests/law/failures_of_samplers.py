@@ -128,7 +128,7 @@ def truncates_the_last_row_alone(monkeypatch):
     def wrong(probs, *options):
         return torch.cat([probs[:, :-1], truncate(probs[:, -1:], *options)], dim=1)
 
-    monkeypatch.setattr(laws_module, "truncate", wrong)
+    monkeypatch.setattr(rows, "truncate", wrong)
 
 
 @failure(38, truncates_the_last_row_alone)
@@ -211,8 +211,8 @@ def uniforms_lie_strictly_between_zero_and_one():
 
 
 def keeps_all_that_equal_the_threshold(monkeypatch):
-    def wrong(probs, top_k, top_p, min_p):
-        threshold = probs.topk(int(top_k[0]), dim=-1).values[..., -1:]
+    def wrong(probs, cut):
+        threshold = probs.topk(int(cut.top_k[0]), dim=-1).values[..., -1:]
         kept = torch.where(probs >= threshold, probs, 0.0)
         return kept / kept.sum(dim=-1, keepdim=True)
 
@@ -222,7 +222,8 @@ def keeps_all_that_equal_the_threshold(monkeypatch):
 @failure(44, keeps_all_that_equal_the_threshold)
 def of_equal_tokens_at_the_edge_the_lowest_ids_stay():
     probs = torch.tensor([[[0.4, 0.2, 0.2, 0.2]]], dtype=torch.float64)
-    law = processing_module.truncate(probs, torch.tensor([2]), torch.ones(1), torch.zeros(1))
+    cut = processing_module.Cut(torch.tensor([2]), torch.ones(1), torch.zeros(1))
+    law = processing_module.truncate(probs, cut)
     assert law.flatten().nonzero().flatten().tolist() == [0, 1]
 
 
