@@ -11,7 +11,7 @@ from pydantic import BeforeValidator, Strict
 from blockroll.config.checks import options
 from blockroll.errors import ConfigError
 from blockroll.types.bounds import hints_of
-from blockroll.types.plan import MAX_DRAFTS, Law, Plan
+from blockroll.types.plan import HISTORY, MAX_DRAFTS, Law, Plan
 from blockroll.types.sampling import Sampling, SamplingOptions
 
 
@@ -67,6 +67,8 @@ class RolloutConfig(SamplingOptions):
     # Whether "auto" chooses only plans whose texts are those of plain decoding: history, and mask rows where
     # the temperature is 0. A fixed plan repeats itself.
     reproducible: bool = False
+    # Tokens of earlier texts, in which each replica looks drafts up; 0: none, and `auto` does without them.
+    history_tokens: Count = 1 << 20
     max_batch_size: Positive = 64  # requests that one replica decodes together
     max_length: Count = 0  # tokens of prompt and completion; 0: what the policy was built for
     memory_fraction: Share = 0.3  # of the device's memory that keys and values may take, per replica
@@ -81,7 +83,12 @@ class RolloutConfig(SamplingOptions):
 
     def __post_init__(self) -> None:
         if self.plan.strip() != "auto":
-            Plan.parse(self.plan, default_drafts=1)  # how many a policy drafts, it says itself
+            plan = Plan.parse(self.plan, default_drafts=1)  # how many a policy drafts, it says itself
+            if plan.drafter == HISTORY and not self.history_tokens:
+                raise ConfigError(
+                    f"plan {plan.name} looks drafts up in earlier texts, and history_tokens is 0: give the "
+                    "number of tokens that are kept, or another plan"
+                )
         elif self.reproducible and self.mix_weight < 1:
             raise ConfigError(
                 f"plan 'auto' with reproducible=True never mixes, and mix_weight is {self.mix_weight}: what "

@@ -7,7 +7,7 @@ manifest last, flushed to disk, and renamed. Before it is loaded every byte is c
 import pickle
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,8 +89,17 @@ def load_checkpoint(run_dir: Path, name: str | None = None) -> Checkpoint:
         raise CheckpointError(f"{error}; {advice}") from None
 
 
-def save_checkpoint(run_dir: Path, policy: HFPolicy, state: Mapping[str, Any], *, keep: int) -> Path:
+def save_checkpoint(
+    run_dir: Path,
+    policy: HFPolicy,
+    state: Mapping[str, Any],
+    *,
+    keep: int,
+    write_others: Callable[[Path], None] = lambda folder: None,
+) -> Path:
     """Write the checkpoint of `state["step"]` and delete all but the `keep` newest.
+
+    `write_others` writes further files into the folder that it is given.
 
     CheckpointError if that fails, or if a weight is not finite: what was saved before stays in force.
     """
@@ -106,6 +115,7 @@ def save_checkpoint(run_dir: Path, policy: HFPolicy, state: Mapping[str, Any], *
             shutil.rmtree(leftover)
         policy.save_pretrained(unfinished)
         torch.save(dict(state), unfinished / STATE_FILE)
+        write_others(unfinished)
         write_manifest(unfinished, step=int(state["step"]))
         if final.exists():
             discard(final)
@@ -113,7 +123,7 @@ def save_checkpoint(run_dir: Path, policy: HFPolicy, state: Mapping[str, Any], *
         flush(folder)
         for old in checkpoints(run_dir)[:-keep]:
             discard(old)
-    except WRITE_ERRORS as error:
+    except (*WRITE_ERRORS, CheckpointError) as error:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise CheckpointError(
             f"could not write {final} ({_one_line(error)}); earlier checkpoints are untouched: make room, "

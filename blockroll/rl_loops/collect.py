@@ -135,6 +135,7 @@ def rollout_rates(rollouts: Sequence[Rollout], duration_s: float) -> dict[str, t
         for rollout in rollouts
         if rollout.stats.num_verify_steps
     ]
+    speedups = [rollout.stats.speedups for rollout in rollouts if rollout.stats.speedups is not None]
     effective = [rollout.effective_sample_size for rollout in rollouts if rollout.token_ids]
     return {
         "rollout/acceptance_rate": (
@@ -144,6 +145,8 @@ def rollout_rates(rollouts: Sequence[Rollout], duration_s: float) -> dict[str, t
         "rollout/tokens_per_forward": (num_tokens, sum(rollout.stats.num_forwards for rollout in rollouts)),
         "rollout/spec_accept_length": (sum(accept_lengths), len(accept_lengths)),
         "rollout/generated_tok_s": (num_tokens, duration_s),
+        "rollout/speedup_predicted": (sum(predicted for predicted, _ in speedups), len(speedups)),
+        "rollout/speedup_achieved": (sum(achieved for _, achieved in speedups), len(speedups)),
         "rollout/prefix_hit_rate": (
             sum(rollout.stats.num_reused for rollout in rollouts),
             sum(rollout.stats.num_prefilled + rollout.stats.num_reused for rollout in rollouts),

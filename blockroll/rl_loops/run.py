@@ -223,7 +223,13 @@ class Run:
             "audit": self._audit,
         }
         keep = self.config.train.keep_checkpoints
-        save_checkpoint(self.config.run_dir, self.learner.policy, state, keep=keep)
+        save_checkpoint(
+            self.config.run_dir,
+            self.learner.policy,
+            state,
+            keep=keep,
+            write_others=self.pool.save_history,
+        )
         self._saved_step = self.step
 
     def _note_drawn(self) -> None:

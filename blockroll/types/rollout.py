@@ -25,6 +25,8 @@ class RolloutStats:
     num_drafted: int = 0  # drafts submitted to verify
     num_accepted: int = 0  # accepted drafts that were committed
     steps_by_plan: tuple[tuple[Plan, int], ...] = ()  # each plan that ran, in the order of its first step
+    # Tokens per second over plain steps', predicted and achieved by all that a planner chose until it ended.
+    speedups: tuple[float, float] | None = field(default=None, compare=False)
 
     @property
     def acceptance_rate(self) -> float:

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 
 from blockroll.config import PolicyConfig, RolloutConfig
+from blockroll.errors import CheckpointError, ConfigError
 from blockroll.policies.hf import HFPolicy
 from blockroll.policies.loading import load_tokenizer
 from blockroll.rollout.planning.planner import candidate_plans
@@ -73,3 +74,37 @@ def test_what_a_replica_remembers_outlives_a_weight_update(pool):
 def test_history_is_a_candidate_of_auto(checkpoint):
     plans = candidate_plans(HFPolicy.from_pretrained(checkpoint))
     assert [plan.num_drafts for plan in plans if plan.drafter == "history"] == [1, 2, 4, 8, 16]
+
+
+def test_a_pool_writes_what_it_remembers_and_another_goes_on_with_it(pool, checkpoint, tmp_path):
+    list(pool.generate(groups(1, 1)))
+    pool.save_history(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "history_0.safetensors",
+        "history_1.safetensors",
+    ]
+    forwards = []
+    for folder in (tmp_path, tmp_path / "nothing"):
+        config = dataclasses.replace(CONFIG, backend="local", num_replicas=1)
+        with make_pool(PolicyConfig(path=checkpoint), config) as other:
+            other.load_history(folder)
+            again = list(other.generate(groups(2, 2)))
+        forwards.append(sum(each.stats.num_forwards for each in again))
+    assert forwards[0] < 0.9 * forwards[1]
+
+
+def test_a_history_that_was_damaged_is_refused_by_name(pool, tmp_path):
+    list(pool.generate(groups(1, 1)))
+    pool.save_history(tmp_path)
+    (tmp_path / "history_1.safetensors").write_bytes(b"poison")
+    with pytest.raises(CheckpointError, match=r"history_1.safetensors is no history that can be read"):
+        pool.load_history(tmp_path)
+
+
+def test_a_bound_of_0_is_no_history(checkpoint):
+    with pytest.raises(ConfigError, match=r"plan history\(8\) looks drafts up .* history_tokens is 0"):
+        RolloutConfig(plan="history(8)", history_tokens=0)
+    config = RolloutConfig(plan="auto", backend="local", num_replicas=1, history_tokens=0)
+    with make_pool(PolicyConfig(path=checkpoint), config) as plain:
+        rollouts = list(plain.generate(groups(1, 1)))
+    assert {plan.name for each in rollouts for plan, _ in each.stats.steps_by_plan} == {"plain"}

@@ -17,6 +17,7 @@ from blockroll.rl_loops.loop import load_run_config, train
 from blockroll.rl_loops.signals import interrupts_held
 from blockroll.rl_loops.tasks import Task, from_rows
 from blockroll.rl_loops.tracking import read_lines
+from blockroll.rollout.drafters.history_file import load_history
 from blockroll.rollout.engine.requests import derive_seed
 from blockroll.rollout.pool.makers import build_replica, make_pool
 from blockroll.rollout.pool.pool import RolloutPool
@@ -80,6 +81,21 @@ def test_a_plan_that_chooses_itself_says_what_it_chose(tmp_path, policy_path):
     assert row["plan"] == "auto"
     assert shares["rollout/plan/plain"] > 0
     assert sum(shares.values()) == pytest.approx(1)
+
+
+def test_a_run_says_how_fast_its_choices_were_and_its_checkpoints_hold_the_history(tmp_path, policy_path):
+    def num_tokens():
+        policy = HFPolicy.from_pretrained(latest_checkpoint(config.run_dir), device="cpu")
+        paths = [*latest_checkpoint(config.run_dir).glob("history_*")]
+        return sum(load_history(path, policy).index.num_tokens for path in paths)
+
+    config = config_for(tmp_path, policy_path, plan="history(4)", steps=1, eval_every=0)
+    run(config)
+    saved = num_tokens()
+    rows = run(config_for(tmp_path, policy_path, plan="auto", steps=3, eval_every=0), resume=True).metrics
+    assert all(row["rollout/speedup_predicted"] > 0 for row in rows[1:])
+    assert all(row["rollout/speedup_achieved"] > 0 for row in rows[1:])
+    assert 0 < saved < num_tokens(), "what was saved comes back, and grows"
 
 
 def test_a_checkpoint_is_a_policy_that_still_drafts(tmp_path, policy_path):

@@ -188,9 +188,9 @@ def test_learning_takes_few_hundredths_of_the_time_behind_the_start(batch_size, 
     assert world.num_looks > 5
 
 
-def test_a_plan_never_tried_is_expected_to_commit_all_its_drafts():
+def test_a_plan_never_tried_is_hoped_to_commit_most_of_its_drafts():
     planner = Planner([TWO_4, TWO_8])
-    assert (planner.expected_tokens(TWO_4), planner.expected_tokens(TWO_8)) == (5, 9)
+    assert (planner.expected_tokens(TWO_4), planner.expected_tokens(TWO_8)) == pytest.approx((3.4, 5.8))
     planner.load_state_dict({TWO_4.name: [1600, 3200, 0, 0]})
     assert planner.expected_tokens(TWO_4) == pytest.approx(2, abs=0.02)
     assert planner.expected_tokens(TWO_8) == pytest.approx(3, abs=0.04)  # 1 + 8 drafts, a quarter accepted

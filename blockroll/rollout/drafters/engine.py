@@ -1,20 +1,40 @@
 """The engine as users make it: with every drafter of this package at hand."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 from blockroll.policies.base import Policy
 from blockroll.rollout.drafters.history import HistoryDrafts
+from blockroll.rollout.drafters.history_file import load_history, save_history
 from blockroll.rollout.drafters.mask_rows import MaskRows
 from blockroll.rollout.engine.drafting import Drafter
 from blockroll.rollout.engine.engine import BareEngine
 from blockroll.rollout.engine.plans import by_name, check_plan
-from blockroll.types import Plan
+from blockroll.types import HISTORY, Plan
 
 
 class Engine(BareEngine):
     """A `BareEngine` that knows the drafters that plans of this package name; others come by `drafters`."""
 
     own_drafters: tuple[Callable[[], Drafter], ...] = (MaskRows, HistoryDrafts)
+
+    def save_history(self, path: Path) -> bool:
+        """Write what its history knows, if a plan asks for it; whether there was anything to write."""
+        drafter = self._drafters[HISTORY]
+        if not isinstance(drafter, HistoryDrafts) or not drafter.index.num_tokens:
+            return False
+        save_history(drafter, path, self.policy)
+        return True
+
+    def load_history(self, path: Path) -> None:
+        """Go on with a history from a file, in the place of its own; nothing runs.
+
+        CheckpointError and InvalidInput as `load_history` of a file.
+        """
+        drafter = self._drafters[HISTORY]
+        if isinstance(drafter, HistoryDrafts) and not self.num_requests:
+            loaded = load_history(path, self.policy, max_tokens=drafter.index.max_tokens)
+            drafter.index, drafter.vocabulary = loaded.index, loaded.vocabulary
 
     @classmethod
     def check_plan(cls, plan: Plan, policy: Policy) -> None:

@@ -372,7 +372,8 @@ class BareEngine:
                 if not kept:
                     self._cache.scrub(slot)
             if not running.is_running:
-                self._finished[running.request.request_id] = running.rollout()
+                speedups = self.planner.speedups if self.planner is not None else None
+                self._finished[running.request.request_id] = running.rollout(speedups)
                 self._leave(running.request.request_id)
 
     def _prefill_missing(self) -> None:

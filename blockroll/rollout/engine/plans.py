@@ -63,6 +63,11 @@ class PlanChooser(Protocol):
         """All that it may ever choose."""
         ...
 
+    @property
+    def speedups(self) -> tuple[float, float]:
+        """Predicted and achieved tokens per second of its steps so far, over those of plain steps."""
+        ...
+
     def choose(self, step: NextStep) -> Choice:
         """How the next step decodes."""
         ...

@@ -125,7 +125,7 @@ class RunningRequest:
         self.error = f"{error} for request {self.request.request_id!r}"
         self.finish_reason = "error"
 
-    def rollout(self) -> Rollout:
+    def rollout(self, speedups: tuple[float, float] | None = None) -> Rollout:
         """The finished sample; of a request that goes on, what an abort now gives."""
         return Rollout(
             request=self.request,
@@ -143,6 +143,7 @@ class RunningRequest:
                 num_drafted=self._num_drafted,
                 num_accepted=self._num_accepted,
                 steps_by_plan=tuple(self._steps_by_plan.items()),
+                speedups=speedups,
             ),
             error=self.error,
         )

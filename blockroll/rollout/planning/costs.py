@@ -120,6 +120,10 @@ class CostModel:
         place = self._places.get(work.place)
         return len(place.samples) if place else 0
 
+    def knows_rows_at(self, batch_size: int) -> bool:
+        """Whether rows beside those of plain steps were measured at about this batch, or a larger one."""
+        return any(4 * place.batch_size >= batch_size for place in self._places)
+
     def observe(self, work: Work, seconds: float) -> None:
         """Such a step took so long. The first of a place warms it up, and teaches nothing."""
         if not 0 < seconds < math.inf:

@@ -45,9 +45,10 @@ _MARGIN = 0.05  # a plan replaces another if it is faster by this share
 _HOPELESS = 0.8  # a plan is not tried if it is expected to reach less than this share of the best's speed
 _TRIALS = 3  # steps of a plan at a place, after which its cost is known there
 _COUNTED_STEPS = 12  # request-steps anywhere, after which its tokens are known
-_PRIOR_STEPS = 4  # request-steps that the optimistic guess at a plan's tokens weighs
+_PRIOR_STEPS = 4  # request-steps that the optimistic guess at a plan's tokens weighs,
+_HOPE = 0.6  # which is so many of its drafts
 _SHARE_TO_LEARN = 0.0075  # of the time, that each kind of learning may take,
-_STEPS_TO_LEARN = 6.0  # beyond so many plain steps
+_STEPS_TO_LEARN = 4.0  # beyond so many plain steps
 _STEPS_OF_A_TRIAL = 4
 _STEPS_BETWEEN_TRIALS = 3
 _STEPS_PER_TRIAL = 64  # the plan in use and those close to it are tried again
@@ -149,7 +150,7 @@ class Planner:
                 self._counts[plan] = Counts(*state[plan.name])
 
     def expected_tokens(self, plan: Plan) -> float:
-        """Committed tokens per request and step; as many as there can be at most while few were counted."""
+        """Committed tokens per request and step; hopefully many while few were counted."""
         if plan == PLAIN:
             return 1.0
         counted = self._counts[plan]
@@ -162,7 +163,7 @@ class Planner:
             if self._counts[narrower].num_steps:
                 accepted_per_draft = (self.expected_tokens(narrower) - 1) / narrower.num_drafts
                 return 1 + accepted_per_draft * plan.num_drafts
-        return 1.0 + plan.num_drafts
+        return 1.0 + _HOPE * plan.num_drafts
 
     def speedup(self, plan: Plan, batch_size: int, context: int) -> float:
         """Expected tokens per second over plain's."""
@@ -221,7 +222,10 @@ class Planner:
         unknown = [plan for plan in self._counted if self._is_unknown(plan, step)]
         if unknown:
             plan = max(unknown, key=speeds.__getitem__)
-            if speeds[plan] > _HOPELESS * best:
+            hoped = speeds[plan]
+            if not self.costs.knows_rows_at(step.batch_size):  # they may be free here
+                hoped = self.expected_tokens(plan) / plan.forwards_per_step
+            if hoped > _HOPELESS * best:
                 has_run = Work.of(plan, step.batch_size, step.context).place in self._ran
                 steps = max(-(-_COUNTED_STEPS // step.batch_size), 1 if has_run else 2)
                 return plan, min(steps, _STEPS_OF_A_TRIAL)
@@ -316,9 +320,13 @@ class Planner:
                 self._counts[plan] = Counts()
 
 
-def candidate_plans(policy: Policy, *, with_mask_rows: bool = True) -> tuple[Plan, ...]:
+def candidate_plans(
+    policy: Policy, *, with_mask_rows: bool = True, with_history: bool = True
+) -> tuple[Plan, ...]:
     """The plans a policy was trained for, plain first, and those of history, which any policy can follow."""
-    looked_up = [Plan(size, drafter=HISTORY) for size in _NUM_LOOKED_UP if size < policy.max_length]
+    looked_up = [
+        Plan(size, drafter=HISTORY) for size in _NUM_LOOKED_UP if with_history and size < policy.max_length
+    ]
     if not (with_mask_rows and policy.can_draft and policy.trained_drafts):
         return (PLAIN, *looked_up)
     trained = min(policy.trained_drafts, policy.max_length - 1, MAX_DRAFTS)
@@ -332,13 +340,15 @@ def candidate_plans(policy: Policy, *, with_mask_rows: bool = True) -> tuple[Pla
     return tuple(dict.fromkeys([*plans, *looked_up]))
 
 
-def read_plan(text: str, policy: "HFPolicy", *, with_mask_rows: bool = True) -> Plan | Planner:
+def read_plan(
+    text: str, policy: "HFPolicy", *, with_mask_rows: bool = True, with_history: bool = True
+) -> Plan | Planner:
     """What `rollout.plan` asks for: `auto`, or a fixed plan as `Plan.parse` reads it.
 
-    Without mask rows `auto` chooses among plain decoding and drafts from history.
+    `auto` chooses among plain decoding, drafts from mask rows and drafts from history.
     """
     if text.strip() == AUTO:
-        candidates = candidate_plans(policy, with_mask_rows=with_mask_rows)
+        candidates = candidate_plans(policy, with_mask_rows=with_mask_rows, with_history=with_history)
         return Planner(candidates, costs=read_costs(policy))
     return Plan.parse(text, default_drafts=policy.trained_drafts or 1)
 

@@ -77,6 +77,8 @@ def probe(
 class _Turns:
     """Every plan in its turn, a plain step before each."""
 
+    speedups = (1.0, 1.0)
+
     def __init__(self, plans: Sequence[Plan], costs: CostModel) -> None:
         self.candidates = (PLAIN, *plans)
         self._plans, self._costs = plans, costs

@@ -17,6 +17,7 @@ from blockroll.policies.hf import HFPolicy
 from blockroll.policies.loading import load_tokenizer, resolve_checkpoint, resolve_device
 from blockroll.rollout.audit.writer import AuditWriter
 from blockroll.rollout.drafters.engine import Engine
+from blockroll.rollout.drafters.history import HistoryDrafts
 from blockroll.rollout.planning.planner import read_plan
 from blockroll.rollout.pool.pool import RolloutPool
 from blockroll.rollout.pool.replica import LocalReplica, Replica
@@ -172,12 +173,14 @@ def replica_around(
             config.plan,
             policy,
             with_mask_rows=not config.reproducible or config.sampling().is_plan_free,
+            with_history=config.history_tokens > 0,
         ),
         reproducible=config.reproducible,
         max_batch_size=config.max_batch_size,
         max_length=config.max_length,
         max_cache_rows=cache_rows(policy, config.memory_fraction),
         observers=() if audit is None else (audit,),
+        drafters=[HistoryDrafts(max_tokens=config.history_tokens)] if config.history_tokens else (),
     )
     replica = LocalReplica(
         engine,

@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -37,6 +38,8 @@ from blockroll.types.names import names_options
 logger = logging.getLogger(__name__)
 
 Transport = Callable[[WeightUpdate], WeightUpdate]
+
+_HISTORY = "history_"  # files of texts that drafts are looked up in, one of each replica
 
 
 class RolloutPool:
@@ -272,6 +275,31 @@ class RolloutPool:
             for member in self._members:
                 if member.state != "DEAD":
                     member.replica.release_memory()
+
+    def save_history(self, folder: Path) -> None:
+        """Write the texts that drafts are looked up in into a folder, which living replicas can reach.
+
+        One that dies meanwhile writes none. CheckpointError where a file cannot be written.
+        """
+        with self._router.alone():
+            for index, member in enumerate(self._members):
+                if member.state == "DEAD":
+                    continue
+                try:
+                    member.replica.save_history(folder / f"{_HISTORY}{index}.safetensors")
+                except ReplicaError as death:
+                    logger.warning("the history of replica %d is not written: %s", index, death)
+
+    def load_history(self, folder: Path) -> None:
+        """Go on with what `save_history` wrote there; of fewer files than replicas, several take one.
+
+        CheckpointError where a file is not as it was written, InvalidInput where it is of another vocabulary.
+        """
+        paths = sorted(folder.glob(f"{_HISTORY}*.safetensors"))
+        with self._router.alone():
+            for index, member in enumerate(self._members):
+                if paths and member.state != "DEAD":
+                    member.replica.load_history(paths[index % len(paths)])
 
     def health(self) -> tuple[ReplicaHealth, ...]:
         """What every living replica says of itself."""

@@ -9,6 +9,7 @@ import logging
 import socket
 import uuid
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
@@ -91,6 +92,12 @@ class ReplicaActor:
 
     def release_memory(self) -> None:
         self._replica.release_memory()
+
+    def save_history(self, path: Path) -> None:
+        self._replica.save_history(path)
+
+    def load_history(self, path: Path) -> None:
+        self._replica.load_history(path)
 
     def health(self) -> ReplicaHealth:
         return self._replica.health()
@@ -198,6 +205,14 @@ class RayReplica:
     def release_memory(self) -> None:
         """Give the memory of keys and values back while nothing is served."""
         self._calls.ask("release_memory")
+
+    def save_history(self, path: Path) -> None:
+        """Write the texts that drafts are looked up in to a file of the actor's machine, if there are any."""
+        self._calls.ask("save_history", path.absolute())
+
+    def load_history(self, path: Path) -> None:
+        """Look drafts up in the texts of a file from now on."""
+        self._calls.ask("load_history", path.absolute())
 
     def health(self) -> ReplicaHealth:
         """Version, checksum of the weights really held, load, threads, process."""

@@ -7,6 +7,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -63,6 +64,14 @@ class Replica(Protocol):
 
     def release_memory(self) -> None:
         """Give the memory of keys and values back while nothing is served."""
+        ...
+
+    def save_history(self, path: Path) -> None:
+        """Write the texts that drafts are looked up in to a file, if there are any."""
+        ...
+
+    def load_history(self, path: Path) -> None:
+        """Look drafts up in the texts of a file from now on."""
         ...
 
     def health(self) -> ReplicaHealth:
@@ -169,6 +178,16 @@ class LocalReplica:
         """Give the memory of keys and values back while nothing is served."""
         with self._lock:
             self.engine.release_memory()
+
+    def save_history(self, path: Path) -> None:
+        """Write the texts that drafts are looked up in to a file, if there are any."""
+        with self._lock:
+            self.engine.save_history(path)
+
+    def load_history(self, path: Path) -> None:
+        """Look drafts up in the texts of a file from now on; nothing is served meanwhile."""
+        with self._lock:
+            self.engine.load_history(path)
 
     def health(self) -> ReplicaHealth:
         """Version, checksum of the weights really held, load, threads, process."""
