@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
+from blockroll.errors import InvalidInput
 from blockroll.policies.base import Policy
 from blockroll.rollout.drafters.history import HistoryDrafts
 from blockroll.rollout.drafters.history_file import load_history, save_history
@@ -27,12 +28,14 @@ class Engine(BareEngine):
         return True
 
     def load_history(self, path: Path) -> None:
-        """Go on with a history from a file, in the place of its own; nothing runs.
+        """Go on with a history from a file, in the place of its own.
 
-        CheckpointError and InvalidInput as `load_history` of a file.
+        CheckpointError and InvalidInput as `load_history` of a file; InvalidInput while requests are served.
         """
         drafter = self._drafters[HISTORY]
-        if isinstance(drafter, HistoryDrafts) and not self.num_requests:
+        if self.num_requests:
+            raise InvalidInput(f"{self.num_requests} requests are served: load the history before, or behind")
+        if isinstance(drafter, HistoryDrafts):
             loaded = load_history(path, self.policy, max_tokens=drafter.index.max_tokens)
             drafter.index, drafter.vocabulary = loaded.index, loaded.vocabulary
 

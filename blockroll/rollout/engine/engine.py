@@ -290,16 +290,15 @@ class BareEngine:
         self.times.step_s += seconds + choice_s
         self.times.num_steps += 1
         if self.planner is not None and first_logits is None:
-            self.planner.observe(
-                StepTaken(
-                    plan=self.plan,
-                    batch_size=len(batch),
-                    seconds=seconds,
-                    start_seconds=self.times.start_s - start_s,
-                    choice_seconds=choice_s,
-                    num_tokens=sum(len(commit.token_ids) for commit in self._commits[num_commits:]),
-                )
+            taken = StepTaken(
+                plan=self.plan,
+                batch_size=len(batch),
+                seconds=seconds,
+                start_seconds=self.times.start_s - start_s,
+                choice_seconds=choice_s,
+                num_tokens=sum(len(commit.token_ids) for commit in self._commits[num_commits:]),
             )
+            self.planner.observe(taken)
 
     def _change_plan(self, plan: Plan, batch: list[RunningRequest]) -> None:
         """Decode by this plan from now on; proposals of another drafter or another K would not fit it."""
