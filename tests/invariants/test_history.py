@@ -1,6 +1,7 @@
 """Drafts from history through whole engines: what is drafted, from where, and whose the text stays."""
 
 import dataclasses
+import itertools
 import re
 from collections import Counter
 
@@ -15,6 +16,7 @@ from blockroll.rollout.audit.writer import AuditWriter
 from blockroll.rollout.drafters.engine import Engine
 from blockroll.rollout.drafters.history import HistoryDrafts
 from blockroll.rollout.engine.engine import BareEngine
+from blockroll.rollout.planning.planner import Planner, candidate_plans
 from blockroll.samplers.constraints import Regex
 from blockroll.types import Plan, Request, Sampling
 from tests.engines import PlansInTurn, causal_logprobs, make_requests, run
@@ -327,3 +329,31 @@ def test_prompts_that_repeat_one_token_are_served():
     drafted = run(policy, requests, PLAN)
     assert_same_rollouts(run(policy, requests, Plan(0)), drafted, policy)
     assert all(0 <= token < VOCAB_SIZE for rollout in drafted.values() for token in rollout.token_ids)
+
+
+def test_auto_drafts_from_history_and_changes_no_text_of_a_policy_without_drafts():
+    """Two epochs of groups, and a prompt that repeats one token, by a clock that finds all steps alike."""
+    policy = random_policy(scale=3.0)
+    ticks = itertools.count()
+    planner = Planner(candidate_plans(policy, with_mask_rows=False))
+    engine = Engine(policy, plan=planner, max_batch_size=4, clock=lambda: 1e-3 * next(ticks))
+    texts = [(7,) * 60, *prompts(3)]
+    drafted, plain = {}, {}
+    for epoch in range(2):
+        asked = [
+            request(
+                f"{epoch}-{index}",
+                texts[index % 4],
+                seed=100 * epoch + index,
+                group=f"{index % 4}",
+                max_tokens=24,
+            )
+            for index in range(12)
+        ]
+        drafted |= drain(engine, asked)
+        plain |= run(policy, asked, Plan(0), max_batch_size=4)
+    assert_same_rollouts(plain, drafted, policy)
+    assert accepted(drafted) > 5
+    names = {plan.name for each in drafted.values() for plan, _ in each.stats.steps_by_plan}
+    assert len(names) > 2
+    assert "plain" in names

@@ -312,3 +312,11 @@ def test_the_key_of_a_cost_table_follows_the_architecture_and_not_the_weights():
     assert keys[0] == keys[1]
     half = HFPolicy(random_model().bfloat16())
     assert len({keys[0], cost_key(half), cost_key(random_policy("qwen3")), cost_key(adapted_policy())}) == 4
+
+
+def test_drafts_that_the_context_cannot_hold_are_no_candidates():
+    policy = random_policy()
+    policy.trained_drafts = 0
+    policy.max_length = 5
+    assert candidate_plans(policy) == (PLAIN, *LOOKED_UP[:3])
+    assert candidate_plans(policy, with_history=False) == (PLAIN,)
