@@ -292,14 +292,13 @@ def _interleave(
     Who is in `failures` is left out. A peer that fails while it is measured goes in there, with the reason.
     """
     measured: dict[tuple[str, str], list[list[Wave]]] = {_key(subject): [] for subject in subjects}
+    # A law that a workload cannot have, such as a mixed one without temperature, has no requests either.
+    laws = {subject.law for subject in subjects if _key(subject) not in failures}
     for repeat in range(options.repeats):
-        waves_of = {
-            subject.law: make_waves(prompts, workload, repeat, options, law=subject.law)
-            for subject in subjects
-        }
+        waves_of = {law: make_waves(prompts, workload, repeat, options, law=law) for law in laws}
         for repeats in measured.values():
             repeats.append([])
-        for index in range(len(next(iter(waves_of.values())))):
+        for index in range(len(next(iter(waves_of.values()), ()))):
             for subject in subjects:
                 if _key(subject) in failures:
                     continue
