@@ -64,14 +64,15 @@ def test_skewed_lengths_have_a_heavy_tail_and_do_not_depend_on_the_batch():
 
 def test_grouped_rows_say_each_epoch_and_history_drafts_in_the_second(saved):
     policy, path = saved
-    options = dataclasses.replace(GROUPED, max_tokens=(16,), temperatures=(0.0,), epochs=2)
+    # With one repeat a row's speed lies between those of its epochs; medians over more need not.
+    options = dataclasses.replace(GROUPED, max_tokens=(16,), temperatures=(0.0,), epochs=2, repeats=1)
     plans = [PLAIN, Plan(4, drafter="history")]
     rows = run_bench(policy, prompts(5), plans, options, policy_path=path, against=("generate",))
 
     for row in rows:
         assert (row.workload, row.siblings, row.epochs, row.rollouts) == ("grouped", 2, 2, 8)
         assert len(row.tokens_per_s_by_epoch) == len(row.tokens_per_cpu_s_by_epoch) == 2
-        assert min(row.tokens_per_s_by_epoch) <= row.tokens_per_s <= max(row.tokens_per_s_by_epoch) * 1.5
+        assert min(row.tokens_per_s_by_epoch) <= row.tokens_per_s <= max(row.tokens_per_s_by_epoch)
         assert to_record(row)["cpu"]
     plain, drafted, _ = rows
     assert plain.num_tokens == drafted.num_tokens
