@@ -212,6 +212,18 @@ def test_a_row_has_the_figures_of_known_waves(blank_row):
     assert with_speed(blank_row, repeats, ()).speedup_over_plain is None
 
 
+def test_the_speed_of_an_epoch_is_its_median_over_repeats(blank_row):
+    row = dataclasses.replace(blank_row, epochs=2)
+    repeats = [
+        [Wave(num_tokens=100, duration_s=each, cpu_s=2 * each, latencies_s=(1.0,)) for each in durations]
+        for durations in ((1.0, 10.0), (4.0, 2.0), (2.0, 5.0))
+    ]
+    row = with_speed(row, repeats, ())
+
+    assert row.tokens_per_s_by_epoch == (50.0, 20.0)
+    assert row.tokens_per_cpu_s_by_epoch == (25.0, 10.0)
+
+
 @pytest.fixture
 def blank_row(saved):
     policy, path = saved
