@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def show_plans(policy: "HFPolicy", console: Console) -> dict[str, Any]:
     """Measure what its plans cost, print the table and whether weights are packed; the same as fields."""
     from blockroll.rollout.drafters.mask_rows import MaskRows
-    from blockroll.rollout.planning.planner import read_costs
+    from blockroll.rollout.planning.candidates import read_costs
     from blockroll.rollout.planning.probes import probe
 
     costs = read_costs(policy)

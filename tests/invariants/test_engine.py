@@ -189,7 +189,7 @@ def test_a_planner_finds_the_plan_that_its_engine_runs_fastest(policy):
         engine.step()
         chosen.append(engine.plan)
     assert chosen[0] == PLAIN
-    assert chosen.count(TWO_FORWARD) > 0.75 * len(chosen)
+    assert chosen[150:].count(TWO_FORWARD) > 0.75 * len(chosen[150:])  # trials are paid for before
 
 
 @pytest.mark.parametrize("plan", [TWO_FORWARD, Plan(4, (0, 1, 2, 3, 4))], ids=lambda plan: plan.name)

@@ -16,7 +16,8 @@ from blockroll.rollout.audit.writer import AuditWriter
 from blockroll.rollout.drafters.engine import Engine
 from blockroll.rollout.drafters.history import HistoryDrafts
 from blockroll.rollout.engine.engine import BareEngine
-from blockroll.rollout.planning.planner import Planner, candidate_plans
+from blockroll.rollout.planning.candidates import candidate_plans
+from blockroll.rollout.planning.planner import Planner
 from blockroll.samplers.constraints import Regex
 from blockroll.types import Plan, Request, Sampling
 from tests.engines import PlansInTurn, causal_logprobs, make_requests, run
@@ -332,14 +333,14 @@ def test_prompts_that_repeat_one_token_are_served():
 
 
 def test_auto_drafts_from_history_and_changes_no_text_of_a_policy_without_drafts():
-    """Two epochs of groups, and a prompt that repeats one token, by a clock that finds all steps alike."""
+    """Epochs of groups, and a prompt that repeats one token, by a clock that finds all steps alike."""
     policy = random_policy(scale=3.0)
     ticks = itertools.count()
     planner = Planner(candidate_plans(policy, with_mask_rows=False))
     engine = Engine(policy, plan=planner, max_batch_size=4, clock=lambda: 1e-3 * next(ticks))
     texts = [(7,) * 60, *prompts(3)]
     drafted, plain = {}, {}
-    for epoch in range(2):
+    for epoch in range(4):
         asked = [
             request(
                 f"{epoch}-{index}",

@@ -8,7 +8,7 @@ from blockroll.config import PolicyConfig, RolloutConfig
 from blockroll.errors import CheckpointError, ConfigError
 from blockroll.policies.hf import HFPolicy
 from blockroll.policies.loading import load_tokenizer
-from blockroll.rollout.planning.planner import candidate_plans
+from blockroll.rollout.planning.candidates import candidate_plans
 from blockroll.rollout.pool.makers import make_pool
 from blockroll.rollout.pool.weight_sync import make_update, named_weights
 from blockroll.types import Plan, Sampling

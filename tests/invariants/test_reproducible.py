@@ -10,6 +10,7 @@ from blockroll.policies.hf import HFPolicy
 from blockroll.rollout.audit.check import check_audit
 from blockroll.rollout.audit.writer import AuditWriter
 from blockroll.rollout.drafters.engine import Engine
+from blockroll.rollout.planning.costs import CostModel, Work
 from blockroll.rollout.planning.planner import Planner
 from blockroll.rollout.pool.makers import replica_around
 from blockroll.rollout.pool.pool import RolloutPool
@@ -61,7 +62,11 @@ def test_texts_are_those_of_plain_decoding_when_plans_change_at_every_step(polic
 
 
 def test_texts_are_those_of_plain_decoding_under_auto(policy, requests, plain):
-    engine = Engine(policy, plan=Planner([*PLANS, Plan(0)]), max_batch_size=16, reproducible=True)
+    costs = CostModel()
+    for plan in (Plan(0), *PLANS) * 4:  # a machine that is known to draft for nothing
+        costs.observe(Work.of(plan, 16, 32), 1e-3)
+    planner = Planner([*PLANS, Plan(0)], costs=costs)
+    engine = Engine(policy, plan=planner, max_batch_size=16, reproducible=True)
     engine.submit(requests)
     finished = []
     while engine.num_requests:

@@ -25,7 +25,7 @@ MAX_TOKENS = 1 << 20
 ROW_COST = 0.1
 _MOST_TRIES = 512  # of a cell; then both counts are halved, so that what was right lately decides
 _PRIOR_TRIES = 4.0
-_MOST_SKIPPED = 7  # looks in a row that a text sits out where it has found nothing again and again
+_MOST_SKIPPED = 15  # tokens that a text goes on without a look where it has found nothing again and again
 
 
 class Row(NamedTuple):
@@ -77,8 +77,8 @@ class _Followed:
     guesses: list[Guess] = field(default_factory=list)  # of the latest look
     drafts: list[int] = field(default_factory=list)  # of the guess that promises most,
     chances: list[float] = field(default_factory=list)  # and that each and all before it are accepted
-    num_silent: int = 0  # looks that it sits out after one that finds nothing; doubles with each
-    num_skipped: int = 0  # of them so far
+    num_silent: int = 0  # tokens without a look after one that finds nothing; doubles with each
+    looks_at: int = 0  # so many tokens of its completion
 
 
 class HistoryDrafts(Drafter):
@@ -143,7 +143,10 @@ class HistoryDrafts(Drafter):
         Of the texts of a prompt all are read before one is looked up.
         """
         followed_B = [self._follow_request(running) for running in batch]
-        due_B = [_is_due(followed) for followed in followed_B]
+        due_B = [
+            len(running.text.token_ids) >= followed.looks_at
+            for followed, running in zip(followed_B, batch, strict=True)
+        ]
         prompts = {id(each.texts) for each, due in zip(followed_B, due_B, strict=True) if due}
         for followed, running in zip(followed_B, batch, strict=True):
             if id(followed.texts) in prompts:
@@ -155,6 +158,7 @@ class HistoryDrafts(Drafter):
                 continue
             self._look(followed, running, most, least_chance)
             followed.num_silent = 0 if followed.drafts else min(2 * followed.num_silent + 1, _MOST_SKIPPED)
+            followed.looks_at = len(running.text.token_ids) + 1 + followed.num_silent
             chances_B.append(followed.chances)
         return chances_B
 
@@ -245,15 +249,6 @@ class HistoryDrafts(Drafter):
             if row.token_id in ends:
                 break
         return guess, chances
-
-
-def _is_due(followed: _Followed) -> bool:
-    """Whether a text is to be looked up, or sits this one out."""
-    if followed.num_skipped >= followed.num_silent:
-        followed.num_skipped = 0
-        return True
-    followed.num_skipped += 1
-    return False
 
 
 def rows_behind(match: Match, most: int) -> Iterator[Row]:

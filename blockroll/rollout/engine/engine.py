@@ -16,7 +16,7 @@ from blockroll.policies.base import Policy
 from blockroll.rollout.engine.cache import SlotCache
 from blockroll.rollout.engine.drafting import Drafter
 from blockroll.rollout.engine.ends import Decode
-from blockroll.rollout.engine.plans import NextStep, PlanChooser, StepTaken, at_hand, check_plan, drafters_of
+from blockroll.rollout.engine.plans import PlanChooser, Planning, StepTaken, at_hand, check_plan, drafters_of
 from blockroll.rollout.engine.prefill import prefill
 from blockroll.rollout.engine.requests import Limits, check_request
 from blockroll.rollout.engine.room import CacheRoom
@@ -101,6 +101,7 @@ class BareEngine:
         self._starter = Starter(policy, self.limits, decode, numbers_servings=len(drafters_of(plans)) > 1)
         self._observers = tuple(observers)
         self._clock = clock
+        self._planning = Planning(self._drafters, policy, clock)
 
     @property
     def num_requests(self) -> int:
@@ -270,10 +271,9 @@ class BareEngine:
         """One step of those that run and, behind them, those that join."""
         lengths, choice_s = None, 0.0
         if self.planner is not None:
-            chosen_at = self._clock()
-            choice = self.planner.choose(NextStep.of(batch, self._drafters, self.policy))
+            choice, choice_s = self._planning.choose(self.planner, batch, len(batch) - num_running)
             self._change_plan(choice.plan, batch)
-            lengths, choice_s = choice.lengths, self._clock() - chosen_at
+            lengths = choice.lengths
         first_logits = None
         if num_running < len(batch):
             # Growing copies the cache, so it grows by powers of two.
@@ -296,9 +296,9 @@ class BareEngine:
                 seconds=seconds,
                 start_seconds=self.times.start_s - start_s,
                 choice_seconds=choice_s,
-                num_tokens=sum(len(commit.token_ids) for commit in self._commits[num_commits:]),
+                num_tokens=sum([len(commit.token_ids) for commit in self._commits[num_commits:]]),
             )
-            self.planner.observe(taken)
+            self._planning.observe(self.planner, taken)
 
     def _change_plan(self, plan: Plan, batch: list[RunningRequest]) -> None:
         """Decode by this plan from now on; proposals of another drafter or another K would not fit it."""

@@ -18,18 +18,25 @@ class NextStep:
 
     batch_size: int
     context: int  # tokens of the longest text
+    num_joining: int = 0  # requests that were in no step before
     least_saved: float  # rows by which a packed forward is smaller than a padded one, or it is not packed
     # A drafter's name, K and the least chance of a draft -> what it expects, as `Drafter.outlook` says.
     outlook: Callable[[str, int, float], Sequence[Sequence[float]] | None]
 
     @classmethod
     def of(
-        cls, batch: Sequence[RunningRequest], drafters: Mapping[str, Drafter], policy: Policy
+        cls,
+        batch: Sequence[RunningRequest],
+        drafters: Mapping[str, Drafter],
+        policy: Policy,
+        *,
+        num_joining: int = 0,
     ) -> "NextStep":
         """That of these requests."""
         return cls(
             batch_size=len(batch),
-            context=max(running.num_tokens for running in batch),
+            context=max([running.num_tokens for running in batch]),
+            num_joining=num_joining,
             least_saved=least_saved(policy),
             outlook=lambda name, *asked: drafters[name].outlook(batch, *asked),
         )
@@ -51,7 +58,7 @@ class StepTaken:
     batch_size: int
     seconds: float  # of drafting, verifying and committing
     start_seconds: float = 0.0  # of those, for first proposals of a fused plan
-    choice_seconds: float = 0.0  # beside them, for the choice of its plan
+    choice_seconds: float = 0.0  # beside them, for the choice of its plan, and for learning from the last
     num_tokens: int
 
 
@@ -75,6 +82,29 @@ class PlanChooser(Protocol):
     def observe(self, taken: StepTaken) -> None:
         """The step that was chosen last has run, without a prefill in it."""
         ...
+
+
+class Planning:
+    """Asks a planner, and counts what that takes: learning from a step is part of the next one."""
+
+    def __init__(self, drafters: Mapping[str, Drafter], policy: Policy, clock: Callable[[], float]) -> None:
+        self._drafters, self._policy, self._clock = drafters, policy, clock
+        self._learning_s = 0.0
+
+    def choose(
+        self, planner: PlanChooser, batch: Sequence[RunningRequest], num_joining: int
+    ) -> tuple[Choice, float]:
+        """The choice for a step, and its seconds."""
+        since = self._clock() - self._learning_s
+        choice = planner.choose(NextStep.of(batch, self._drafters, self._policy, num_joining=num_joining))
+        self._learning_s = 0.0
+        return choice, self._clock() - since
+
+    def observe(self, planner: PlanChooser, taken: StepTaken) -> None:
+        """Tell it what the step took."""
+        since = self._clock()
+        planner.observe(taken)
+        self._learning_s = self._clock() - since
 
 
 def by_name(drafters: Iterable[Drafter]) -> dict[str, Drafter]:

@@ -7,13 +7,15 @@ on fewer; the price is some copies in every layer, which a policy knows in rows 
 import math
 from collections.abc import Sequence
 
-from blockroll.policies.base import Policy, VerifiesPacked
+from blockroll.policies.base import Policy
 from blockroll.policies.packing import Packing
 
 
 def least_saved(policy: Policy) -> float:
     """Rows that packing must leave out of a forward to be the cheaper way; infinite if a policy cannot."""
-    return policy.least_saved_rows if isinstance(policy, VerifiesPacked) else math.inf
+    # Asked in every step: a check against the protocol would take longer than all else that is asked there.
+    saved: float = getattr(policy, "least_saved_rows", math.inf)
+    return saved
 
 
 def packing_of(num_drafts: Sequence[int], width: int, policy: Policy) -> Packing | None:

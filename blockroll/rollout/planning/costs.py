@@ -13,6 +13,7 @@ both. A file that is lost or damaged costs nothing but measuring again.
 """
 
 import contextlib
+import functools
 import json
 import logging
 import math
@@ -71,8 +72,7 @@ class Work(NamedTuple):
     @property
     def place(self) -> "Work":
         """Steps of about equal cost: context rounded up to powers of two, the others to their roots."""
-        context = 1 << (max(self.context, _SHORTEST_CONTEXT) - 1).bit_length()
-        return Work(self.kind, self.forwards, _rounded(self.batch_size), _rounded(self.rows), context)
+        return _place(*self[:4], (max(self.context, _SHORTEST_CONTEXT) - 1).bit_length())
 
     @property
     def features(self) -> tuple[float, ...]:
@@ -115,10 +115,18 @@ class CostModel:
         units = [log_seconds - math.log(self.cost(work)) for work, _, log_seconds in self._latest]
         return math.exp(statistics.median(units)) if units else None
 
+    def plain_ratio(self, work: Work, other: Work) -> float:
+        """Time of a plain step of these requests over that of a plain step of others."""
+        return _time(self._line, work.plain) / _time(self._line, other.plain)
+
     def num_samples(self, work: Work) -> int:
         """Measured steps of its place."""
         place = self._places.get(work.place)
         return len(place.samples) if place else 0
+
+    def knows_kind(self, kind: str) -> bool:
+        """Whether a step of such work was measured, at any place."""
+        return kind in self._excess
 
     def knows_rows_at(self, batch_size: int) -> bool:
         """Whether rows beside those of plain steps were measured at about this batch, or a larger one."""
@@ -218,6 +226,11 @@ class CostModel:
                 "the costs in %s cannot be written, this process keeps its own: %s", self.path, refusal
             )
             self.path = None
+
+
+@functools.lru_cache(maxsize=4096)
+def _place(kind: str, forwards: int, batch_size: int, rows: int, log_context: int) -> Work:
+    return Work(kind, forwards, _rounded(batch_size), _rounded(rows), 1 << log_context)
 
 
 def _rounded(number: int) -> int:

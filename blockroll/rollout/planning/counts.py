@@ -51,3 +51,5 @@ class Chosen:
     rate: float  # tokens per plain step that the plan in use would have
     has_looked: bool = False
     is_trial: bool = False
+    cost: float = 1.0  # as it was predicted
+    is_measured: bool = True  # steps of its place were measured before

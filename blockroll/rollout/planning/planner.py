@@ -14,22 +14,16 @@ only where a plan drafts; each token records the law it was drawn from.
 """
 
 import dataclasses
-import hashlib
-import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-import torch
-
-import blockroll
-from blockroll.config import cache_dir
-from blockroll.policies.base import Policy
 from blockroll.rollout.engine.plans import Choice, NextStep, StepTaken
+from blockroll.rollout.planning.candidates import NUM_LOOKED_UP, candidate_plans, read_costs
 from blockroll.rollout.planning.costs import VERIFY, CostModel, Work
 from blockroll.rollout.planning.counts import Account, Chosen, Counts
+from blockroll.rollout.planning.plain_times import PlainTimes
 from blockroll.types import HISTORY, PLAIN, Plan, PlanKind
-from blockroll.types.plan import MAX_DRAFTS
 
 if TYPE_CHECKING:
     from blockroll.policies.hf import HFPolicy
@@ -37,9 +31,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 AUTO = "auto"
-_NUM_DRAFTS = (4, 8, 16, 32)  # drafts worth a try, below what the policy was trained for
-_NUM_LOOKED_UP = (1, 2, 4, 8, 16)  # drafts from history that a step may verify for a request,
-_NEAREST = (0, 1, 2, 4, 4, 4, 8, 8, 8, 8, 8, 8, 16, 16, 16, 16, 16)  # where so many are asked for
+_PLAIN_STEP = Choice(plan=PLAIN)
+_NEAREST = (0, 1, 2, 4, 4, 4, 8, 8, 8, 8, 8, 8, 16, 16, 16, 16, 16)  # drafts of history, by how many pay
 _THRESHOLDS = (0.0, 0.15, 0.3, 0.5, 0.75)  # chances to draft for, between the least and certainty
 _MARGIN = 0.05  # a plan replaces another if it is faster by this share
 _HOPELESS = 0.8  # a plan is not tried if it is expected to reach less than this share of the best's speed
@@ -47,13 +40,20 @@ _TRIALS = 3  # steps of a plan at a place, after which its cost is known there
 _COUNTED_STEPS = 12  # request-steps anywhere, after which its tokens are known
 _PRIOR_STEPS = 4  # request-steps that the optimistic guess at a plan's tokens weighs,
 _HOPE = 0.6  # which is so many of its drafts
-_SHARE_TO_LEARN = 0.0075  # of the time, that each kind of learning may take,
-_STEPS_TO_LEARN = 4.0  # beyond so many plain steps
+_SHARE_TO_TRY = 0.015  # of the time, that trials may take, paid before,
+_SHARE_OF_GAINS = 0.1  # of what drafts have saved pays for trials too
+_LEAST_UNKNOWN = 1.0  # and so many plain steps at least for each of work that the machine has never shown
+_DOUBTED = 0.5  # of the drafts that are hoped for, where it is paid for
+_SHARE_TO_LOOK = 0.0075  # of the time, that looks which find nothing may take,
+_STEPS_TO_LOOK = 1.0  # beyond so many plain steps
+_MOST_SILENT = 31  # steps without a look behind looks that found nothing again and again
+_WORST = 2.0  # times its predicted cost: what a step took beyond that was not the plan's doing
 _STEPS_OF_A_TRIAL = 4
 _STEPS_BETWEEN_TRIALS = 3
 _STEPS_PER_TRIAL = 64  # the plan in use and those close to it are tried again
 _FIRST_STEPS = 2  # that are plain, to compare others with
-_STEPS_PER_CHOICE = 8  # a choice among counted plans holds so long: choosing takes time too
+_STEPS_PER_CHOICE = 8  # a choice among counted plans holds so long: choosing takes time too;
+_MOST_STEPS_PER_CHOICE = 32  # twice as long each time that nothing was to be tried
 _FORGET_STEPS = 10_000  # steps after which what plans not in use commit is counted anew
 _CALIBRATION_STEPS = 256.0  # request-steps that the promise of history is held against
 
@@ -72,6 +72,7 @@ class Planner:
             sorted({PLAIN, *candidates}, key=lambda plan: (plan.rows_per_forward, plan.forwards_per_step))
         )
         self.costs = CostModel() if costs is None else costs
+        self._plain_times = PlainTimes(self.costs)
         self._looked_up = [plan for plan in self.candidates if plan.drafter == HISTORY]
         self._counted = [plan for plan in self.candidates if plan.drafter != HISTORY]
         self._counts = {plan: Counts() for plan in self.candidates}
@@ -82,6 +83,7 @@ class Planner:
         self._in_use = PLAIN
         self._place: Work | None = None
         self._holds_until = _FIRST_STEPS  # this many steps
+        self._hold = _STEPS_PER_CHOICE
         self._trial: tuple[Plan, int] | None = None  # and its steps to come
         self._tried_at: dict[Plan, int] = {}
         self._ran: set[Work] = set()
@@ -91,23 +93,48 @@ class Planner:
         self._plain_steps = 0.0  # that the time of all steps is worth
         self._trials, self._looks = Account(), Account()
         self._promised, self._kept = _CALIBRATION_STEPS / 8, _CALIBRATION_STEPS / 8  # drafts from history
+        self._looks_at = 0  # this many steps
+        self._num_silent = 0  # steps that the latest look is followed by without one
+        self._quiet: Chosen | None = None  # a plain step that is taken again meanwhile
+        self._quiet_at: tuple[int, int] | None = None  # batch, and power of two of the context
+        self._quiet_until = 0
         self._speeds = [0.0, 0.0, 0.0]  # seconds, and times predicted and achieved speed-ups
 
     def choose(self, step: NextStep) -> Choice:
         """How the next step decodes."""
+        if step.num_joining:
+            self._looks_at = self._num_steps
+        edge = (step.batch_size, (step.context - 1).bit_length())
+        if edge == self._quiet_at and self._num_steps < min(self._quiet_until, self._looks_at):
+            self._chosen = self._quiet  # the same plain step again: nothing is to be computed
+            return _PLAIN_STEP
         plan, is_trial = self._from_counts(step)
-        rate = self.speedup(self._in_use, step.batch_size, step.context)
         lengths = None
+        work = Work.of(plan, step.batch_size, step.context)
         chosen = Chosen(
             plan=plan,
-            work=Work.of(plan, step.batch_size, step.context),
+            work=work,
             tokens=self.expected_tokens(plan),
-            rate=rate,
+            rate=self.speedup(self._in_use, step.batch_size, step.context),
             is_trial=is_trial,
         )
-        if not is_trial and self._looked_up and self._may_learn(self._looks):
-            chosen, lengths = self._from_history(step, chosen)
+        if not is_trial and self._looked_up and self._num_steps >= self._looks_at:
+            if self._looks.unpaid <= _SHARE_TO_LOOK * self._plain_steps + _STEPS_TO_LOOK:
+                chosen, lengths = self._from_history(step, chosen)
+                self._num_silent = 0 if lengths else min(2 * self._num_silent + 1, _MOST_SILENT)
+                self._looks_at = self._num_steps + 1 + self._num_silent
+            else:
+                self._looks_at = self._num_steps + _STEPS_PER_CHOICE
+        chosen = dataclasses.replace(
+            chosen,
+            cost=self.costs.cost(chosen.work),
+            is_measured=chosen.plan == PLAIN or self.costs.num_samples(chosen.work) > 0,
+        )
         self._chosen = chosen
+        self._quiet_at = None
+        if chosen.plan == PLAIN and not is_trial:
+            self._quiet = dataclasses.replace(chosen, has_looked=False)
+            self._quiet_at, self._quiet_until = edge, self._holds_until
         return Choice(plan=chosen.plan, lengths=lengths)
 
     def observe(self, taken: StepTaken) -> None:
@@ -117,8 +144,11 @@ class Planner:
         self._num_steps += 1
         self.costs.observe(chosen.work, seconds - taken.start_seconds)
         counts = self._counts[taken.plan]
-        counts.count(taken.batch_size, taken.num_tokens)
-        if taken.plan == self._last_run and not chosen.is_trial:  # after a switch, all requests are started
+        if taken.plan != PLAIN:
+            counts.count(taken.batch_size, taken.num_tokens)
+        if (
+            taken.plan == self._last_run != PLAIN and not chosen.is_trial
+        ):  # after a switch, all requests are started
             counts.step_s += seconds - taken.start_seconds
             counts.start_s += taken.start_seconds
         if taken.plan.drafter == HISTORY:
@@ -176,12 +206,17 @@ class Planner:
         if place != self._place:  # steps on both sides of an edge do not compare
             self._place, self._trial = place, None
             self._holds_until = max(self._num_steps, _FIRST_STEPS)
+            self._hold = _STEPS_PER_CHOICE
         if self._trial is None and self._num_steps >= self._holds_until:
             speeds = {plan: self.speedup(plan, step.batch_size, step.context) for plan in self._counted}
             self._use_best(speeds, step)
             self._trial = self._next_trial(speeds, step)
-            hold = _STEPS_PER_CHOICE if self._trial is None else self._trial[1] + _STEPS_BETWEEN_TRIALS
-            self._holds_until = self._num_steps + hold
+            if self._trial is None:
+                self._holds_until = self._num_steps + self._hold
+                self._hold = min(2 * self._hold, _MOST_STEPS_PER_CHOICE)
+            else:
+                self._holds_until = self._num_steps + self._trial[1] + _STEPS_BETWEEN_TRIALS
+                self._hold = _STEPS_PER_CHOICE
         if self._trial is None:
             return self._in_use, False
         plan, steps = self._trial
@@ -216,7 +251,7 @@ class Planner:
 
     def _next_trial(self, speeds: Mapping[Plan, float], step: NextStep) -> tuple[Plan, int] | None:
         """Of a plan that could win and is not known yet, or again of one that comes close, or of plain."""
-        if len(self.candidates) == 1 or not self._may_learn(self._trials):
+        if len(self.candidates) == 1:
             return None
         best = speeds[self._in_use]
         unknown = [plan for plan in self._counted if self._is_unknown(plan, step)]
@@ -225,10 +260,10 @@ class Planner:
             hoped = speeds[plan]
             if not self.costs.knows_rows_at(step.batch_size):  # they may be free here
                 hoped = self.expected_tokens(plan) / plan.forwards_per_step
-            if hoped > _HOPELESS * best:
-                has_run = Work.of(plan, step.batch_size, step.context).place in self._ran
-                steps = max(-(-_COUNTED_STEPS // step.batch_size), 1 if has_run else 2)
-                return plan, min(steps, _STEPS_OF_A_TRIAL)
+            steps = max(-(-_COUNTED_STEPS // step.batch_size), self._fewest_steps(plan, step))
+            trial = (plan, min(steps, _STEPS_OF_A_TRIAL))
+            if hoped > _HOPELESS * best and self._is_paid(trial, best, step):
+                return trial
         close = [plan for plan, speed in speeds.items() if speed >= _HOPELESS * best or plan == PLAIN]
         due = [
             plan
@@ -239,8 +274,27 @@ class Planner:
         if not due:
             return None
         plan = min(due, key=lambda each: self._tried_at.get(each, 0))
+        trial = (plan, self._fewest_steps(plan, step))
+        if not self._is_paid(trial, best, step):
+            return None
         self._tried_at[plan] = self._num_steps
-        return plan, 1 if Work.of(plan, step.batch_size, step.context).place in self._ran else 2
+        return trial
+
+    def _fewest_steps(self, plan: Plan, step: NextStep) -> int:
+        """Of a trial: the first at a place warms it up."""
+        return 1 if Work.of(plan, step.batch_size, step.context).place in self._ran else 2
+
+    def _is_paid(self, trial: tuple[Plan, int], best: float, step: NextStep) -> bool:
+        """Whether what has run is long enough for what the trial may lose, tokens counted with care."""
+        plan, steps = trial
+        work = Work.of(plan, step.batch_size, step.context)
+        loss = self.costs.cost(work) - self._surer_tokens(plan) / best
+        loss = max(loss, 0.0 if plan == PLAIN or self.costs.knows_kind(work.kind) else _LEAST_UNKNOWN)
+        return self._trials.unpaid + steps * loss <= _SHARE_TO_TRY * self._plain_steps
+
+    def _surer_tokens(self, plan: Plan) -> float:
+        expected = self.expected_tokens(plan)
+        return expected if self._is_counted(plan) else 1 + _DOUBTED * (expected - 1)
 
     def _from_history(self, step: NextStep, without: Chosen) -> tuple[Chosen, Sequence[int] | None]:
         """Drafts from history if they beat the plan in use, and how many for each request."""
@@ -276,7 +330,7 @@ class Planner:
     def _length(self, chances: Sequence[float], least: float) -> int:
         """Drafts of at least this chance, nearly: lengths are few, since rows that are met anew cost more."""
         count = sum(chance >= least for chance in chances)
-        return min(_NEAREST[min(count, _NUM_LOOKED_UP[-1])], len(chances), self._looked_up[-1].num_drafts)
+        return min(_NEAREST[min(count, NUM_LOOKED_UP[-1])], len(chances), self._looked_up[-1].num_drafts)
 
     def _is_worth_switching(self, best: Chosen, step: NextStep) -> bool:
         """Whether history wins by a margin. From a fused plan and back costs a draft forward."""
@@ -288,56 +342,41 @@ class Planner:
             return gain > (-start / _STEPS_PER_CHOICE if is_on else start)
         return gain > (0.0 if is_on else _MARGIN / 2 * best.rate * cost)
 
-    def _may_learn(self, account: Account) -> bool:
-        return account.unpaid <= _SHARE_TO_LEARN * self._plain_steps + _STEPS_TO_LEARN
-
     def _balance(self, chosen: Chosen, taken: StepTaken) -> None:
         """What the step has lost or saved against the plan in use, and how fast it was.
 
-        By what it costs, not by what it took: a machine that paused has lost nothing by the plan.
+        By what it costs where that is known, not by what it took: a machine that paused has lost nothing by
+        the plan.
         """
-        plain_s = self.costs.plain_seconds()
+        seconds = taken.seconds
+        if taken.plan == PLAIN:
+            self._plain_times.observe(chosen.work, seconds)
+        plain_s = self._plain_times.seconds(chosen.work)
         if plain_s is None:
             return
-        tokens, cost = taken.num_tokens / taken.batch_size, self.costs.cost(chosen.work)
-        total_s = taken.seconds + taken.choice_seconds
+        tokens, total_s = taken.num_tokens / taken.batch_size, seconds + taken.choice_seconds
         self._plain_steps += total_s / plain_s
+        for index, part in enumerate((total_s, chosen.tokens / chosen.cost * total_s, tokens * plain_s)):
+            self._speeds[index] += part
+        cost = chosen.cost
+        if not chosen.is_measured:
+            cost = max(cost, min(seconds / plain_s, _WORST * cost))
         lost = cost - tokens / chosen.rate
-        look = min(taken.choice_seconds / plain_s, 1.0) if chosen.has_looked else 0.0
         if chosen.is_trial:
             self._trials.add(lost)
-        elif taken.plan.drafter == HISTORY:
-            self._looks.add(look + lost)
-        else:
-            self._looks.add(look)
-        for index, part in enumerate((total_s, chosen.tokens / cost * total_s, tokens * plain_s)):
-            self._speeds[index] += part
+            if seconds / plain_s > 2 * self._surer_tokens(taken.plan) / (_HOPELESS * chosen.rate):
+                self._trial = None  # even if half of it was for the first time
+        elif cost < tokens:
+            self._trials.add(-_SHARE_OF_GAINS * (tokens - cost))
+        if chosen.has_looked:
+            look = min(taken.choice_seconds / plain_s, 1.0)
+            self._looks.add(look + (lost if taken.plan.drafter == HISTORY else 0.0))
 
     def _forget(self) -> None:
         """Policy and prompts have changed meanwhile: what is not in use may have become better."""
         for plan in self.candidates:
             if plan != self._in_use:
                 self._counts[plan] = Counts()
-
-
-def candidate_plans(
-    policy: Policy, *, with_mask_rows: bool = True, with_history: bool = True
-) -> tuple[Plan, ...]:
-    """The plans a policy was trained for, plain first, and those of history, which any policy can follow."""
-    looked_up = [
-        Plan(size, drafter=HISTORY) for size in _NUM_LOOKED_UP if with_history and size < policy.max_length
-    ]
-    if not (with_mask_rows and policy.can_draft and policy.trained_drafts):
-        return (PLAIN, *looked_up)
-    trained = min(policy.trained_drafts, policy.max_length - 1, MAX_DRAFTS)
-    sizes = [*(num_drafts for num_drafts in _NUM_DRAFTS if num_drafts < trained), trained]
-    plans = [PLAIN]
-    if "two_forward" in policy.trained_layouts:
-        plans += [Plan(size) for size in sizes]
-    if "fused" in policy.trained_layouts:
-        for size in sizes:
-            plans += [Plan(size, tuple(sorted(levels))) for levels in ({0}, {0, size // 2, size})]
-    return tuple(dict.fromkeys([*plans, *looked_up]))
 
 
 def read_plan(
@@ -351,30 +390,6 @@ def read_plan(
         candidates = candidate_plans(policy, with_mask_rows=with_mask_rows, with_history=with_history)
         return Planner(candidates, costs=read_costs(policy))
     return Plan.parse(text, default_drafts=policy.trained_drafts or 1)
-
-
-def read_costs(policy: "HFPolicy") -> CostModel:
-    """What is kept of the costs of such a policy on such a machine."""
-    return CostModel.load(cache_dir() / "plans" / f"{cost_key(policy)}.json")
-
-
-def cost_key(policy: "HFPolicy") -> str:
-    """A hash of what the cost of a step depends on: architecture, precision, device, threads, versions."""
-    modules = [policy.model, *([policy.adapter] if policy.adapter is not None else [])]
-    described = {
-        "family": policy.model.config.model_type,
-        "parameters": [
-            (name, [*parameter.shape]) for module in modules for name, parameter in module.named_parameters()
-        ],
-        "dtype": str(policy.model.dtype),
-        "device": torch.cuda.get_device_name(policy.device)
-        if policy.device.type == "cuda"
-        else policy.device.type,
-        "threads": torch.get_num_threads(),
-        "blockroll": blockroll.__version__,
-        "torch": torch.__version__,
-    }
-    return hashlib.sha256(json.dumps(described).encode()).hexdigest()[:16]
 
 
 def _is_narrower(plan: Plan, other: Plan) -> bool:

@@ -9,8 +9,8 @@ from blockroll.policies.base import Policy
 from blockroll.rollout.engine.drafting import Drafter, DraftStep
 from blockroll.rollout.engine.engine import BareEngine
 from blockroll.rollout.engine.plans import Choice, NextStep, StepTaken
+from blockroll.rollout.planning.candidates import candidate_plans
 from blockroll.rollout.planning.costs import CostModel, Work
-from blockroll.rollout.planning.planner import candidate_plans
 from blockroll.types import HISTORY, PLAIN, POINT_MASS, Draft, Plan, Request, Sampling
 
 BATCH_SIZES = (1, 8, 32)
