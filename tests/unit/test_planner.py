@@ -289,7 +289,7 @@ def test_the_achieved_speedup_is_what_was_measured_whatever_the_cost_model_says(
     slow, plain_s, total_s, num_tokens = [1.0], [], [], []
 
     def seconds(plan, batch_size, context=64):
-        slow[0] = 3.0 if next(steps) // 150 % 2 else 1.0
+        slow[0] = 3.0 if next(steps) // 400 % 2 else 1.0
         return slow[0] * fair(plan, batch_size, context)
 
     def observe(taken, tell=planner.observe):
@@ -299,7 +299,7 @@ def test_the_achieved_speedup_is_what_was_measured_whatever_the_cost_model_says(
         tell(taken)
 
     world.seconds, planner.observe = seconds, observe
-    world.run(planner, 1200, 4)
+    world.run(planner, 1600, 4)
     measured = sum(tokens * s for tokens, s in zip(num_tokens, plain_s, strict=True)) / 4 / sum(total_s)
     assert planner.speedups[1] == pytest.approx(measured, rel=0.2)
 

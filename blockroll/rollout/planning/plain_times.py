@@ -7,7 +7,8 @@ steps, and one pause moves it little.
 
 from blockroll.rollout.planning.costs import CostModel, Work
 
-_WEIGHT = 1 / 8  # of a new step
+_WEIGHT = 1 / 8  # of a new step, and again for each step since the last plain one,
+_MOST_WEIGHT = 1 / 2  # up to this
 _FIRST = 3  # steps of a place of which the fastest counts: the first warms it up
 _LONGEST = 4.0  # times what was expected: longer is a pause, and no step
 
@@ -21,15 +22,16 @@ class PlainTimes:
         self._num_steps: dict[Work, int] = {}
         self._latest: Work | None = None
 
-    def observe(self, work: Work, seconds: float) -> None:
-        """A plain step took so long."""
+    def observe(self, work: Work, seconds: float, num_others: int = 0) -> None:
+        """A plain step took so long, behind so many others since the last plain one."""
         place = work.place
+        weight = min(_WEIGHT * (1 + num_others), _MOST_WEIGHT)
         count = self._num_steps[place] = self._num_steps.get(place, 0) + 1
         before = self._seconds.get(place, seconds)
         if count <= _FIRST:
             self._seconds[place] = min(before, seconds)
         else:
-            self._seconds[place] = before + _WEIGHT * (min(seconds, _LONGEST * before) - before)
+            self._seconds[place] = before + weight * (min(seconds, _LONGEST * before) - before)
         self._latest = place
 
     def seconds(self, work: Work) -> float | None:

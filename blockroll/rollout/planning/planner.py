@@ -93,6 +93,7 @@ class Planner:
         self._plain_steps = 0.0  # that the time of all steps is worth
         self._trials, self._looks = Account(), Account()
         self._promised, self._kept = _CALIBRATION_STEPS / 8, _CALIBRATION_STEPS / 8  # drafts from history
+        self._plain_at = 0  # the last plain step
         self._looks_at = 0  # this many steps
         self._num_silent = 0  # steps that the latest look is followed by without one
         self._quiet: Chosen | None = None  # a plain step that is taken again meanwhile
@@ -265,15 +266,13 @@ class Planner:
             if hoped > _HOPELESS * best and self._is_paid(trial, best, step):
                 return trial
         close = [plan for plan, speed in speeds.items() if speed >= _HOPELESS * best or plan == PLAIN]
-        due = [
-            plan
-            for plan in close
-            if plan != self._last_run
-            and self._num_steps - self._tried_at.get(plan, 0) >= _STEPS_PER_TRIAL * len(close)
-        ]
+        since = {plan: self._num_steps - self._tried_at.get(plan, 0) for plan in close}
+        since[PLAIN] *= len(close)  # what plain steps take is to be known near in time
+        least = _STEPS_PER_TRIAL * len(close)
+        due = [plan for plan in close if plan != self._last_run and since[plan] >= least]
         if not due:
             return None
-        plan = min(due, key=lambda each: self._tried_at.get(each, 0))
+        plan = max(due, key=since.__getitem__)
         trial = (plan, self._fewest_steps(plan, step))
         if not self._is_paid(trial, best, step):
             return None
@@ -350,7 +349,8 @@ class Planner:
         """
         seconds = taken.seconds
         if taken.plan == PLAIN:
-            self._plain_times.observe(chosen.work, seconds)
+            self._plain_times.observe(chosen.work, seconds, self._num_steps - self._plain_at - 1)
+            self._plain_at = self._num_steps
         plain_s = self._plain_times.seconds(chosen.work)
         if plain_s is None:
             return
