@@ -11,7 +11,7 @@ Shapes: B requests, K drafted tokens, L target rows, N rows, W rows of a request
 import torch
 from torch import Tensor
 
-from blockroll.samplers.rows import drawn_from, spans_of_rows
+from blockroll.samplers.rows import spans_of_rows, weights_at
 from blockroll.types import Draft, Evidence, Rows, Verdict
 
 _FORMED = 1 << 16  # probabilities that cost about what it costs to look whether more are needed
@@ -66,10 +66,10 @@ def _drawn(
     drafts, uniforms = drafts_NW.clamp(min=0).flatten(), uniforms_NW.flatten()
     tokens, figures = [], []
     for rows in spans_of_rows(len(requests), target.shape[-1]):
-        weights_NV = target.at(requests[rows], offsets[rows])
-        drawn = drawn_from(weights_NV, uniforms[rows])
+        weights = weights_at(target, requests[rows], offsets[rows])
+        drawn = weights.draw(uniforms[rows])
         asked_N2 = torch.stack([drawn.token_ids_B, drafts[rows]], dim=1)
-        own_N, drafts_N = weights_NV.gather(1, asked_N2).unbind(dim=1)
+        own_N, drafts_N = weights.probs_of(asked_N2).unbind(dim=1)
         tokens.append(drawn.token_ids_B)
         figures.append(torch.stack([own_N, drawn.low_B, drawn.high_B, drawn.mass_B, drafts_N], dim=1))
     return torch.cat(tokens).view(drafts_NW.shape), torch.cat(figures).view(*drafts_NW.shape, -1)

@@ -255,7 +255,8 @@ class _Processing:
         ]
         # All positions at once, or one after another where masks depend on the drafts before.
         width = 1 if paths else max(rows.shape[1], 1)
-        tokens = []
+        tokens: list[Tensor] = []
+        drawn_law: Rows | None = None
         for start in range(0, max(rows.shape[1], 1), width):
             span = slice(start, start + width)
             for row, path in paths:
@@ -268,14 +269,17 @@ class _Processing:
             if law is None:
                 tokens.append(drawable.argmax(dim=-1))
             else:
-                tokens.append(held(replace(law, logits_BLV=drawable)).draw(uniforms_BK[:, span]))
+                token_ids, drawn_law = held(replace(law, logits_BLV=drawable)).drawn(uniforms_BK[:, span])
+                tokens.append(token_ids)
             if paths:
                 drawn = tokens[-1].tolist()
                 for row, path in paths:
                     path.extend(drawn[row])
+        if law is not None and len(tokens) > 1:
+            drawn_law = held(replace(law, logits_BLV=rows))
         return Draft(
             token_ids_BK=torch.cat(tokens, dim=1),
-            law=POINT_MASS if law is None else held(replace(law, logits_BLV=rows)),
+            law=POINT_MASS if drawn_law is None else drawn_law,
             num_drafts_B=num_drafts_B,
         )
 

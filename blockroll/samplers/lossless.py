@@ -19,7 +19,8 @@ from torch import Tensor
 
 from blockroll.samplers.by_position import draw_by_position
 from blockroll.samplers.packed import Logits, PackedLogits, PackedRows, cells
-from blockroll.samplers.rows import DenseRows, Drawn, LogitRows, drawn_from, held, spans_of_rows
+from blockroll.samplers.rows import DenseRows, LogitRows, held, is_wide, spans_of_rows, weights_at
+from blockroll.samplers.weights import Drawn, Weights, block_sums
 from blockroll.types import POINT_MASS, Draft, Evidence, PointMass, Rows, Verdict
 
 _T = TypeVar("_T", Verdict, Evidence)
@@ -52,10 +53,10 @@ def draw_draft(
         return Draft(token_ids_BK=logits_BKV.argmax(dim=-1), law=POINT_MASS, num_drafts_B=num_drafts_B)
     if has_greedy is None:
         has_greedy = bool((temperature_B == 0).any())
-    rows = held(LogitRows(logits_BKV, temperature_B, has_greedy))
+    token_ids_BK, law = held(LogitRows(logits_BKV, temperature_B, has_greedy)).drawn(uniforms_BK)
     return Draft(
-        token_ids_BK=rows.draw(uniforms_BK),
-        law=rows,
+        token_ids_BK=token_ids_BK,
+        law=law,
         num_drafts_B=num_drafts_B,
         certain_B=temperature_B == 0 if has_greedy else None,
     )
@@ -114,15 +115,22 @@ def settle_first(draft: Draft, target: Rows | Tensor, uniforms_B2: Tensor) -> Ve
 def _verify_drawn(draft: Draft, target: Rows, uniforms_BL: Tensor) -> Verdict:
     """By accept coins, and a residual."""
     num_drafts = draft.token_ids_BK.shape[1]
-    draft_p_BK, target_p_BK = _own_probs(draft), target.probs_of(draft.token_ids_BK)
+    draft_p_BK = _own_probs(draft)
+    if is_wide(target):
+        target_p_BK, final_p_B, final = _judged(
+            draft, target, draft_p_BK, uniforms_BL, uniforms_BL[:, -1], num_rows=num_drafts + 1
+        )
+    else:
+        target_p_BK = target.probs_of(draft.token_ids_BK)
 
     # u * draft < target is u < target / draft without the division, so draft == 0 is no special case.
     accepted_BK = uniforms_BL[:, :num_drafts] * draft_p_BK < target_p_BK
     accepted_BK &= torch.arange(num_drafts, device=uniforms_BL.device) < draft.num_drafts_B[:, None]
     num_accepted_B = accepted_BK.long().cumprod(dim=1).sum(dim=1)
 
-    is_rejected_B = num_accepted_B < draft.num_drafts_B
-    final_p_B, final = _draw_final(draft, target, num_accepted_B, is_rejected_B, uniforms_BL[:, -1])
+    if not is_wide(target):
+        is_rejected_B = num_accepted_B < draft.num_drafts_B
+        final_p_B, final = _draw_final(draft, target, num_accepted_B, is_rejected_B, uniforms_BL[:, -1])
     num_accepted_B1, final_p_B1 = num_accepted_B[:, None], final_p_B[:, None]
     tokens_BL = torch.cat([draft.token_ids_BK, final.token_ids_B[:, None]], dim=1)
     probs_BL = torch.cat([target_p_BK, final_p_B1], dim=1).scatter(1, num_accepted_B1, final_p_B1)
@@ -135,13 +143,52 @@ def _verify_drawn(draft: Draft, target: Rows, uniforms_BL: Tensor) -> Verdict:
     )
 
 
+def _judged(
+    draft: Draft, target: Rows, draft_p_BK: Tensor, coins_BK: Tensor, finals_B: Tensor, *, num_rows: int
+) -> tuple[Tensor, Tensor, Drawn]:
+    """Of each draft its probability under the target, as far as those before it stand, and NaN behind.
+
+    And, as `_draw_final`, of the token behind those that stand, if that is in the first rows. Each row of a
+    large vocabulary that is reached is formed once, and no other.
+    """
+    target_p_BK, (final_p_B, final) = torch.full_like(draft_p_BK, torch.nan), _nothing_drawn(finals_B)
+    standing_N = torch.arange(len(finals_B), device=finals_B.device)
+    for offset in range(num_rows):
+        still = [standing_N[:0]]
+        for span in spans_of_rows(len(standing_N), target.shape[-1]):
+            requests_M = standing_N[span]
+            weights = weights_at(target, requests_M, torch.full_like(requests_M, offset))
+            stands_M = has_draft_M = draft.num_drafts_B[requests_M] > offset
+            if has_draft_M.any():
+                target_p_M = weights.probs_of(draft.token_ids_BK[requests_M, offset, None]).squeeze(1)
+                target_p_BK[requests_M, offset] = target_p_M.where(has_draft_M, torch.nan)
+                stands_M = has_draft_M & (
+                    coins_BK[requests_M, offset] * draft_p_BK[requests_M, offset] < target_p_M
+                )
+            still.append(requests_M[stands_M])
+            for is_rejected, is_meant_M in ((True, has_draft_M & ~stands_M), (False, ~has_draft_M)):
+                index_R = is_meant_M.nonzero().squeeze(1)
+                if len(index_R):
+                    drawable = weights if len(index_R) == len(requests_M) else weights.rows(index_R)
+                    requests_R = requests_M[index_R]
+                    offsets_R = torch.full_like(requests_R, offset) if is_rejected else None
+                    found = _drawn(drawable, draft, requests_R, offsets_R, finals_B[requests_R])
+                    _put(final_p_B, final, requests_R, found)
+        standing_N = torch.cat(still)
+    return target_p_BK, final_p_B, final
+
+
 def _settle_drawn(draft: Draft, target: Rows, uniforms_B2: Tensor) -> Verdict:
     drafted_B1 = draft.token_ids_BK[:, :1]
-    draft_p_B1, target_p_B1 = _own_probs(draft)[:, :1], target.probs_of(drafted_B1)
-    has_draft_B = draft.num_drafts_B > 0
+    draft_p_B1, has_draft_B = _own_probs(draft)[:, :1], draft.num_drafts_B > 0
+    if is_wide(target):
+        finals_B = uniforms_B2[:, 1]
+        target_p_B1, final_p_B, final = _judged(draft, target, draft_p_B1, uniforms_B2, finals_B, num_rows=1)
+    else:
+        target_p_B1 = target.probs_of(drafted_B1)
+        first_B = torch.zeros_like(draft.num_drafts_B)
+        final_p_B, final = _draw_final(draft, target, first_B, has_draft_B, uniforms_B2[:, 1])
     is_draft_B1 = (uniforms_B2[:, :1] * draft_p_B1 < target_p_B1) & has_draft_B[:, None]
-    first_B = torch.zeros_like(draft.num_drafts_B)
-    final_p_B, final = _draw_final(draft, target, first_B, has_draft_B, uniforms_B2[:, 1])
     return Verdict(
         token_ids_BL=torch.where(is_draft_B1, drafted_B1, final.token_ids_B[:, None]),
         num_committed_B=torch.ones_like(draft.num_drafts_B),
@@ -199,41 +246,57 @@ def _draw_final(
     draft: Draft, target: Rows, offset_B: Tensor, is_rejected_B: Tensor, uniforms_B: Tensor
 ) -> tuple[Tensor, Drawn]:
     """Target probability and draw of a token at an offset: from a rejected draft's residual, or target."""
-    size, _, vocab_size = target.shape
-    requests_B = torch.arange(size, device=offset_B.device)
-    probs, drawn = [], []
-    for requests in spans_of_rows(size, vocab_size):
-        target_BV = weights_BV = target.at(requests_B[requests], offset_B[requests])
-        if draft.token_ids_BK.shape[1]:
-            weights_BV = _final_weights(
-                target_BV,
-                draft,
-                requests_B[requests],
-                offset_B[requests],
-                is_rejected_B=is_rejected_B[requests],
+    probs_B, drawn = _nothing_drawn(uniforms_B)
+    for is_residual, is_meant_B in ((True, is_rejected_B.bool()), (False, ~is_rejected_B.bool())):
+        requests_N = is_meant_B.nonzero().squeeze(1)
+        for span in spans_of_rows(len(requests_N), target.shape[-1]):
+            requests_M = requests_N[span]
+            offsets_M = offset_B[requests_M]
+            weights = weights_at(target, requests_M, offsets_M)
+            rejected_M = offsets_M if is_residual else None
+            _put(
+                probs_B,
+                drawn,
+                requests_M,
+                _drawn(weights, draft, requests_M, rejected_M, uniforms_B[requests_M]),
             )
-        drawn.append(drawn_from(weights_BV, uniforms_B[requests]))
-        probs.append(target_BV.gather(-1, drawn[-1].token_ids_B[:, None]).squeeze(-1))
-    if len(drawn) == 1:
-        return probs[0], drawn[0]
-    return torch.cat(probs), Drawn(*map(torch.cat, zip(*drawn, strict=True)))
+    return probs_B, drawn
 
 
-def _final_weights(
-    target_NV: Tensor, draft: Draft, requests_N: Tensor, offset_N: Tensor, *, is_rejected_B: Tensor
-) -> Tensor:
-    """What the token at these offsets is drawn from: the residual of the rejected draft there, or target."""
-    residual_NV = _residual(target_NV, draft, requests_N, offset_N)
-    # Rounding can reject a token and leave no mass: draft and target are then equal.
-    use_residual_N = is_rejected_B & (residual_NV.sum(dim=-1) > 0)
-    return torch.where(use_residual_N[:, None], residual_NV, target_NV)
+def _nothing_drawn(uniforms_B: Tensor) -> tuple[Tensor, Drawn]:
+    """Target probabilities and draws that are still to be filled in."""
+    token_ids_B = torch.zeros(uniforms_B.shape, dtype=torch.int64, device=uniforms_B.device)
+    probs_B, *figures = (torch.full_like(uniforms_B, torch.nan) for _ in range(4))
+    return probs_B, Drawn(token_ids_B, *figures)
 
 
-def _residual(target_NV: Tensor, draft: Draft, requests_N: Tensor, offset_N: Tensor) -> Tensor:
+def _put(probs_B: Tensor, drawn: Drawn, requests_N: Tensor, found: tuple[Tensor, Drawn]) -> None:
+    probs_B[requests_N] = found[0]
+    for values_B, values_N in zip(drawn, found[1], strict=True):
+        values_B[requests_N] = values_N
+
+
+def _drawn(
+    target: Weights, draft: Draft, requests_N: Tensor, rejected_N: Tensor | None, uniforms_N: Tensor
+) -> tuple[Tensor, Drawn]:
+    """From these target rows, or the residuals that rejected drafts at these offsets leave of them."""
+    weights = target if rejected_N is None else _residual(target, draft, requests_N, rejected_N)
+    drawn = weights.draw(uniforms_N)
+    return target.probs_of(drawn.token_ids_B[:, None]).squeeze(1), drawn
+
+
+def _residual(target: Weights, draft: Draft, requests_N: Tensor, offsets_N: Tensor) -> Weights:
     """The positive part of target less draft, not normalised."""
     assert not isinstance(draft.law, PointMass)
-    offset_N = offset_N.clamp(max=draft.token_ids_BK.shape[1] - 1)
-    return (target_NV - as_rows(draft.law).at(requests_N, offset_N)).clamp(min=0)
+    law = as_rows(draft.law)
+    target_NV = target.dense(law.shape[-1])
+    residual_NV = (target_NV - weights_at(law, requests_N, offsets_N).dense(law.shape[-1])).clamp_(min=0)
+    # Rounding can reject a token and leave no mass: draft and target are then equal.
+    is_empty_N = residual_NV.amax(dim=-1) == 0
+    if is_empty_N.any():
+        residual_NV = torch.where(is_empty_N[:, None], target_NV, residual_NV)
+    sums_NC = None if target.sums_NC is None else block_sums(residual_NV)
+    return Weights(weights_NM=residual_NV, sums_NC=sums_NC)
 
 
 def _evidence(

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from blockroll.samplers.processing import Cut
 from blockroll.samplers.rows import LogitRows
+from blockroll.samplers.weights import Weights
 from blockroll.types import Rows
 
 
@@ -94,11 +95,17 @@ class PackedRows(Rows):
         return self._each(LogitRows.logprobs_of, token_ids_BN, torch.float64)
 
     def at(self, requests_N: Tensor, offsets_N: Tensor) -> Tensor:
+        return self.weights_at(requests_N, offsets_N).dense(self.shape[-1])
+
+    def weights_at(self, requests_N: Tensor, offsets_N: Tensor) -> Weights:
+        """Of these rows, each of a request and at an offset."""
         packed = self.packed
         offsets_N = torch.minimum(offsets_N, packed.num_rows_B[requests_N] - 1)
         cut = None if self.cut is None else self.cut.of(requests_N)
         rows = self._rows(packed.starts_B[requests_N] + offsets_N, self.temperature_B[requests_N], cut)
-        return rows.dense()[:, 0]
+        return rows.weights_at(
+            torch.arange(len(requests_N), device=offsets_N.device), torch.zeros_like(offsets_N)
+        )
 
     def behind_first(self) -> Self:
         packed = self.packed
@@ -133,4 +140,6 @@ class PackedRows(Rows):
 
     def _rows(self, index_R: Tensor, temperature_R: Tensor, cut_R: Cut | None) -> LogitRows:
         """Some of the N rows, each as the only row of a request."""
-        return LogitRows(self.packed.logits_NV[index_R][:, None], temperature_R, self.has_greedy, cut_R)
+        return LogitRows(
+            self.packed.logits_NV.index_select(0, index_R)[:, None], temperature_R, self.has_greedy, cut_R
+        )

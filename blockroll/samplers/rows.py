@@ -1,32 +1,41 @@
 """The laws of positions, held as what they come from; probabilities are formed where a token is judged.
 
 A vocabulary of 49,152 makes B x L x V probabilities the dearest part of a step. Rows of logits stay as the
-forward gave them: a tile of rows at a time is made into float64 probabilities, read, and forgotten. They are
-the same numbers, bit for bit, as those of all rows at once.
+forward gave them: a tile of rows at a time is made into weights, read, and forgotten. They are the same
+numbers, bit for bit, as those of all rows at once, and do not depend on the rows beside them.
 
 Shapes: B requests, L rows, N of these rows from the first on, V vocabulary.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import NamedTuple, Self
+from typing import NamedTuple, Protocol, Self, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from blockroll.samplers.processing import Cut, mixed_logits, truncate
+from blockroll.samplers.processing import Cut, mixed_logits, truncate, truncated
+from blockroll.samplers.weights import Weights, inverse_cdf
 from blockroll.types import Rows
 
-_TILE = 1 << 18  # probabilities that are formed at once: 2 MB, which stay in a core's cache
+_TILE = 1 << 18  # weights that are formed at once: 1 or 2 MB, which stay in a core's cache
+_WIDE = 1 << 14  # a vocabulary from which on the softmax of float32 logits is float32
 
 
-class Drawn(NamedTuple):
-    """Tokens drawn by inverse CDF, and where in the cumulative weights each was found; float64 (B,)."""
+@runtime_checkable
+class Weighed(Protocol):
+    """Rows that give their laws as weights."""
 
-    token_ids_B: Tensor  # int64
-    low_B: Tensor  # weights of all ids before the token,
-    high_B: Tensor  # the token's own included,
-    mass_B: Tensor  # and of all ids
+    def weights_at(self, requests_N: Tensor, offsets_N: Tensor) -> Weights:
+        """Of these rows, each of a request and at an offset."""
+        ...
+
+
+def weights_at(rows: Rows, requests_N: Tensor, offsets_N: Tensor) -> Weights:
+    """Rows of a law, however it is held."""
+    if isinstance(rows, Weighed):
+        return rows.weights_at(requests_N, offsets_N)
+    return Weights(weights_NM=rows.at(requests_N, offsets_N))
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +59,10 @@ class DenseRows(Rows):
 
     def draw(self, uniforms_BL: Tensor) -> Tensor:
         return inverse_cdf(self.probs_BLV, uniforms_BL)
+
+    def drawn(self, uniforms_BL: Tensor) -> tuple[Tensor, Self]:
+        """As `draw`, and these rows."""
+        return self.draw(uniforms_BL), self
 
     def dense(self) -> Tensor:
         return self.probs_BLV
@@ -87,6 +100,13 @@ class Mix:
         return Mix(self.draft_logits_BKV[:, 1:], self.weight_B, self.num_drafts_B - 1)
 
 
+class Known(NamedTuple):
+    """A token of each row, and its probability, float64: (B, L)."""
+
+    token_ids_BL: Tensor
+    probs_BL: Tensor
+
+
 @dataclass(frozen=True, slots=True)
 class LogitRows(Rows):
     """softmax(logits / temperature), a point mass where the temperature is 0; mixed and cut where asked."""
@@ -96,15 +116,19 @@ class LogitRows(Rows):
     has_greedy: bool  # whether any temperature is 0
     cut: Cut | None = None  # None: no request is truncated,
     mix: Mix | None = None  # or mixes
+    known: "Known | None" = None
 
     @property
     def shape(self) -> torch.Size:
         return self.logits_BLV.shape
 
     def probs_of(self, token_ids_BN: Tensor) -> Tensor:
+        if self.known is not None and torch.equal(self.known.token_ids_BL, token_ids_BN):
+            return self.known.probs_BL
         probs_BN = torch.empty(token_ids_BN.shape, dtype=torch.float64, device=token_ids_BN.device)
-        for place, probs_11V in self._tiles(token_ids_BN.shape[1]):
-            probs_BN[place] = probs_11V.gather(-1, token_ids_BN[place][..., None]).squeeze(-1)
+        for place, weights in self._tiles(token_ids_BN.shape[1]):
+            ids_BN = token_ids_BN[place]
+            probs_BN[place] = weights.probs_of(ids_BN.reshape(-1, 1)).view(ids_BN.shape)
         return probs_BN
 
     def logprobs_of(self, token_ids_BN: Tensor) -> Tensor:
@@ -114,47 +138,92 @@ class LogitRows(Rows):
         """
         logprobs_BN = torch.empty(token_ids_BN.shape, dtype=torch.float64, device=token_ids_BN.device)
         for place in self._places(token_ids_BN.shape[1]):
-            scaled_BLV = _scaled(self.logits_BLV[place], self.temperature_B[place[0]])
-            own_BL = scaled_BLV.gather(-1, token_ids_BN[place][..., None]).squeeze(-1)
+            logits_BLV, temperature_B = self.logits_BLV[place], self.temperature_B[place[0]]
+            own_BL = logits_BLV.gather(-1, token_ids_BN[place][..., None]).squeeze(-1)
+            best_BL = logits_BLV.amax(dim=-1)
+            gap_BL = (own_BL.double() - best_BL.double()) / temperature_B.double()[:, None]
             # The best token's probability is no less than 1 / V: log-sum-exp by one softmax, which is faster.
-            best_BL = scaled_BLV.amax(dim=-1)
-            logprobs_BN[place] = own_BL - best_BL + scaled_BLV.softmax(dim=-1).amax(dim=-1).log()
+            of_best_BL = self._weights(logits_BLV, place[0]).best_probs().view(best_BL.shape)
+            logprobs_BN[place] = gap_BL + of_best_BL.log()
         return logprobs_BN
 
     def at(self, requests_N: Tensor, offsets_N: Tensor) -> Tensor:
-        logits_N1V = self.logits_BLV[requests_N, offsets_N][:, None]
+        return self.weights_at(requests_N, offsets_N).dense(self.shape[-1])
+
+    def weights_at(self, requests_N: Tensor, offsets_N: Tensor) -> Weights:
+        """Of these rows, each of a request and at an offset."""
+        if self.logits_BLV.is_cpu and is_wide(self.logits_BLV):  # a copy of whole rows, not id by id
+            places = zip(requests_N.tolist(), offsets_N.tolist(), strict=True)
+            logits_N1V = torch.stack([self.logits_BLV[place] for place in places])[:, None]
+        else:
+            logits_N1V = self.logits_BLV[requests_N, offsets_N][:, None]
         if self.mix is not None:
             logits_N1V = self.mix.at(requests_N, offsets_N, logits_N1V)
-        return self._law(logits_N1V, requests_N)[:, 0]
+        return self._weights(logits_N1V, requests_N)
 
     def behind_first(self) -> Self:
         mix = None if self.mix is None else self.mix.behind_first()
-        return replace(self, logits_BLV=self.logits_BLV[:, 1:], mix=mix)
+        known = None if self.known is None else Known(*(each_BL[:, 1:] for each_BL in self.known))
+        return replace(self, logits_BLV=self.logits_BLV[:, 1:], mix=mix, known=known)
 
     def dense(self) -> Tensor:
-        return self._law(self.logits(), slice(None))
+        logits_BLV = self.logits()
+        return self._weights(logits_BLV, slice(None)).dense(logits_BLV.shape[-1]).view(logits_BLV.shape)
 
     def logits(self) -> Tensor:
         """What the softmax is taken of; float64 (B, L, V) where any request mixes."""
         return self.logits_BLV if self.mix is None else self.mix.of_all(self.logits_BLV)
 
     def draw(self, uniforms_BL: Tensor) -> Tensor:
-        token_ids_BL = torch.empty(uniforms_BL.shape, dtype=torch.int64, device=uniforms_BL.device)
-        for place, probs_11V in self._tiles(uniforms_BL.shape[1]):
-            token_ids_BL[place] = inverse_cdf(probs_11V, uniforms_BL[place])
-        return token_ids_BL
+        return self.drawn(uniforms_BL)[0]
 
-    def _tiles(self, num_rows: int) -> Iterator[tuple[tuple[slice, slice], Tensor]]:
-        """The law of the first rows of each request, some at a time, and which they are."""
+    def drawn(self, uniforms_BL: Tensor) -> tuple[Tensor, Self]:
+        """As `draw`, and these rows, which know then what the probabilities of these tokens are."""
+        token_ids_BL = torch.empty(uniforms_BL.shape, dtype=torch.int64, device=uniforms_BL.device)
+        probs_BL = torch.empty_like(uniforms_BL)
+        for place, weights in self._tiles(uniforms_BL.shape[1]):
+            uniforms = uniforms_BL[place]
+            token_ids_N = weights.draw(uniforms.flatten()).token_ids_B
+            token_ids_BL[place] = token_ids_N.view(uniforms.shape)
+            probs_BL[place] = weights.probs_of(token_ids_N[:, None]).view(uniforms.shape)
+        return token_ids_BL, replace(self, known=Known(token_ids_BL, probs_BL))
+
+    def _tiles(self, num_rows: int) -> Iterator[tuple[tuple[slice, slice], Weights]]:
+        """The first rows of each request, some at a time, and which they are."""
         for place in self._places(num_rows):
             logits_BLV = self.logits_BLV[place]
             if self.mix is not None:
                 logits_BLV = self.mix.tile(place, logits_BLV)
-            yield place, self._law(logits_BLV, place[0])
+            yield place, self._weights(logits_BLV, place[0])
 
-    def _law(self, logits_BLV: Tensor, requests: slice | Tensor) -> Tensor:
-        probs_BLV = target_probs(logits_BLV, self.temperature_B[requests], has_greedy=self.has_greedy)
-        return probs_BLV if self.cut is None else truncate(probs_BLV, self.cut.of(requests))
+    def _weights(self, logits_BLV: Tensor, requests: slice | Tensor) -> Weights:
+        """Of all these rows, N = B x L."""
+        if not is_wide(logits_BLV):
+            temperature_B = self.temperature_B[requests]
+            probs_BLV = target_probs(logits_BLV, temperature_B, has_greedy=self.has_greedy)
+            if self.cut is not None:
+                probs_BLV = truncate(probs_BLV, self.cut.of(requests))
+            return Weights(weights_NM=probs_BLV.flatten(0, 1))
+        if self.cut is None:
+            return self._whole(logits_BLV, requests)
+        num_rows = logits_BLV.shape[1]
+        cut_N = Cut(*(option_B.repeat_interleave(num_rows) for option_B in self.cut.of(requests)))
+        return truncated(self._whole(logits_BLV, requests), cut_N)
+
+    def _whole(self, logits_BLV: Tensor, requests: slice | Tensor) -> Weights:
+        """As `_weights`, of a large vocabulary, before any row is cut."""
+        temperature_B11 = self.temperature_B[requests].to(logits_BLV.dtype)[:, None, None]
+        if self.has_greedy:
+            is_greedy_B11 = temperature_B11 == 0
+            best_BL1 = logits_BLV.argmax(dim=-1, keepdim=True)
+            best_BLV = torch.full_like(logits_BLV, -torch.inf).scatter_(-1, best_BL1, 0.0)
+            logits_BLV = torch.where(is_greedy_B11, best_BLV, logits_BLV)
+            temperature_B11 = torch.where(is_greedy_B11, 1.0, temperature_B11)
+        if (temperature_B11 != 1).any():
+            # Scaled from the best on: what rounding takes is least where weights are largest.
+            logits_BLV = logits_BLV - logits_BLV.amax(dim=-1, keepdim=True)
+            logits_BLV.div_(temperature_B11)
+        return Weights.normalized(logits_BLV.softmax(dim=-1).flatten(0, 1))
 
     def _places(self, num_rows: int) -> Iterator[tuple[slice, slice]]:
         """Whole requests, or rows of one where those of one are a tile."""
@@ -165,9 +234,18 @@ class LogitRows(Rows):
                 yield requests, rows
 
 
-def held(rows: LogitRows) -> Rows:
-    """The same law, held in the cheaper way: what is one tile is formed at once."""
-    return DenseRows(rows.dense()) if rows.logits_BLV.numel() <= _TILE else rows
+def held(rows: LogitRows) -> LogitRows | DenseRows:
+    """The same law, held in the cheaper way: what is one tile is formed at once.
+
+    Of a large vocabulary no more is formed than is read.
+    """
+    logits_BLV = rows.logits_BLV
+    return rows if is_wide(logits_BLV) or logits_BLV.numel() > _TILE else DenseRows(rows.dense())
+
+
+def is_wide(rows: Rows | Tensor) -> bool:
+    """Whether the vocabulary is so large that no row is formed before it is known to be needed."""
+    return rows.shape[-1] >= _WIDE and not isinstance(rows, DenseRows)
 
 
 def spans_of_rows(num_rows: int, vocab_size: int) -> Iterator[slice]:
@@ -197,33 +275,3 @@ def target_probs(logits_BLV: Tensor, temperature_B: Tensor, *, has_greedy: bool 
 
 def _scaled(logits_BLV: Tensor, temperature_B: Tensor) -> Tensor:
     return logits_BLV.to(torch.float64, copy=True).div_(temperature_B.to(torch.float64)[:, None, None])
-
-
-def inverse_cdf(weights_V: Tensor, uniforms: Tensor) -> Tensor:
-    """The id whose interval of the cumulative weights holds the uniform; never an id without weight.
-
-    `weights_V` (..., V) need not be normalised; `uniforms` (...) lie in (0, 1). One token per row, int64.
-    """
-    return _search(weights_V.cumsum(dim=-1), uniforms)
-
-
-def drawn_from(weights_BV: Tensor, uniforms_B: Tensor) -> Drawn:
-    """As `inverse_cdf`, with the interval that held each uniform."""
-    cumulative_BV = weights_BV.cumsum(dim=-1)
-    token_ids_B = _search(cumulative_BV, uniforms_B)
-    before_B = (token_ids_B - 1).clamp(min=0)
-    low_B = cumulative_BV.gather(-1, before_B[:, None]).squeeze(-1)
-    return Drawn(
-        token_ids_B=token_ids_B,
-        low_B=torch.where(token_ids_B > 0, low_B, 0.0),
-        high_B=cumulative_BV.gather(-1, token_ids_B[:, None]).squeeze(-1),
-        mass_B=cumulative_BV[:, -1],
-    )
-
-
-def _search(cumulative_V: Tensor, uniforms: Tensor) -> Tensor:
-    total = cumulative_V[..., -1:].contiguous()
-    token = torch.searchsorted(cumulative_V, uniforms[..., None] * total, right=True)
-    # Rounding can carry the goal onto the total: the last id with weight is where the total is first reached.
-    last = torch.searchsorted(cumulative_V, total)
-    return torch.minimum(token, last).squeeze(-1)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from blockroll.samplers import draft_probs, draw_draft, verify_block
-from blockroll.samplers.rows import inverse_cdf
+from blockroll.samplers.weights import inverse_cdf
 from blockroll.types import Draft, Verdict
 from tests.law.integrate import Sampler
 

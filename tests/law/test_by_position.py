@@ -11,6 +11,7 @@ from blockroll.rollout.drafters.engine import Engine
 from blockroll.rollout.engine import step as decoding
 from blockroll.rollout.engine.drafting import Drafter
 from blockroll.samplers import draw_draft, lossless
+from blockroll.samplers.weights import drawn_from
 from blockroll.types import Draft, Plan, Request, Sampling
 from tests.engines import PlansInTurn
 from tests.law.by_position import cells_of, coins_given, law_by_position, requests_of
@@ -108,7 +109,7 @@ def redraws_by_the_coin_that_rejected(
                 continue
             rest = rows[b, i].clone()
             rest[token] = 0
-            drawn = lossless.drawn_from(rest[None], uniforms[b, i, None])
+            drawn = drawn_from(rest[None], uniforms[b, i, None])
             verdict.token_ids_BL[b, i] = drawn.token_ids_B[0]
             break
     return verdict

@@ -24,7 +24,7 @@ from blockroll.samplers.check import (
     check_tokens,
     redraw_uniforms,
 )
-from blockroll.samplers.rows import inverse_cdf
+from blockroll.samplers.weights import inverse_cdf
 from blockroll.types import Draft
 from tests.law.mutants import MUTANTS, draws_from_bfloat16
 from tests.law.toys import rows

@@ -10,7 +10,8 @@ from blockroll.samplers import Laws, draft_probs, draw_draft, lossless, settle_f
 from blockroll.samplers.by_position import draw_by_position
 from blockroll.samplers.check import check_draft_law
 from blockroll.samplers.laws import Text
-from blockroll.samplers.rows import LogitRows, inverse_cdf
+from blockroll.samplers.rows import LogitRows
+from blockroll.samplers.weights import inverse_cdf
 from blockroll.types import POINT_MASS, Draft, Sampling
 from tests.law.integrate import PRODUCTION, Sampler, committed_law, max_difference, target_law
 from tests.law.toys import TOYS, Toy

@@ -14,7 +14,8 @@ from torch import Tensor
 from blockroll.samplers import processing, rows
 from blockroll.samplers.laws import Laws, Text
 from blockroll.samplers.processing import Cut, mixed_logits, truncate
-from blockroll.samplers.rows import LogitRows, Mix, inverse_cdf, target_probs
+from blockroll.samplers.rows import LogitRows, Mix, target_probs
+from blockroll.samplers.weights import inverse_cdf
 from blockroll.types import Sampling
 
 OFF = (0, 1.0, 0.0)
