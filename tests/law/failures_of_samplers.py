@@ -15,6 +15,7 @@ from blockroll.samplers import laws as laws_module
 from blockroll.samplers import lossless, rows, uniforms
 from blockroll.samplers import processing as processing_module
 from blockroll.samplers.laws import Laws
+from blockroll.samplers.weights import Weights
 from blockroll.types import Draft, Plan, Sampling
 from tests.engines import make_requests, run
 from tests.law.engine_law import Processing, engine_law, processed_law
@@ -88,7 +89,7 @@ def fixture_law(verify) -> torch.Tensor:
 
 
 def redraws_from_the_target(monkeypatch):
-    monkeypatch.setattr(lossless, "_final_weights", lambda target, *_, is_rejected_B: target)
+    monkeypatch.setattr(lossless, "_residual", lambda target, *_: target)
 
 
 @failure(35, redraws_from_the_target)
@@ -228,7 +229,11 @@ def of_equal_tokens_at_the_edge_the_lowest_ids_stay():
 
 
 def trusts_an_empty_residual(monkeypatch):
-    monkeypatch.setattr(lossless, "_final_weights", lambda *row, is_rejected_B: lossless._residual(*row))
+    def wrong(target, draft, requests, offsets):
+        residual = target.dense(4) - lossless.as_rows(draft.law).at(requests, offsets)
+        return Weights(weights_NM=residual.clamp(min=0))
+
+    monkeypatch.setattr(lossless, "_residual", wrong)
 
 
 @failure(45, trusts_an_empty_residual)

@@ -9,7 +9,7 @@ import math
 import pytest
 import torch
 
-from blockroll.samplers import rows
+from blockroll.samplers import weights
 from blockroll.types import Law, Plan
 from tests.law import failures_of_coins, failures_of_logprobs, failures_of_samplers
 from tests.law.failures_of_samplers import fixture_law
@@ -60,7 +60,7 @@ def always_takes_the_best(monkeypatch):
     def best(cumulative_V, coins):
         return torch.cat([cumulative_V[..., :1], cumulative_V.diff(dim=-1)], dim=-1).argmax(dim=-1)
 
-    monkeypatch.setattr(rows, "_search", best)
+    monkeypatch.setattr(weights, "_search", best)
 
 
 @pytest.mark.failure(39)
