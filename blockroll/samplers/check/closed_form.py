@@ -9,6 +9,7 @@ sampler's arithmetic. Source: Leviathan et al. 2023, appendix A.1.
 Shapes: V vocabulary; a draft step has K = V drafts of one row each.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,6 +26,7 @@ from blockroll.samplers.rows import target_probs
 from blockroll.types import Draft
 
 TOLERANCE = 1e-5
+_BLOCKS_AT_ONCE = 16  # of a row that is searched in two levels, and drawn from again for each
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,9 +76,10 @@ def arithmetic_of(
     """What a torch sampler itself sums and compares, seen while it runs.
 
     Drafts of every id are verified at once, V positions of the same row, each with a coin of 1: a sampler
-    that decides by u q < p, by u < p / q or with <= then holds a(x) = right / left. One that decides or
-    draws otherwise, and so shows neither such a comparison nor cumulative sums, raises InvalidInput: fill
-    in an `Arithmetic` by hand.
+    that decides by u q < p, by u < p / q or with <= then holds a(x) = right / left. Drafts may be drawn in
+    two searches, of sums of blocks and then of one block: every block is then drawn from. A sampler that
+    decides or draws otherwise, and so shows neither such a comparison nor cumulative sums, raises
+    InvalidInput: fill in an `Arithmetic` by hand.
     """
     size = len(target_logits_V)
     temperature_1 = torch.tensor([temperature], dtype=torch.float64)
@@ -84,6 +87,9 @@ def arithmetic_of(
     with Watch() as drafting:
         drawn = sampler.draw_draft(draft_logits_V[None, None], temperature_1, half)
     drawn_11V = draft_probs(drawn, size)
+    drafted = _of_size(drafting.cumulative, size)
+    if not drafted:
+        drafted = _by_blocks(sampler, draft_logits_V, temperature_1, drafting.cumulative)
     target_11V = target_probs(target_logits_V[None, None], temperature_1)
     draft = Draft(
         token_ids_BK=torch.arange(size)[None],
@@ -100,8 +106,8 @@ def arithmetic_of(
     )
     with Watch() as rejecting:
         sampler.verify_block(one, target_11V.expand(1, 2, -1), half.new_tensor([[1.0, 0.5]]))
-    sums = [[sum_V for sum_V in seen.cumulative if sum_V.numel() == size] for seen in (drafting, rejecting)]
-    if not sides or not all(sums):
+    replaced = _of_size(rejecting.cumulative, size)
+    if not sides or not drafted or not replaced:
         raise InvalidInput(
             "this sampler neither compares its coins by < nor draws by searchsorted or multinomial, so its "
             "arithmetic can't be seen; fill in an Arithmetic by hand"
@@ -109,13 +115,46 @@ def arithmetic_of(
     left_V, right_V = (side.reshape(size) for side in sides[0])
     accept_V = torch.where(right_V >= left_V, 1.0, right_V / left_V)
     return Arithmetic(
-        draft_cumulative_V=sums[0][0].reshape(size),
+        draft_cumulative_V=drafted[0].reshape(size),
         accept_V=accept_V,
-        final_cumulative_V=sums[1][0].reshape(size),
+        final_cumulative_V=replaced[0].reshape(size),
     )
+
+
+def _of_size(seen: Sequence[Tensor], size: int) -> list[Tensor]:
+    return [sums_V for sums_V in seen if sums_V.numel() == size]
+
+
+def _by_blocks(
+    sampler: Sampler, logits_V: Tensor, temperature_1: Tensor, seen: Sequence[Tensor]
+) -> list[Tensor]:
+    """The cumulative sums of a row that is searched by blocks, block by block; none where it is not."""
+    size, searched = len(logits_V), _unlike(seen)
+    if len(searched) != 2:
+        return []
+    blocks_C, width = searched[0].flatten(), searched[1].numel()
+    num_blocks = len(blocks_C)
+    if not (num_blocks - 1) * width < size <= num_blocks * width:
+        return []
+    low_C = torch.cat([blocks_C.new_zeros(1), blocks_C[:-1]])
+    inside_CW = blocks_C.new_zeros(num_blocks, width)
+    reached = (blocks_C > low_C).nonzero().flatten()  # none is drawn from a block without weight
+    for some in torch.split(reached, _BLOCKS_AT_ONCE):
+        uniforms = (low_C[some] + blocks_C[some]) / 2 / blocks_C[-1]
+        logits = logits_V.expand(len(some), 1, -1)
+        with Watch() as drawing:
+            sampler.draw_draft(logits, temperature_1.expand(len(some)), uniforms[:, None].double())
+        inside = _unlike(drawing.cumulative)[1::2]  # behind the blocks of the same rows
+        inside_CW[some] = torch.cat([sums.reshape(-1, width) for sums in inside])
+    return [(low_C[:, None] + inside_CW).flatten()[:size]]
 
 
 def _law(cumulative_V: Tensor) -> np.ndarray:
     """The intervals between cumulative sums, as shares of the last one, in float64."""
     sums = cumulative_V.to(torch.float64).numpy()
     return np.asarray(np.diff(sums, prepend=0.0) / sums[-1])
+
+
+def _unlike(seen: Sequence[Tensor]) -> list[Tensor]:
+    """Each once: a search may look twice into the same sums."""
+    return list({id(sums): sums for sums in seen}.values())
