@@ -132,6 +132,10 @@ class CostModel:
         """Whether rows beside those of plain steps were measured at about this batch, or a larger one."""
         return any(4 * place.batch_size >= batch_size for place in self._places)
 
+    def most_rows(self) -> int:
+        """Rows of the widest verification that was measured, about; 0 before the first."""
+        return max((place.rows for place in self._places if place.kind == VERIFY), default=0)
+
     def observe(self, work: Work, seconds: float) -> None:
         """Such a step took so long. The first of a place warms it up, and teaches nothing."""
         if not 0 < seconds < math.inf:

@@ -14,14 +14,16 @@ only where a plan drafts; each token records the law it was drawn from.
 """
 
 import dataclasses
+import itertools
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from blockroll.rollout.engine.plans import Choice, NextStep, StepTaken
-from blockroll.rollout.planning.candidates import NUM_LOOKED_UP, candidate_plans, read_costs
+from blockroll.rollout.planning.candidates import candidate_plans, read_costs
 from blockroll.rollout.planning.costs import VERIFY, CostModel, Work
 from blockroll.rollout.planning.counts import Account, Chosen, Counts
+from blockroll.rollout.planning.lengths import verifiable
 from blockroll.rollout.planning.plain_times import PlainTimes
 from blockroll.types import HISTORY, PLAIN, Plan, PlanKind
 
@@ -32,8 +34,6 @@ logger = logging.getLogger(__name__)
 
 AUTO = "auto"
 _PLAIN_STEP = Choice(plan=PLAIN)
-_NEAREST = (0, 1, 2, 4, 4, 4, 8, 8, 8, 8, 8, 8, 16, 16, 16, 16, 16)  # drafts of history, by how many pay
-_THRESHOLDS = (0.0, 0.15, 0.3, 0.5, 0.75)  # chances to draft for, between the least and certainty
 _MARGIN = 0.05  # a plan replaces another if it is faster by this share
 _HOPELESS = 0.8  # a plan is not tried if it is expected to reach less than this share of the best's speed
 _TRIALS = 3  # steps of a plan at a place, after which its cost is known there
@@ -45,7 +45,9 @@ _SHARE_OF_GAINS = 0.1  # of what drafts have saved pays for trials too
 _LEAST_UNKNOWN = 1.0  # and so many plain steps at least for each of work that the machine has never shown
 _DOUBTED = 0.5  # of the drafts that are hoped for, where it is paid for
 _SHARE_TO_LOOK = 0.0075  # of the time, that looks which find nothing may take,
-_STEPS_TO_LOOK = 1.0  # beyond so many plain steps
+_STEPS_TO_LOOK = 2.0  # beyond so many plain steps
+_LEAST_CHANCE = 0.01  # of a draft that is looked for, however cheap its row is
+_FIRST_DRAFTS = 8  # or one for each request; more where half as many rows were measured: lines bend
 _MOST_SILENT = 31  # steps without a look behind looks that found nothing again and again
 _WORST = 2.0  # times its predicted cost: what a step took beyond that was not the plan's doing
 _STEPS_OF_A_TRIAL = 4
@@ -299,37 +301,36 @@ class Planner:
         """Drafts from history if they beat the plan in use, and how many for each request."""
         size, most = step.batch_size, self._looked_up[-1].num_drafts
         one_more = Work(VERIFY, 1, size, 2 * size, step.context)  # a row for each request
-        least_chance = min(max(without.rate * (self.costs.cost(one_more) - 1.0), 1e-3), 1.0)
+        least_chance = min(max(without.rate * self._cheapest_row(step), _LEAST_CHANCE), 1.0)
         chances = step.outlook(HISTORY, most, least_chance)
         looked = dataclasses.replace(without, has_looked=True)
         if not chances or not any(chances):
             return looked, None
         trust = min(self._kept / self._promised, 1.2)
-        best, lengths, fastest = looked, None, without.rate
-        for share in _THRESHOLDS:  # from the rows that may pay to those that are certain
-            least = least_chance ** (1.0 - share)
-            asked = [self._length(each, least) for each in chances]
-            widest = max(asked)
-            if not widest:
-                break
-            rows = size + sum(asked)
-            if size * (widest + 1) - rows < step.least_saved:  # all get the rows of the longest
-                rows, asked = size * (widest + 1), [min(len(each), widest) for each in chances]
-            expected = sum(sum(each[:length]) for each, length in zip(chances, asked, strict=True))
-            work, tokens = one_more._replace(rows=rows), 1 + trust * expected / size
+        best, fastest, few = looked, without.rate, None
+        most_rows = max(size + max(size, _FIRST_DRAFTS), 2 * self.costs.most_rows())
+        for drafts in verifiable(chances, step.least_saved):
+            if drafts.rows > most_rows:
+                continue
+            work = one_more._replace(rows=drafts.rows)
+            tokens = 1 + trust * drafts.expected / size
             speed = tokens / self.costs.cost(work)
             if speed > fastest:
-                plan = next(each for each in self._looked_up if each.num_drafts >= widest)
+                plan = next(each for each in self._looked_up if each.num_drafts >= drafts.widest)
                 best = dataclasses.replace(looked, plan=plan, work=work, tokens=tokens)
-                lengths, fastest = asked, speed
-        if best is looked or not self._is_worth_switching(best, step):
+                fastest, few = speed, drafts
+        if few is None or not self._is_worth_switching(best, step):
             return looked, None
-        return best, lengths
+        return best, few.lengths(chances)
 
-    def _length(self, chances: Sequence[float], least: float) -> int:
-        """Drafts of at least this chance, nearly: lengths are few, since rows that are met anew cost more."""
-        count = sum(chance >= least for chance in chances)
-        return min(_NEAREST[min(count, NUM_LOOKED_UP[-1])], len(chances), self._looked_up[-1].num_drafts)
+    def _cheapest_row(self, step: NextStep) -> float:
+        """Plain steps that one draft more of every request takes, where it takes least: the first ones may
+        take most."""
+        sizes = [0, *(plan.num_drafts for plan in self._looked_up)]
+        works = [Work.of(plan, step.batch_size, step.context) for plan in self._looked_up]
+        costs = [1.0, *map(self.costs.cost, works)]
+        pairs = zip(itertools.pairwise(costs), itertools.pairwise(sizes), strict=True)
+        return min((more - cost) / (wider - size) for (cost, more), (size, wider) in pairs)
 
     def _is_worth_switching(self, best: Chosen, step: NextStep) -> bool:
         """Whether history wins by a margin. From a fused plan and back costs a draft forward."""
