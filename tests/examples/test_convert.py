@@ -93,6 +93,7 @@ def test_a_conversion_that_was_interrupted_between_rounds_goes_on_as_if_it_had_n
     assert_same_rows(whole.metrics[0], resumed.metrics[0])
 
 
+@pytest.mark.slow
 def test_a_resumed_conversion_equals_the_uninterrupted_one(config, tmp_path, monkeypatch):
 
     whole = convert(config)
@@ -128,6 +129,7 @@ def test_a_full_conversion_saves_a_policy_that_drafts_by_its_mask_token(bare_pat
     assert loaded.mask_token_id == policy.tokenizer.mask_token_id
 
 
+@pytest.mark.slow
 def test_a_full_conversion_learns_from_the_policy_it_began_with(bare_path, tmp_path, monkeypatch):
     """Answers of the weights in training would leave its law to drift. A resumed conversion does so too."""
     policy, original = HFPolicy.from_pretrained(bare_path), HFPolicy.from_pretrained(bare_path)
@@ -173,6 +175,7 @@ def test_it_stops_when_acceptance_stops_rising(config):
     assert max(row["round"] for row in result.metrics) == 2 * idle.patience
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_keeps_the_finished_rounds_and_says_how_to_go_on(config, stop):
     code = (

@@ -34,6 +34,7 @@ def test_a_reasoning_gym_task_is_scored_by_its_own_rules(tmp_path):
     assert rows(trainer)[0]["reward"] > 0.05
 
 
+@pytest.mark.slow
 def test_a_policy_plays_through_its_tool_and_learns_from_its_own_tokens_only(tmp_path):
     trainer = trl_tools.main(["--steps", "2", "--imitation-steps", "100", "--output-dir", str(tmp_path)])
     for row in rows(trainer):

@@ -291,7 +291,9 @@ def finished_run(tmp_path_factory):
         name="audited",
         runs_dir=str(tmp_path_factory.mktemp("runs")),
         policy=PolicyConfig(path="tiny"),
-        rollout=RolloutConfig(backend="local", num_replicas=2, audit="all", max_tokens=32),
+        rollout=RolloutConfig(
+            backend="local", num_replicas=2, audit="all", max_tokens=32, plan="two_forward(4)"
+        ),
         train=TrainConfig(
             steps=2, prompts_per_step=4, group_size=4, eval_every=1, eval_prompts=4, checkpoint_every=1
         ),

@@ -95,7 +95,7 @@ def test_a_pool_may_be_asked_again_and_another_pool_must_not_draw_the_same_versi
     assert problem.request == requests[0].request_id
 
 
-@pytest.mark.parametrize("backend", ["local", "ray"])
+@pytest.mark.parametrize("backend", ["local", pytest.param("ray", marks=pytest.mark.slow)])
 def test_an_audit_that_cannot_be_written_is_one_line_and_the_call_goes_on_after_it(
     ray_session, checkpoint, tmp_path, backend
 ):

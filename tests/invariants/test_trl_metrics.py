@@ -163,6 +163,7 @@ def test_training_values_are_never_in_a_row_of_an_evaluation(tmp_path):
     assert num_counted(made, "train") == drawn["train"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("logging_steps", [1, 3])
 def test_the_runs_mean_goes_on_through_a_resume(tmp_path, logging_steps):
     def one(folder):

@@ -143,7 +143,11 @@ def test_mixed_rows_of_a_large_vocabulary_are_corrected_by_pi_over_mu(large, pla
     assert max_difference(law, target_law(toy, 2)) > 1e-2
 
 
-@pytest.mark.parametrize("plan", PLANS, ids=lambda plan: plan.name)
+@pytest.mark.parametrize(
+    "plan",
+    [pytest.param(plan, marks=[pytest.mark.slow] if len(plan.levels) > 1 else []) for plan in PLANS],
+    ids=lambda plan: plan.name,
+)
 def test_a_processor_of_transformers_holds_at_every_position(plan):
     """Drafts are not edited by it: they are drawn from their own law and verified."""
     processor = NoRepeatNGramLogitsProcessor(3)
