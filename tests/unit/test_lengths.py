@@ -83,38 +83,53 @@ def test_drafts_take_the_rows_of_the_rectangle_or_their_own_with_the_price_of_pa
     assert padded[-1].lengths(chances) == [8, 1, 0, 0]
 
 
-@pytest.mark.parametrize("size", [1, 8, 32])
-def test_a_planner_drafts_nearly_the_best_lengths_and_achieves_what_it_predicts(size):
-    """At measured costs, packing included, plain steps seldom, on a machine that is never quite as fast."""
-    rng, planner, looked_at = random.Random(0), Planner(LOOKED_UP), set()
-    tokens = seconds = reached = possible = 0.0
-    for number in range(600):
-        chances = drawn_chances(rng, size)
+def follow(planner, rng, size, num_steps, draw):
+    """Choose and take steps at the measured costs: for each its chances if the planner looked, its lengths,
+    its time in plain steps and its tokens of a request."""
+    for _ in range(num_steps):
+        chances, looked = draw(rng, size), []
 
-        def outlook(_name, _most, least_chance, chances=chances, number=number):
-            looked_at.add(number)
+        def outlook(_name, _most, least_chance, chances=chances, looked=looked):
+            looked += chances
             return [[chance for chance in each if chance >= least_chance] for each in chances]
 
         choice = planner.choose(
             NextStep(batch_size=size, context=64, least_saved=LEAST_SAVED, outlook=outlook)
         )
         lengths = choice.lengths or [0] * size
-        plain = choice.plan == PLAIN
-        took = (1.0 if plain else true_cost(lengths)) * rng.uniform(1, 1.2)
+        took = 1.0 if choice.plan == PLAIN else true_cost(lengths)
         committed = sum(
             1 + sum(coin < chance for chance in each[:length])
             for coin, each, length in zip((rng.random() for _ in chances), chances, lengths, strict=True)
         )
-        planner.observe(
-            StepTaken(plan=choice.plan, batch_size=size, seconds=1e-2 * took, num_tokens=committed)
-        )
-        if number >= 100:
-            tokens, seconds = tokens + committed / size, seconds + took / 1.1
-            if number in looked_at:
-                reached += 1.0 if plain else speed(lengths, chances)
-                possible += best_speed(chances)
-    assert len(looked_at) > 200
-    assert reached > 0.95 * possible
+        seconds = 1e-2 * took * rng.uniform(1, 1.2)
+        planner.observe(StepTaken(plan=choice.plan, batch_size=size, seconds=seconds, num_tokens=committed))
+        yield looked, lengths, took, committed / size
+
+
+@pytest.mark.parametrize("size", [1, 8, 32])
+def test_a_planner_drafts_nearly_the_best_lengths_and_achieves_what_it_predicts(size):
+    """At measured costs, packing included, plain steps seldom, on a machine that is never quite as fast."""
+    planner = Planner(LOOKED_UP)
+    steps = [*follow(planner, random.Random(0), size, 600, drawn_chances)][100:]
+    looked = [(chances, lengths) for chances, lengths, _, _ in steps if chances]
+    reached = sum(speed(lengths, chances) if any(lengths) else 1.0 for chances, lengths in looked)
+    assert len(looked) > 200
+    assert reached > 0.95 * sum(best_speed(chances) for chances, _ in looked)
     predicted, achieved = planner.speedups
     assert predicted == pytest.approx(achieved, rel=0.2)
-    assert achieved == pytest.approx(tokens / seconds, rel=0.2)
+    assert achieved == pytest.approx(sum(step[3] for step in steps) / sum(step[2] for step in steps), rel=0.2)
+
+
+@pytest.mark.parametrize("size", [1, 8, 32])
+def test_where_drafts_always_pay_some_plain_steps_keep_predictions_true(size):
+    """Steps that draft would else be measured against each other alone."""
+
+    def sure(rng, size):
+        return [[0.9**depth for depth in range(1, rng.choice((4, 6, 11, 17)))] for _ in range(size)]
+
+    planner = Planner(LOOKED_UP)
+    plain = [not any(lengths) for _, lengths, _, _ in follow(planner, random.Random(0), size, 300, sure)]
+    assert sum(plain) < 16
+    predicted, achieved = planner.speedups
+    assert predicted == pytest.approx(achieved, rel=0.15)

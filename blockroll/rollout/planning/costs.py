@@ -4,9 +4,9 @@ A line over forwards, requests, rows and context, of coefficients that are never
 a step up to a unit; what a place was measured to take beyond it is kept beside it. Where nothing was measured
 the line is the answer, drawn towards a usual one while there are few places.
 
-A step is measured against the steps of other rows just before it, at about the same batch and context: what
-those would have taken if they had been plain is the unit. So a machine that slows down and speeds up changes
-no cost, and a step among its likes teaches nothing.
+A step is measured against the plain steps just before it, at about the same batch and context, and the first
+few of a place, where there are none, against others: what those would have taken if they had been plain. So a
+machine that slows down and speeds up changes no cost, and a step among its likes teaches nothing.
 
 The model is kept between processes, for one kind of policy on one kind of machine; its name is a hash of
 both. A file that is lost or damaged costs nothing but measuring again.
@@ -35,6 +35,7 @@ VERIFY = "verify"  # the kind of work of steps with one forward that drafts noth
 _KEY = "plain_steps_per_step"
 _SHORTEST_CONTEXT = 64  # below, a step costs the same
 _NEIGHBOURS = 5  # steps before a step that it is measured against
+_BELIEVED = 3  # measured steps of a place that may go by others
 _PRIOR_SAMPLES = 3.0  # that a place weighs against the others of its kind
 # Time of a forward, a request in it, a row, 1,024 tokens of context of a request and of a row: usual ones, in
 # forwards, and how much they weigh, where a measured place weighs up to 4.
@@ -144,15 +145,19 @@ class CostModel:
         if place not in self._met:
             self._met.add(place)
             return
-        if not work.is_plain:
-            units = [
-                log_seconds - math.log(self.cost(other))
-                for other, its_place, log_seconds in self._latest
-                if its_place != place and _are_alike(its_place, place)
-            ]
-            if units:
-                self._add(work, place, seconds / math.exp(statistics.median(units)))
+        if not work.is_plain and (units := self._units(place)):
+            self._add(work, place, seconds / math.exp(statistics.median(units)))
         self._latest.append((work, place, math.log(seconds)))
+
+    def _units(self, place: Work) -> list[float]:
+        """Logarithms of the seconds of a plain step, as the steps before one of this place show them."""
+        others = [each for each in self._latest if each[1] != place and _are_alike(each[1], place)]
+        units = [log_seconds for work, _, log_seconds in others if work.is_plain]
+        if units:
+            return units
+        if place in self._places and len(self._places[place].samples) >= _BELIEVED:
+            return []
+        return [log_seconds - math.log(self.cost(work)) for work, _, log_seconds in others]
 
     def _add(self, work: Work, at: Work, cost: float) -> None:
         place = self._places.setdefault(at, _Place())

@@ -8,6 +8,7 @@ rows that are asked for and the price of packing, which is that of `least_saved`
 where packing begins.
 """
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -57,3 +58,12 @@ def verifiable(chances: Sequence[Sequence[float]], least_saved: float) -> Iterat
         elif widest > last_padded:
             last_padded = widest
             yield Drafts(rows=rectangle, expected=padded[widest], widest=widest, counts=None)
+
+
+def cheapest_draft(sizes: Sequence[int], costs: Sequence[float]) -> float:
+    """Plain steps that one draft more of every request takes, where it takes least: the first may take most.
+
+    `costs` are those of so many drafts of every request, from few to many.
+    """
+    pairs = zip(itertools.pairwise((0, *sizes)), itertools.pairwise((1.0, *costs)), strict=True)
+    return min((more - cost) / (wider - size) for (size, wider), (cost, more) in pairs)

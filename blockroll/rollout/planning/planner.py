@@ -14,7 +14,6 @@ only where a plan drafts; each token records the law it was drawn from.
 """
 
 import dataclasses
-import itertools
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -23,7 +22,7 @@ from blockroll.rollout.engine.plans import Choice, NextStep, StepTaken
 from blockroll.rollout.planning.candidates import candidate_plans, read_costs
 from blockroll.rollout.planning.costs import VERIFY, CostModel, Work
 from blockroll.rollout.planning.counts import Account, Chosen, Counts
-from blockroll.rollout.planning.lengths import verifiable
+from blockroll.rollout.planning.lengths import cheapest_draft, verifiable
 from blockroll.rollout.planning.plain_times import PlainTimes
 from blockroll.types import HISTORY, PLAIN, Plan, PlanKind
 
@@ -53,6 +52,7 @@ _WORST = 2.0  # times its predicted cost: what a step took beyond that was not t
 _STEPS_OF_A_TRIAL = 4
 _STEPS_BETWEEN_TRIALS = 3
 _STEPS_PER_TRIAL = 64  # the plan in use and those close to it are tried again
+_FIRST_PLAIN = 4  # steps until a plain one is among others; twice as many each time
 _FIRST_STEPS = 2  # that are plain, to compare others with
 _STEPS_PER_CHOICE = 8  # a choice among counted plans holds so long: choosing takes time too;
 _MOST_STEPS_PER_CHOICE = 32  # twice as long each time that nothing was to be tried
@@ -88,6 +88,7 @@ class Planner:
         self._hold = _STEPS_PER_CHOICE
         self._trial: tuple[Plan, int] | None = None  # and its steps to come
         self._tried_at: dict[Plan, int] = {}
+        self._num_plain_trials = 0
         self._ran: set[Work] = set()
         self._last_run = PLAIN
         self._chosen: Chosen | None = None
@@ -270,8 +271,9 @@ class Planner:
         close = [plan for plan, speed in speeds.items() if speed >= _HOPELESS * best or plan == PLAIN]
         since = {plan: self._num_steps - self._tried_at.get(plan, 0) for plan in close}
         since[PLAIN] *= len(close)  # what plain steps take is to be known near in time
-        least = _STEPS_PER_TRIAL * len(close)
-        due = [plan for plan in close if plan != self._last_run and since[plan] >= least]
+        least = dict.fromkeys(close, _STEPS_PER_TRIAL * len(close))
+        least[PLAIN] = min(_FIRST_PLAIN << self._num_plain_trials, least[PLAIN])
+        due = [plan for plan in close if plan != self._last_run and since[plan] >= least[plan]]
         if not due:
             return None
         plan = max(due, key=since.__getitem__)
@@ -279,6 +281,7 @@ class Planner:
         if not self._is_paid(trial, best, step):
             return None
         self._tried_at[plan] = self._num_steps
+        self._num_plain_trials += plan == PLAIN
         return trial
 
     def _fewest_steps(self, plan: Plan, step: NextStep) -> int:
@@ -301,7 +304,9 @@ class Planner:
         """Drafts from history if they beat the plan in use, and how many for each request."""
         size, most = step.batch_size, self._looked_up[-1].num_drafts
         one_more = Work(VERIFY, 1, size, 2 * size, step.context)  # a row for each request
-        least_chance = min(max(without.rate * self._cheapest_row(step), _LEAST_CHANCE), 1.0)
+        sizes = [plan.num_drafts for plan in self._looked_up]
+        costs = [self.costs.cost(Work.of(plan, size, step.context)) for plan in self._looked_up]
+        least_chance = min(max(without.rate * cheapest_draft(sizes, costs), _LEAST_CHANCE), 1.0)
         chances = step.outlook(HISTORY, most, least_chance)
         looked = dataclasses.replace(without, has_looked=True)
         if not chances or not any(chances):
@@ -322,15 +327,6 @@ class Planner:
         if few is None or not self._is_worth_switching(best, step):
             return looked, None
         return best, few.lengths(chances)
-
-    def _cheapest_row(self, step: NextStep) -> float:
-        """Plain steps that one draft more of every request takes, where it takes least: the first ones may
-        take most."""
-        sizes = [0, *(plan.num_drafts for plan in self._looked_up)]
-        works = [Work.of(plan, step.batch_size, step.context) for plan in self._looked_up]
-        costs = [1.0, *map(self.costs.cost, works)]
-        pairs = zip(itertools.pairwise(costs), itertools.pairwise(sizes), strict=True)
-        return min((more - cost) / (wider - size) for (cost, more), (size, wider) in pairs)
 
     def _is_worth_switching(self, best: Chosen, step: NextStep) -> bool:
         """Whether history wins by a margin. From a fused plan and back costs a draft forward."""
