@@ -5,7 +5,7 @@
 A test holds both texts against the rows, but for the marks of what is stale.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 from benchmarks import (
@@ -19,7 +19,7 @@ from benchmarks import (
     readme_trl,
     stale,
 )
-from benchmarks.rows import ROOT, Row, has_rows, read
+from benchmarks.rows import ROOT, has_rows, read
 
 PAGE = ROOT / "docs" / "measured.md"
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
@@ -44,7 +44,7 @@ SECTIONS = (
     Section(
         "speed_peers",
         "Speed: a real model beside transformers and vLLM",
-        lambda: readme_peers.peers_page(read("speed_peers")) + flawed_cpu_time(read("speed_peers")),
+        lambda: readme_peers.peers_page(read("speed_peers")),
     ),
     Section(
         "speed_grouped",
@@ -120,17 +120,6 @@ def measured_section() -> str:
         readme_peers.readme_section(peers) if readme_peers.has_grouped(peers) else readme_speed.auto_table()
     )
     return f"{first}\n\n{findings}"
-
-
-def flawed_cpu_time(rows: Sequence[Row]) -> str:
-    """A warning beside rows from before a peer's processor time was that of its waves alone."""
-    if all("cpu" in row for row in rows):
-        return ""
-    return (
-        "\n\nWhere vLLM stands, a CPU second is worth more than it says: in these rows its processor "
-        "time holds that of its idle threads while others were measured, and its n-gram lookup had a "
-        "second thread. Wall time is the ratio to go by; batch 1 and 8 were measured beside other work."
-    )
 
 
 def measured_page() -> str:

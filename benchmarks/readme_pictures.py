@@ -100,7 +100,7 @@ def draw_peers(rows: Sequence[Row]) -> None:
 
 
 def _bars(axes: Any, groups: dict[str, dict[str, Row]]) -> None:
-    """A bunch of bars for each group, on a logarithmic axis, each with its figure."""
+    """A bunch of bars for each group, from 0 on, each with its figure."""
     width, labelled = 0.8 / len(BARS), set()
     for place, cells in enumerate(groups.values()):
         shown = {name: row["tokens_per_s"] for name, row in cells.items() if row["skipped"] is None}
@@ -114,10 +114,8 @@ def _bars(axes: Any, groups: dict[str, dict[str, Row]]) -> None:
             bar = axes.bar(at, shown[name], width, color=colour, label="" if name in labelled else label)
             axes.bar_label(bar, fmt="%.0f", fontsize=7)
             labelled.add(name)
-    axes.set_yscale("log")
     axes.set_xticks(range(len(groups)), list(groups), fontsize=8)
-    low, high = axes.get_ylim()
-    axes.set_ylim(low, high * 2)
+    axes.set_ylim(0, 1.3 * axes.get_ylim()[1])
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """What is said and drawn of a real model beside transformers and vLLM."""
 
-from benchmarks import readme, readme_pictures
+from benchmarks import readme_pictures
 from benchmarks.readme_peers import even_table, grouped_table, has_grouped, peers_page, readme_section
 
 SETTING = {"dtype": "bfloat16", "threads": 1, "machine": "a machine", "temperature": 1.0, "max_tokens": 4}
@@ -78,8 +78,6 @@ def test_the_page_and_the_readme_show_what_there_are_rows_of():
     assert peers_page(both).count("images/speed_peers.png") == 1
     section = readme_section(both)
     assert "at batch 8 1.50x (1.00 to 2.00) of `generate` and 0.75x (0.50 to 1.00) of vLLM" in section
-    assert readme.flawed_cpu_time(both) == ""
-    assert "Wall time is the ratio to go by" in readme.flawed_cpu_time([{"plan": "vllm"}])
 
 
 def test_the_picture_is_drawn_of_whatever_was_measured(tmp_path, monkeypatch):
