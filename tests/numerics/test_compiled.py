@@ -3,6 +3,7 @@
 import copy
 import os
 import stat
+from functools import partial
 
 import pytest
 import torch
@@ -21,9 +22,9 @@ from blockroll.rollout.pool.weight_sync import make_update, named_weights
 from blockroll.types import Plan, Sampling
 from tests.engines import make_requests, run
 from tests.equality import assert_same_rollouts
-from tests.models import FAMILIES, VOCAB_SIZE, prompts, random_adapter, random_model
+from tests.models import FAMILIES, VOCAB_SIZE, prompts, random_model
 from tests.numerics.test_packed_rows import both_ways
-from tests.numerics.test_prepacked import assert_same_laws, laws
+from tests.twins import assert_same_laws, biased_model, laws, twins
 
 OF_THE_SHAPE = [family for family in FAMILIES if family != "qwen3_moe"]
 
@@ -51,15 +52,7 @@ def calls(monkeypatch):
     return rows
 
 
-def policies(family="llama", *, dtype=torch.float32, with_adapter=False):
-    """One model twice: with compiled layers, and by its own modules."""
-    made = []
-    for compile in ("on", "off"):
-        policy = HFPolicy(random_model(family).to(dtype), prepack="off", compile=compile)
-        if with_adapter:
-            policy.use_adapter(random_adapter(policy))
-        made.append(policy)
-    return made
+policies = partial(twins, "compile", prepack="off")
 
 
 @pytest.mark.parametrize("with_adapter", [False, True])
@@ -97,14 +90,7 @@ def test_sizes_that_no_vector_divides(size):
 
 @pytest.mark.parametrize("bias", ["attention_bias", "mlp_bias"])
 def test_modules_with_a_bias_keep_it(bias):
-    model = random_model()
-    config = copy.deepcopy(model.config)
-    setattr(config, bias, True)
-    model = type(model)(config).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("bias"):
-                parameter.normal_()
+    model = biased_model(bias)
     assert_same_laws(HFPolicy(copy.deepcopy(model), compile="on"), HFPolicy(model, compile="off"))
 
 

@@ -1,6 +1,7 @@
 """Packed copies of the linear weights: the same law, made anew with every change, and no part of training."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -19,44 +20,15 @@ from blockroll.rollout.pool.weight_sync.buckets import weights_checksum
 from blockroll.types import Plan, Sampling
 from tests.engines import make_requests, run
 from tests.equality import assert_same_rollouts
-from tests.models import FAMILIES, VOCAB_SIZE, prompts, random_adapter, random_model
+from tests.models import FAMILIES, VOCAB_SIZE, prompts, random_model
+from tests.twins import assert_same_laws, biased_model, laws, twins
 
 pytestmark = pytest.mark.skipif(
     not prepacked._packable(random_model()), reason="this torch cannot pack weights on this processor"
 )
 
 
-def policies(family="llama", *, dtype=torch.float32, with_adapter=False):
-    """One model twice: with packed weights, and without."""
-    made = []
-    for prepack in ("on", "off"):
-        policy = HFPolicy(random_model(family).to(dtype), prepack=prepack)
-        if with_adapter:
-            policy.use_adapter(random_adapter(policy))
-        made.append(policy)
-    return made
-
-
-def laws(policy):
-    """Log-probabilities of every kind of forward, behind rows that a prefill wrote."""
-    torch.manual_seed(1)
-    ids_BR = torch.randint(4, VOCAB_SIZE, (3, 13))
-
-    def window(num_rows):
-        cache = SlotCache(policy, num_slots=3, capacity=48)
-        policy.prefill(ids_BR[:, :9], cache.window(0, 3, 9))
-        cache.commit(0, ids_BR[:, :9].tolist())
-        return cache.window(0, 3, num_rows)
-
-    block_BL = ids_BR[:, 9:]
-    rows = [policy.verify_logits(block_BL, window(4)), policy.draft_logits(block_BL[:, :1], 3, window(4))]
-    fused = policy.fused_rows(block_BL, (0, 3), window(12))
-    rows += [fused.verify_logits_BLV, policy.proposal_logits(fused.proposal_states_BPLW[:, 1])]
-    return torch.cat([each.log_softmax(-1) for each in rows], dim=1)
-
-
-def assert_same_laws(policy, other):
-    assert float((laws(policy) - laws(other)).abs().max()) <= 1e-4
+policies = partial(twins, "prepack")
 
 
 @pytest.mark.parametrize("with_adapter", [False, True])
@@ -70,14 +42,7 @@ def test_packed_weights_give_the_same_law(family, with_adapter):
 
 @pytest.mark.parametrize("bias", ["attention_bias", "mlp_bias"])
 def test_modules_with_a_bias_keep_it(bias):
-    model = random_model()
-    config = copy.deepcopy(model.config)
-    setattr(config, bias, True)
-    model = type(model)(config).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("bias"):
-                parameter.normal_()
+    model = biased_model(bias)
     assert_same_laws(HFPolicy(copy.deepcopy(model), prepack="on"), HFPolicy(model, prepack="off"))
 
 

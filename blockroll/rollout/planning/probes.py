@@ -25,12 +25,7 @@ class PlanCost:
     batch_size: int
     plain_ms: float
     plan: Plan
-    cost: float
-
-    @property
-    def least_tokens(self) -> float:
-        """Committed tokens of a request and step, from which on it is faster than plain steps."""
-        return self.cost
+    cost: float  # and the committed tokens of a request and step from which on it is faster
 
 
 def probe(
