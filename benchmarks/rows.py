@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from blockroll.bench.rows import processor
+from blockroll.kernels.processor import processor
 
 Row = dict[str, Any]
 

@@ -1,6 +1,5 @@
 """One row per subject and workload: its whole setting, and the figures of its waves."""
 
-import platform
 import statistics
 import subprocess
 from collections import Counter
@@ -15,6 +14,7 @@ import torch
 import blockroll
 from blockroll.bench.pass_at_k import Passed
 from blockroll.bench.subjects import Wave
+from blockroll.kernels.processor import processor
 from blockroll.policies.hf import HFPolicy
 from blockroll.rollout.engine.trace import EngineTimes
 from blockroll.rollout.planning.acceptance import AcceptanceByPosition
@@ -212,14 +212,6 @@ def _by_epoch(
         statistics.median(_tokens_per(time, [waves[epoch]]) for waves in repeats)
         for epoch in range(row.epochs)
     )
-
-
-def processor() -> str:
-    """The processor's name, as the system has it."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 def _wall_s(wave: Wave) -> float:

@@ -55,7 +55,8 @@ class CompiledLayers:
         InvalidInput where it must be on and the model is of another shape; MissingDependency where there is
         no compiler.
         """
-        self._model, self._compile, self._law = model, compile, law
+        self.compile: Compile = compile
+        self._model, self._law = model, law
         self._cache_keyword = cache_keyword
         self._most_rows: int | None = 0 if compile == "off" else None  # None: not decided yet
         self._shape: LayerShape | None = None
@@ -140,7 +141,7 @@ class CompiledLayers:
 
     def _serves(self, num_rows: int, allowed_hooks: Set[int]) -> bool:
         """Whether a forward of so many rows is run here; the first decides."""
-        if self._compile == "off" or torch.is_grad_enabled() or num_rows == 0:
+        if self.compile == "off" or torch.is_grad_enabled() or num_rows == 0:
             return False
         if self._model.config._attn_implementation != attention.ATTENTION_NAME:
             return False
@@ -170,7 +171,7 @@ class CompiledLayers:
             if shape is not None and dtype is not None:
                 self._most_rows = None  # a hook may go, and training may end
             return
-        if self._compile == "auto" and shape.sizes["width"] < _LEAST_WIDTH:
+        if self.compile == "auto" and shape.sizes["width"] < _LEAST_WIDTH:
             return
         try:
             self._library = layers_library(dtype)
@@ -193,7 +194,7 @@ class CompiledLayers:
                 bound,
             )
             return
-        self._most_rows = _ALL_ROWS if self._compile == "on" else self._faster_rows()
+        self._most_rows = _ALL_ROWS if self.compile == "on" else self._faster_rows()
         logger.info("compiled layers serve forwards of up to %d rows", self._most_rows)
 
     def _faster_rows(self) -> int:

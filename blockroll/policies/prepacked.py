@@ -49,7 +49,7 @@ class PackedLinears:
         """
         self._model, self._law = model, law
         self._groups: list[_Group] | None = None  # None: not decided yet
-        self._prepack = prepack
+        self.prepack: Prepack = prepack
         if prepack == "on" and not _packable(model):
             raise InvalidInput(
                 "prepack is 'on', but packed weights need a CPU, a torch with oneDNN, and linear weights in "
@@ -80,13 +80,13 @@ class PackedLinears:
     def _decided(self) -> "Sequence[_Group]":
         """Packed groups, where packing is asked for, gains time and leaves the law the same."""
         self._groups = []
-        if self._prepack == "off":
+        if self.prepack == "off":
             return self._groups
-        least = 0 if self._prepack == "on" else _LEAST_NUMBERS
+        least = 0 if self.prepack == "on" else _LEAST_NUMBERS
         groups = [group for group in _packable(self._model) if group.num_numbers >= least]
         if not groups:
             return self._groups
-        if self._prepack == "auto":
+        if self.prepack == "auto":
             timed = _sample(groups)
             for group in timed:
                 group.pack()

@@ -362,8 +362,10 @@ def test_the_config_names_a_plan_or_leaves_it_to_a_planner(cache_folder):
 def test_the_key_of_a_cost_table_follows_the_architecture_and_not_the_weights():
     keys = [cost_key(random_policy(seed=0)), cost_key(random_policy(seed=1))]
     assert keys[0] == keys[1]
-    half = HFPolicy(random_model().bfloat16())
-    assert len({keys[0], cost_key(half), cost_key(random_policy("qwen3")), cost_key(adapted_policy())}) == 4
+    half, unpacked = HFPolicy(random_model().bfloat16()), HFPolicy(random_model(), prepack="off")
+    own_layers = HFPolicy(random_model(), compile="off")
+    others = [half, unpacked, own_layers, random_policy("qwen3"), adapted_policy()]
+    assert len({keys[0], *map(cost_key, others)}) == 6
 
 
 def test_drafts_that_the_context_cannot_hold_are_no_candidates():

@@ -8,7 +8,6 @@ import ctypes
 import hashlib
 import logging
 import os
-import platform
 import shutil
 import subprocess
 import tempfile
@@ -19,6 +18,7 @@ import torch
 
 from blockroll.config import cache_dir
 from blockroll.errors import MissingDependency
+from blockroll.kernels.processor import processor_features
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +65,8 @@ def layers_library(dtype: torch.dtype) -> ctypes.CDLL:
     if not compiler or not shutil.which(compiler):
         raise MissingDependency("there is no C compiler: install gcc or clang, or set CC to the path of one")
     command = [compiler, *_FLAGS, f"-DNUMBER_BF16={int(dtype == torch.bfloat16)}"]
-    told = [*command, _output([compiler, "--version"]), SOURCE.read_text(encoding="utf-8"), _processor()]
+    told = [*command, _output([compiler, "--version"]), SOURCE.read_text(encoding="utf-8")]
+    told.append(processor_features())  # what `-march=native` goes by
     name = hashlib.sha256("\n".join(told).encode()).hexdigest()[:24]
     path = cache_dir() / "kernels" / f"layers-{name}.so"
     try:
@@ -110,11 +111,3 @@ def _output(command: list[str]) -> str:
             "set CC to another one"
         )
     return done.stdout
-
-
-def _processor() -> str:
-    """What `-march=native` goes by."""
-    told = Path("/proc/cpuinfo")
-    lines = told.read_text(encoding="utf-8").splitlines() if told.is_file() else []
-    kinds = ("flags", "Features", "model name", "CPU part")
-    return "\n".join([platform.machine(), *sorted({line for line in lines if line.startswith(kinds)})])

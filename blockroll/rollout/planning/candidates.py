@@ -8,6 +8,7 @@ import torch
 
 import blockroll
 from blockroll.config import cache_dir
+from blockroll.kernels.processor import processor_features
 from blockroll.policies.base import Policy
 from blockroll.rollout.planning.costs import CostModel
 from blockroll.types import HISTORY, PLAIN, Plan
@@ -46,7 +47,10 @@ def read_costs(policy: "HFPolicy") -> CostModel:
 
 
 def cost_key(policy: "HFPolicy") -> str:
-    """A hash of what the cost of a step depends on: architecture, precision, device, threads, versions."""
+    """A hash of what the cost of a step depends on.
+
+    That is architecture, precision, device and processor, how layers are run, threads, and versions.
+    """
     modules = [policy.model, *([policy.adapter] if policy.adapter is not None else [])]
     described = {
         "family": policy.model.config.model_type,
@@ -57,6 +61,8 @@ def cost_key(policy: "HFPolicy") -> str:
         "device": torch.cuda.get_device_name(policy.device)
         if policy.device.type == "cuda"
         else policy.device.type,
+        "processor": processor_features(),
+        "layers": [policy.packed.prepack, policy.compiled.compile],
         "threads": torch.get_num_threads(),
         "blockroll": blockroll.__version__,
         "torch": torch.__version__,

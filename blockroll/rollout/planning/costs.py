@@ -17,6 +17,7 @@ import functools
 import json
 import logging
 import math
+import operator
 import os
 import statistics
 import tempfile
@@ -247,12 +248,9 @@ def _rounded(number: int) -> int:
     return math.ceil(2 ** (math.ceil(2 * math.log2(number) - 1e-9) / 2))
 
 
-def _product(left: float, right: float) -> float:
-    return left * right
-
-
 def _time(line: Sequence[float], work: Work) -> float:
-    return sum(map(_product, line, work.features))
+    time: float = sum(map(operator.mul, line, work.features))
+    return time
 
 
 def _are_alike(place: Work, other: Work) -> bool:
@@ -273,7 +271,7 @@ def _least_squares(rows: Sequence[Sequence[float]], weights: Sequence[float]) ->
     scales = [1.0] * size
     for _ in range(_SWEEPS):
         for i in range(1, size):
-            others = sum(map(_product, matrix[i], scales)) - matrix[i][i] * scales[i]
+            others = sum(map(operator.mul, matrix[i], scales)) - matrix[i][i] * scales[i]
             scales[i] = max(0.0, (_USUAL_WEIGHT - others) / matrix[i][i])
     return scales
 
