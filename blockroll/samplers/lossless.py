@@ -1,7 +1,8 @@
 """Drafting and lossless verification: committed tokens follow the target law exactly.
 
 Samplers see logits and uniforms, never models or requests. Logits come in as float32; probabilities are
-float64, because the law is proven on what this module computes.
+float64, because the law is proven on what this module computes. Of large vocabularies they are those of
+float32 weights, the very ones that tokens are drawn from (`weights.py`).
 
 Two rules verify drafts. One that was drawn is accepted by min(1, target / draft), else the residual replaces
 it. One that was certain is compared with the token that the position's own coin draws from the target: as

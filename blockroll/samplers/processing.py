@@ -1,8 +1,8 @@
 """From a row of logits to the law of a token: penalties before the temperature, truncation after it.
 
-Every function works on rows in float64 and gives each row the prefix it really has: a verify row behind n
-drafts counts those n drafts. Orders and formulae are those of transformers and vLLM, except that of equal
-probabilities at an edge those of lowest id stay.
+Penalties work on rows in float64; what is cut stays in the type its weights have. Every function gives each
+row the prefix it really has: a verify row behind n drafts counts those n drafts. Orders and formulae are
+those of transformers and vLLM, except that of equal probabilities at an edge those of lowest id stay.
 
 Shapes: B requests, N tokens behind the committed text, L rows, V vocabulary.
 """
