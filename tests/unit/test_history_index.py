@@ -167,6 +167,7 @@ def test_the_job_remembers_the_last_place_and_forgets_by_halves():
     job = JobTexts(40)
     job.add((1, 2), (3, 4, 5))
     job.add((8, 2), (3, 4, 6))
+    job.learn()
     match = job.match((7, 3, 4))
     assert (match.source, match.order) == (Source.JOB, 2)
     assert [row.token_id for row in rows_behind(match, 4)] == [6], "it stops where that text ended"
@@ -174,7 +175,30 @@ def test_the_job_remembers_the_last_place_and_forgets_by_halves():
     for index in range(20):
         job.add((20 + index, 21), range(30, 36))
         assert job.num_tokens <= 40
+    job.learn()
     assert job.match((7, 3, 4)) is None
+
+
+def test_texts_that_wait_are_learned_as_far_as_is_asked():
+    job = JobTexts(100)
+    job.add((1, 2), (3, 4, 5))
+    job.add((8, 2), (6, 7, 9))
+    assert job.match((1, 2)) is None
+    job.learn(2)
+    assert job.match((2, 3)) is not None
+    assert job.match((2, 6)) is None
+    job.learn()
+    assert job.match((2, 6)) is not None
+
+
+def test_a_prompt_says_how_many_tokens_a_look_would_learn():
+    texts = HistoryIndex(1_000).of_prompt(PROMPT)
+    number = written(texts, (4, 5, 6))
+    assert texts.num_unlearned == len(PROMPT) + 3
+    assert [*texts.matches(number)] == []
+    assert texts.num_unlearned == 0
+    texts.extend(number, (7, 8))
+    assert texts.num_unlearned == 2
 
 
 def test_a_guess_is_counted_up_to_its_first_wrong_row_and_lately_counts_most():
@@ -235,4 +259,5 @@ def test_tokens_of_large_vocabularies_are_kept_as_they_are():
     texts = index.of_prompt(large)
     index.close(texts, written(texts, (300_000, 1 << 20)))
     assert guesses(texts, written(texts, ()))[Source.SIBLINGS] == (3, [300_000, 1 << 20])
+    index.job.learn()
     assert [row.token_id for row in rows_behind(index.job.match(large), 4)] == [300_000, 1 << 20]

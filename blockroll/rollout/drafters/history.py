@@ -25,6 +25,7 @@ MAX_TOKENS = 1 << 20
 ROW_COST = 0.1
 _MOST_TRIES = 512  # of a cell; then both counts are halved, so that what was right lately decides
 _PRIOR_TRIES = 4.0
+_MOST_LEARNED = 1024  # tokens that one look over a batch makes n-grams of, by prompt and of the job, about
 _MOST_SKIPPED = 15  # tokens that a text goes on without a look where it has found nothing again and again
 
 
@@ -140,8 +141,11 @@ class HistoryDrafts(Drafter):
     ) -> Sequence[Sequence[float]]:
         """Look for each request's drafts; a text that finds nothing is looked up seldom, until it does.
 
-        Of the texts of a prompt all are read before one is looked up.
+        Of the texts of a prompt all are read before one is looked up. Prompts with more new tokens than one
+        look may learn wait for the next.
         """
+        self.index.job.learn(_MOST_LEARNED)
+        num_learned = 0
         followed_B = [self._follow_request(running) for running in batch]
         due_B = [
             len(running.text.token_ids) >= followed.looks_at
@@ -153,9 +157,12 @@ class HistoryDrafts(Drafter):
                 self._read(followed, running.text.token_ids)
         chances_B: list[Sequence[float]] = []
         for followed, running, is_due in zip(followed_B, batch, due_B, strict=True):
-            if not is_due:
+            num_new = followed.texts.num_unlearned if is_due else 0
+            waits = num_new and num_learned and num_learned + num_new > _MOST_LEARNED
+            if not is_due or waits:
                 chances_B.append(())
                 continue
+            num_learned += num_new
             self._look(followed, running, most, least_chance)
             followed.num_silent = 0 if followed.drafts else min(2 * followed.num_silent + 1, _MOST_SKIPPED)
             followed.looks_at = len(running.text.token_ids) + 1 + followed.num_silent
@@ -171,6 +178,7 @@ class HistoryDrafts(Drafter):
                 drafts.append(self._followed[running.request.request_id].drafts[:length] if length else [])
         else:
             followed_B = [self._up_to_date(running) for running in step.batch]
+            self.index.job.learn()
             for followed, running in zip(followed_B, step.batch, strict=True):
                 self._look(followed, running, most, self.row_cost)
                 drafts.append(followed.drafts)

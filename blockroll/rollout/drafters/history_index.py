@@ -5,6 +5,7 @@ job, the last place of each n-gram of a few orders. Both are bounded, and a toke
 operations, however often it is repeated.
 """
 
+import math
 from array import array
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -121,6 +122,14 @@ class PromptTexts:
                 self._unlearned.pop(oldest, None)
             self.forget_ngrams()
 
+    @property
+    def num_unlearned(self) -> int:
+        """Tokens whose n-grams the next look will make."""
+        if self._ngrams is None:
+            return self.num_tokens
+        texts = map(self._texts.__getitem__, self._unlearned)
+        return sum(len(text.tokens) - text.num_learned for text in texts)
+
     def forget_ngrams(self) -> None:
         """Keep the tokens alone; n-grams are made anew when they are asked for."""
         self._ngrams = None
@@ -220,7 +229,8 @@ class JobTexts:
     """All texts of a job: the last place of an n-gram, four orders, at most some 500 bytes a token.
 
     Two generations of half the bound each; the older one is dropped when the newer is full. Texts get their
-    n-grams when something is looked up; of those that wait, the latest within the bound are kept.
+    n-grams by `learn`, before something is looked up; of those that wait, the latest within the bound are
+    kept.
     """
 
     def __init__(self, max_tokens: int) -> None:
@@ -238,7 +248,7 @@ class JobTexts:
         """A text that has ended, behind the last tokens of its prompt."""
         tokens = array("i", token_ids)
         self._waiting.append((tail, tokens))
-        self._num_waiting += len(tokens)
+        self._num_waiting += len(tokens) + 1  # with what stands behind it
         while self.num_tokens > 2 * self._most and self._num_waiting:
             self._drop_oldest()
 
@@ -249,12 +259,14 @@ class JobTexts:
             self._newer = _Generation()
         else:
             _, tokens = self._waiting.popleft()
-            self._num_waiting -= len(tokens)
+            self._num_waiting -= len(tokens) + 1
 
-    def _learn_waiting(self) -> None:
-        while self._waiting:
+    def learn(self, most: float = math.inf) -> None:
+        """Make n-grams of texts that wait, the oldest first, until so many tokens have some."""
+        while self._waiting and most > 0:
             tail, tokens = self._waiting.popleft()
-            self._num_waiting -= len(tokens)
+            self._num_waiting -= len(tokens) + 1
+            most -= len(tokens)
             self._learn(tail, tokens)
 
     def _learn(self, tail: tuple[int, ...], tokens: Tokens) -> None:
@@ -270,8 +282,7 @@ class JobTexts:
             newer.tokens.append(token_id)
 
     def match(self, tail: tuple[int, ...]) -> Match | None:
-        """The last place behind the longest suffix of these tokens."""
-        self._learn_waiting()
+        """The last place behind the longest suffix of these tokens, in texts that are learned."""
         for order in JOB_ORDERS:
             if order > len(tail):
                 continue

@@ -45,6 +45,7 @@ _LEAST_UNKNOWN = 1.0  # and so many plain steps at least for each of work that t
 _DOUBTED = 0.5  # of the drafts that are hoped for, where it is paid for
 _SHARE_TO_LOOK = 0.0075  # of the time, that looks which find nothing may take,
 _STEPS_TO_LOOK = 2.0  # beyond so many plain steps
+_LONGEST_LOOK = 4.0  # plain steps that a look is charged: what took longer was a pause
 _LEAST_CHANCE = 0.01  # of a draft that is looked for, however cheap its row is
 _FIRST_DRAFTS = 8  # or one for each request; more where half as many rows were measured: lines bend
 _MOST_SILENT = 31  # steps without a look behind looks that found nothing again and again
@@ -366,7 +367,7 @@ class Planner:
         elif cost < tokens:
             self._trials.add(-_SHARE_OF_GAINS * (tokens - cost))
         if chosen.has_looked:
-            look = min(taken.choice_seconds / plain_s, 1.0)
+            look = min(taken.choice_seconds / plain_s, _LONGEST_LOOK)
             self._looks.add(look + (lost if taken.plan.drafter == HISTORY else 0.0))
 
     def _forget(self) -> None:
