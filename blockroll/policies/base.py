@@ -39,7 +39,10 @@ class KVWindow(Protocol):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
-        """Write the new rows (B, H, R, D) of one layer and return all keys and values (B, H, extent, D)."""
+        """Write the new rows (B, H, R, D) of one layer and return all keys and values (B, H, extent, D).
+
+        What is given is the window's to keep: its caller writes nothing there afterwards.
+        """
         ...
 
 

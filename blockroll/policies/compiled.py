@@ -271,12 +271,11 @@ class CompiledLayers:
         )  # fmt: skip
         x_BRW = x_BRW.contiguous()
         query_BHRD = x_BRW.new_empty((size, heads, rows, head_width))
-        key_BGRD, value_BGRD = (x_BRW.new_empty((size, key_heads, rows, head_width)) for _ in range(2))
         last_BRW = torch.empty_like(x_BRW)
         narrow = x_BRW.new_empty(num_rows * max(width, inner))
         widest = max((heads + 2 * key_heads) * head_width, 2 * inner, width)
         wide = torch.empty(num_rows * widest, dtype=torch.float32)
-        made = [each.data_ptr() for each in (query_BHRD, key_BGRD, value_BGRD, last_BRW, narrow, wide)]
+        space = [each.data_ptr() for each in (last_BRW, narrow, wide)]
         rotary = self._rotary(x_BRW, positions_BR)
         x, model_at, threads = x_BRW.data_ptr(), addressof(model), torch.get_num_threads()
         before: int | None = None
@@ -285,14 +284,16 @@ class CompiledLayers:
             kind = self._kinds[index]
             cos_BRD, sin_BRD = rotary[kind]
             after, given = addressof(layers[index]), None if attended is None else attended.data_ptr()
+            # New ones for each layer: a window may keep what it is given.
+            key_BGRD, value_BGRD = (x_BRW.new_empty((size, key_heads, rows, head_width)) for _ in range(2))
             call(model_at, before, after, x, given, num_rows, rows, cos_BRD.data_ptr(), sin_BRD.data_ptr(),
-                 *made, threads)  # fmt: skip
+                 query_BHRD.data_ptr(), key_BGRD.data_ptr(), value_BGRD.data_ptr(), *space, threads)  # fmt: skip
             keys_BGSD, values_BGSD = window.update(key_BGRD, value_BGRD, index)
             mask = masks if isinstance(masks, Tensor) else masks[kind or ""]
             attended = self._attended(index, query_BHRD, keys_BGSD, values_BGSD, mask, packing)
             before = after
         given = None if attended is None else attended.data_ptr()
-        call(model_at, before, None, x, given, num_rows, rows, None, None, *made, threads)
+        call(model_at, before, None, x, given, num_rows, rows, *[None] * 5, *space, threads)
         return last_BRW
 
     def _attended(
@@ -374,7 +375,7 @@ class GrowingWindow:
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
         """Append one layer's new rows (B, H, R, D); return all of its keys and values."""
-        new = (key_states.clone(), value_states.clone())
+        new = (key_states, value_states)
         if layer_idx in self._held:
             keys, values = self._held[layer_idx]
             new = torch.cat([keys, new[0]], dim=2), torch.cat([values, new[1]], dim=2)

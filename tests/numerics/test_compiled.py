@@ -1,6 +1,7 @@
 """Compiled layers: the model's own law, by the weights as they are, past nothing that hangs on a module."""
 
 import copy
+import dataclasses
 import os
 import stat
 from functools import partial
@@ -9,19 +10,22 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from blockroll.config import DraftConfig
 from blockroll.errors import InvalidInput, MissingDependency
 from blockroll.kernels.layers import build, layers_library
 from blockroll.policies import compiled
 from blockroll.policies.compiled import CompiledLayers
+from blockroll.policies.draft_training import clean_pass
 from blockroll.policies.hf import HFPolicy
 from blockroll.policies.layer_shape import LayerShape
 from blockroll.policy_check.check import check_policy
+from blockroll.rl_loops.draft_trainer import DraftTrainer
 from blockroll.rollout.drafters.engine import Engine
 from blockroll.rollout.pool.replica import LocalReplica
 from blockroll.rollout.pool.weight_sync import make_update, named_weights
 from blockroll.types import Plan, Sampling
 from tests.engines import make_requests, run
-from tests.equality import assert_same_rollouts
+from tests.equality import assert_same_rollouts, assert_same_rows
 from tests.models import FAMILIES, VOCAB_SIZE, prompts, random_model
 from tests.numerics.test_packed_rows import both_ways
 from tests.twins import assert_same_laws, biased_model, laws, twins
@@ -61,6 +65,28 @@ def test_compiled_layers_give_the_same_law(family, with_adapter, calls):
     quick, own = policies(family, with_adapter=with_adapter)
     assert_same_laws(quick, own)
     assert len(calls) > 2  # more than the probe's
+
+
+@pytest.mark.parametrize("family", OF_THE_SHAPE)
+def test_a_window_may_keep_the_keys_and_values_it_is_given(family, calls):
+    """As those of draft training and of the probe do; buffers that layers share would be the last layer's."""
+    quick, own = policies(family)
+    ids_BS = torch.tensor([[5, 9, 4, 7], [6, 8, 11, 4]])
+    with torch.no_grad():
+        kept = [clean_pass(policy, ids_BS, torch.tensor([4, 3]))[1].layers for policy in (quick, own)]
+    assert calls
+    for mine, theirs in zip(*kept, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_draft_training_measures_the_same_with_compiled_layers(calls):
+    steps = []
+    for policy in policies():
+        rollouts = run(policy, make_requests(prompts(4), Sampling(max_tokens=12)), Plan(0))
+        trainer = DraftTrainer(policy, DraftConfig(rank=4, block_sizes=(4,)))
+        steps.append([dataclasses.asdict(trainer.step(list(rollouts.values()))) for _ in range(2)])
+    assert calls
+    assert_same_rows(*steps, tolerance=1e-3)
 
 
 @pytest.mark.parametrize("num_rows", [1, 2, 3, 4, 5, 6, 7, 11, 13])
