@@ -286,8 +286,9 @@ class CompiledLayers:
             after, given = addressof(layers[index]), None if attended is None else attended.data_ptr()
             # New ones for each layer: a window may keep what it is given.
             key_BGRD, value_BGRD = (x_BRW.new_empty((size, key_heads, rows, head_width)) for _ in range(2))
-            call(model_at, before, after, x, given, num_rows, rows, cos_BRD.data_ptr(), sin_BRD.data_ptr(),
-                 query_BHRD.data_ptr(), key_BGRD.data_ptr(), value_BGRD.data_ptr(), *space, threads)  # fmt: skip
+            made = (cos_BRD, sin_BRD, query_BHRD, key_BGRD, value_BGRD)
+            at = [each.data_ptr() for each in made]
+            call(model_at, before, after, x, given, num_rows, rows, *at, *space, threads)
             keys_BGSD, values_BGSD = window.update(key_BGRD, value_BGRD, index)
             mask = masks if isinstance(masks, Tensor) else masks[kind or ""]
             attended = self._attended(index, query_BHRD, keys_BGSD, values_BGSD, mask, packing)
