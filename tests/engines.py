@@ -6,7 +6,7 @@ from itertools import cycle
 import torch
 
 from blockroll.rollout.drafters.engine import Engine
-from blockroll.rollout.engine.plans import Choice, NextStep, StepTaken
+from blockroll.rollout.engine.plans import Choice, NextStep, StepsTaken
 from blockroll.types import Plan, Request, Rollout, Sampling
 
 
@@ -32,7 +32,7 @@ class PlansInTurn:
         self._context = step.context
         return Choice(plan=next(self._turns))
 
-    def observe(self, taken: StepTaken) -> None:
+    def observe(self, taken: StepsTaken) -> None:
         self.observed.append((taken.plan, taken.batch_size, self._context, taken.num_tokens))
 
 

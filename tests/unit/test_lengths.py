@@ -6,7 +6,7 @@ from bisect import bisect_left
 
 import pytest
 
-from blockroll.rollout.engine.plans import NextStep, StepTaken
+from blockroll.rollout.engine.plans import NextStep, StepsTaken
 from blockroll.rollout.planning.lengths import verifiable
 from blockroll.rollout.planning.planner import Planner
 from blockroll.types import PLAIN, Plan
@@ -103,7 +103,9 @@ def follow(planner, rng, size, num_steps, draw):
             for coin, each, length in zip((rng.random() for _ in chances), chances, lengths, strict=True)
         )
         seconds = 1e-2 * took * rng.uniform(1, 1.2)
-        planner.observe(StepTaken(plan=choice.plan, batch_size=size, seconds=seconds, num_tokens=committed))
+        planner.observe(
+            StepsTaken(plan=choice.plan, batch_size=size, step_seconds=(seconds,), num_tokens=committed)
+        )
         yield looked, lengths, took, committed / size
 
 

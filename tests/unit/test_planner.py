@@ -2,7 +2,6 @@
 
 import itertools
 import logging
-import random
 import re
 from collections import Counter
 
@@ -10,92 +9,12 @@ import pytest
 
 from blockroll.errors import InvalidInput
 from blockroll.policies.hf import HFPolicy
-from blockroll.rollout.engine.plans import NextStep, StepTaken
+from blockroll.rollout.engine.plans import NextStep
 from blockroll.rollout.planning.candidates import candidate_plans, cost_key
 from blockroll.rollout.planning.planner import Planner, read_plan
-from blockroll.types import PLAIN, Plan
+from blockroll.types import PLAIN
 from tests.models import adapted_policy, random_model, random_policy
-
-TWO_4, TWO_8, TWO_16 = Plan(4), Plan(8), Plan(16)
-FUSED_8 = Plan(8, (0, 8))
-PLANS = (PLAIN, TWO_4, TWO_8, TWO_16, FUSED_8)
-LOOKED_UP = tuple(Plan(size, drafter="history") for size in (1, 2, 4, 8, 16))
-
-
-class World:
-    """Steps that take and commit what they are told to, with noise that repeats."""
-
-    def __init__(self, *, draft_agrees=0.8, row_cost=0.02, noise=0.0, seed=0, chances=(), look_s=0.0):
-        self.draft_agrees = draft_agrees  # chance that a draft is accepted, if those before it were
-        self.row_cost = row_cost  # of one more row of one request, where a forward costs 1
-        self.noise = noise
-        self.warm = set()
-        self.rng = random.Random(seed)
-        self.chances = chances  # what history expects of each request
-        self.look_s = look_s  # of a request
-        self.num_looks = 0
-        self.lengths = []  # of the latest step
-
-    def seconds(self, plan, batch_size, context=64):
-        rows = (
-            plan.rows_per_forward * batch_size
-            if plan.drafter != "history" or not self.lengths
-            else batch_size + sum(self.lengths)
-        )
-        return 1e-3 * plan.forwards_per_step * (1 + self.row_cost * rows) * (1 + context / 4096)
-
-    def tokens(self, plan):
-        return sum(self.draft_agrees**i for i in range(plan.num_drafts + 1))
-
-    def speed(self, plan, batch_size):
-        return batch_size * self.tokens(plan) / self.seconds(plan, batch_size)
-
-    def draw_tokens(self, plan, length):
-        if length is not None:
-            coin = self.rng.random()
-            return 1 + sum(coin < chance for chance in self.chances[:length])
-        count = 1
-        while count <= plan.num_drafts and self.rng.random() < self.draft_agrees:
-            count += 1
-        return count
-
-    def outlook(self, batch_size, most, least_chance):
-        self.num_looks += 1
-        kept = [chance for chance in self.chances[:most] if chance >= least_chance]
-        return [kept] * batch_size
-
-    def run(self, planner, num_steps, batch_size, context=64):
-        """The plans of so many steps; the first of each plan and batch takes twice as long."""
-        chosen = []
-        for _ in range(num_steps):
-            before = self.num_looks
-            choice = planner.choose(
-                NextStep(
-                    batch_size=batch_size,
-                    context=context,
-                    least_saved=4,
-                    outlook=lambda name, *asked: self.outlook(batch_size, *asked),
-                )
-            )
-            plan, self.lengths = choice.plan, choice.lengths
-            seconds = self.seconds(plan, batch_size, context) * self.rng.uniform(1, 1 + self.noise)
-            if (plan, batch_size) not in self.warm:
-                self.warm.add((plan, batch_size))
-                seconds *= 2
-            planner.observe(
-                StepTaken(
-                    plan=plan,
-                    batch_size=batch_size,
-                    seconds=seconds,
-                    choice_seconds=self.look_s * batch_size * (self.num_looks - before),
-                    num_tokens=sum(
-                        self.draw_tokens(plan, self.lengths and self.lengths[slot])
-                        for slot in range(batch_size)
-                    ),
-                )
-            )
-            chosen.append(plan)
-        return chosen
+from tests.worlds import FUSED_8, LOOKED_UP, PLANS, TWO_4, TWO_8, World
 
 
 def most_common(plans):
@@ -207,13 +126,43 @@ def test_a_short_run_on_a_machine_never_met_stays_within_three_hundredths_of_pla
         assert lost_s + looks_s < 0.03 * num_steps * plain_s, Counter(chosen)
 
 
-def test_a_plain_step_that_is_taken_again_computes_nothing():
-    world, planner = World(look_s=1e-3), Planner([*PLANS, *LOOKED_UP])
+def test_a_plain_step_is_chosen_for_many_until_something_else_may_be():
+    world, planner = World(draft_agrees=0.1, look_s=1e-3), Planner([*PLANS, *LOOKED_UP])
+    world.run(planner, 400, 8)
+    asked, choose = [], planner.choose
+    planner.choose = lambda step: asked.append(choose(step)) or asked[-1]
     world.run(planner, 200, 8)
-    computed, cost = [], planner.costs.cost
-    planner.costs.cost = lambda work: computed.append(work) or cost(work)
-    world.run(planner, 200, 8)
-    assert len(computed) < 3 * 200  # of many plans at once, and seldom
+    assert len(asked) < 200 / 8
+    assert sum(choice.num_steps for choice in asked) >= 200
+
+
+def test_a_choice_holds_no_longer_than_its_context_stays_at_its_place():
+    planner = Planner(LOOKED_UP)
+    World().run(planner, 400, 8)
+    for context in (64, 65, 100, 127, 128, 129):
+        step = NextStep(batch_size=8, context=context, least_saved=4, outlook=lambda *asked: [()] * 8)
+        edge = 64 if context <= 64 else 128 if context <= 128 else 256
+        assert 1 <= planner.choose(step).num_steps <= edge - context + 1
+
+
+def test_a_choice_goes_on_at_another_batch_of_its_place_and_nothing_is_looked_up_for_it():
+    world, planner = World(), Planner(LOOKED_UP)
+    world.run(planner, 400, 8)
+    looks = []
+
+    def choose(batch_size, **joining):
+        outlook = lambda *asked: looks.append(asked) or [()] * batch_size  # noqa: E731
+        return planner.choose(
+            NextStep(batch_size=batch_size, context=60, least_saved=4, outlook=outlook, **joining)
+        )
+
+    while choose(8).num_steps < 3:
+        world.run(planner, 1, 8)
+    looks.clear()
+    assert choose(7).num_steps > 1
+    assert not looks
+    choose(8, num_joining=1)
+    assert looks
 
 
 def test_a_plan_never_tried_is_hoped_to_commit_most_of_its_drafts():
@@ -293,7 +242,8 @@ def test_the_achieved_speedup_is_what_was_measured_whatever_the_cost_model_says(
         return slow[0] * fair(plan, batch_size, context)
 
     def observe(taken, tell=planner.observe):
-        plain_s.append(1.1 * slow[0] * fair(PLAIN, 4))  # noise makes them a tenth longer
+        # Noise makes them a tenth longer.
+        plain_s.append(1.1 * slow[0] * fair(PLAIN, 4))
         total_s.append(taken.seconds + taken.choice_seconds)
         num_tokens.append(taken.num_tokens)
         tell(taken)
@@ -342,7 +292,7 @@ def test_every_switch_is_logged_with_the_expectation_of_both(caplog):
     world.run(planner, 400, 8)
     (message,) = caplog.messages
     assert re.fullmatch(
-        r"plan two_forward\(8\) after plain at batch 8, context 64: expected [\d.]+x plain, against 1x",
+        r"plan two_forward\(8\) after plain at batch 8, context 72: expected [\d.]+x plain, against 1x",
         message,
     )
 

@@ -1,7 +1,8 @@
 """One engine: continuous batching of requests under one decoding plan, or one chosen for each step.
 
-A step is: admit waiting requests and prefill them, decode (step.py), commit. A planner is asked before each,
-and told what it took unless a prefill did a part of it. The engine owns the cache and the requests' state.
+A step is: admit waiting requests and prefill them, decode (step.py), commit. A planner is asked before it
+unless its last choice holds, and told what steps took unless a prefill did a part of them. The engine owns
+the cache and the requests' state.
 """
 
 import time
@@ -16,7 +17,7 @@ from blockroll.policies.base import Policy
 from blockroll.rollout.engine.cache import SlotCache
 from blockroll.rollout.engine.drafting import Drafter
 from blockroll.rollout.engine.ends import Decode
-from blockroll.rollout.engine.plans import PlanChooser, Planning, StepTaken, at_hand, check_plan, drafters_of
+from blockroll.rollout.engine.plans import PlanChooser, Planning, at_hand, check_plan, drafters_of
 from blockroll.rollout.engine.prefill import prefill
 from blockroll.rollout.engine.requests import Limits, check_request
 from blockroll.rollout.engine.room import CacheRoom
@@ -101,7 +102,9 @@ class BareEngine:
         self._starter = Starter(policy, self.limits, decode, numbers_servings=len(drafters_of(plans)) > 1)
         self._observers = tuple(observers)
         self._clock = clock
-        self._planning = Planning(self._drafters, policy, clock)
+        self._planning = (
+            None if self.planner is None else Planning(self.planner, self._drafters, policy, clock)
+        )
 
     @property
     def num_requests(self) -> int:
@@ -270,8 +273,8 @@ class BareEngine:
     def _decode_batch(self, batch: list[RunningRequest], num_running: int) -> None:
         """One step of those that run and, behind them, those that join."""
         lengths, choice_s = None, 0.0
-        if self.planner is not None:
-            choice, choice_s = self._planning.choose(self.planner, batch, len(batch) - num_running)
+        if self._planning is not None:
+            choice, choice_s = self._planning.choose(batch, len(batch) - num_running)
             self._change_plan(choice.plan, batch)
             lengths = choice.lengths
         first_logits = None
@@ -289,16 +292,13 @@ class BareEngine:
         seconds = self._clock() - started
         self.times.step_s += seconds + choice_s
         self.times.num_steps += 1
-        if self.planner is not None and first_logits is None:
-            taken = StepTaken(
-                plan=self.plan,
-                batch_size=len(batch),
+        if self._planning is not None and first_logits is None:
+            self._planning.observe(
                 seconds=seconds,
                 start_seconds=self.times.start_s - start_s,
-                choice_seconds=choice_s,
                 num_tokens=sum([len(commit.token_ids) for commit in self._commits[num_commits:]]),
+                is_last=len(self._scheduler.running) < len(batch),
             )
-            self._planning.observe(self.planner, taken)
 
     def _change_plan(self, plan: Plan, batch: list[RunningRequest]) -> None:
         """Decode by this plan from now on; proposals of another drafter or another K would not fit it."""

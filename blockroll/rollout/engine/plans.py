@@ -44,26 +44,32 @@ class NextStep:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choice:
-    """The plan of a step."""
+    """The plan of a step, and of so many steps from it on unless a request joins or leaves before."""
 
     plan: Plan
     lengths: Sequence[int] | None = None  # most drafts of each request; None: as the drafter sees fit
+    num_steps: int = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class StepTaken:
-    """What a step took, prefill excluded, and committed."""
+class StepsTaken:
+    """What the steps of one choice took, prefill excluded, and committed; all had the same requests."""
 
     plan: Plan
     batch_size: int
-    seconds: float  # of drafting, verifying and committing
+    step_seconds: Sequence[float]  # of drafting, verifying and committing, step by step
     start_seconds: float = 0.0  # of those, for first proposals of a fused plan
-    choice_seconds: float = 0.0  # beside them, for the choice of its plan, and for learning from the last
+    choice_seconds: float = 0.0  # beside them, for the choice of the plan, and for learning from those before
     num_tokens: int
+
+    @property
+    def seconds(self) -> float:
+        """Of all of them."""
+        return sum(self.step_seconds)
 
 
 class PlanChooser(Protocol):
-    """Chooses the plan of each step, and is told what the step took."""
+    """Chooses the plan of each step, and is told what the steps took."""
 
     @property
     def candidates(self) -> tuple[Plan, ...]:
@@ -76,35 +82,76 @@ class PlanChooser(Protocol):
         ...
 
     def choose(self, step: NextStep) -> Choice:
-        """How the next step decodes."""
+        """How the next step decodes, or more than one."""
         ...
 
-    def observe(self, taken: StepTaken) -> None:
-        """The step that was chosen last has run, without a prefill in it."""
+    def observe(self, taken: StepsTaken) -> None:
+        """Steps of the last choice have run, without a prefill in them: told once, before the next choice."""
         ...
 
 
 class Planning:
-    """Asks a planner, and counts what that takes: learning from a step is part of the next one."""
+    """Asks a planner whenever its last choice holds no longer, and counts what that takes.
 
-    def __init__(self, drafters: Mapping[str, Drafter], policy: Policy, clock: Callable[[], float]) -> None:
+    Learning from steps is part of the next choice.
+    """
+
+    def __init__(
+        self,
+        planner: PlanChooser,
+        drafters: Mapping[str, Drafter],
+        policy: Policy,
+        clock: Callable[[], float],
+    ) -> None:
+        self.planner = planner
         self._drafters, self._policy, self._clock = drafters, policy, clock
-        self._learning_s = 0.0
+        self._choice = Choice(plan=planner.candidates[0])
+        self._batch_size = 0
+        self._num_held = 0  # steps that the choice holds for
+        self._step_seconds: list[float] = []
+        self._start_s, self._choice_s, self._learning_s = 0.0, 0.0, 0.0
+        self._num_tokens = 0
 
-    def choose(
-        self, planner: PlanChooser, batch: Sequence[RunningRequest], num_joining: int
-    ) -> tuple[Choice, float]:
-        """The choice for a step, and its seconds."""
+    def choose(self, batch: Sequence[RunningRequest], num_joining: int) -> tuple[Choice, float]:
+        """The choice for a step, and the seconds that it took."""
+        if self._num_held and not num_joining and len(batch) == self._batch_size:
+            self._num_held -= 1
+            return self._choice, 0.0
         since = self._clock() - self._learning_s
-        choice = planner.choose(NextStep.of(batch, self._drafters, self._policy, num_joining=num_joining))
+        self._tell()
+        step = NextStep.of(batch, self._drafters, self._policy, num_joining=num_joining)
+        self._choice = self.planner.choose(step)
+        self._batch_size, self._num_held = len(batch), self._choice.num_steps - 1
         self._learning_s = 0.0
-        return choice, self._clock() - since
+        seconds = self._clock() - since
+        self._choice_s += seconds
+        return self._choice, seconds
 
-    def observe(self, planner: PlanChooser, taken: StepTaken) -> None:
-        """Tell it what the step took."""
-        since = self._clock()
-        planner.observe(taken)
-        self._learning_s = self._clock() - since
+    def observe(self, *, seconds: float, start_seconds: float, num_tokens: int, is_last: bool) -> None:
+        """A step has run, without a prefill in it; `is_last` says that its requests will not run together."""
+        self._step_seconds.append(seconds)
+        self._start_s += start_seconds
+        self._num_tokens += num_tokens
+        if is_last or not self._num_held:
+            since = self._clock()
+            self._tell()
+            self._learning_s = self._clock() - since
+
+    def _tell(self) -> None:
+        """Of all steps of the choice that are not told yet."""
+        step_seconds, self._step_seconds = self._step_seconds, []
+        if not step_seconds:
+            return
+        taken = StepsTaken(
+            plan=self._choice.plan,
+            batch_size=self._batch_size,
+            step_seconds=step_seconds,
+            start_seconds=self._start_s,
+            choice_seconds=self._choice_s,
+            num_tokens=self._num_tokens,
+        )
+        self._num_held, self._num_tokens, self._start_s, self._choice_s = 0, 0, 0.0, 0.0
+        self.planner.observe(taken)
 
 
 def by_name(drafters: Iterable[Drafter]) -> dict[str, Drafter]:

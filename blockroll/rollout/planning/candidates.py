@@ -41,6 +41,12 @@ def candidate_plans(
     return tuple(dict.fromkeys([*plans, *looked_up]))
 
 
+def is_narrower(plan: Plan, other: Plan) -> bool:
+    """Whether it is of the same kind, by the same drafter, with fewer drafts."""
+    like, other_like = ((each.kind, each.drafter, len(each.levels)) for each in (plan, other))
+    return like == other_like and plan.num_drafts < other.num_drafts
+
+
 def read_costs(policy: "HFPolicy") -> CostModel:
     """What is kept of the costs of such a policy on such a machine."""
     return CostModel.load(cache_dir() / "plans" / f"{cost_key(policy)}.json")

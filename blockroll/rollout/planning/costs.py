@@ -43,6 +43,7 @@ _PRIOR_SAMPLES = 3.0  # that a place weighs against the others of its kind
 _USUAL = (1.0, 0.02, 0.02, 0.01, 0.002)
 _USUAL_WEIGHT = 0.05
 _SWEEPS = 30
+_FIRST_SAVES, _STEPS_PER_SAVE = (64, 512), 4096
 
 
 class Work(NamedTuple):
@@ -102,6 +103,7 @@ class CostModel:
         self._line: Sequence[float] = _USUAL
         self._latest: deque[tuple[Work, Work, float]] = deque(maxlen=_NEIGHBOURS)  # place, logarithm of s
         self._met: set[Work] = set()  # places that ran in this process
+        self._num_steps = 0
         self._num_samples = 0
         self._next_fit = 0
 
@@ -139,9 +141,12 @@ class CostModel:
         return max((place.rows for place in self._places if place.kind == VERIFY), default=0)
 
     def observe(self, work: Work, seconds: float) -> None:
-        """Such a step took so long. The first of a place warms it up, and teaches nothing."""
+        """Such a step took so long. The first of a place warms it up, and teaches nothing. Saves seldom."""
         if not 0 < seconds < math.inf:
             return
+        self._num_steps += 1
+        if self._num_steps in _FIRST_SAVES or self._num_steps % _STEPS_PER_SAVE == 0:
+            self.save()
         place = work.place
         if place not in self._met:
             self._met.add(place)

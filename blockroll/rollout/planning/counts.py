@@ -1,11 +1,16 @@
-"""What a planner counts: tokens by plan, time that learning took, and what a step was chosen for."""
+"""What a planner counts: tokens by plan, time that learning took, looks, and what a step was chosen for."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from blockroll.rollout.planning.costs import Work
 from blockroll.types import Plan
 
 _HALF_LIFE = 1024  # request-steps after which a count of tokens weighs half
+_SHARE_TO_LOOK = 0.0075  # of the time, that looks which find nothing may take,
+_STEPS_TO_LOOK = 2.0  # beyond so many plain steps
+_LONGEST_LOOK = 4.0  # plain steps that a look is charged: what took longer was a pause
+_LEAST_WAIT = 8  # steps until a look that is not paid for
+_MOST_SILENT = 31  # steps without a look behind looks that found nothing again and again
 
 
 @dataclass(slots=True)
@@ -39,6 +44,38 @@ class Account:
     def add(self, plain_steps: float) -> None:
         """What a step has lost, or, below 0, saved."""
         self.unpaid = max(0.0, self.unpaid + plain_steps)
+
+
+@dataclass(slots=True)
+class Looks:
+    """When to look into history next: seldom where looks find nothing, and not before that is paid for."""
+
+    next_at: int = 0  # this many steps
+    _account: Account = field(default_factory=Account)
+    _num_silent: int = 0  # steps that the latest look is followed by without one
+
+    def is_due(self, num_steps: int, plain_steps: float) -> bool:
+        """Whether to look at this step, behind so many, which are worth so many plain ones."""
+        if num_steps < self.next_at:
+            return False
+        to_go = (self._account.unpaid - _STEPS_TO_LOOK) / _SHARE_TO_LOOK - plain_steps
+        if to_go <= 0:
+            return True
+        self.next_at = num_steps + max(round(to_go), _LEAST_WAIT)
+        return False
+
+    def looked(self, num_steps: int, *, has_found: bool) -> None:
+        """At this step; whether that gave drafts that are worth their rows."""
+        self._num_silent = 0 if has_found else min(2 * self._num_silent + 1, _MOST_SILENT)
+        self.next_at = num_steps + 1 + self._num_silent
+
+    def joined(self, num_steps: int) -> None:
+        """A request has joined: history may know how it goes on."""
+        self.next_at = min(self.next_at, num_steps)
+
+    def charge(self, look: float, lost: float) -> None:
+        """A look took so many plain steps, and the steps that it chose lost so many, or saved them."""
+        self._account.add(min(look, _LONGEST_LOOK) + lost)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

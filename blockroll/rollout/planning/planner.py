@@ -18,10 +18,10 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from blockroll.rollout.engine.plans import Choice, NextStep, StepTaken
-from blockroll.rollout.planning.candidates import candidate_plans, read_costs
+from blockroll.rollout.engine.plans import Choice, NextStep, StepsTaken
+from blockroll.rollout.planning.candidates import candidate_plans, is_narrower, read_costs
 from blockroll.rollout.planning.costs import VERIFY, CostModel, Work
-from blockroll.rollout.planning.counts import Account, Chosen, Counts
+from blockroll.rollout.planning.counts import Account, Chosen, Counts, Looks
 from blockroll.rollout.planning.lengths import cheapest_draft, verifiable
 from blockroll.rollout.planning.plain_times import PlainTimes
 from blockroll.types import HISTORY, PLAIN, Plan, PlanKind
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 AUTO = "auto"
-_PLAIN_STEP = Choice(plan=PLAIN)
 _MARGIN = 0.05  # a plan replaces another if it is faster by this share
 _HOPELESS = 0.8  # a plan is not tried if it is expected to reach less than this share of the best's speed
 _TRIALS = 3  # steps of a plan at a place, after which its cost is known there
@@ -43,12 +42,8 @@ _SHARE_TO_TRY = 0.015  # of the time, that trials may take, paid before,
 _SHARE_OF_GAINS = 0.1  # of what drafts have saved pays for trials too
 _LEAST_UNKNOWN = 1.0  # and so many plain steps at least for each of work that the machine has never shown
 _DOUBTED = 0.5  # of the drafts that are hoped for, where it is paid for
-_SHARE_TO_LOOK = 0.0075  # of the time, that looks which find nothing may take,
-_STEPS_TO_LOOK = 2.0  # beyond so many plain steps
-_LONGEST_LOOK = 4.0  # plain steps that a look is charged: what took longer was a pause
 _LEAST_CHANCE = 0.01  # of a draft that is looked for, however cheap its row is
 _FIRST_DRAFTS = 8  # or one for each request; more where half as many rows were measured: lines bend
-_MOST_SILENT = 31  # steps without a look behind looks that found nothing again and again
 _WORST = 2.0  # times its predicted cost: what a step took beyond that was not the plan's doing
 _STEPS_OF_A_TRIAL = 4
 _STEPS_BETWEEN_TRIALS = 3
@@ -80,7 +75,7 @@ class Planner:
         self._counted = [plan for plan in self.candidates if plan.drafter != HISTORY]
         self._counts = {plan: Counts() for plan in self.candidates}
         self._narrower = {
-            plan: [other for other in reversed(self._counted) if _is_narrower(other, plan)]
+            plan: [other for other in reversed(self._counted) if is_narrower(other, plan)]
             for plan in self._counted
         }
         self._in_use = PLAIN
@@ -95,66 +90,71 @@ class Planner:
         self._chosen: Chosen | None = None
         self._num_steps = 0
         self._plain_steps = 0.0  # that the time of all steps is worth
-        self._trials, self._looks = Account(), Account()
+        self._trials, self._looks = Account(), Looks()
         self._promised, self._kept = _CALIBRATION_STEPS / 8, _CALIBRATION_STEPS / 8  # drafts from history
         self._plain_at = 0  # the last plain step
-        self._looks_at = 0  # this many steps
-        self._num_silent = 0  # steps that the latest look is followed by without one
-        self._quiet: Chosen | None = None  # a plain step that is taken again meanwhile
-        self._quiet_at: tuple[int, int] | None = None  # batch, and power of two of the context
-        self._quiet_until = 0
+        self._held_at: Work | None = None  # the place where what was chosen last holds
         self._speeds = [0.0, 0.0, 0.0]  # seconds, and times predicted and achieved speed-ups
 
     def choose(self, step: NextStep) -> Choice:
-        """How the next step decodes."""
+        """How the next step decodes, and for how many steps that holds while its requests are the same."""
         if step.num_joining:
-            self._looks_at = self._num_steps
-        edge = (step.batch_size, (step.context - 1).bit_length())
-        if edge == self._quiet_at and self._num_steps < min(self._quiet_until, self._looks_at):
-            self._chosen = self._quiet  # the same plain step again: nothing is to be computed
-            return _PLAIN_STEP
-        plan, is_trial = self._from_counts(step)
+            self._looks.joined(self._num_steps)
+        place = Work.of(PLAIN, step.batch_size, step.context).place
+        held = self._chosen
+        if held is not None and place == self._held_at and self._num_steps < self._next_question:
+            return Choice(
+                plan=held.plan, num_steps=self._steps_to_hold(held.plan, place.context - step.context)
+            )
+        plan, is_trial = self._from_counts(step, place)
         lengths = None
-        work = Work.of(plan, step.batch_size, step.context)
         chosen = Chosen(
             plan=plan,
-            work=work,
+            work=Work.of(plan, step.batch_size, step.context),
             tokens=self.expected_tokens(plan),
             rate=self.speedup(self._in_use, step.batch_size, step.context),
             is_trial=is_trial,
         )
-        if not is_trial and self._looked_up and self._num_steps >= self._looks_at:
-            if self._looks.unpaid <= _SHARE_TO_LOOK * self._plain_steps + _STEPS_TO_LOOK:
-                chosen, lengths = self._from_history(step, chosen)
-                self._num_silent = 0 if lengths else min(2 * self._num_silent + 1, _MOST_SILENT)
-                self._looks_at = self._num_steps + 1 + self._num_silent
-            else:
-                self._looks_at = self._num_steps + _STEPS_PER_CHOICE
+        if not is_trial and self._looked_up and self._looks.is_due(self._num_steps, self._plain_steps):
+            chosen, lengths = self._from_history(step, chosen)
+            self._looks.looked(self._num_steps, has_found=lengths is not None)
         chosen = dataclasses.replace(
             chosen,
             cost=self.costs.cost(chosen.work),
             is_measured=chosen.plan == PLAIN or self.costs.num_samples(chosen.work) > 0,
         )
         self._chosen = chosen
-        self._quiet_at = None
-        if chosen.plan == PLAIN and not is_trial:
-            self._quiet = dataclasses.replace(chosen, has_looked=False)
-            self._quiet_at, self._quiet_until = edge, self._holds_until
-        return Choice(plan=chosen.plan, lengths=lengths)
+        if is_trial or lengths is not None:
+            self._held_at = None
+            return Choice(plan=chosen.plan, lengths=lengths)
+        self._held_at = place
+        return Choice(
+            plan=chosen.plan, num_steps=self._steps_to_hold(chosen.plan, place.context - step.context)
+        )
 
-    def observe(self, taken: StepTaken) -> None:
-        """The step that was chosen last took so long, prefill excluded, and committed so many tokens."""
-        chosen, seconds = self._chosen, taken.seconds
+    @property
+    def _next_question(self) -> int:
+        """So many steps behind which something else may be chosen."""
+        return min(self._holds_until, self._looks.next_at) if self._looked_up else self._holds_until
+
+    def _steps_to_hold(self, plan: Plan, tokens_to_go: int) -> int:
+        """Up to the next question, and as long as the context stays at its place."""
+        most = 1 + tokens_to_go // (1 + plan.num_drafts)
+        return max(1, min(self._next_question - self._num_steps, most))
+
+    def observe(self, taken: StepsTaken) -> None:
+        """The steps that were chosen last took so long, prefill excluded, and committed so many tokens."""
+        chosen, num_steps = self._chosen, len(taken.step_seconds)
         assert chosen is not None, "a step is chosen before it is observed"
-        self._num_steps += 1
-        self.costs.observe(chosen.work, seconds - taken.start_seconds)
+        self._num_steps += num_steps
+        for seconds in taken.step_seconds:
+            self.costs.observe(chosen.work, seconds - taken.start_seconds / num_steps)
         counts = self._counts[taken.plan]
         if taken.plan != PLAIN:
-            counts.count(taken.batch_size, taken.num_tokens)
-        if (
-            taken.plan == self._last_run != PLAIN and not chosen.is_trial
-        ):  # after a switch, all requests are started
-            counts.step_s += seconds - taken.start_seconds
+            counts.count(num_steps * taken.batch_size, taken.num_tokens)
+        # After a switch, all requests are started.
+        if taken.plan == self._last_run != PLAIN and not chosen.is_trial:
+            counts.step_s += taken.seconds - taken.start_seconds
             counts.start_s += taken.start_seconds
         if taken.plan.drafter == HISTORY:
             kept = 0.5 ** (taken.batch_size / _CALIBRATION_STEPS)
@@ -163,10 +163,8 @@ class Planner:
         self._balance(chosen, taken)
         self._last_run = taken.plan
         self._ran.add(chosen.work.place)
-        if self._num_steps % _FORGET_STEPS == 0:
+        if self._num_steps % _FORGET_STEPS < num_steps:
             self._forget()
-        if self._num_steps in (64, 512) or self._num_steps % 4096 == 0:
-            self.costs.save()
 
     @property
     def speedups(self) -> tuple[float, float]:
@@ -205,9 +203,8 @@ class Planner:
         cost = self.costs.cost(Work.of(plan, batch_size, context)) * (1 + self._counts[plan].start_share)
         return self.expected_tokens(plan) / cost
 
-    def _from_counts(self, step: NextStep) -> tuple[Plan, bool]:
+    def _from_counts(self, step: NextStep, place: Work) -> tuple[Plan, bool]:
         """The plan in use, or a trial of another."""
-        place = Work.of(PLAIN, step.batch_size, step.context).place
         if place != self._place:  # steps on both sides of an edge do not compare
             self._place, self._trial = place, None
             self._holds_until = max(self._num_steps, _FIRST_STEPS)
@@ -339,15 +336,17 @@ class Planner:
             return gain > (-start / _STEPS_PER_CHOICE if is_on else start)
         return gain > (0.0 if is_on else _MARGIN / 2 * best.rate * cost)
 
-    def _balance(self, chosen: Chosen, taken: StepTaken) -> None:
-        """What the step has lost or saved against the plan in use, and how fast it was.
+    def _balance(self, chosen: Chosen, taken: StepsTaken) -> None:
+        """What the steps have lost or saved against the plan in use, and how fast they were.
 
-        By what it costs where that is known, not by what it took: a machine that paused has lost nothing by
-        the plan.
+        By what they cost where that is known, not by what they took: a machine that paused has lost nothing
+        by the plan.
         """
-        seconds = taken.seconds
+        seconds, num_steps = taken.seconds, len(taken.step_seconds)
         if taken.plan == PLAIN:
-            self._plain_times.observe(chosen.work, seconds, self._num_steps - self._plain_at - 1)
+            num_others = self._num_steps - num_steps - self._plain_at
+            for index, each in enumerate(taken.step_seconds):
+                self._plain_times.observe(chosen.work, each, 0 if index else num_others)
             self._plain_at = self._num_steps
         plain_s = self._plain_times.seconds(chosen.work)
         if plain_s is None:
@@ -356,7 +355,7 @@ class Planner:
         self._plain_steps += total_s / plain_s
         for index, part in enumerate((total_s, chosen.tokens / chosen.cost * total_s, tokens * plain_s)):
             self._speeds[index] += part
-        cost = chosen.cost
+        cost = num_steps * chosen.cost
         if not chosen.is_measured:
             cost = max(cost, min(seconds / plain_s, _WORST * cost))
         lost = cost - tokens / chosen.rate
@@ -367,8 +366,9 @@ class Planner:
         elif cost < tokens:
             self._trials.add(-_SHARE_OF_GAINS * (tokens - cost))
         if chosen.has_looked:
-            look = min(taken.choice_seconds / plain_s, _LONGEST_LOOK)
-            self._looks.add(look + (lost if taken.plan.drafter == HISTORY else 0.0))
+            look = taken.choice_seconds / plain_s
+            self._looks.charge(look, lost if taken.plan.drafter == HISTORY else 0.0)
+            self._chosen = dataclasses.replace(chosen, has_looked=False)
 
     def _forget(self) -> None:
         """Policy and prompts have changed meanwhile: what is not in use may have become better."""
@@ -388,9 +388,3 @@ def read_plan(
         candidates = candidate_plans(policy, with_mask_rows=with_mask_rows, with_history=with_history)
         return Planner(candidates, costs=read_costs(policy))
     return Plan.parse(text, default_drafts=policy.trained_drafts or 1)
-
-
-def _is_narrower(plan: Plan, other: Plan) -> bool:
-    """Whether it is of the same kind, by the same drafter, with fewer drafts."""
-    like, other_like = ((each.kind, each.drafter, len(each.levels)) for each in (plan, other))
-    return like == other_like and plan.num_drafts < other.num_drafts

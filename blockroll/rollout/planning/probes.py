@@ -8,7 +8,7 @@ import torch
 from blockroll.policies.base import Policy
 from blockroll.rollout.engine.drafting import Drafter, DraftStep
 from blockroll.rollout.engine.engine import BareEngine
-from blockroll.rollout.engine.plans import Choice, NextStep, StepTaken
+from blockroll.rollout.engine.plans import Choice, NextStep, StepsTaken
 from blockroll.rollout.planning.candidates import candidate_plans
 from blockroll.rollout.planning.costs import CostModel, Work
 from blockroll.types import HISTORY, PLAIN, POINT_MASS, Draft, Plan, Request, Sampling
@@ -86,7 +86,7 @@ class _Turns:
         self._context = step.context
         return Choice(plan=self._plans[index % len(self._plans)] if is_other else PLAIN)
 
-    def observe(self, taken: StepTaken) -> None:
+    def observe(self, taken: StepsTaken) -> None:
         work = Work.of(taken.plan, taken.batch_size, self._context)
         self._costs.observe(work, taken.seconds - taken.start_seconds)
 
