@@ -69,6 +69,10 @@ class RolloutConfig(SamplingOptions):
     reproducible: bool = False
     # Tokens of earlier texts, in which each replica looks drafts up; 0: none, and `auto` does without them.
     history_tokens: Count = 1 << 20
+    share_history: bool = False  # whether replicas look drafts up in each other's finished texts too
+    # In which order a call's rollouts begin whose prompts are new to the pool: groups side by side, or the
+    # first sibling of every group, then the second, so that later ones are drafted from finished ones.
+    group_order: Literal["together", "sibling_by_sibling"] = "together"
     max_batch_size: Positive = 64  # requests that one replica decodes together
     max_length: Count = 0  # tokens of prompt and completion; 0: what the policy was built for
     memory_fraction: Share = 0.3  # of the device's memory that keys and values may take, per replica
@@ -82,6 +86,8 @@ class RolloutConfig(SamplingOptions):
     audit_dir: PathText = ""  # where; a run writes to its own folder unless this says otherwise
 
     def __post_init__(self) -> None:
+        if self.share_history and not self.history_tokens:
+            raise ConfigError("share_history=True shares nothing where history_tokens is 0: leave one out")
         if self.plan.strip() != "auto":
             plan = Plan.parse(self.plan, default_drafts=1)  # how many a policy drafts, it says itself
             if plan.drafter == HISTORY and not self.history_tokens:

@@ -165,7 +165,7 @@ def _run_to_the_end(
                 pool = make_pool(dataclasses.replace(config.policy, path=path), rollout)
             stack.enter_context(stop_signals())  # again: Ray has put a handler of its own in the place
             stack.callback(pool.close)
-        if checkpoint is not None and config.rollout.history_tokens:
+        if checkpoint is not None:
             pool.load_history(checkpoint.folder)
         random.seed(config.seed)
         torch.manual_seed(config.seed)

@@ -266,6 +266,7 @@ class Run:
             "sync/engines_stale": float(sum(state != "READY" for state in self.pool.states)),
             "engine/healthy": float(sum(state == "READY" for state in self.pool.states)),
             "engine/redispatch_total": float(self.pool.num_redispatched),
+            "engine/shared_texts_total": float(self.pool.num_shared_texts),
             "perf/weight_sync_s": time.perf_counter() - start,
         }
 

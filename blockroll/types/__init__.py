@@ -9,7 +9,15 @@ from blockroll.types.replica import (
     WeightManifest,
     WeightUpdate,
 )
-from blockroll.types.rollout import Commit, FinishReason, Prefix, Request, Rollout, RolloutStats
+from blockroll.types.rollout import (
+    Commit,
+    FinishedText,
+    FinishReason,
+    Prefix,
+    Request,
+    Rollout,
+    RolloutStats,
+)
 from blockroll.types.rows import Rows
 from blockroll.types.sampling import Constraint, Guide, LogitsProcessor, Sampling, SamplingOptions
 from blockroll.types.verdict import POINT_MASS, Draft, Evidence, PointMass, Verdict
@@ -25,6 +33,7 @@ __all__ = [
     "Draft",
     "Evidence",
     "FinishReason",
+    "FinishedText",
     "Guide",
     "Law",
     "LogitsProcessor",

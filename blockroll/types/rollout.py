@@ -5,7 +5,7 @@ Shapes: T tokens of one rollout. Logprobs are natural logarithms.
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from blockroll.errors import InvalidInput
 from blockroll.types.plan import Law, Plan
@@ -67,6 +67,13 @@ class Request:
     prefix: Prefix | None = None  # tokens committed earlier; the request goes on after them
 
 
+class FinishedText(NamedTuple):
+    """What a rollout that has finished leaves to histories: token ids alone."""
+
+    prompt_ids: tuple[int, ...]
+    token_ids: tuple[int, ...]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rollout:
     """A finished sample. The per-token columns have equal length T."""
@@ -81,6 +88,11 @@ class Rollout:
     finish_reason: FinishReason
     stats: RolloutStats
     error: str | None = None  # what went wrong, if finish_reason is "error"
+
+    @property
+    def text(self) -> FinishedText:
+        """Its tokens, with those of its prompt."""
+        return FinishedText(self.request.prompt_ids, self.token_ids)
 
     @property
     def log_ratio(self) -> float:

@@ -1,6 +1,6 @@
 """The engine as users make it: with every drafter of this package at hand."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from blockroll.errors import InvalidInput
@@ -11,7 +11,7 @@ from blockroll.rollout.drafters.mask_rows import MaskRows
 from blockroll.rollout.engine.drafting import Drafter
 from blockroll.rollout.engine.engine import BareEngine
 from blockroll.rollout.engine.plans import by_name, check_plan
-from blockroll.types import HISTORY, Plan
+from blockroll.types import HISTORY, FinishedText, Plan
 
 
 class Engine(BareEngine):
@@ -21,23 +21,35 @@ class Engine(BareEngine):
 
     def save_history(self, path: Path) -> bool:
         """Write what its history knows, if a plan asks for it; whether there was anything to write."""
-        drafter = self._drafters[HISTORY]
-        if not isinstance(drafter, HistoryDrafts) or not drafter.index.num_tokens:
+        drafter = self._history()
+        if drafter is None or not drafter.index.num_tokens:
             return False
         save_history(drafter, path, self.policy)
         return True
 
     def load_history(self, path: Path) -> None:
-        """Go on with a history from a file, in the place of its own.
+        """Go on with a history from a file, in the place of its own; where no plan asks, none is read.
 
         CheckpointError and InvalidInput as `load_history` of a file; InvalidInput while requests are served.
         """
-        drafter = self._drafters[HISTORY]
+        drafter = self._history()
+        if drafter is None:
+            return
         if self.num_requests:
             raise InvalidInput(f"{self.num_requests} requests are served: load the history before, or behind")
-        if isinstance(drafter, HistoryDrafts):
-            loaded = load_history(path, self.policy, max_tokens=drafter.index.max_tokens)
-            drafter.index, drafter.vocabulary = loaded.index, loaded.vocabulary
+        loaded = load_history(path, self.policy, max_tokens=drafter.index.max_tokens)
+        drafter.index, drafter.vocabulary = loaded.index, loaded.vocabulary
+
+    def tell_history(self, texts: Iterable[FinishedText]) -> None:
+        """Draft from texts that other engines have finished too, if a plan asks for history."""
+        drafter = self._history()
+        if drafter is not None:
+            drafter.tell(texts)
+
+    def _history(self) -> HistoryDrafts | None:
+        """The drafter that keeps one, if a plan asks for it."""
+        drafter = self._drafters[HISTORY]
+        return drafter if isinstance(drafter, HistoryDrafts) and drafter.is_asked else None
 
     @classmethod
     def check_plan(cls, plan: Plan, policy: Policy) -> None:

@@ -19,7 +19,7 @@ from blockroll.policies.base import Policy
 from blockroll.rollout.drafters.history_index import HistoryIndex, Match, PromptTexts, Source
 from blockroll.rollout.engine.drafting import Drafter, DraftStep
 from blockroll.rollout.engine.running import RunningRequest
-from blockroll.types import HISTORY, POINT_MASS, Draft, Plan, Request, Rollout
+from blockroll.types import HISTORY, POINT_MASS, Draft, FinishedText, Plan, Request, Rollout
 
 MAX_TOKENS = 1 << 20
 ROW_COST = 0.1
@@ -113,7 +113,7 @@ class HistoryDrafts(Drafter):
         self.acceptance = AcceptanceTable()
         self.row_cost = row_cost
         self.vocabulary: str | None = None  # of texts that came from a file
-        self._is_asked = False
+        self.is_asked = False  # whether a plan of its engine drafts from it
         self._followed: dict[str, _Followed] = {}
 
     def check(self, plan: Plan, policy: Policy) -> None:
@@ -123,11 +123,11 @@ class HistoryDrafts(Drafter):
                 f"plan {plan.name} has a history of another tokenizer or vocabulary; load it with the policy "
                 "that wrote it, or begin with an empty one"
             )
-        self._is_asked = True
+        self.is_asked = True
 
     def finished(self, rollout: Rollout) -> None:
         """Keep its text, whichever plans drew it."""
-        if not self._is_asked:
+        if not self.is_asked:
             return
         request = rollout.request
         if request.request_id not in self._followed:
@@ -135,6 +135,11 @@ class HistoryDrafts(Drafter):
         followed = self._followed.pop(request.request_id)
         self._read(followed, rollout.token_ids)
         self.index.close(followed.texts, followed.number)
+
+    def tell(self, texts: Iterable[FinishedText]) -> None:
+        """Keep texts that other engines of the job have finished."""
+        for text in texts:
+            self.index.add(text.prompt_ids, text.token_ids)
 
     def outlook(
         self, batch: Sequence[RunningRequest], most: int, least_chance: float

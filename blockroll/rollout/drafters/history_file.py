@@ -26,7 +26,6 @@ _DTYPES = {
     "text_lengths": torch.int64,
     "tokens": torch.int32,
 }
-_STARTED = "\0"  # no group of this process: what was written before is nobody's sibling
 
 
 def save_history(drafter: HistoryDrafts, path: str | Path, policy: Policy) -> None:
@@ -74,11 +73,9 @@ def load_history(
     token_ids: Iterator[int] = iter(columns["tokens"])
     lengths: Iterator[int] = iter(columns["text_lengths"])
     for num_prompt, num_texts in zip(columns["prompt_lengths"], columns["num_texts"], strict=True):
-        texts = drafter.index.of_prompt([*itertools.islice(token_ids, num_prompt)])
+        prompt_ids = [*itertools.islice(token_ids, num_prompt)]
         for length in itertools.islice(lengths, num_texts):
-            number = texts.open(_STARTED)
-            texts.extend(number, itertools.islice(token_ids, length))
-            drafter.index.close(texts, number)
+            drafter.index.add(prompt_ids, itertools.islice(token_ids, length))
     return drafter
 
 

@@ -28,6 +28,7 @@ PLACES_PER_NGRAM = 16  # in as many texts, the latest ones
 IDLE_PROMPTS = 8  # whose n-grams are kept while no text of theirs runs: siblings may come one by one
 _PROMPT = 0  # number of the text that a prompt itself is
 _END = -1  # stands behind each text of the job
+_ELSEWHERE = "\0"  # no group of an engine: what others have written is nobody's sibling
 
 
 class Source(IntEnum):
@@ -129,6 +130,11 @@ class PromptTexts:
             return self.num_tokens
         texts = map(self._texts.__getitem__, self._unlearned)
         return sum(len(text.tokens) - text.num_learned for text in texts)
+
+    @property
+    def has_ngrams(self) -> bool:
+        """Whether it takes memory for them."""
+        return self._ngrams is not None
 
     def forget_ngrams(self) -> None:
         """Keep the tokens alone; n-grams are made anew when they are asked for."""
@@ -333,6 +339,13 @@ class HistoryIndex:
         self._idle.pop(key, None)
         return self._prompts[key]
 
+    def add(self, prompt_ids: Sequence[int], token_ids: Iterable[int]) -> None:
+        """A text that was written elsewhere: in an earlier process, or by another engine."""
+        texts = self.of_prompt(prompt_ids)
+        number = texts.open(_ELSEWHERE)
+        texts.extend(number, token_ids)
+        self.close(texts, number)
+
     def close(self, texts: PromptTexts, number: int) -> None:
         """A text has ended: it is one of the job's, and the bounds hold again."""
         tokens = texts.text(number).tokens
@@ -344,7 +357,8 @@ class HistoryIndex:
         key = _key(texts.prompt)
         self._num_tokens += texts.num_tokens - self._counted.get(key, 0)
         self._counted[key] = texts.num_tokens
-        self._idle[key] = None
+        if texts.has_ngrams:
+            self._idle[key] = None
         while len(self._idle) > IDLE_PROMPTS:
             oldest, _ = self._idle.popitem(last=False)
             self._prompts[oldest].forget_ngrams()

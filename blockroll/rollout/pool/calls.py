@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Protocol, Self
 
 from blockroll.errors import BlockrollError, ReplicaError, RequestFailed
+from blockroll.rollout.pool.group_order import GroupOrder, groups
 from blockroll.rollout.pool.replica import Replica
 from blockroll.types import Prefix, ReplicaState, Request, Rollout, RolloutStats
 
@@ -29,20 +30,21 @@ class Call:
     """Invariant: each request that is not delivered is either waiting, in flight or arrived."""
 
     asked: dict[str, Asked]  # not delivered, by alias
-    waiting: deque[list[Request]]  # groups, under their aliases, from their last committed tokens
+    # Groups, or siblings one by one, under their aliases, from their last committed tokens.
+    waiting: deque[list[Request]]
     arrived: deque[Rollout] = field(default_factory=deque)  # finished, under their aliases
     num_on: Counter["Member"] = field(default_factory=Counter)  # in flight, per replica
     is_over: bool = False
 
     @classmethod
-    def of(cls, requests: Iterable[Request], taken: Collection[str]) -> Self:
+    def of(cls, requests: Iterable[Request], taken: Collection[str], order: GroupOrder) -> Self:
         """A call whose aliases are none of those taken."""
         asked: dict[str, Asked] = {}
         for place, request in enumerate(requests):
             alias = free_alias(request.request_id, taken, asked)
             asked[alias] = Asked(place=place, request=request)
         renamed = (replace(each.request, request_id=alias) for alias, each in asked.items())
-        return cls(asked=asked, waiting=deque(groups(renamed)))
+        return cls(asked=asked, waiting=order.waiting(renamed))
 
     def put_back(self, requests: Iterable[Request]) -> None:
         """Let requests wait again, before all others."""
@@ -164,15 +166,6 @@ def free_alias(request_id: str, *taken: Collection[str]) -> str:
         number += 1
         alias = f"{request_id}~{number}"
     return alias
-
-
-def groups(requests: Iterable[Request]) -> Iterator[list[Request]]:
-    """Requests by group, in order of first appearance; a request without a group is one of its own."""
-    found: dict[str, list[Request]] = {}
-    for request in requests:
-        key = f"group {request.group_id}" if request.group_id is not None else f"request {request.request_id}"
-        found.setdefault(key, []).append(request)
-    yield from found.values()
 
 
 def resumed(rollout: Rollout) -> Request:

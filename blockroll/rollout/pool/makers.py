@@ -76,6 +76,7 @@ def _refuse_without_effect(given: Collection[str], config: RolloutConfig) -> Non
     """InvalidInput for an option that was given, and that others leave without a meaning."""
     for names, has_effect, needed in (
         (("threads_per_replica", "gpus_per_replica"), config.replica_kind == "ray", "backend='ray'"),
+        (("share_history",), config.num_replicas > 1, "num_replicas above 1"),
         (("audit_share",), config.audit == "share", "audit='share'"),
         (("audit_dir",), config.audit != "off", "audit='all' or audit='share'"),
         (("check_sync",), False, "a TRL trainer's RolloutConfig"),
@@ -228,6 +229,8 @@ def _pool(
         sampling=config.sampling(allow_truncated_mix=True),
         weights_dtype=getattr(torch, policy.dtype),
         is_joined=is_joined,
+        share_history=config.share_history,
+        sibling_by_sibling=config.group_order == "sibling_by_sibling",
     )
 
 

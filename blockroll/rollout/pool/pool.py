@@ -20,6 +20,8 @@ from blockroll.errors import InvalidInput, ReplicaError, WeightSyncError
 from blockroll.policies.prompts import Messages, OverlongRule, PromptInput, check_messages
 from blockroll.rollout.engine.requests import check_request
 from blockroll.rollout.pool.calls import Member, Rollouts
+from blockroll.rollout.pool.group_order import GroupOrder
+from blockroll.rollout.pool.histories import load_histories, save_histories
 from blockroll.rollout.pool.prompted import as_requests, make_requests
 from blockroll.rollout.pool.replica import Replica
 from blockroll.rollout.pool.router import Router
@@ -39,8 +41,6 @@ logger = logging.getLogger(__name__)
 
 Transport = Callable[[WeightUpdate], WeightUpdate]
 
-_HISTORY = "history_"  # files of texts that drafts are looked up in, one of each replica
-
 
 class RolloutPool:
     """Generates rollouts on one or more replicas that hold the same policy version."""
@@ -56,15 +56,23 @@ class RolloutPool:
         sampling: Sampling | None = None,
         weights_dtype: torch.dtype | None = None,
         is_joined: bool = False,
+        share_history: bool = False,
+        sibling_by_sibling: bool = False,
     ) -> None:
         """`requests_per_replica` are handed out at a time; `transport` moves an update's buckets.
 
         `sampling` is that of requests without one of their own. `sync` casts weights to `weights_dtype`, the
         replicas' own; None: they have the learner's. `is_joined`: another process publishes the weights.
+        `share_history` and `sibling_by_sibling` as `share_history` and `group_order` of `RolloutConfig`.
         """
         if not replicas:
             raise InvalidInput("a pool needs at least one replica")
-        self._router = Router(replicas, requests_per_replica=requests_per_replica)
+        self._router = Router(
+            replicas,
+            requests_per_replica=requests_per_replica,
+            order=GroupOrder(sibling_by_sibling=sibling_by_sibling),
+            share_history=share_history,
+        )
         self._members = self._router.members
         self._transport = transport
         self._on_close = on_close
@@ -118,6 +126,11 @@ class RolloutPool:
     def num_redispatched(self) -> int:
         """Requests that went to other replicas, because theirs died or became stale."""
         return self._router.num_redispatched
+
+    @property
+    def num_shared_texts(self) -> int:
+        """Finished texts that replicas were told of by others, one counted once for each of them."""
+        return self._router.num_shared_texts
 
     @property
     def states(self) -> tuple[ReplicaState, ...]:
@@ -276,30 +289,23 @@ class RolloutPool:
                 if member.state != "DEAD":
                     member.replica.release_memory()
 
-    def save_history(self, folder: Path) -> None:
+    def save_history(self, folder: Path, *, first: int = 0) -> None:
         """Write the texts that drafts are looked up in into a folder, which living replicas can reach.
 
-        One that dies meanwhile writes none. CheckpointError where a file cannot be written.
+        Files are numbered from `first`. One that dies meanwhile writes none. CheckpointError where a file
+        cannot be written.
         """
         with self._router.alone():
-            for index, member in enumerate(self._members):
-                if member.state == "DEAD":
-                    continue
-                try:
-                    member.replica.save_history(folder / f"{_HISTORY}{index}.safetensors")
-                except ReplicaError as death:
-                    logger.warning("the history of replica %d is not written: %s", index, death)
+            save_histories(self._members, folder, first)
 
-    def load_history(self, folder: Path) -> None:
+    def load_history(self, folder: Path, *, first: int = 0) -> None:
         """Go on with what `save_history` wrote there; of fewer files than replicas, several take one.
 
-        CheckpointError where a file is not as it was written, InvalidInput where it is of another vocabulary.
+        Without files replicas keep what they know, and the log says so. CheckpointError where a file is not
+        as it was written, InvalidInput where it is of another vocabulary.
         """
-        paths = sorted(folder.glob(f"{_HISTORY}*.safetensors"))
         with self._router.alone():
-            for index, member in enumerate(self._members):
-                if paths and member.state != "DEAD":
-                    member.replica.load_history(paths[index % len(paths)])
+            load_histories(self._members, folder, first)
 
     def health(self) -> tuple[ReplicaHealth, ...]:
         """What every living replica says of itself."""

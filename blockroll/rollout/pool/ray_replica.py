@@ -24,11 +24,13 @@ from blockroll.errors import (
     StaleReplica,
     WeightSyncError,
 )
+from blockroll.rollout.drafters.history import MAX_TOKENS
 from blockroll.rollout.engine.requests import Limits
 from blockroll.rollout.pool.ray_calls import ActorCalls
 from blockroll.rollout.pool.replica import LocalReplica
 from blockroll.rollout.pool.shared import SharedReplica
-from blockroll.types import ReplicaHealth, Request, Rollout, UpdateReceipt, WeightUpdate
+from blockroll.rollout.pool.untold import UntoldTexts
+from blockroll.types import FinishedText, ReplicaHealth, Request, Rollout, UpdateReceipt, WeightUpdate
 
 _POLL_WAIT_S = 0.02
 _START_TIMEOUT_S = 120.0
@@ -68,7 +70,8 @@ class ReplicaActor:
     def submit(self, requests: Sequence[Request], client: str) -> bool:
         return self._shared.submit(requests, client)
 
-    def poll(self, client: str) -> tuple[Rollout, ...] | None:
+    def poll(self, client: str, texts: Sequence[FinishedText]) -> tuple[Rollout, ...] | None:
+        self._replica.tell_history(texts)
         return self._shared.poll(client)
 
     def abort(self, request_ids: Sequence[str], client: str) -> tuple[Rollout, ...]:
@@ -114,6 +117,7 @@ class RayReplica:
         self._client = uuid.uuid4().hex
         self._held: dict[str, Request] = {}  # submitted, and not back yet
         self._pending: ray.ObjectRef[Any] | None = None
+        self._untold = UntoldTexts(MAX_TOKENS)
         self._arrived: tuple[Rollout, ...] = ()  # finished by a poll whose result an abort had to wait for
         self.limits: Limits
         self.notice: str | None = None
@@ -172,11 +176,12 @@ class RayReplica:
     def poll(self) -> tuple[Rollout, ...]:
         """Rollouts of the poll under way, if it has ended; waits for it only briefly."""
         if self._pending is None:
-            self._pending = self._calls.start("poll", self._client)
+            self._start_poll()
+        assert self._pending is not None
         if not self._calls.is_over(self._pending, wait_s=_POLL_WAIT_S):
             return ()
         finished = self._result_of_poll()
-        self._pending = self._calls.start("poll", self._client)
+        self._start_poll()
         return finished
 
     def update(self, update: WeightUpdate) -> UpdateReceipt:
@@ -205,6 +210,10 @@ class RayReplica:
     def release_memory(self) -> None:
         """Give the memory of keys and values back while nothing is served."""
         self._calls.ask("release_memory")
+
+    def tell_history(self, texts: Sequence[FinishedText]) -> None:
+        """Texts that other replicas have finished, which go along with the next poll."""
+        self._untold.add(texts)
 
     def save_history(self, path: Path) -> None:
         """Write the texts that drafts are looked up in to a file of the actor's machine, if there are any."""
@@ -241,6 +250,9 @@ class RayReplica:
             logger.info("%s while it was closed", death)
         finally:
             self._calls.kill()
+
+    def _start_poll(self) -> None:
+        self._pending = self._calls.start("poll", self._client, self._untold.take())
 
     def _result_of_poll(self) -> tuple[Rollout, ...]:
         """What the poll under way finished, behind what an earlier one did."""

@@ -24,7 +24,7 @@ from blockroll.rollout.pool.weight_sync.buckets import (
     weights_checksum,
 )
 from blockroll.rollout.pool.weight_sync.checks import check_form, check_version, check_weights
-from blockroll.types import ReplicaHealth, Request, Rollout, UpdateReceipt, WeightUpdate
+from blockroll.types import FinishedText, ReplicaHealth, Request, Rollout, UpdateReceipt, WeightUpdate
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +64,10 @@ class Replica(Protocol):
 
     def release_memory(self) -> None:
         """Give the memory of keys and values back while nothing is served."""
+        ...
+
+    def tell_history(self, texts: Sequence[FinishedText]) -> None:
+        """Look drafts up in texts that other replicas have finished too; it waits for nothing."""
         ...
 
     def save_history(self, path: Path) -> None:
@@ -178,6 +182,11 @@ class LocalReplica:
         """Give the memory of keys and values back while nothing is served."""
         with self._lock:
             self.engine.release_memory()
+
+    def tell_history(self, texts: Sequence[FinishedText]) -> None:
+        """Look drafts up in texts that other replicas have finished too."""
+        with self._lock:
+            self.engine.tell_history(texts)
 
     def save_history(self, path: Path) -> None:
         """Write the texts that drafts are looked up in to a file, if there are any."""

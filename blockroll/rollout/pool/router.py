@@ -12,6 +12,7 @@ from contextlib import ExitStack, contextmanager
 
 from blockroll.errors import InvalidInput, ReplicaError, StaleReplica
 from blockroll.rollout.pool.calls import Call, Member, failed, free_alias, resumed
+from blockroll.rollout.pool.group_order import GroupOrder
 from blockroll.rollout.pool.replica import Replica
 from blockroll.rollout.pool.turns import TurnLock
 from blockroll.types import Request, Rollout
@@ -24,13 +25,26 @@ _MOST_HOMES = 4096  # more groups than replicas hold keys and values of
 class Router:
     """Hands the requests of calls to replicas, and what these finish to the calls."""
 
-    def __init__(self, replicas: Sequence[Replica], *, requests_per_replica: int) -> None:
-        """`requests_per_replica` of one call are handed to a replica at a time."""
+    def __init__(
+        self,
+        replicas: Sequence[Replica],
+        *,
+        requests_per_replica: int,
+        order: GroupOrder | None = None,
+        share_history: bool = False,
+    ) -> None:
+        """`requests_per_replica` of one call are handed to a replica at a time, in `order`.
+
+        With `share_history` what one replica finishes is told to the others.
+        """
         self.members = [Member(replica) for replica in replicas]
         self.version = 0
         self.num_redispatched = 0
+        self.num_shared_texts = 0  # that replicas were told of: one counts once for each of them
         self.is_closed = False  # nothing is asked of the replicas any more
         self._requests_per_replica = requests_per_replica
+        self._order = order or GroupOrder()
+        self._shares_history = share_history
         self._lock = TurnLock()
         # Whose each request is, by alias; of nobody: one that could not be aborted when its call ended.
         self._owners: dict[str, Call | None] = {}
@@ -57,7 +71,7 @@ class Router:
         with self.alone():
             self.require_open()
             self._ask_anew()
-            call = Call.of(requests, self._owners)
+            call = Call.of(requests, self._owners, self._order)
             self._owners.update(dict.fromkeys(call.asked, call))
         return call
 
@@ -248,7 +262,7 @@ class Router:
         else:
             self._receive(member, finished)
 
-    def _receive(self, member: Member, rollouts: Iterable[Rollout]) -> None:
+    def _receive(self, member: Member, rollouts: Sequence[Rollout]) -> None:
         """Give rollouts to their calls; one that was interrupted goes on from its last committed token."""
         unfinished: dict[Call, list[Request]] = {}
         for rollout in rollouts:
@@ -263,6 +277,17 @@ class Router:
                 held[0].arrived.append(rollout)
         for call, requests in unfinished.items():
             call.put_back(requests)
+        self._share(member, rollouts)
+
+    def _share(self, member: Member, rollouts: Sequence[Rollout]) -> None:
+        """Tell the other replicas of texts that this one has finished."""
+        texts = [each.text for each in rollouts if each.finish_reason in ("stop", "length")]
+        if not self._shares_history or not texts:
+            return
+        for other in self.members:
+            if other is not member and other.state != "DEAD":
+                other.replica.tell_history(texts)
+                self.num_shared_texts += len(texts)
 
     def _renamed(self, call: Call, request: Request) -> Request:
         """The request under a new alias; the old one stays taken, by nobody."""
