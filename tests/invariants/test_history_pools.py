@@ -93,6 +93,28 @@ def test_a_pool_writes_what_it_remembers_and_another_goes_on_with_it(pool, check
     assert forwards[0] < 0.9 * forwards[1]
 
 
+def test_each_replica_takes_the_file_of_its_number_and_several_take_one_of_few(checkpoint, tmp_path):
+    config = dataclasses.replace(CONFIG, backend="local", num_replicas=1)
+    written = {}
+    with make_pool(PolicyConfig(path=checkpoint), config) as pool:
+        for number in (0, 1, 2, 10):
+            list(pool.generate(groups(number, number)))
+            written[number] = num_texts(pool, 0)
+            pool.save_history(tmp_path, first=number)
+    assert len(set(written.values())) == 4, "each file holds more than the one before"
+    (tmp_path / "history_x.safetensors").write_bytes(b"none of a pool's")
+    config = dataclasses.replace(config, num_replicas=3)
+    with make_pool(PolicyConfig(path=checkpoint), config) as pool:
+        for first, numbers in ((0, (0, 1, 2)), (3, (10, 0, 1)), (8, (0, 1, 2))):
+            pool.load_history(tmp_path, first=first)
+            assert [num_texts(pool, index) for index in range(3)] == [written[each] for each in numbers]
+
+
+def num_texts(pool, index):
+    history = pool._members[index].replica.engine._drafters["history"].index
+    return sum(1 for texts in history.prompts for _ in texts.ended)
+
+
 def test_a_history_that_was_damaged_is_refused_by_name(pool, tmp_path):
     list(pool.generate(groups(1, 1)))
     pool.save_history(tmp_path)

@@ -10,6 +10,9 @@ import time
 import pytest
 
 from blockroll.errors import InvalidInput
+from blockroll.policies.hf import HFPolicy
+from blockroll.policies.loading import TINY_POLICY_DIR
+from blockroll.rollout.drafters.history_file import load_history
 from blockroll.rollout.pool.ray_replica import check_disjoint
 from tests.equality import assert_same_rows
 
@@ -60,6 +63,24 @@ def test_colocated_replicas_of_two_ranks_draw_the_learners_law(tmp_path, options
     gap, error = (last[f"sampling/surprisal_minus_entropy/run_{name}"] for name in ("mean", "se"))
     assert abs(gap) < 4 * error
     assert [row["grad_norm"] > 0 for row in first["logs"]] == [True] * STEPS
+
+
+@pytest.mark.slow
+def test_each_rank_saves_its_own_history_and_goes_on_with_it(tmp_path):
+    whole = reports(tmp_path, "--history")
+    checkpoint = tmp_path / "out" / "checkpoint-2"
+    policy = HFPolicy.from_pretrained(TINY_POLICY_DIR)
+    for rank, report in enumerate(whole):
+        known = load_history(checkpoint / "blockroll" / f"history_{rank}.safetensors", policy).index
+        texts = [[*text] for texts in known.prompts for text in texts.ended]
+        assert sorted(texts) == sorted(report["drawn"][:12]), "two of three steps"
+    resumed = reports(tmp_path, "--history", "--resume", str(checkpoint))
+    assert [sorted(each["drawn"]) for each in resumed] == [sorted(each["drawn"][12:]) for each in whole]
+    path = checkpoint / "blockroll" / "history_1.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    status, output = launch(tmp_path, "--history", "--resume", str(checkpoint), timeout=120)
+    assert status != 0
+    assert "rank 1 failed while going on from a checkpoint, so every rank stops: CheckpointError" in output
 
 
 @pytest.mark.slow

@@ -51,6 +51,8 @@ def main() -> None:
     parser.add_argument("--fsdp", action="store_true")
     parser.add_argument("--bf16", action="store_true", help="multiply in bfloat16")
     parser.add_argument("--align", action="store_true", help="with an adapter that starts from nothing")
+    parser.add_argument("--history", action="store_true", help="draft from history, and save every step")
+    parser.add_argument("--resume", help="the checkpoint to go on from")
     given = parser.parse_args()
     torch.set_num_threads(1)
     problems = list(itertools.islice(arithmetic.problems(0, held_out=False), 32))
@@ -65,7 +67,8 @@ def main() -> None:
         report_to=[],
         use_cpu=True,
         bf16=given.bf16,
-        save_strategy="no",
+        save_strategy="steps" if given.history else "no",
+        save_steps=1,
         disable_tqdm=True,
         gradient_checkpointing=False,
         **({"fsdp": True, "fsdp_config": {"version": 2}} if given.fsdp else {}),
@@ -79,7 +82,10 @@ def main() -> None:
         args=args,
         train_dataset=Dataset.from_list([{"prompt": p.prompt, "answer": p.answer} for p in problems]),
         rollout=RolloutConfig(
-            plan="two_forward", placement=given.placement, num_replicas=2, threads_per_replica=1
+            plan="history(4)" if given.history else "two_forward",
+            placement=given.placement,
+            num_replicas=2,
+            threads_per_replica=1,
         ),
         alignment=AlignmentConfig(draft=DraftConfig(rank=4, layouts=("two_forward",)))
         if given.align
@@ -123,7 +129,7 @@ def main() -> None:
         return score(rows)
 
     trainer._tokenize_prompts, trainer._generate_and_score_completions = tokenizing, scoring
-    trainer.train()
+    trainer.train(resume_from_checkpoint=given.resume)
     adapter = trainer.rollouts.placement.policy.adapter if given.align else None
     report = {
         "logs": [row for row in trainer.state.log_history if "loss" in row],

@@ -1,7 +1,8 @@
 """`checkpoint-N/blockroll/`: what a trainer's own checkpoint does not hold of its rollouts.
 
 The draft adapter as an ordinary folder, the optimizer of its alignment, what the planner has counted, and the
-policy version, and the sums of metrics that go on over the run.
+policy version, and the sums of metrics that go on over the run. And the histories that drafts are looked up
+in: a file of each replica, so where each rank has its own, one of each rank.
 """
 
 from pathlib import Path
@@ -11,17 +12,57 @@ import torch
 
 from blockroll.errors import CheckpointError
 from blockroll.rl_loops.trl.placement import Placement
+from blockroll.rl_loops.trl.together import together
 from blockroll.rollout.audit.files import drop_audit
 
 FOLDER, STATE_FILE = "blockroll", "rollout_state.pt"
 
 
-def save_rollout_state(
-    checkpoint: Path, placement: Placement, *, version: int, views: dict[str, Any]
-) -> None:
-    """Write the folder into a trainer's checkpoint. Rank 0 calls it."""
-    folder = checkpoint / FOLDER
-    folder.mkdir(parents=True, exist_ok=True)
+def save_rollout_state(trainer: Any, checkpoint: Path, *, views: dict[str, Any]) -> None:
+    """Write the folder into a trainer's checkpoint. All ranks call it; each writes its own histories.
+
+    CheckpointError where a history cannot be written.
+    """
+    placement, folder = trainer.rollouts.placement, checkpoint / FOLDER
+    with together(trainer.accelerator, "writing a checkpoint"):
+        folder.mkdir(parents=True, exist_ok=True)
+        placement.pool.save_history(folder, first=_first_history(trainer))
+        if trainer.args.should_save:
+            _save_state(folder, placement, version=trainer.rollouts.version, views=views)
+
+
+def load_rollout_state(
+    trainer: Any, checkpoint: Path, *, audit: Path | None = None
+) -> tuple[int, dict[str, Any]]:
+    """Go on from a trainer's checkpoint; CheckpointError if alignment has nothing to go on from.
+
+    Gives the policy version that it was written at, -1 if no blockroll wrote it, for what is drawn now is
+    later; and the states of the learner's views, by mode.
+
+    Histories without a file begin empty, and the log says so; of fewer files than ranks, several ranks take
+    one. CheckpointError for one that is not as it was written, InvalidInput for one of another vocabulary.
+
+    Of `audit`, the folder that the run writes to, rows of later versions go: those versions are made again.
+    All ranks call it.
+    """
+    version, views = -1, {}
+    with together(trainer.accelerator, "going on from a checkpoint"):
+        placement = trainer.rollouts.placement
+        state = _load_state(checkpoint, placement)
+        placement.pool.load_history(checkpoint / FOLDER, first=_first_history(trainer))
+        if state is not None:
+            version, views = int(state["policy_version"]), state.get("views", {})
+            if trainer.accelerator.is_main_process and audit is not None and audit.is_dir():
+                drop_audit(audit, version)
+    return version, views
+
+
+def _first_history(trainer: Any) -> int:
+    """The number of the history of a rank's first replica; replicas that ranks share are rank 0's."""
+    return int(trainer.accelerator.process_index * len(trainer.rollouts.placement.pool.states))
+
+
+def _save_state(folder: Path, placement: Placement, *, version: int, views: dict[str, Any]) -> None:
     state: dict[str, Any] = {"policy_version": version, "views": views}
     if placement.policy is not None and placement.policy.adapter is not None:
         placement.policy.adapter.save_pretrained(folder)
@@ -34,31 +75,21 @@ def save_rollout_state(
     partial.replace(folder / STATE_FILE)
 
 
-def load_rollout_state(
-    checkpoint: Path, placement: Placement, *, audit: Path | None = None
-) -> tuple[int, dict[str, Any]]:
-    """Go on from a trainer's checkpoint; CheckpointError if alignment has nothing to go on from.
-
-    Gives the policy version that it was written at, -1 if no blockroll wrote it, for what is drawn now is
-    later; and the states of the learner's views, by mode.
-
-    Of `audit`, the folder that the run writes to, rows of later versions go: those versions are made again.
-    """
+def _load_state(checkpoint: Path, placement: Placement) -> dict[str, Any] | None:
+    """What `_save_state` wrote; None of a stock trainer's checkpoint, whose policy is all that it has."""
     path = checkpoint / FOLDER / STATE_FILE
     if not path.is_file():
         if placement.alignment is None:
-            return -1, {}  # a stock trainer's checkpoint: its policy is all there is to go on from
+            return None
         raise CheckpointError(
             f"{checkpoint} has no {FOLDER}/{STATE_FILE}: it was written without blockroll, and alignment "
             "cannot go on from it; resume with alignment=None"
         )
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     if placement.alignment is not None:
         if "alignment" not in state:
             raise CheckpointError(f"{path} was written without alignment; start with alignment=None")
         placement.alignment.load_state_dict(state["alignment"])
-    if audit is not None and audit.is_dir():
-        drop_audit(audit, state["policy_version"])
     if placement.planner is not None and "planner" in state:
         placement.planner.load_state_dict(state["planner"])
-    return int(state["policy_version"]), state.get("views", {})
+    return state

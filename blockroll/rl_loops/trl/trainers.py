@@ -112,10 +112,7 @@ class _DraftedRollouts(_Trainer):
             if folder is True:
                 folder = get_last_checkpoint(self.args.output_dir)  # type: ignore[no-untyped-call]
             if folder is not None:
-                is_main = self.accelerator.is_main_process
-                version, views = load_rollout_state(
-                    Path(folder), self.rollouts.placement, audit=self._audit if is_main else None
-                )
+                version, views = load_rollout_state(self, Path(folder), audit=self._audit)
                 self.rollouts.begin_version(after=version)
                 for mode, state in views.items():
                     self._views[mode].load_state_dict(state)
@@ -151,9 +148,8 @@ class _DraftedRollouts(_Trainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
         views = {mode: view.state_dict(self.accelerator) for mode, view in self._views.items()}
-        if self.args.should_save:
-            folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
-            save_rollout_state(folder, self.rollouts.placement, version=self.rollouts.version, views=views)
+        folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+        save_rollout_state(self, folder, views=views)
         self.rollouts.begin_version(after=self.rollouts.version)
 
     def _tokenize_prompts(self, prompts: list[Any]) -> Any:

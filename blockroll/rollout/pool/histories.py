@@ -28,7 +28,7 @@ def load_histories(members: Sequence[Member], folder: Path, first: int) -> None:
     """Give each living replica the file of its number; of fewer files than numbers, several take one."""
     found = {path: re.fullmatch(_NAME.format(r"(\d+)"), path.name) for path in folder.glob("history_*")}
     numbered = sorted((int(match[1]), path) for path, match in found.items() if match)
-    if not numbered:
+    if members and not numbered:
         logger.info("there is no history in %s: replicas begin without earlier texts", folder)
         return
     for number, member in enumerate(members, first):

@@ -74,6 +74,7 @@ class RolloutPool:
             share_history=share_history,
         )
         self._members = self._router.members
+        self._own = [] if is_joined else self._members  # whose histories this process keeps
         self._transport = transport
         self._on_close = on_close
         self._is_closed = False
@@ -292,11 +293,11 @@ class RolloutPool:
     def save_history(self, folder: Path, *, first: int = 0) -> None:
         """Write the texts that drafts are looked up in into a folder, which living replicas can reach.
 
-        Files are numbered from `first`. One that dies meanwhile writes none. CheckpointError where a file
-        cannot be written.
+        Files are numbered from `first`. One that dies meanwhile writes none; of replicas that were joined the
+        process that made them does. CheckpointError where a file cannot be written.
         """
         with self._router.alone():
-            save_histories(self._members, folder, first)
+            save_histories(self._own, folder, first)
 
     def load_history(self, folder: Path, *, first: int = 0) -> None:
         """Go on with what `save_history` wrote there; of fewer files than replicas, several take one.
@@ -305,7 +306,7 @@ class RolloutPool:
         as it was written, InvalidInput where it is of another vocabulary.
         """
         with self._router.alone():
-            load_histories(self._members, folder, first)
+            load_histories(self._own, folder, first)
 
     def health(self) -> tuple[ReplicaHealth, ...]:
         """What every living replica says of itself."""
