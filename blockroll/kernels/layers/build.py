@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_name("layers.c")
 _FLAGS = [
-    *("-std=gnu11", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math"),
+    *("-std=gnu11", "-O3", "-fno-math-errno", "-fno-trapping-math"),
     *("-fopenmp", "-shared", "-fPIC"),
 ]
 _SECONDS = 120  # it takes about two
@@ -56,16 +56,19 @@ class Model(ctypes.Structure):
 
 
 @cache
-def layers_library(dtype: torch.dtype) -> ctypes.CDLL:
+def layers_library(dtype: torch.dtype, processor: str = "native") -> ctypes.CDLL:
     """The compiled code for weights of a type, float32 or bfloat16; built if it is not there yet.
+
+    `processor` is one that the compiler knows, and this machine can run code for.
 
     MissingDependency where this machine has no C compiler, or one that does not build it.
     """
     compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     if not compiler or not shutil.which(compiler):
         raise MissingDependency("there is no C compiler: install gcc or clang, or set CC to the path of one")
-    command = [compiler, *_FLAGS, f"-DNUMBER_BF16={int(dtype == torch.bfloat16)}"]
-    told = [*command, _output([compiler, "--version"]), SOURCE.read_text(encoding="utf-8")]
+    command = [compiler, *_FLAGS, f"-march={processor}", f"-DNUMBER_BF16={int(dtype == torch.bfloat16)}"]
+    sources = [each.read_text(encoding="utf-8") for each in sorted(SOURCE.parent.glob("*.[ch]"))]
+    told = [*command, _output([compiler, "--version"]), *sources]
     told.append(processor_features())  # what `-march=native` goes by
     name = hashlib.sha256("\n".join(told).encode()).hexdigest()[:24]
     path = cache_dir() / "kernels" / f"layers-{name}.so"

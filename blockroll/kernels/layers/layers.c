@@ -7,6 +7,7 @@
 // Shapes: N rows, W hidden width, H query heads, G key-value heads, D head width, I inner width of the MLP.
 
 #include <stdint.h>
+#include <stdlib.h>
 #include <string.h>
 #if defined(__AVX512F__) || defined(__AVX2__)
 #include <immintrin.h>
@@ -223,22 +224,36 @@ static void block(product p, int64_t first, const number *x, int64_t rows, int64
         }
 }
 
+#include "amx.h"
+
 // Products of the same rows (N, width), side by side: out (N, stride).
 static void products(const product *parts, int num_parts, const number *x, int64_t rows, int64_t width, float *out,
                      int64_t stride, int threads) {
-    int64_t blocks = 0, starts[4];
+    int64_t strips = 0, starts[4];
     for (int part = 0; part < num_parts; part++) {
-        starts[part] = blocks;
-        blocks += (parts[part].size + TILE_OUT - 1) / TILE_OUT;
+        starts[part] = strips;
+        strips += (parts[part].size + STRIP - 1) / STRIP;
     }
-#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1 && blocks * TILE_OUT * width > 1 << 15)
-    for (int64_t index = 0; index < blocks; index++) {
-        int part = num_parts - 1;
-        while (starts[part] > index) part--;
-        float *to = out;
-        for (int before = 0; before < part; before++) to += parts[before].size;
-        block(parts[part], (index - starts[part]) * TILE_OUT, x, rows, width, to, stride);
+    number *pairs = matrix_rows(x, rows, width);
+#pragma omp parallel num_threads(threads) if (threads > 1 && strips * STRIP * width > 1 << 15)
+    {
+        if (pairs) matrix_begin();
+#pragma omp for schedule(static)
+        for (int64_t index = 0; index < strips; index++) {
+            int part = num_parts - 1;
+            while (starts[part] > index) part--;
+            float *to = out;
+            for (int before = 0; before < part; before++) to += parts[before].size;
+            product p = parts[part];
+            int64_t first = (index - starts[part]) * STRIP, end = first + STRIP;
+            if (pairs && end <= p.size)
+                matrix_strip(p.weight + first * width, pairs, rows, width, to + first, stride);
+            else
+                for (; first < end && first < p.size; first += TILE_OUT) block(p, first, x, rows, width, to, stride);
+        }
+        if (pairs) matrix_end();
     }
+    free(pairs);
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1 && rows * stride > 1 << 16)
     for (int64_t n = 0; n < rows; n++) {
         float *to = out + n * stride;
