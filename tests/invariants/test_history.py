@@ -22,7 +22,7 @@ from blockroll.samplers.constraints import Regex
 from blockroll.types import Plan, Request, Sampling
 from tests.engines import PlansInTurn, causal_logprobs, make_requests, run
 from tests.equality import assert_same_rollouts
-from tests.models import VOCAB_SIZE, adapted_policy, prompts, random_policy
+from tests.models import VOCAB_SIZE, adapted_policy, prompts, random_model, random_policy
 
 K = 6
 PLAN = Plan(K, drafter="history")
@@ -322,6 +322,16 @@ def test_an_engine_takes_a_given_history_instead_of_its_own_and_no_two():
         Engine(policy, plan=PLAN, drafters=[HistoryDrafts(), HistoryDrafts()])
     with pytest.raises(InvalidInput, match="asks for the drafter 'history', and this engine has none"):
         BareEngine(policy, plan=PLAN)
+
+
+def test_prompts_that_repeat_one_token_thousands_of_times_are_served():
+    model = random_model(scale=3.0)
+    model.config.max_position_embeddings = 2100
+    policy = HFPolicy(model)
+    requests = [request(f"r{i}", (7,) * 2000, seed=i, group="g", **GREEDY_OPTIONS) for i in range(3)]
+    drafted = run(policy, requests, PLAN)
+    assert_same_rollouts(run(policy, requests, Plan(0)), drafted, policy)
+    assert accepted(drafted) > 0
 
 
 def test_prompts_that_repeat_one_token_are_served():

@@ -127,3 +127,21 @@ def test_a_pool_of_the_scripts_own_keeps_a_file_of_each_replica(tmp_path):
         made(tmp_path, pool, max_steps=1).train()
         names = sorted(path.name for path in (tmp_path / "checkpoint-1" / "blockroll").glob("history_*"))
         assert names == ["history_0.safetensors", "history_1.safetensors"]
+
+
+def test_a_colocated_trainer_begins_siblings_one_by_one_and_draws_the_same_tokens(whole, tmp_path):
+    ordered = made(tmp_path, RolloutConfig(plan="history(4)", group_order="sibling_by_sibling"), max_steps=1)
+    begun = []
+    replica = ordered.rollouts.placement.pool._members[0].replica
+    submit = replica.submit
+
+    def recording(requests):
+        begun.extend(request.request_id for request in requests)
+        submit(requests)
+
+    replica.submit = recording
+    drawn = rounds(ordered)
+    ordered.train()
+    assert drawn == {0: whole[2][0]}
+    siblings = [f"train-0-0-0-{group * 4 + sibling}" for sibling in range(4) for group in range(4)]
+    assert begun[-16:] == siblings

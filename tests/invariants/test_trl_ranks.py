@@ -84,6 +84,26 @@ def test_each_rank_saves_its_own_history_and_goes_on_with_it(tmp_path):
 
 
 @pytest.mark.slow
+def test_ranks_that_share_histories_know_what_both_have_drawn_and_draw_the_same(tmp_path):
+    alone, shared = (
+        reports(folder, "--history", *options)
+        for name, options in (("alone", ()), ("shared", ("--share",)))
+        if (folder := tmp_path / name).mkdir() is None
+    )
+    for mine, theirs in zip(alone, shared, strict=True):
+        assert sorted(mine["drawn"][:6]) == sorted(theirs["drawn"][:6])
+    policy = HFPolicy.from_pretrained(TINY_POLICY_DIR)
+    both = sorted(text for report in shared for text in report["drawn"])
+    for rank in range(2):
+        path = tmp_path / "shared" / "out" / "checkpoint-3" / "blockroll" / f"history_{rank}.safetensors"
+        known = load_history(path, policy).index
+        assert sorted([*text] for texts in known.prompts for text in texts.ended) == both
+    counts = [row["engine/shared_texts_total"] for row in shared[0]["logs"]]
+    assert counts == [6, 12, 18]
+    assert {row["engine/shared_texts_total"] for row in alone[0]["logs"]} == {0}
+
+
+@pytest.mark.slow
 def test_two_ranks_share_two_ray_replicas_that_follow_policy_and_drafts(tmp_path):
     apart, within = tmp_path / "apart", tmp_path / "within"
     apart.mkdir()

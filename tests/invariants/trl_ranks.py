@@ -52,6 +52,7 @@ def main() -> None:
     parser.add_argument("--bf16", action="store_true", help="multiply in bfloat16")
     parser.add_argument("--align", action="store_true", help="with an adapter that starts from nothing")
     parser.add_argument("--history", action="store_true", help="draft from history, and save every step")
+    parser.add_argument("--share", action="store_true", help="the histories of all ranks")
     parser.add_argument("--resume", help="the checkpoint to go on from")
     given = parser.parse_args()
     torch.set_num_threads(1)
@@ -86,6 +87,7 @@ def main() -> None:
             placement=given.placement,
             num_replicas=2,
             threads_per_replica=1,
+            share_history=given.share,
         ),
         alignment=AlignmentConfig(draft=DraftConfig(rank=4, layouts=("two_forward",)))
         if given.align

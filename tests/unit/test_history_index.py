@@ -163,6 +163,37 @@ def test_what_runs_is_never_dropped():
     assert [*running.text(number).tokens] == [*range(50)]
 
 
+def test_texts_of_elsewhere_are_no_siblings_and_count_like_others():
+    index = HistoryIndex(100)
+    index.add(PROMPT, (4, 5, 6))
+    index.add(PROMPT, ())
+    texts = index.of_prompt(PROMPT)
+    assert [[*text] for text in texts.ended] == [[4, 5, 6]]
+    assert index.job.num_tokens == 4
+    for group in ("g", None):
+        number = written(texts, (4, 5), group)
+        assert guesses(texts, number) == {Source.EARLIER: (5, [6])}
+        index.close(texts, number)
+    for prompt in range(200):
+        index.add((prompt,), (7,) * (prompt % 12))
+        assert index.num_tokens <= 100
+    index.add(PROMPT, (7,) * 101)
+    assert index.num_tokens == 0, "one that is longer than the bound is not kept"
+
+
+def test_texts_of_elsewhere_take_no_ngrams_from_prompts_that_are_drafted_for():
+    index = HistoryIndex(10_000)
+    texts = index.of_prompt(PROMPT)
+    number = written(texts, (4, 5))
+    [*texts.matches(number)]
+    index.close(texts, number)
+    assert texts.has_ngrams
+    for prompt in range(2 * IDLE_PROMPTS):
+        index.add((prompt,), (4, 5, 6))
+    assert texts.has_ngrams
+    assert not any(other.has_ngrams for other in index.prompts if other is not texts)
+
+
 def test_the_job_remembers_the_last_place_and_forgets_by_halves():
     job = JobTexts(40)
     job.add((1, 2), (3, 4, 5))

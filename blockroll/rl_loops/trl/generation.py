@@ -87,7 +87,7 @@ class TrainerRollouts:
         """
         error, self._error = self._error, None
         raise_together(self._trainer.accelerator, error, "generating rollouts")
-        self.placement.end_round()
+        self.placement.end_round(self.rollouts)
 
     def sync_weights(self) -> None:
         """Every replica decodes with the trainer's weights from now on. All ranks call it.

@@ -3,9 +3,7 @@
 import logging
 import os
 import shutil
-import socket
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,6 +20,7 @@ from blockroll.policies.hf import HFPolicy
 from blockroll.rl_loops.publish import publish, publish_or_keep
 from blockroll.rl_loops.trl.agreement import policy_gap, pool_gap
 from blockroll.rl_loops.trl.alignment import Alignment
+from blockroll.rl_loops.trl.devices import device_names, hidden
 from blockroll.rl_loops.trl.fingerprint import Fingerprint, fingerprint
 from blockroll.rl_loops.trl.modules import base_model
 from blockroll.rl_loops.trl.record import audit_folder
@@ -76,8 +75,13 @@ class Placement(Protocol):
         """Rollouts of this rank's requests, in any order."""
         ...
 
-    def end_round(self) -> None:
-        """The batch is complete, all turns of it."""
+    def end_round(self, rollouts: Sequence[Rollout]) -> None:
+        """The batch is complete, all turns of it: this rank has drawn these. All ranks call it."""
+        ...
+
+    @property
+    def num_shared_texts(self) -> int:
+        """Finished texts that replicas were told of by others, as far as this process knows."""
         ...
 
     def close(self) -> None:
@@ -114,8 +118,13 @@ class Colocated:
         planner = self._replica.engine.planner
         self.planner = planner if isinstance(planner, Planner) else None
         self.pool = RolloutPool(
-            [self._replica], requests_per_replica=2 * config.max_batch_size, tokenizer=tokenizer
+            [self._replica],
+            requests_per_replica=2 * config.max_batch_size,
+            tokenizer=tokenizer,
+            sibling_by_sibling=config.group_order == "sibling_by_sibling",
         )
+        self._shares_history = config.share_history and trainer.accelerator.num_processes > 1
+        self.num_shared_texts = 0
         self._is_synced = False  # version 0, or the one behind a checkpoint's, is the first
 
     def fingerprint(self) -> Fingerprint:
@@ -142,8 +151,14 @@ class Colocated:
         """Rollouts in any order."""
         return self.pool.generate(requests)
 
-    def end_round(self) -> None:
-        """The memory of keys and values goes back to the trainer."""
+    def end_round(self, rollouts: Sequence[Rollout]) -> None:
+        """The memory of keys and values goes back to the trainer. Other ranks' texts become history here."""
+        if self._shares_history:
+            of_ranks = gather_object([[rollout.text for rollout in rollouts]])
+            del of_ranks[self._trainer.accelerator.process_index]
+            texts = [text for each in of_ranks for text in each]
+            self._replica.tell_history(texts)
+            self.num_shared_texts += len(texts)
         self.pool.release_memory()
 
     def close(self) -> None:
@@ -199,7 +214,7 @@ class Separate:
                 from blockroll.rollout.pool.ray_cluster import ray_address
 
                 name = f"blockroll-{os.getpid()}"
-                with _hidden(owned):
+                with hidden(owned):
                     self.pool = make_ray_pool(policy, config, name=name, taken_devices=owned)
                 where = [name, ray_address(), os.environ.get("RAY_AUTH_MODE")]
             except BlockrollError as failure:
@@ -252,8 +267,13 @@ class Separate:
         """Rollouts in any order."""
         return self.pool.generate(requests)
 
-    def end_round(self) -> None:
-        """Nothing: replicas keep their memory."""
+    def end_round(self, rollouts: Sequence[Rollout]) -> None:
+        """Nothing: replicas keep their memory, and share texts as they finish."""
+
+    @property
+    def num_shared_texts(self) -> int:
+        """By the pool's count."""
+        return self.pool.num_shared_texts
 
     def close(self) -> None:
         """Stop the actors; they also end with the process of rank 0."""
@@ -295,8 +315,13 @@ class Given:
         """Rollouts in any order."""
         return self.pool.generate(requests)
 
-    def end_round(self) -> None:
-        """Nothing: replicas keep their memory."""
+    def end_round(self, rollouts: Sequence[Rollout]) -> None:
+        """Nothing: replicas keep their memory, and share texts as they finish."""
+
+    @property
+    def num_shared_texts(self) -> int:
+        """By the pool's count."""
+        return self.pool.num_shared_texts
 
     def close(self) -> None:
         """Nothing: whoever made the pool closes it."""
@@ -344,32 +369,6 @@ def forward_dtype(trainer: Any) -> torch.dtype:
     if trainer.args.bf16:
         return torch.bfloat16
     return torch.float16 if trainer.args.fp16 else base_model(trainer.model).dtype
-
-
-def device_names(device: torch.device) -> list[str]:
-    """The accelerator that a rank trains on, as host:index; none on a CPU."""
-    if device.type != "cuda":
-        return []
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    index = device.index or 0
-    return [f"{socket.gethostname()}:{visible.split(',')[index] if visible else index}"]
-
-
-@contextmanager
-def _hidden(owned: Sequence[str]) -> Iterator[None]:
-    """Ray that starts here sees only accelerators of this host that no rank owns."""
-    host, before = socket.gethostname(), os.environ.get("CUDA_VISIBLE_DEVICES")
-    mine = {name.removeprefix(f"{host}:") for name in owned if name.startswith(f"{host}:")}
-    if mine:
-        every = before.split(",") if before else map(str, range(torch.cuda.device_count()))
-        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(each for each in every if each not in mine)
-    try:
-        yield
-    finally:
-        if before is not None:
-            os.environ["CUDA_VISIBLE_DEVICES"] = before
-        elif mine:
-            del os.environ["CUDA_VISIBLE_DEVICES"]
 
 
 def _write_policy(trainer: Any, bare: PreTrainedModel, folder: Path, adapter: str | Path | None) -> None:

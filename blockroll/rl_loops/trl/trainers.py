@@ -174,6 +174,7 @@ class _DraftedRollouts(_Trainer):
         self.rollouts.end_round()
         metrics = round_metrics(self.accelerator, self.rollouts.rollouts, self.rollouts.duration_s)
         metrics["rollout/weight_version"] = float(self.rollouts.version)
+        metrics["engine/shared_texts_total"] = float(self.rollouts.placement.num_shared_texts)
         metrics["perf/weight_sync_s"] = self.rollouts.weight_sync_s
         self._append(mode, metrics)
         if mode == "train":
