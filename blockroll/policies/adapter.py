@@ -80,17 +80,20 @@ class DraftAdapter(nn.Module):
             update = LowRank(in_features, out_features, config.rank)
             self.updates[_key(name)] = update
             self._handles.append(module.register_forward_hook(self._hook(update)))
+        self.hook_ids = frozenset(handle.id for handle in self._handles)  # they do nothing outside `on_rows`
         self.to(model.device)
-
-    @property
-    def hook_ids(self) -> frozenset[int]:
-        """Of its hooks on the model's modules, which do nothing outside `on_rows`."""
-        return frozenset(handle.id for handle in self._handles)
 
     @property
     def num_parameters(self) -> int:
         """Trainable numbers of the adapter."""
         return sum(parameter.numel() for parameter in self.parameters())
+
+    def update_of(self, path: str) -> LowRank | None:
+        """What is added on mask rows to the output of a module, by its path in the model without its head."""
+        if _key(path) not in self.updates:
+            return None
+        update = self.updates[_key(path)]
+        return update if isinstance(update, LowRank) else None
 
     @contextmanager
     def on_rows(self, first_row: int) -> Iterator[None]:

@@ -6,14 +6,14 @@ layers, and reads the parameters where they lie: no copies, so no memory, and no
 weights change.
 
 Models whose layers are of the shape that `layer_shape.py` knows are served, after their log-probabilities
-have been compared with those of the model's own forward. What is wrapped, hooked, training, under autocast,
-or of another type goes through the model's own modules.
+have been compared with those of the model's own forward; forwards with a draft adapter's masks are compared
+apart, and served with copies of its updates (`compiled_updates.py`). What is wrapped, hooked, training, under
+autocast, or of another type goes through the model's own modules.
 """
 
 import logging
-import math
 import time
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from ctypes import CDLL, addressof
 from functools import partial
 from typing import Literal
@@ -23,24 +23,26 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from blockroll.errors import InvalidInput, MissingDependency
-from blockroll.kernels.layers import Layer, Model, layers_library
+from blockroll.kernels.layers import Layer, Model, UpdatedRows, layers_library
 from blockroll.policies import attention
+from blockroll.policies.adapter import DraftAdapter
 from blockroll.policies.base import KVWindow
+from blockroll.policies.compiled_attention import attended_rows
+from blockroll.policies.compiled_law import is_same_law
+from blockroll.policies.compiled_updates import MOST_PARTS, CompiledUpdates
+from blockroll.policies.growing_window import GrowingWindow
 from blockroll.policies.layer_shape import LayerShape, layer_kinds
 from blockroll.policies.packing import Packing
-from blockroll.policies.prepacked import law_gap
-from blockroll.policies.rounding import nudged_inputs
 
 logger = logging.getLogger(__name__)
 
 Compile = Literal["auto", "on", "off"]
 Masks = Tensor | Mapping[str, Tensor]
 
-_ROWS = (1, 8, 32, 128)  # that are timed under `auto`
+_ROWS = (1, 8, 16, 32, 64, 128)  # that are timed under `auto`
 _ALL_ROWS = 1 << 62
 _MOST_TIMED = 8  # layers
 _TURNS = 3  # of which the best counts
-_ROUNDING_MARGIN = 3  # times what rounding alone does to the model's own law: it may differ by as much
 _LEAST_WIDTH = 64  # under `auto`, of the hidden states
 
 
@@ -48,15 +50,22 @@ class CompiledLayers:
     """One model's layers in compiled code. Whether they serve is decided at the first forward that asks."""
 
     def __init__(
-        self, model: PreTrainedModel, compile: Compile, law: Callable[[], Tensor], cache_keyword: str
+        self,
+        model: PreTrainedModel,
+        compile: Compile,
+        cache_keyword: str,
+        *,
+        law: Callable[[], Tensor],
+        draft_law: Callable[[], Tensor],
     ) -> None:
-        """`law` gives logits (..., V) of some rows of the model by forwards that ask here.
+        """`law` gives logits (..., V) of some rows of the model by forwards that ask here, `draft_law` of a
+        row and of masks behind it.
 
         InvalidInput where it must be on and the model is of another shape; MissingDependency where there is
         no compiler.
         """
         self.compile: Compile = compile
-        self._model, self._law = model, law
+        self._model, self._law, self._draft_law = model, law, draft_law
         self._cache_keyword = cache_keyword
         self._most_rows: int | None = 0 if compile == "off" else None  # None: not decided yet
         self._shape: LayerShape | None = None
@@ -64,6 +73,7 @@ class CompiledLayers:
         self._library: CDLL | None = None
         self._stamp: list[int] = []
         self._addresses: tuple[Model, list[Layer]] | None = None
+        self._updates: CompiledUpdates | None = None
         self._kinds = list(layer_kinds(model.config))
         if compile == "on":
             shape = LayerShape.of(model)
@@ -80,6 +90,11 @@ class CompiledLayers:
         """Rows of the largest forward that compiled layers serve; 0: they serve none."""
         return self._most_rows or 0
 
+    def weights_changed(self) -> None:
+        """Weights have been written, in whatever way: make anew what was made of the adapter's."""
+        if self._updates is not None:
+            self._updates.forget()
+
     def states(
         self,
         ids_BR: Tensor,
@@ -88,18 +103,26 @@ class CompiledLayers:
         window: KVWindow,
         *,
         packing: Packing | None,
-        allowed_hooks: Set[int],
+        adapter: DraftAdapter | None,
+        num_clean: int,
     ) -> Tensor | None:
         """Last hidden states (B, R, W), or (1, N, W) with a packing, as the model without its head gives
         them; None: ask the model.
 
-        `masks` are as `attention.folded_mask` has made them, one or one per kind of layer. `allowed_hooks`
-        are those on the model's modules that do nothing in this forward.
+        `masks` are as `attention.folded_mask` has made them, one or one per kind of layer. Rows behind the
+        first `num_clean` are masks of the `adapter`, if the policy has one.
         """
-        if not self._serves(ids_BR.numel(), allowed_hooks):
+        if not self._serves(ids_BR.numel(), frozenset() if adapter is None else adapter.hook_ids):
             return None
-        x_BRW = self._shape_here.base.embed_tokens(ids_BR)
-        return self._run(x_BRW, positions_BR, masks, window, packing, self._shape_here.num_layers)
+        embed, updates = self._shape_here.base.embed_tokens, None
+        if adapter is None or packing is not None or num_clean == ids_BR.shape[1]:
+            x_BRW = embed(ids_BR)
+        elif updates := self._served_updates(adapter):
+            x_BRW = adapter.embed(embed(ids_BR), num_clean)
+        else:
+            return None
+        num_layers = self._shape_here.num_layers
+        return self._run(x_BRW, positions_BR, masks, window, packing, num_layers, updates, num_clean)
 
     def logits(self, head: nn.Module, states: Tensor) -> Tensor | None:
         """Float32 logits (..., V), rounded as the head's own are; None: ask the head."""
@@ -178,24 +201,36 @@ class CompiledLayers:
         except MissingDependency as missing:
             logger.warning("layers are not compiled, and decoding is slower on this CPU: %s", missing)
             return
-        expected = self._law()
-        with nudged_inputs(self._model, dtype):
-            own_gap, bound = law_gap(expected, self._law(), dtype)
-        if math.isfinite(own_gap):
-            bound = max(bound, _ROUNDING_MARGIN * own_gap)
-        self._shape, self._dtype, self._stamp = shape, dtype, []
-        self._most_rows = _ALL_ROWS
-        gap, _ = law_gap(expected, self._law(), dtype)
-        self._most_rows = 0
-        if not gap <= bound:  # NaN is no agreement
-            logger.warning(
-                "compiled layers are off: log-probabilities move by %.1e with them, and %.1e is allowed",
-                gap,
-                bound,
-            )
+        self._shape, self._dtype, self._stamp, self._updates = shape, dtype, [], None
+
+        def serve(is_on: bool) -> None:
+            self._most_rows = _ALL_ROWS if is_on else 0
+
+        if not is_same_law(self._model, dtype, self._law, serve, "compiled layers are off"):
             return
         self._most_rows = _ALL_ROWS if self.compile == "on" else self._faster_rows()
         logger.info("compiled layers serve forwards of up to %d rows", self._most_rows)
+
+    def _served_updates(self, adapter: DraftAdapter) -> CompiledUpdates | None:
+        """The updates of an adapter, if forwards with its masks are run here; the first one decides."""
+        assert self._dtype is not None
+        if self._updates is None or self._updates.adapter is not adapter:
+            self._updates = CompiledUpdates.of(adapter, self._shape_here)
+        updates = self._updates
+        if updates is None or not updates.is_plain:
+            return None
+        updates.refresh(self._dtype)
+        if updates.is_compared:
+            return updates if updates.serve else None
+        updates.is_compared = True
+
+        def serve(is_on: bool) -> None:
+            updates.serve = is_on
+
+        updates.serve = is_same_law(
+            self._model, self._dtype, self._draft_law, serve, "compiled layers serve no masks"
+        )
+        return updates if updates.serve else None
 
     def _faster_rows(self) -> int:
         """The most rows up to which all that were timed take no longer than the model's own modules."""
@@ -258,8 +293,12 @@ class CompiledLayers:
         window: KVWindow,
         packing: Packing | None,
         num_layers: int,
+        updates: CompiledUpdates | None = None,
+        first_updated: int = 0,
     ) -> Tensor:
-        """The first so many layers and the last norm. `x_BRW` is overwritten."""
+        """The first so many layers and the last norm, of each text with the updates on the rows from
+        `first_updated` on. `x_BRW` is overwritten.
+        """
         if not self._stamp:
             self._is_current()
         assert self._library is not None
@@ -278,7 +317,14 @@ class CompiledLayers:
         space = [each.data_ptr() for each in (last_BRW, narrow, wide)]
         rotary = self._rotary(x_BRW, positions_BR)
         x, model_at, threads = x_BRW.data_ptr(), addressof(model), torch.get_num_threads()
+        added: Sequence[int | None] = [None] * num_layers
+        updated: int | None = None
+        if updates is not None:
+            numbers = torch.empty(num_rows * MOST_PARTS * updates.rank, dtype=torch.float32)
+            of_rows = UpdatedRows(first=first_updated, rank=updates.rank, space=numbers.data_ptr())
+            added, updated = updates.addresses, addressof(of_rows)
         before: int | None = None
+        added_before: int | None = None
         attended: Tensor | None = None
         for index in range(num_layers):
             kind = self._kinds[index]
@@ -288,100 +334,51 @@ class CompiledLayers:
             key_BGRD, value_BGRD = (x_BRW.new_empty((size, key_heads, rows, head_width)) for _ in range(2))
             made = (cos_BRD, sin_BRD, query_BHRD, key_BGRD, value_BGRD)
             at = [each.data_ptr() for each in made]
-            call(model_at, before, after, x, given, num_rows, rows, *at, *space, threads)
+            call(
+                model_at,
+                before,
+                after,
+                added_before,
+                added[index],
+                updated,
+                x,
+                given,
+                num_rows,
+                rows,
+                *at,
+                *space,
+                threads,
+            )
             keys_BGSD, values_BGSD = window.update(key_BGRD, value_BGRD, index)
             mask = masks if isinstance(masks, Tensor) else masks[kind or ""]
-            attended = self._attended(index, query_BHRD, keys_BGSD, values_BGSD, mask, packing)
-            before = after
-        given = None if attended is None else attended.data_ptr()
-        call(model_at, before, None, x, given, num_rows, rows, *[None] * 5, *space, threads)
-        return last_BRW
-
-    def _attended(
-        self,
-        index: int,
-        query_BHRD: Tensor,
-        keys_BGSD: Tensor,
-        values_BGSD: Tensor,
-        mask_B1MS: Tensor,
-        packing: Packing | None,
-    ) -> Tensor:
-        """What a layer's attention gives, (B, R, H, D); with a packing (1, N, H, D)."""
-        layer = self._shape_here.attentions[index]
-        size, heads, rows, width = query_BHRD.shape
-        num_keys = keys_BGSD.shape[2]
-        is_read_in_place = (
-            packing is None
-            and mask_B1MS.dtype == torch.bool
-            and mask_B1MS.is_contiguous()
-            and mask_B1MS.shape[0] == len(keys_BGSD) == size
-            and keys_BGSD.stride() == values_BGSD.stride()
-            and keys_BGSD.stride()[2:] == (width, 1)
-            and keys_BGSD.dtype == values_BGSD.dtype == query_BHRD.dtype
-        )
-        if not is_read_in_place:
-            attended, _ = attention.block_attention(
-                layer.module,
+            attended = attended_rows(
+                self._library,
+                model_at,
+                self._shape_here.attentions[index],
                 query_BHRD,
                 keys_BGSD,
                 values_BGSD,
-                mask_B1MS,
-                scaling=layer.scaling,
-                softcap=layer.softcap,
-                packing=packing,
+                mask,
+                packing,
             )
-            return attended.contiguous()
-        assert self._library is not None
-        assert self._addresses is not None
-        mask_rows = mask_B1MS.shape[2]
-        space = torch.empty(size * heads * rows * (num_keys + 4 + width), dtype=torch.float32)
-        attended_BRHD = query_BHRD.new_empty((size, rows, heads, width))
-        self._library.attend(
-            addressof(self._addresses[0]),
-            query_BHRD.data_ptr(),
-            keys_BGSD.data_ptr(),
-            values_BGSD.data_ptr(),
-            size,
+            before, added_before = after, added[index]
+        given = None if attended is None else attended.data_ptr()
+        call(
+            model_at,
+            before,
+            None,
+            added_before,
+            None,
+            updated,
+            x,
+            given,
+            num_rows,
             rows,
-            num_keys,
-            keys_BGSD.stride(0),
-            keys_BGSD.stride(1),
-            mask_B1MS.data_ptr(),
-            mask_rows,
-            mask_rows * num_keys,
-            layer.scaling,
-            layer.softcap or 0.0,
-            space.data_ptr(),
-            attended_BRHD.data_ptr(),
-            torch.get_num_threads(),
+            *[None] * 5,
+            *space,
+            threads,
         )
-        return attended_BRHD
-
-
-class GrowingWindow:
-    """Texts from their first token on, for forwards one after another; stands in for a cache."""
-
-    def __init__(self, num_texts: int) -> None:
-        self.lengths_B = torch.zeros(num_texts, dtype=torch.int64)
-        self.extent = 0
-        self._held: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def grown(self, num_rows: int) -> "GrowingWindow":
-        """The same, for so many rows more."""
-        self.lengths_B = torch.full_like(self.lengths_B, self.extent)
-        self.extent += num_rows
-        return self
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object
-    ) -> tuple[Tensor, Tensor]:
-        """Append one layer's new rows (B, H, R, D); return all of its keys and values."""
-        new = (key_states, value_states)
-        if layer_idx in self._held:
-            keys, values = self._held[layer_idx]
-            new = torch.cat([keys, new[0]], dim=2), torch.cat([values, new[1]], dim=2)
-        self._held[layer_idx] = new
-        return new
+        return last_BRW
 
 
 def _seconds(work: Callable[[], object]) -> float:

@@ -24,8 +24,9 @@ from blockroll.errors import InvalidInput
 from blockroll.policies import attention
 from blockroll.policies.adapter import DraftAdapter, chat_template_hash, has_adapter
 from blockroll.policies.base import FusedRows, KVShape, KVWindow
-from blockroll.policies.compiled import Compile, CompiledLayers, GrowingWindow
+from blockroll.policies.compiled import Compile, CompiledLayers
 from blockroll.policies.ends import end_token_ids
+from blockroll.policies.growing_window import GrowingWindow
 from blockroll.policies.layout import RowLayout, causal_rows, fused_rows, two_forward_rows
 from blockroll.policies.loading import (
     FAMILIES,
@@ -41,6 +42,7 @@ from blockroll.policies.prepacked import PackedLinears, Prepack
 from blockroll.policies.trained import trained_drafts_of
 
 _PROBE_TOKENS = 16
+_PROBE_MASKS = 4
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -114,7 +116,13 @@ class HFPolicy:
         self._final_softcap: float | None = getattr(model.config, "final_logit_softcapping", None)
         self.least_saved_rows = least_saved_rows(model, model.config.num_hidden_layers)
         self.packed = PackedLinears(model, prepack, self._probe_logits)
-        self.compiled = CompiledLayers(model, compile, self._probe_rows, self._cache_keyword)
+        self.compiled = CompiledLayers(
+            model,
+            compile,
+            self._cache_keyword,
+            law=self._probe_rows,
+            draft_law=partial(self._probe_rows, num_masks=_PROBE_MASKS),
+        )
 
     @property
     def can_draft(self) -> bool:
@@ -196,8 +204,9 @@ class HFPolicy:
             self.adapter.save_pretrained(folder)
 
     def weights_changed(self) -> None:
-        """Make packed copies of the weights anew: the weights have been written, in whatever way."""
+        """Make copies of weights anew: the weights have been written, in whatever way."""
         self.packed.refresh()
+        self.compiled.weights_changed()
 
     def decode(self, token_ids: list[int]) -> str:
         """Text of tokens, special ones left out."""
@@ -297,9 +306,8 @@ class HFPolicy:
         None: as many as their positions say. With a `packing` it is the states (1, N, W) of its rows."""
         num_clean = ids_BC.shape[1]
         adapter = self.adapter if num_masks else None
-        mask_id = (
-            0 if adapter else self.mask_token_id
-        )  # the adapter's embedding goes over whatever stands there
+        # An adapter's embedding goes over whatever stands there.
+        mask_id = 0 if adapter else self.mask_token_id
         if num_masks and mask_id is None:
             raise InvalidInput(
                 "this policy cannot draft: it has neither a draft adapter nor a mask token; "
@@ -313,27 +321,27 @@ class HFPolicy:
             if num_tokens_B is not None:
                 num_tokens_B = num_tokens_B[packing.request_N][None]
             options = {"packing": packing}  # transformers hands it to our attention, in every layer
-        inputs = {"input_ids": ids_BR}
-        if adapter is not None:
-            embeddings_BRW = self.model.get_input_embeddings()(ids_BR)
-            inputs = {"inputs_embeds": adapter.embed(embeddings_BRW, num_clean)}
         with contextlib.ExitStack() as stack:
-            if adapter is not None:
-                stack.enter_context(adapter.on_rows(num_clean))
             if self._rotary is not None:
                 stack.enter_context(self._rotary.of_texts(num_tokens_B))
             masks = self._masks_by_layer(attention_mask, packing)
-            if adapter is None and not torch.is_autocast_enabled(self.device.type):
+            if not torch.is_autocast_enabled(self.device.type):
                 states_BRW = self.compiled.states(
                     ids_BR,
                     positions_BR,
                     masks,
                     window,
                     packing=packing,
-                    allowed_hooks=self._idle_hooks,
+                    adapter=self.adapter,
+                    num_clean=num_clean,
                 )
                 if states_BRW is not None:
                     return states_BRW
+            inputs = {"input_ids": ids_BR}
+            if adapter is not None:
+                stack.enter_context(adapter.on_rows(num_clean))
+                embeddings_BRW = self.model.get_input_embeddings()(ids_BR)
+                inputs = {"inputs_embeds": adapter.embed(embeddings_BRW, num_clean)}
             output = self.model.base_model(
                 **inputs,
                 position_ids=positions_BR,
@@ -356,19 +364,13 @@ class HFPolicy:
             logits = torch.tanh(logits / self._final_softcap) * self._final_softcap
         return logits.float()
 
-    @property
-    def _idle_hooks(self) -> frozenset[int]:
-        """Hooks of the adapter, in forwards without its masks."""
-        return frozenset() if self.adapter is None else self.adapter.hook_ids
-
-    def _probe_rows(self) -> Tensor:
-        """Logits of a few rows of two texts and of one row behind them, by forwards as decoding runs them."""
+    def _probe_rows(self, num_masks: int = 0) -> Tensor:
+        """Logits of a few rows of two texts and, behind them, of one and of masks, as decoding runs them."""
         ids_BT = self._probe_ids().view(2, -1)
         window, rows = GrowingWindow(2), []
-        for ids_BR in (ids_BT[:, :-1], ids_BT[:, -1:]):
-            num_rows = ids_BR.shape[1]
-            layout = causal_rows(num_rows, self.device)
-            rows.append(self.logits(self.hidden(ids_BR, layout, window.grown(num_rows))))
+        for ids_BR, masks in ((ids_BT[:, :-1], 0), (ids_BT[:, -1:], num_masks)):
+            layout = two_forward_rows(ids_BR.shape[1], masks, self.device)
+            rows.append(self.logits(self.hidden(ids_BR, layout, window.grown(len(layout.offsets_R)))))
         return torch.cat(rows, dim=1)
 
     def _probe_ids(self) -> Tensor:

@@ -19,7 +19,7 @@ from blockroll.kernels.layers import Layer, Model
 from blockroll.policies.prepacked import is_packed_forward
 
 _DTYPES = (torch.float32, torch.bfloat16)
-_PROJECTIONS = {
+PROJECTIONS = {
     "q": "self_attn.q_proj",
     "k": "self_attn.k_proj",
     "v": "self_attn.v_proj",
@@ -83,7 +83,7 @@ class LayerShape:
             for name, path in names.items():
                 module = layer.get_submodule(path)
                 weights.append((name, module, "weight"))
-                if name in _PROJECTIONS:
+                if name in PROJECTIONS:
                     weights.append((f"{name}_bias", module, "bias"))
                 else:
                     norms.append(module)
@@ -194,11 +194,11 @@ def _names_of_layer(layer: nn.Module) -> dict[str, str] | None:
         return None
     attention = _names(layer.get_submodule("self_attn"))
     head_norms = _HEAD_NORMS if "q_norm" in attention else {}
-    if attention != {path.split(".")[1] for path in (*_PROJECTIONS.values(), *head_norms.values())
+    if attention != {path.split(".")[1] for path in (*PROJECTIONS.values(), *head_norms.values())
                      if path.startswith("self_attn")}:  # fmt: skip
         return None
-    names = {**norms, **head_norms, **_PROJECTIONS}
-    projections = [layer.get_submodule(path) for path in _PROJECTIONS.values()]
+    names = {**norms, **head_norms, **PROJECTIONS}
+    projections = [layer.get_submodule(path) for path in PROJECTIONS.values()]
     return names if all(type(each) is nn.Linear for each in projections) else None
 
 

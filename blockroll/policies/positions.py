@@ -109,11 +109,11 @@ class TextRotary(nn.Module):
 
         Where rows of several texts stand behind one another, (1, N): of the text of each row.
         """
-        self._num_tokens_B = num_tokens_B
+        before, self._num_tokens_B = self._num_tokens_B, num_tokens_B
         try:
             yield
         finally:
-            self._num_tokens_B = None
+            self._num_tokens_B = before
 
     def forward(
         self, x: Tensor, position_ids: Tensor, layer_type: str | None = None

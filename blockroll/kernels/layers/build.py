@@ -40,6 +40,22 @@ class Layer(ctypes.Structure):
     ]
 
 
+class LayerUpdates(ctypes.Structure):
+    """Addresses of the low-rank updates of a layer's projections, those of the same rows as one."""
+
+    _fields_ = [
+        (f"{group}_{side}", ctypes.c_void_p)
+        for group in ("qkv", "o", "gate_up", "down")
+        for side in ("down", "up")
+    ]
+
+
+class UpdatedRows(ctypes.Structure):
+    """Which rows of each text get updates, and space for 3 * `rank` floats for each of them."""
+
+    _fields_ = [("first", ctypes.c_int64), ("rank", ctypes.c_int64), ("space", ctypes.c_void_p)]
+
+
 class Model(ctypes.Structure):
     """What all layers have in common."""
 
@@ -87,7 +103,7 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
     """With the types of what its functions take."""
     number, real, at, threads = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p, ctypes.c_int
     between, attend, product = library.between_attentions, library.attend, library.product_of_rows
-    between.argtypes = [*[at] * 5, *[number] * 2, *[at] * 8, threads]
+    between.argtypes = [*[at] * 8, *[number] * 2, *[at] * 8, threads]
     attend.argtypes = [*[at] * 4, *[number] * 5, at, *[number] * 2, *[real] * 2, *[at] * 2, threads]
     product.argtypes = [*[at] * 2, number, at, *[number] * 2, at, threads]
     between.restype = attend.restype = product.restype = None

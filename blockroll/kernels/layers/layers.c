@@ -43,6 +43,22 @@ typedef struct {
     const number *norm_in, *norm_q, *norm_k, *norm_attention, *norm_mlp_in, *norm_mlp;  // NULL: none
 } layer;
 
+// x -> up(down(x)) for projections of the same rows, whose outputs stand side by side.
+typedef struct {
+    const number *down;  // (parts * rank, in)
+    const number *up;    // (rank, out): transposed
+} low_rank;
+
+typedef struct {
+    low_rank qkv, o, gate_up, down;
+} updates;
+
+// The rows of each text that get updates, those from `first` on. The space holds 3 * `rank` floats for each row.
+typedef struct {
+    int64_t first, rank;
+    float *space;
+} updated_rows;
+
 typedef struct {
     int64_t width, heads, key_heads, head_width, inner;
     int64_t norm_adds_one;  // a norm multiplies by 1 + weight, and rounds once
@@ -268,6 +284,113 @@ static void products(const product *parts, int num_parts, const number *x, int64
     }
 }
 
+// ---- sums of rows by weights ----
+
+#define CHUNK 4  // vectors that are summed at a time
+
+INLINE floats load_wide(const number *at) {
+#if NUMBER_BF16
+    typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
+    halves bits;
+    memcpy(&bits, at, sizeof bits);
+    return (floats)(__builtin_convertvector(bits, words) << 16);
+#else
+    floats value;
+    memcpy(&value, at, sizeof value);
+    return value;
+#endif
+}
+
+#define MIX(R)                                                                                                  \
+    static void mix_##R(const float *weights, int64_t stride, const number *values, int64_t apart, int64_t d,   \
+                        int64_t first, int64_t end, float *out, int64_t out_apart) {                            \
+        int64_t at = 0;                                                                                         \
+        for (; at + CHUNK * LANES <= d; at += CHUNK * LANES) {                                                  \
+            floats sums[R][CHUNK];                                                                              \
+            _Pragma("GCC unroll 4") for (int r = 0; r < R; r++)                                                 \
+                _Pragma("GCC unroll 4") for (int c = 0; c < CHUNK; c++) sums[r][c] = (floats){0};               \
+            for (int64_t s = first; s < end; s++) {                                                             \
+                floats value[CHUNK];                                                                            \
+                _Pragma("GCC unroll 4") for (int c = 0; c < CHUNK; c++)                                         \
+                    value[c] = load_wide(values + s * apart + at + c * LANES);                                  \
+                _Pragma("GCC unroll 4") for (int r = 0; r < R; r++)                                             \
+                    _Pragma("GCC unroll 4") for (int c = 0; c < CHUNK; c++)                                     \
+                        sums[r][c] += weights[r * stride + s] * value[c];                                       \
+            }                                                                                                   \
+            for (int r = 0; r < R; r++) memcpy(out + r * out_apart + at, sums[r], sizeof sums[r]);              \
+        }                                                                                                       \
+        for (; at + LANES <= d; at += LANES) {                                                                  \
+            floats sums[R];                                                                                     \
+            _Pragma("GCC unroll 4") for (int r = 0; r < R; r++) sums[r] = (floats){0};                          \
+            for (int64_t s = first; s < end; s++) {                                                             \
+                floats value = load_wide(values + s * apart + at);                                              \
+                _Pragma("GCC unroll 4") for (int r = 0; r < R; r++) sums[r] += weights[r * stride + s] * value; \
+            }                                                                                                   \
+            for (int r = 0; r < R; r++) memcpy(out + r * out_apart + at, &sums[r], sizeof sums[r]);             \
+        }                                                                                                       \
+        for (; at < d; at++)                                                                                    \
+            for (int r = 0; r < R; r++) {                                                                       \
+                float sum = 0;                                                                                  \
+                for (int64_t s = first; s < end; s++) sum += weights[r * stride + s] * wide(values[s * apart + at]); \
+                out[r * out_apart + at] = sum;                                                                  \
+            }                                                                                                   \
+    }
+MIX(1) MIX(2) MIX(3) MIX(4)
+
+// Sums of values (S, D) by the weights (N, S) of each row, for s of first..end-1: out (N, D). Rows of weights, values
+// and sums lie `stride`, `apart` and `out_apart` numbers apart.
+static void mix(int64_t rows, const float *weights, int64_t stride, const number *values, int64_t apart, int64_t d,
+                int64_t first, int64_t end, float *out, int64_t out_apart) {
+    for (; rows >= 4; rows -= 4, weights += 4 * stride, out += 4 * out_apart)
+        mix_4(weights, stride, values, apart, d, first, end, out, out_apart);
+    switch (rows) {
+        case 3: mix_3(weights, stride, values, apart, d, first, end, out, out_apart); break;
+        case 2: mix_2(weights, stride, values, apart, d, first, end, out, out_apart); break;
+        case 1: mix_1(weights, stride, values, apart, d, first, end, out, out_apart); break;
+    }
+}
+
+// ---- low-rank updates ----
+
+#define UPDATE_ROWS 4
+#define UPDATE_WIDTH 256
+
+// out (N, stride) += up(down(x)) for some rows of each text; `parts` are those of the products that gave `out`.
+static void add_updates(const updated_rows *u, low_rank of, const product *parts, int num_parts, const number *x,
+                        int64_t rows, int64_t rows_of_text, int64_t width, float *out, int64_t stride, int threads) {
+    int64_t texts = rows / rows_of_text, count = rows_of_text - u->first, rank = u->rank, ranks = num_parts * rank;
+    const product down = {of.down, 0, ranks};
+    int64_t blocks = (ranks + TILE_OUT - 1) / TILE_OUT;
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1 && rows * ranks * width > 1 << 17)
+    for (int64_t index = 0; index < texts * blocks; index++) {
+        int64_t text = index / blocks, row = text * rows_of_text + u->first;
+        block(down, index % blocks * TILE_OUT, x + row * width, count, width, u->space + text * count * ranks, ranks);
+    }
+#if NUMBER_BF16
+    for (int64_t i = 0; i < texts * count * ranks; i++) u->space[i] = rounded(u->space[i]);
+#endif
+    int64_t groups = (count + UPDATE_ROWS - 1) / UPDATE_ROWS;
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1 && rows * rank * stride > 1 << 17)
+    for (int64_t index = 0; index < texts * groups; index++) {
+        int64_t text = index / groups, row = index % groups * UPDATE_ROWS;
+        int64_t some_rows = count - row < UPDATE_ROWS ? count - row : UPDATE_ROWS;
+        const float *inner = u->space + (text * count + row) * ranks;
+        float *to = out + (text * rows_of_text + u->first + row) * stride;
+        const number *up = of.up;
+        for (int part = 0; part < num_parts; to += parts[part].size, up += parts[part].size, inner += rank, part++)
+            for (int64_t at = 0; at < parts[part].size; at += UPDATE_WIDTH) {
+                float change[UPDATE_ROWS * UPDATE_WIDTH];
+                int64_t d = parts[part].size - at < UPDATE_WIDTH ? parts[part].size - at : UPDATE_WIDTH;
+                mix(some_rows, inner, ranks, up + at, stride, d, 0, rank, change, UPDATE_WIDTH);
+                for (int64_t r = 0; r < some_rows; r++)
+                    for (int64_t i = 0; i < d; i++) {
+                        float *sum = to + r * stride + at + i;
+                        *sum = rounded(*sum + rounded(change[r * UPDATE_WIDTH + i]));
+                    }
+            }
+    }
+}
+
 // ---- what stands between products ----
 
 INLINE float mean_square(const float *x, int64_t width) {
@@ -358,13 +481,16 @@ static void head(const model *m, const number *weight, float *x, const number *c
     }
 }
 
-static void queries_keys_values(const model *m, const layer *l, const number *x, int64_t rows, int64_t rows_of_text,
-                                const number *cosines, const number *sines, number *q, number *k, number *v,
-                                number *narrow_space, float *wide_space, int threads) {
+static void queries_keys_values(const model *m, const layer *l, const updates *added, const updated_rows *u,
+                                const number *x, int64_t rows, int64_t rows_of_text, const number *cosines,
+                                const number *sines, number *q, number *k, number *v, number *narrow_space,
+                                float *wide_space, int threads) {
     int64_t d = m->head_width, of_q = m->heads * d, of_k = m->key_heads * d, stride = of_q + 2 * of_k;
     norm_rows(m, l->norm_in, x, rows, narrow_space);
     const product parts[3] = {{l->q, l->q_bias, of_q}, {l->k, l->k_bias, of_k}, {l->v, l->v_bias, of_k}};
     products(parts, 3, narrow_space, rows, m->width, wide_space, stride, threads);
+    if (added)
+        add_updates(u, added->qkv, parts, 3, narrow_space, rows, rows_of_text, m->width, wide_space, stride, threads);
     for (int64_t n = 0; n < rows; n++) {
         int64_t text = n / rows_of_text, row = n % rows_of_text;
         float *from = wide_space + n * stride;
@@ -379,90 +505,49 @@ static void queries_keys_values(const model *m, const layer *l, const number *x,
     }
 }
 
-static void after_attention(const model *m, const layer *l, number *x, const number *attention, int64_t rows,
-                            number *narrow_space, float *wide_space, int threads) {
+static void after_attention(const model *m, const layer *l, const updates *added, const updated_rows *u, number *x,
+                            const number *attention, int64_t rows, int64_t rows_of_text, number *narrow_space,
+                            float *wide_space, int threads) {
     const product out = {l->o, l->o_bias, m->width};
-    products(&out, 1, attention, rows, m->heads * m->head_width, wide_space, m->width, threads);
+    int64_t of_heads = m->heads * m->head_width;
+    products(&out, 1, attention, rows, of_heads, wide_space, m->width, threads);
+    if (added)
+        add_updates(u, added->o, &out, 1, attention, rows, rows_of_text, of_heads, wide_space, m->width, threads);
     add_rows(m, l->norm_attention, wide_space, rows, x);
     norm_rows(m, l->norm_mlp_in, x, rows, narrow_space);
     const product both[2] = {{l->gate, l->gate_bias, m->inner}, {l->up, l->up_bias, m->inner}};
     products(both, 2, narrow_space, rows, m->width, wide_space, 2 * m->inner, threads);
+    if (added)
+        add_updates(u, added->gate_up, both, 2, narrow_space, rows, rows_of_text, m->width, wide_space, 2 * m->inner,
+                    threads);
     gate_rows(m, wide_space, rows, narrow_space);
     const product down = {l->down, l->down_bias, m->width};
     products(&down, 1, narrow_space, rows, m->inner, wide_space, m->width, threads);
+    if (added)
+        add_updates(u, added->down, &down, 1, narrow_space, rows, rows_of_text, m->inner, wide_space, m->width, threads);
     add_rows(m, l->norm_mlp, wide_space, rows, x);
 }
 
 // From one attention to the next. `before` is the layer whose attention (N, H * D) is given, NULL before the first;
 // `after` is the layer whose queries (B, H, R, D), keys and values (B, G, R, D) are made, NULL behind the last: then
 // `last` (N, W) is the model's output. `x` (N, W) is the residual stream, `cosines` and `sines` are (N, D).
-// Spaces hold N * max(W, I) numbers, and N * max((H + 2 G) * D, 2 I, W) floats.
-void between_attentions(const model *m, const layer *before, const layer *after, number *x, const number *attention,
+// Their updates are NULL where no row is updated. Spaces hold N * max(W, I) numbers, and N * max((H + 2 G) * D, 2 I, W)
+// floats.
+void between_attentions(const model *m, const layer *before, const layer *after, const updates *of_before,
+                        const updates *of_after, const updated_rows *updated, number *x, const number *attention,
                         int64_t rows, int64_t rows_of_text, const number *cosines, const number *sines, number *q,
                         number *k, number *v, number *last, number *narrow_space, float *wide_space, int threads) {
-    if (before) after_attention(m, before, x, attention, rows, narrow_space, wide_space, threads);
+    if (before)
+        after_attention(m, before, of_before, updated, x, attention, rows, rows_of_text, narrow_space, wide_space,
+                        threads);
     if (after)
-        queries_keys_values(m, after, x, rows, rows_of_text, cosines, sines, q, k, v, narrow_space, wide_space, threads);
+        queries_keys_values(m, after, of_after, updated, x, rows, rows_of_text, cosines, sines, q, k, v, narrow_space,
+                            wide_space, threads);
     else
         norm_rows(m, m->norm_last, x, rows, last);
 }
 
 // ---- attention ----
-
-#define CHUNK 4  // vectors of a value that are summed at a time
-
-INLINE floats load_wide(const number *at) {
-#if NUMBER_BF16
-    typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
-    halves bits;
-    memcpy(&bits, at, sizeof bits);
-    return (floats)(__builtin_convertvector(bits, words) << 16);
-#else
-    floats value;
-    memcpy(&value, at, sizeof value);
-    return value;
-#endif
-}
-
-// Sums of values by the weights of R rows: out (R, D).
-#define MIX(R)                                                                                                  \
-    static void mix_##R(const float *weights, int64_t stride, const number *values, int64_t d, int64_t first,   \
-                        int64_t end, float *out) {                                                              \
-        for (int64_t at = 0; at < d; at += CHUNK * LANES) {                                                     \
-            floats sums[R][CHUNK];                                                                              \
-            _Pragma("GCC unroll 4") for (int r = 0; r < R; r++)                                                 \
-                _Pragma("GCC unroll 4") for (int c = 0; c < CHUNK; c++) sums[r][c] = (floats){0};               \
-            for (int64_t s = first; s < end; s++) {                                                             \
-                floats value[CHUNK];                                                                            \
-                _Pragma("GCC unroll 4") for (int c = 0; c < CHUNK; c++)                                         \
-                    value[c] = load_wide(values + s * d + at + c * LANES);                                      \
-                _Pragma("GCC unroll 4") for (int r = 0; r < R; r++)                                             \
-                    _Pragma("GCC unroll 4") for (int c = 0; c < CHUNK; c++)                                     \
-                        sums[r][c] += weights[r * stride + s] * value[c];                                       \
-            }                                                                                                   \
-            for (int r = 0; r < R; r++) memcpy(out + r * d + at, sums[r], sizeof sums[r]);                      \
-        }                                                                                                       \
-    }
-MIX(1) MIX(2) MIX(3) MIX(4)
-
-static void mix(int64_t rows, const float *weights, int64_t stride, const number *values, int64_t d, int64_t first,
-                int64_t end, float *out) {
-    if (d % (CHUNK * LANES)) {
-        for (int64_t r = 0; r < rows; r++)
-            for (int64_t i = 0; i < d; i++) {
-                float sum = 0;
-                for (int64_t s = first; s < end; s++) sum += weights[r * stride + s] * wide(values[s * d + i]);
-                out[r * d + i] = sum;
-            }
-        return;
-    }
-    for (; rows >= 4; rows -= 4, weights += 4 * stride, out += 4 * d) mix_4(weights, stride, values, d, first, end, out);
-    switch (rows) {
-        case 3: mix_3(weights, stride, values, d, first, end, out); break;
-        case 2: mix_2(weights, stride, values, d, first, end, out); break;
-        case 1: mix_1(weights, stride, values, d, first, end, out); break;
-    }
-}
 
 INLINE float total(const float *x, int64_t count) {
     floats sums = {0};
@@ -538,7 +623,7 @@ void attend(const model *m, const number *q, const number *keys, const number *v
             block(of_keys, s, q + part * of_group * d, of_group, d, scores, stride);
         for (int64_t row = 0; row < of_group; row++)
             weigh(scores + row * stride, sees + (mask_rows == 1 ? 0 : row % rows) * num_keys, first, end, scaling, cap);
-        mix(of_group, scores, stride, values + offset, d, first, end, mixed);
+        mix(of_group, scores, stride, values + offset, d, d, first, end, mixed, d);
         for (int64_t row = 0; row < of_group; row++) {
             int64_t head_index = head_of_keys * group + row / rows;
             number *to = out + ((text * rows + row % rows) * m->heads + head_index) * d;
