@@ -10,6 +10,7 @@ from blockroll.policies.hf import HFPolicy
 from blockroll.policies.loading import load_tokenizer
 from blockroll.rollout.planning.candidates import candidate_plans
 from blockroll.rollout.pool.makers import make_pool
+from blockroll.rollout.pool.pool import RolloutPool
 from blockroll.rollout.pool.weight_sync import make_update, named_weights
 from blockroll.types import Plan, Sampling
 from tests.engines import make_requests, run
@@ -108,6 +109,17 @@ def test_each_replica_takes_the_file_of_its_number_and_several_take_one_of_few(c
         for first, numbers in ((0, (0, 1, 2)), (3, (10, 0, 1)), (8, (0, 1, 2))):
             pool.load_history(tmp_path, first=first)
             assert [num_texts(pool, index) for index in range(3)] == [written[each] for each in numbers]
+
+
+def test_replicas_that_were_joined_are_saved_by_the_process_that_made_them(pool, tmp_path):
+    list(pool.generate(groups(1, 1)))
+    joined = RolloutPool([member.replica for member in pool._members], is_joined=True)
+    joined.save_history(tmp_path)
+    assert not list(tmp_path.iterdir())
+    pool.save_history(tmp_path)
+    for path in tmp_path.iterdir():
+        path.write_bytes(b"poison")
+    joined.load_history(tmp_path)
 
 
 def num_texts(pool, index):

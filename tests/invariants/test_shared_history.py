@@ -1,15 +1,18 @@
 """Histories that several replicas share, and siblings one by one: drafts change, texts never do."""
 
 import dataclasses
+import itertools
 import os
 import signal
 
 import pytest
 
+from blockroll import RolloutPool
 from blockroll.config import PolicyConfig, RolloutConfig
 from blockroll.errors import ConfigError, InvalidInput, ReplicaError
 from blockroll.policies.hf import HFPolicy
 from blockroll.policies.loading import load_tokenizer
+from blockroll.rl_loops import arithmetic
 from blockroll.rollout.pool.makers import make_pool, pool_from_options
 from blockroll.types import Plan, Sampling
 from tests.engines import make_requests, run
@@ -173,3 +176,37 @@ def test_a_call_that_is_closed_gives_back_what_was_asked_in_the_asked_order(chec
     with made(checkpoint, group_order="sibling_by_sibling", share_history=True) as pool:
         left = pool.generate(requests).close()
     assert [each.request.request_id for each in left] == [each.request_id for each in requests]
+
+
+def num_forwards(rollouts):
+    """Request-forwards of rollouts that all have the same number of tokens."""
+    assert {len(each.token_ids) for each in rollouts} == {SAMPLED.max_tokens}
+    return sum(each.stats.num_forwards for each in rollouts)
+
+
+PROBLEMS = [each.prompt for each in itertools.islice(arithmetic.problems(0, held_out=False), 16)]
+
+
+def test_sampled_siblings_one_by_one_save_forwards_in_the_first_epoch_of_their_prompts():
+    counts = {}
+    for order in ("together", "sibling_by_sibling"):
+        with RolloutPool.from_pretrained(
+            "tiny", plan="history(8)", max_batch_size=8, group_order=order
+        ) as pool:
+            asked = pool.requests(PROBLEMS, SAMPLED, num_samples=6)
+            counts[order] = num_forwards([*pool.generate(asked)])
+    assert counts["sibling_by_sibling"] < 0.75 * counts["together"]
+
+
+def test_a_prompt_that_comes_to_another_replica_is_drafted_its_earlier_texts_where_they_are_shared():
+    counts = {}
+    for shares in (False, True):
+        with RolloutPool.from_pretrained(
+            "tiny", plan="history(8)", num_replicas=2, max_batch_size=8, share_history=shares
+        ) as pool:
+            list(pool.generate(pool.requests(PROBLEMS, SAMPLED, num_samples=2)))
+            moved = PROBLEMS[::-1]  # replicas take groups in turns, and these are even: each meets the other
+            counts[shares] = num_forwards(
+                [*pool.generate(pool.requests(moved, SAMPLED, seed=1, num_samples=2))]
+            )
+    assert counts[True] < 0.5 * counts[False]
