@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 Compile = Literal["auto", "on", "off"]
 Masks = Tensor | Mapping[str, Tensor]
 
-_ROWS = (1, 8, 16, 32, 64, 128)  # that are timed under `auto`
+_ROWS = (1, 8, 16, 32, 64, 128, 320)  # that are timed under `auto`
 _ALL_ROWS = 1 << 62
 _MOST_TIMED = 8  # layers
 _TURNS = 3  # of which the best counts

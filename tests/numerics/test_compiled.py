@@ -325,7 +325,7 @@ def test_auto_serves_as_many_rows_as_are_faster(monkeypatch, slower_from):
     monkeypatch.setattr(CompiledLayers, "_own_once", lambda self, rows: 0.5 if rows >= slower_from else 2.0)
     policy = HFPolicy(random_model(), prepack="off")
     laws(policy)
-    assert policy.compiled.most_rows == {1: 0, 32: 16, 1000: 128}[slower_from]
+    assert policy.compiled.most_rows == {1: 0, 32: 16, 1000: 320}[slower_from]
 
 
 def test_auto_measures_real_forwards(monkeypatch):

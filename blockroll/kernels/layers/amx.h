@@ -92,6 +92,7 @@ static void matrix_strip(const number *weight, const number *pairs, int64_t rows
     const number *lower = weight + SIDE * width;
     int64_t of_block = SIDE * width, bytes = width * (int64_t)sizeof(number);
     float sums[4][SIDE * SIDE] __attribute__((aligned(64)));
+    int64_t passes = (rows + 2 * SIDE - 1) / (2 * SIDE);
     for (int64_t row = 0; row < rows; row += 2 * SIDE) {
         const number *first = pairs + row * width;
         int is_pair = rows - row > SIDE;
@@ -102,8 +103,8 @@ static void matrix_strip(const number *weight, const number *pairs, int64_t rows
             _tile_zero(3);
         }
         for (int64_t at = 0; at < width; at += INPUTS) {
-            if (row == 0)
-                for (int i = 0; i < STRIP; i++) __builtin_prefetch(weight + (STRIP + i) * width + at, 0, 3);
+            for (int64_t i = row / (2 * SIDE); i < STRIP; i += passes)
+                __builtin_prefetch(weight + (STRIP + i) * width + at, 0, 2);
             _tile_loadd(4, weight + at, bytes);
             _tile_loadd(5, lower + at, bytes);
             _tile_loadd(6, first + at * SIDE, 64);

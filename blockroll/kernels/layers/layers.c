@@ -240,6 +240,13 @@ static void block(product p, int64_t first, const number *x, int64_t rows, int64
         }
 }
 
+// A row's sums of a product become its outputs first..end - 1.
+INLINE void finish(const number *bias, int64_t first, int64_t end, float *row) {
+    if (bias)
+        for (int64_t o = first; o < end; o++) row[o] += wide(bias[o]);
+    for (int64_t o = first; o < end; o++) row[o] = rounded(row[o]);
+}
+
 #include "amx.h"
 
 // Products of the same rows (N, width), side by side: out (N, stride).
@@ -261,27 +268,16 @@ static void products(const product *parts, int num_parts, const number *x, int64
             float *to = out;
             for (int before = 0; before < part; before++) to += parts[before].size;
             product p = parts[part];
-            int64_t first = (index - starts[part]) * STRIP, end = first + STRIP;
-            if (pairs && end <= p.size)
+            int64_t first = (index - starts[part]) * STRIP, end = first + STRIP < p.size ? first + STRIP : p.size;
+            if (pairs && end - first == STRIP)
                 matrix_strip(p.weight + first * width, pairs, rows, width, to + first, stride);
             else
-                for (; first < end && first < p.size; first += TILE_OUT) block(p, first, x, rows, width, to, stride);
+                for (int64_t o = first; o < end; o += TILE_OUT) block(p, o, x, rows, width, to, stride);
+            for (int64_t n = 0; n < rows; n++) finish(p.bias, first, end, to + n * stride);
         }
         if (pairs) matrix_end();
     }
     free(pairs);
-#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1 && rows * stride > 1 << 16)
-    for (int64_t n = 0; n < rows; n++) {
-        float *to = out + n * stride;
-        for (int part = 0; part < num_parts; to += parts[part++].size) {
-            const number *bias = parts[part].bias;
-            if (bias)
-                for (int64_t o = 0; o < parts[part].size; o++) to[o] += wide(bias[o]);
-#if NUMBER_BF16
-            for (int64_t o = 0; o < parts[part].size; o++) to[o] = rounded(to[o]);
-#endif
-        }
-    }
 }
 
 // ---- sums of rows by weights ----
