@@ -60,7 +60,7 @@ def test_what_a_killed_replica_had_written_may_stand_again_in_the_file_of_anothe
 
         def killed_before_it_answers():
             while not list(tmp_path.glob("*-replica-1-*.parquet")):
-                replica._calls.ask("poll", replica._client)
+                replica._calls.ask("poll", replica._client, ())
             os.kill(victim, signal.SIGKILL)
             time.sleep(0.5)
             return poll()
