@@ -1,13 +1,14 @@
 """What a planner counts: tokens by plan, time that learning took, looks, and what a step was chosen for."""
 
+import math
 from dataclasses import dataclass, field
 
 from blockroll.rollout.planning.costs import Work
 from blockroll.types import Plan
 
 _HALF_LIFE = 1024  # request-steps after which a count of tokens weighs half
-_SHARE_TO_LOOK = 0.0075  # of the time, that looks which find nothing may take,
-_STEPS_TO_LOOK = 2.0  # beyond so many plain steps
+_SHARE_TO_LOOK = 0.005  # of the time, that looks which find nothing may take,
+_STEPS_TO_LOOK = 1.0  # beyond so many plain steps
 _LONGEST_LOOK = 4.0  # plain steps that a look is charged: what took longer was a pause
 _LEAST_WAIT = 8  # steps until a look that is not paid for
 _MOST_SILENT = 31  # steps without a look behind looks that found nothing again and again
@@ -52,7 +53,8 @@ class Looks:
 
     next_at: int = 0  # this many steps
     _account: Account = field(default_factory=Account)
-    _num_silent: int = 0  # steps that the latest look is followed by without one
+    _num_silent: int = 0  # steps that the latest look is followed by without one,
+    _most_silent: int = _MOST_SILENT  # at most: those that pay for one
 
     def is_due(self, num_steps: int, plain_steps: float) -> bool:
         """Whether to look at this step, behind so many, which are worth so many plain ones."""
@@ -66,7 +68,7 @@ class Looks:
 
     def looked(self, num_steps: int, *, has_found: bool) -> None:
         """At this step; whether that gave drafts that are worth their rows."""
-        self._num_silent = 0 if has_found else min(2 * self._num_silent + 1, _MOST_SILENT)
+        self._num_silent = 0 if has_found else min(2 * self._num_silent + 1, self._most_silent)
         self.next_at = num_steps + 1 + self._num_silent
 
     def joined(self, num_steps: int) -> None:
@@ -75,7 +77,9 @@ class Looks:
 
     def charge(self, look: float, lost: float) -> None:
         """A look took so many plain steps, and the steps that it chose lost so many, or saved them."""
-        self._account.add(min(look, _LONGEST_LOOK) + lost)
+        look = min(look, _LONGEST_LOOK)
+        self._most_silent = min(math.ceil(look / _SHARE_TO_LOOK), _MOST_SILENT)
+        self._account.add(look + lost)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

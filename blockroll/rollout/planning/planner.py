@@ -6,7 +6,7 @@ request, the chance that each draft is accepted. From these follow how many draf
 included. Plain is always a candidate, and a step without drafts is a plain one.
 
 What teaches costs time: a step of a plan that may turn out slower, a look into history that finds nothing.
-Of all time at most two hundredths go there, beyond a few steps at the start.
+Of all time at most three in two hundred go there, beyond a step or two at the start.
 
 Law: a choice depends on committed tokens, their counts, and times, never on a draft that is not settled. So
 under the target law tokens follow the causal policy exactly, whatever is chosen. A mixed law mixes draft rows
@@ -38,9 +38,10 @@ _TRIALS = 3  # steps of a plan at a place, after which its cost is known there
 _COUNTED_STEPS = 12  # request-steps anywhere, after which its tokens are known
 _PRIOR_STEPS = 4  # request-steps that the optimistic guess at a plan's tokens weighs,
 _HOPE = 0.6  # which is so many of its drafts
-_SHARE_TO_TRY = 0.015  # of the time, that trials may take, paid before,
+_SHARE_TO_TRY = 0.01  # of the time, that trials may take, paid before,
 _SHARE_OF_GAINS = 0.1  # of what drafts have saved pays for trials too
-_LEAST_UNKNOWN = 1.0  # and so many plain steps at least for each of work that the machine has never shown
+_LEAST_UNKNOWN = 1.0  # and so many plain steps at least for each of work that the machine has never shown,
+_FEARED = 1.5  # which is paid for as if it cost so many times what is expected
 _DOUBTED = 0.5  # of the drafts that are hoped for, where it is paid for
 _LEAST_CHANCE = 0.01  # of a draft that is looked for, however cheap its row is
 _FIRST_DRAFTS = 8  # or one for each request; more where half as many rows were measured: lines bend
@@ -208,7 +209,8 @@ class Planner:
         if place != self._place:  # steps on both sides of an edge do not compare
             self._place, self._trial = place, None
             self._holds_until = max(self._num_steps, _FIRST_STEPS)
-            self._hold = _STEPS_PER_CHOICE
+            if place not in self._ran:
+                self._hold = _STEPS_PER_CHOICE
         if self._trial is None and self._num_steps >= self._holds_until:
             speeds = {plan: self.speedup(plan, step.batch_size, step.context) for plan in self._counted}
             self._use_best(speeds, step)
@@ -219,7 +221,7 @@ class Planner:
             else:
                 self._holds_until = self._num_steps + self._trial[1] + _STEPS_BETWEEN_TRIALS
                 self._hold = _STEPS_PER_CHOICE
-        if self._trial is None:
+        if self._trial is None or step.num_joining:  # what a prefill begins is not measured
             return self._in_use, False
         plan, steps = self._trial
         self._trial = (plan, steps - 1) if steps > 1 else None
@@ -290,8 +292,9 @@ class Planner:
         """Whether what has run is long enough for what the trial may lose, tokens counted with care."""
         plan, steps = trial
         work = Work.of(plan, step.batch_size, step.context)
-        loss = self.costs.cost(work) - self._surer_tokens(plan) / best
-        loss = max(loss, 0.0 if plan == PLAIN or self.costs.knows_kind(work.kind) else _LEAST_UNKNOWN)
+        is_known = plan == PLAIN or self.costs.knows_kind(work.kind)
+        cost = self.costs.cost(work) * (1 if is_known else _FEARED)
+        loss = max(cost - self._surer_tokens(plan) / best, 0.0 if is_known else _LEAST_UNKNOWN)
         return self._trials.unpaid + steps * loss <= _SHARE_TO_TRY * self._plain_steps
 
     def _surer_tokens(self, plan: Plan) -> float:
@@ -352,7 +355,7 @@ class Planner:
         if plain_s is None:
             return
         tokens, total_s = taken.num_tokens / taken.batch_size, seconds + taken.choice_seconds
-        self._plain_steps += total_s / plain_s
+        self._plain_steps += seconds / plain_s
         for index, part in enumerate((total_s, chosen.tokens / chosen.cost * total_s, tokens * plain_s)):
             self._speeds[index] += part
         cost = num_steps * chosen.cost
