@@ -181,6 +181,19 @@ def test_texts_of_elsewhere_are_no_siblings_and_count_like_others():
     assert index.num_tokens == 0, "one that is longer than the bound is not kept"
 
 
+def test_a_text_of_elsewhere_that_is_cut_off_is_closed_all_the_same():
+    def broken():
+        yield 4
+        raise KeyboardInterrupt
+
+    index = HistoryIndex(10)
+    with pytest.raises(KeyboardInterrupt):
+        index.add(PROMPT, broken())
+    assert index.of_prompt(PROMPT).num_running == 0
+    index.add((7,), (5,) * 9)
+    assert [[*texts.prompt] for texts in index.prompts] == [[7]], "it made room"
+
+
 def test_texts_of_elsewhere_take_no_ngrams_from_prompts_that_are_drafted_for():
     index = HistoryIndex(10_000)
     texts = index.of_prompt(PROMPT)

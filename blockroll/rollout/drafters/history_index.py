@@ -343,8 +343,10 @@ class HistoryIndex:
         """A text that was written elsewhere: in an earlier process, or by another engine."""
         texts = self.of_prompt(prompt_ids)
         number = texts.open(_ELSEWHERE)
-        texts.extend(number, token_ids)
-        self.close(texts, number)
+        try:
+            texts.extend(number, token_ids)
+        finally:
+            self.close(texts, number)
 
     def close(self, texts: PromptTexts, number: int) -> None:
         """A text has ended: it is one of the job's, and the bounds hold again."""

@@ -7,7 +7,10 @@ from blockroll.types import FinishedText
 
 
 class UntoldTexts:
-    """Invariant: at most `max_tokens` wait, those of the latest texts."""
+    """Invariant: at most `max_tokens` wait, those of the latest texts.
+
+    An interrupt may leave more counted than wait, until all are taken.
+    """
 
     def __init__(self, max_tokens: int) -> None:
         self._max_tokens = max_tokens
@@ -17,9 +20,9 @@ class UntoldTexts:
     def add(self, texts: Iterable[FinishedText]) -> None:
         """More of them; the oldest make room."""
         for text in texts:
-            self._texts.append(text)
             self._num_tokens += _num_tokens(text)
-        while self._num_tokens > self._max_tokens:
+            self._texts.append(text)
+        while self._texts and self._num_tokens > self._max_tokens:
             self._num_tokens -= _num_tokens(self._texts.popleft())
 
     def take(self) -> tuple[FinishedText, ...]:
