@@ -91,7 +91,9 @@ def verify_block(draft: Draft, target: Rows | Tensor, uniforms_BL: Tensor) -> Ve
     if is_certain is True:
         return _verify_certain(draft, target, uniforms_BL)
     verdict = _verify_drawn(draft, target, uniforms_BL)
-    return _certain_or(verdict, _verify_certain(draft, target, uniforms_BL), is_certain)
+    if is_certain is False:
+        return verdict
+    return _certain_or(is_certain, _verify_certain(draft, target, uniforms_BL), verdict)
 
 
 def settle_first(draft: Draft, target: Rows | Tensor, uniforms_B2: Tensor) -> Verdict:
@@ -110,7 +112,9 @@ def settle_first(draft: Draft, target: Rows | Tensor, uniforms_B2: Tensor) -> Ve
     if is_certain is True:
         return _settle_certain(first, target, uniforms_B2[:, :1])
     verdict = _settle_drawn(draft, target, uniforms_B2)
-    return _certain_or(verdict, _settle_certain(first, target, uniforms_B2[:, :1]), is_certain)
+    if is_certain is False:
+        return verdict
+    return _certain_or(is_certain, _settle_certain(first, target, uniforms_B2[:, :1]), verdict)
 
 
 def _verify_drawn(draft: Draft, target: Rows, uniforms_BL: Tensor) -> Verdict:
@@ -209,10 +213,8 @@ def _settle_certain(first: Draft, target: Rows, uniforms_B1: Tensor) -> Verdict:
     return dataclasses.replace(verdict, num_committed_B=torch.ones_like(first.num_drafts_B))
 
 
-def _certain_or(drawn: Verdict, certain: Verdict, certain_B: Tensor | bool) -> Verdict:
+def _certain_or(certain_B: Tensor, certain: Verdict, drawn: Verdict) -> Verdict:
     """Of each request the verdict by the rule of its drafts."""
-    if not isinstance(certain_B, Tensor):
-        return drawn
     assert drawn.evidence is not None
     assert certain.evidence is not None
     return _either(certain_B, certain, drawn, evidence=_either(certain_B, certain.evidence, drawn.evidence))

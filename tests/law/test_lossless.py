@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from blockroll.samplers import policy_logprobs
+from blockroll.samplers import draw_draft, lossless, policy_logprobs, settle_first, verify_block
 from tests.law.integrate import PRODUCTION, Toy, committed_law, integrate_step, max_difference, target_law
 from tests.law.mutants import MUTANTS
 from tests.law.toys import TOYS
@@ -128,3 +128,17 @@ def test_committed_tokens_follow_the_target_law_whatever_the_tables(case):
     for corner in ("low", "high"):
         law = committed_law(PRODUCTION, toy, [num_drafts], num_drafts + 1, corner=corner)
         assert max_difference(law, target_law(toy, num_drafts + 1)) < 1e-12
+
+
+def test_a_draft_that_was_drawn_is_judged_by_its_own_rule_alone(monkeypatch):
+    """The other rule forms every row again."""
+
+    def refuse(*_):
+        raise AssertionError("no draft was certain")
+
+    monkeypatch.setattr(lossless, "draw_by_position", refuse)
+    logits_BLV = torch.randn((2, 4, 5), generator=torch.Generator().manual_seed(0))
+    draft = draw_draft(logits_BLV[:, :3], torch.ones(2), torch.full((2, 3), 0.4, dtype=torch.float64))
+    target_BLV, uniforms_BL = logits_BLV.double().softmax(-1), torch.full((2, 4), 0.4, dtype=torch.float64)
+    assert verify_block(draft, target_BLV, uniforms_BL).num_committed_B.tolist() == [4, 4]
+    assert settle_first(draft, target_BLV, uniforms_BL[:, :2]).is_draft_BL.tolist() == [[True], [True]]
