@@ -320,8 +320,9 @@ class CompiledLayers:
         added: Sequence[int | None] = [None] * num_layers
         updated: int | None = None
         if updates is not None:
-            numbers = torch.empty(num_rows * MOST_PARTS * updates.rank, dtype=torch.float32)
-            of_rows = UpdatedRows(first=first_updated, rank=updates.rank, space=numbers.data_ptr())
+            numbers = x_BRW.new_empty(num_rows * max(width, heads * head_width, inner))
+            reals = torch.empty(num_rows * MOST_PARTS * updates.rank, dtype=torch.float32)
+            of_rows = UpdatedRows(first_updated, updates.rank, numbers.data_ptr(), reals.data_ptr())
             added, updated = updates.addresses, addressof(of_rows)
         before: int | None = None
         added_before: int | None = None

@@ -180,9 +180,7 @@ def test_stale_copies_are_caught(monkeypatch):
 def updates_on_clean_rows(monkeypatch):
     """Planted: the anchor and the rows to verify get updates as well."""
     rows = compiled.UpdatedRows
-    monkeypatch.setattr(
-        compiled, "UpdatedRows", lambda first, rank, space: rows(first=first - 1, rank=rank, space=space)
-    )
+    monkeypatch.setattr(compiled, "UpdatedRows", lambda first, *rest: rows(first - 1, *rest))
 
 
 @pytest.mark.usefixtures("updates_on_clean_rows")

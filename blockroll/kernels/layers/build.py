@@ -51,9 +51,14 @@ class LayerUpdates(ctypes.Structure):
 
 
 class UpdatedRows(ctypes.Structure):
-    """Which rows of each text get updates, and space for 3 * `rank` floats for each of them."""
+    """Which rows of each text get updates, and space for the numbers of each of them."""
 
-    _fields_ = [("first", ctypes.c_int64), ("rank", ctypes.c_int64), ("space", ctypes.c_void_p)]
+    _fields_ = [
+        ("first", ctypes.c_int64),
+        ("rank", ctypes.c_int64),
+        ("narrow_space", ctypes.c_void_p),
+        ("wide_space", ctypes.c_void_p),
+    ]
 
 
 class Model(ctypes.Structure):

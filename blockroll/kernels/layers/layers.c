@@ -31,6 +31,7 @@ typedef float number;
 #endif
 #define TILE_OUT 4
 #define AHEAD 4096  // bytes
+#define PANEL (8 * TILE_ROWS)  // rows that meet a strip of weights while it is near
 
 #define INLINE static inline __attribute__((always_inline))
 
@@ -53,10 +54,12 @@ typedef struct {
     low_rank qkv, o, gate_up, down;
 } updates;
 
-// The rows of each text that get updates, those from `first` on. The space holds 3 * `rank` floats for each row.
+// The rows of each text that get updates, those from `first` on. Spaces hold max(W, H * D, I) numbers and 3 * `rank`
+// floats for each row.
 typedef struct {
     int64_t first, rank;
-    float *space;
+    number *narrow_space;
+    float *wide_space;
 } updated_rows;
 
 typedef struct {
@@ -252,7 +255,7 @@ INLINE void finish(const number *bias, int64_t first, int64_t end, float *row) {
 // Products of the same rows (N, width), side by side: out (N, stride).
 static void products(const product *parts, int num_parts, const number *x, int64_t rows, int64_t width, float *out,
                      int64_t stride, int threads) {
-    int64_t strips = 0, starts[4];
+    int64_t strips = 0, panels = (rows + PANEL - 1) / PANEL, starts[4];
     for (int part = 0; part < num_parts; part++) {
         starts[part] = strips;
         strips += (parts[part].size + STRIP - 1) / STRIP;
@@ -272,7 +275,11 @@ static void products(const product *parts, int num_parts, const number *x, int64
             if (pairs && end - first == STRIP)
                 matrix_strip(p.weight + first * width, pairs, rows, width, to + first, stride);
             else
-                for (int64_t o = first; o < end; o += TILE_OUT) block(p, o, x, rows, width, to, stride);
+                for (int64_t panel = 0; panel < panels; panel++) {
+                    int64_t row = panel * rows / panels, count = (panel + 1) * rows / panels - row;
+                    for (int64_t o = first; o < end; o += TILE_OUT)
+                        block(p, o, x + row * width, count, width, to + row * stride, stride);
+                }
             for (int64_t n = 0; n < rows; n++) finish(p.bias, first, end, to + n * stride);
         }
         if (pairs) matrix_end();
@@ -356,21 +363,20 @@ static void add_updates(const updated_rows *u, low_rank of, const product *parts
                         int64_t rows, int64_t rows_of_text, int64_t width, float *out, int64_t stride, int threads) {
     int64_t texts = rows / rows_of_text, count = rows_of_text - u->first, rank = u->rank, ranks = num_parts * rank;
     const product down = {of.down, 0, ranks};
-    int64_t blocks = (ranks + TILE_OUT - 1) / TILE_OUT;
-#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1 && rows * ranks * width > 1 << 17)
-    for (int64_t index = 0; index < texts * blocks; index++) {
-        int64_t text = index / blocks, row = text * rows_of_text + u->first;
-        block(down, index % blocks * TILE_OUT, x + row * width, count, width, u->space + text * count * ranks, ranks);
+    const number *of_rows = x + u->first * width;
+    if (texts > 1 && u->first) {
+        for (int64_t text = 0; text < texts; text++)
+            memcpy(u->narrow_space + text * count * width, of_rows + text * rows_of_text * width,
+                   (size_t)(count * width) * sizeof(number));
+        of_rows = u->narrow_space;
     }
-#if NUMBER_BF16
-    for (int64_t i = 0; i < texts * count * ranks; i++) u->space[i] = rounded(u->space[i]);
-#endif
+    products(&down, 1, of_rows, texts * count, width, u->wide_space, ranks, threads);
     int64_t groups = (count + UPDATE_ROWS - 1) / UPDATE_ROWS;
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1 && rows * rank * stride > 1 << 17)
     for (int64_t index = 0; index < texts * groups; index++) {
         int64_t text = index / groups, row = index % groups * UPDATE_ROWS;
         int64_t some_rows = count - row < UPDATE_ROWS ? count - row : UPDATE_ROWS;
-        const float *inner = u->space + (text * count + row) * ranks;
+        const float *inner = u->wide_space + (text * count + row) * ranks;
         float *to = out + (text * rows_of_text + u->first + row) * stride;
         const number *up = of.up;
         for (int part = 0; part < num_parts; to += parts[part].size, up += parts[part].size, inner += rank, part++)
