@@ -181,7 +181,7 @@ def test_a_planner_finds_the_plan_that_its_engine_runs_fastest(policy):
     """By a clock on which every step takes equally long, that is a plan that drafts."""
     ticks = itertools.count()
     planner = Planner([TWO_FORWARD])
-    requests = make_requests(prompts(120), Sampling(max_tokens=40, ignore_eos=True))
+    requests = make_requests(prompts(240), Sampling(max_tokens=40, ignore_eos=True))
     engine = Engine(policy, plan=planner, max_batch_size=8, clock=lambda: 1e-3 * next(ticks))
     engine.submit(requests)
     chosen = []
@@ -189,7 +189,7 @@ def test_a_planner_finds_the_plan_that_its_engine_runs_fastest(policy):
         engine.step()
         chosen.append(engine.plan)
     assert chosen[0] == PLAIN
-    assert chosen[150:].count(TWO_FORWARD) > 0.75 * len(chosen[150:])  # trials are paid for before
+    assert chosen[600:].count(TWO_FORWARD) > 0.75 * len(chosen[600:])  # trials are paid for before
 
 
 @pytest.mark.parametrize("plan", [TWO_FORWARD, Plan(4, (0, 1, 2, 3, 4))], ids=lambda plan: plan.name)

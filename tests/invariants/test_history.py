@@ -350,7 +350,7 @@ def test_auto_drafts_from_history_and_changes_no_text_of_a_policy_without_drafts
     engine = Engine(policy, plan=planner, max_batch_size=4, clock=lambda: 1e-3 * next(ticks))
     texts = [(7,) * 60, *prompts(3)]
     drafted, plain = {}, {}
-    for epoch in range(4):
+    for epoch in range(8):
         asked = [
             request(
                 f"{epoch}-{index}",
