@@ -7,6 +7,7 @@ still honours 2-D padding masks.
 Shapes: B requests, H query heads, G key-value heads, R query rows, S keys, D head width; N packed rows.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -91,6 +92,13 @@ def block_attention(
 def folded_mask(mask_B1RS: Tensor, repeats: int) -> Tensor:
     """The mask (B, 1, repeats * R, S) of as many query heads folded into one; one row stands for all."""
     return mask_B1RS if mask_B1RS.shape[2] == 1 else mask_B1RS.repeat(1, 1, repeats, 1)
+
+
+def folded_masks(masks: Tensor | Mapping[str, Tensor], repeats: int) -> Tensor | dict[str, Tensor]:
+    """The same of one mask, or of one for each kind of layer."""
+    if isinstance(masks, Tensor):
+        return folded_mask(masks, repeats)
+    return {kind: folded_mask(mask, repeats) for kind, mask in masks.items()}
 
 
 def packed_mask(mask_B1LS: Tensor, packing: Packing, repeats: int) -> Tensor:

@@ -109,7 +109,7 @@ class CompiledLayers:
         """Last hidden states (B, R, W), or (1, N, W) with a packing, as the model without its head gives
         them; None: ask the model.
 
-        `masks` are as `attention.folded_mask` has made them, one or one per kind of layer. Rows behind the
+        `masks` (B, 1, R, S) are one or one per kind of layer, of a packing `packed_mask`'s. Rows behind the
         first `num_clean` are masks of the `adapter`, if the policy has one.
         """
         if not self._serves(ids_BR.numel(), frozenset() if adapter is None else adapter.hook_ids):
@@ -217,9 +217,8 @@ class CompiledLayers:
         if self._updates is None or self._updates.adapter is not adapter:
             self._updates = CompiledUpdates.of(adapter, self._shape_here)
         updates = self._updates
-        if updates is None or not updates.is_plain:
+        if updates is None or not updates.is_plain or not updates.refresh(self._dtype):
             return None
-        updates.refresh(self._dtype)
         if updates.is_compared:
             return updates if updates.serve else None
         updates.is_compared = True

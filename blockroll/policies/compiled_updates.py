@@ -52,31 +52,30 @@ class CompiledUpdates:
         Not where an update has a hook or another forward, or a projection has lost its own.
         """
         hook_ids = self.adapter.hook_ids
-        return all(module._forward_hooks.keys() & hook_ids for module in self._modules) and all(
-            type(update) is LowRank
-            and "forward" not in update.__dict__
-            and not update._forward_hooks
-            and not update._forward_pre_hooks
-            and all(_is_readable(parameter) for parameter in update._parameters.values())
-            for update in self._updates.values()
-        )
+        for module, update in zip(self._modules, self._updates.values(), strict=True):
+            if module._forward_hooks.keys().isdisjoint(hook_ids):
+                return False
+            if update._forward_hooks or update._forward_pre_hooks or "forward" in update.__dict__:
+                return False
+            if type(update) is not LowRank:
+                return False
+        return True
 
     @property
     def addresses(self) -> list[int]:
         """Of the copies of each layer's."""
         return [addressof(layer) for layer in self._layers]
 
-    def refresh(self, dtype: torch.dtype) -> None:
-        """Make the copies anew where the adapter has been written since."""
-        stamps = [
-            (parameter._version, parameter.data_ptr())
-            for update in self._updates.values()
-            for parameter in update._parameters.values()
-            if parameter is not None
-        ]
+    def refresh(self, dtype: torch.dtype) -> bool:
+        """Make the copies anew where the adapter has been written since; False where it cannot be told."""
+        parameters = [each for update in self._updates.values() for each in update._parameters.values()]
+        if not all(map(_is_readable, parameters)):
+            return False
+        stamps = [(each._version, each.data_ptr()) for each in parameters if each is not None]
         if stamps != self._stamps:
             self._copy(dtype)
             self._stamps = stamps
+        return True
 
     def forget(self) -> None:
         """The adapter has been written, in whatever way: copies are made anew before they serve."""
@@ -101,8 +100,5 @@ class CompiledUpdates:
 
 
 def _is_readable(parameter: Tensor | None) -> bool:
-    return (
-        type(parameter) is nn.Parameter
-        and parameter.device.type == "cpu"
-        and not parameter.is_inference()  # their writes are not counted
-    )
+    # Of those made in inference mode writes are not counted.
+    return type(parameter) is nn.Parameter and parameter.is_cpu and not parameter.is_inference()

@@ -345,7 +345,7 @@ class HFPolicy:
             output = self.model.base_model(
                 **inputs,
                 position_ids=positions_BR,
-                attention_mask=masks,
+                attention_mask=masks if packing else attention.folded_masks(masks, self._heads_per_key),
                 use_cache=True,
                 **{self._cache_keyword: window},
                 **options,
@@ -386,15 +386,13 @@ class HFPolicy:
     def _masks_by_layer(
         self, attention_mask: Callable[..., Tensor], packing: Packing | None
     ) -> Tensor | dict[str, Tensor]:
-        """The mask as the family takes it: one, or one per kind of layer; folded once for all of them."""
+        """The mask as the family takes it: one, or one per kind of layer."""
 
-        def folded(sliding_window: int | None) -> Tensor:
+        def of_kind(sliding_window: int | None) -> Tensor:
             mask_B1RS = attention_mask(sliding_window=sliding_window)
-            if packing is not None:
-                return attention.packed_mask(mask_B1RS, packing, self._heads_per_key)
-            return attention.folded_mask(mask_B1RS, self._heads_per_key)
+            return attention.packed_mask(mask_B1RS, packing, self._heads_per_key) if packing else mask_B1RS
 
         if not self._layer_types:
-            return folded(self._sliding_window)
+            return of_kind(self._sliding_window)
         windows = {"full_attention": None, "sliding_attention": self._sliding_window}
-        return {kind: folded(windows[kind]) for kind in self._layer_types}
+        return {kind: of_kind(windows[kind]) for kind in self._layer_types}

@@ -31,19 +31,21 @@ class RowLayout:
         empty one would be NaN, and its values reach all others as 0 * NaN.
         """
         keys_S = torch.arange(extent, device=lengths_B.device)
-        position_BS = keys_S.expand(len(lengths_B), -1)
         if self.sees.dim() == 1:
             mask_BRS = (lengths_B[:, None] + self.sees).clamp(min=0)[..., None] >= keys_S
         else:
-            # One column before for the prefix, seen by all, and one behind for stale keys, seen by none.
-            new_BS = keys_S - lengths_B[:, None]  # which new row a key belongs to; negative in the prefix
-            sees_RC = pad(self.sees, (1, 1))
-            sees_RC[:, 0] = True
-            last = len(self.offsets_R) - 1
-            mask_BRS = sees_RC[:, (new_BS + 1).clamp(0, last + 2)].transpose(0, 1)
-            offset_BS = self.offsets_R[new_BS.clamp(0, last)]
-            position_BS = torch.where(new_BS < 0, keys_S, lengths_B[:, None] + offset_BS)
+            # A column before for the prefix, seen by all, and those behind for stale keys, seen by none.
+            shown_RS = pad(pad(self.sees, (1, 0), value=True), (0, extent))
+            place_BS = (keys_S - (lengths_B[:, None] - 1)).clamp(min=0)
+            mask_BRS = shown_RS.expand(len(lengths_B), -1, -1).gather(
+                2, place_BS[:, None].expand(-1, len(shown_RS), -1)
+            )
         if sliding_window is not None:
+            position_BS = keys_S.expand(len(lengths_B), -1)
+            if self.sees.dim() > 1:
+                new_BS = keys_S - lengths_B[:, None]  # which new row a key belongs to; negative in the prefix
+                offset_BS = self.offsets_R[new_BS.clamp(0, len(self.offsets_R) - 1)]
+                position_BS = torch.where(new_BS < 0, keys_S, lengths_B[:, None] + offset_BS)
             distance_BRS = self.positions(lengths_B)[..., None] - position_BS[:, None]
             mask_BRS = mask_BRS & (distance_BRS < sliding_window)
         return mask_BRS[:, None].contiguous()

@@ -167,7 +167,7 @@ def test_stale_copies_are_caught(monkeypatch):
     """Planted: copies are made once."""
     refresh = CompiledUpdates.refresh
     monkeypatch.setattr(
-        CompiledUpdates, "refresh", lambda self, dtype: None if self._layers else refresh(self, dtype)
+        CompiledUpdates, "refresh", lambda self, dtype: bool(self._layers) or refresh(self, dtype)
     )
     quick, own = pair()
     laws(quick)

@@ -289,8 +289,6 @@ static void products(const product *parts, int num_parts, const number *x, int64
 
 // ---- sums of rows by weights ----
 
-#define CHUNK 4  // vectors that are summed at a time
-
 INLINE floats load_wide(const number *at) {
 #if NUMBER_BF16
     typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
@@ -304,33 +302,28 @@ INLINE floats load_wide(const number *at) {
 #endif
 }
 
+#define MIX_SOME(R, C)                                                                                          \
+    for (; at + C * LANES <= d; at += C * LANES) {                                                              \
+        floats sums[R][C];                                                                                      \
+        _Pragma("GCC unroll 4") for (int r = 0; r < R; r++)                                                     \
+            _Pragma("GCC unroll 4") for (int c = 0; c < C; c++) sums[r][c] = (floats){0};                       \
+        for (int64_t s = first; s < end; s++) {                                                                 \
+            floats value[C];                                                                                    \
+            _Pragma("GCC unroll 4") for (int c = 0; c < C; c++)                                                 \
+                value[c] = load_wide(values + s * apart + at + c * LANES);                                      \
+            _Pragma("GCC unroll 4") for (int r = 0; r < R; r++)                                                 \
+                _Pragma("GCC unroll 4") for (int c = 0; c < C; c++)                                             \
+                    sums[r][c] += weights[r * stride + s] * value[c];                                           \
+        }                                                                                                       \
+        for (int r = 0; r < R; r++) memcpy(out + r * out_apart + at, sums[r], sizeof sums[r]);                  \
+    }
 #define MIX(R)                                                                                                  \
     static void mix_##R(const float *weights, int64_t stride, const number *values, int64_t apart, int64_t d,   \
                         int64_t first, int64_t end, float *out, int64_t out_apart) {                            \
         int64_t at = 0;                                                                                         \
-        for (; at + CHUNK * LANES <= d; at += CHUNK * LANES) {                                                  \
-            floats sums[R][CHUNK];                                                                              \
-            _Pragma("GCC unroll 4") for (int r = 0; r < R; r++)                                                 \
-                _Pragma("GCC unroll 4") for (int c = 0; c < CHUNK; c++) sums[r][c] = (floats){0};               \
-            for (int64_t s = first; s < end; s++) {                                                             \
-                floats value[CHUNK];                                                                            \
-                _Pragma("GCC unroll 4") for (int c = 0; c < CHUNK; c++)                                         \
-                    value[c] = load_wide(values + s * apart + at + c * LANES);                                  \
-                _Pragma("GCC unroll 4") for (int r = 0; r < R; r++)                                             \
-                    _Pragma("GCC unroll 4") for (int c = 0; c < CHUNK; c++)                                     \
-                        sums[r][c] += weights[r * stride + s] * value[c];                                       \
-            }                                                                                                   \
-            for (int r = 0; r < R; r++) memcpy(out + r * out_apart + at, sums[r], sizeof sums[r]);              \
-        }                                                                                                       \
-        for (; at + LANES <= d; at += LANES) {                                                                  \
-            floats sums[R];                                                                                     \
-            _Pragma("GCC unroll 4") for (int r = 0; r < R; r++) sums[r] = (floats){0};                          \
-            for (int64_t s = first; s < end; s++) {                                                             \
-                floats value = load_wide(values + s * apart + at);                                              \
-                _Pragma("GCC unroll 4") for (int r = 0; r < R; r++) sums[r] += weights[r * stride + s] * value; \
-            }                                                                                                   \
-            for (int r = 0; r < R; r++) memcpy(out + r * out_apart + at, &sums[r], sizeof sums[r]);             \
-        }                                                                                                       \
+        MIX_SOME(R, 4)                                                                                          \
+        MIX_SOME(R, 2)                                                                                          \
+        MIX_SOME(R, 1)                                                                                          \
         for (; at < d; at++)                                                                                    \
             for (int r = 0; r < R; r++) {                                                                       \
                 float sum = 0;                                                                                  \

@@ -263,17 +263,19 @@ class SlotWindow:
         device = self._keys[0].device
         self.lengths_B = torch.tensor(lengths, device=device)
         self.packing = packing  # None: all requests have as many rows
-        self._places: tuple[Tensor | slice, ...]
+        self._rows: slice | None = None  # of all slots, where these are the same
+        self._places: tuple[Tensor, Tensor]
         if packing is not None:
             index_N = self.lengths_B[packing.request_N] + packing.offset_N
             self._places = (packing.request_N, index_N)
+            return
+        if min(lengths) == max(lengths) >= 0:
+            self._rows = slice(lengths[0], lengths[0] + num_rows)
             return
         index_BR = self.lengths_B[:, None] + torch.arange(num_rows, device=device)
         if min(lengths) < 0:  # rows before a text go behind it
             index_BR = torch.where(index_BR < 0, index_BR + num_rows, index_BR)
         self._places = (torch.arange(len(lengths), device=device)[:, None], index_BR)
-        if min(lengths) == max(lengths) >= 0:
-            self._places = (slice(None), slice(lengths[0], lengths[0] + num_rows))
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object
@@ -286,6 +288,9 @@ class SlotWindow:
         # Not by `scatter_`, which copies all of the keys there and back where they are bfloat16. Under
         # autocast some norms give float32; attention would round it likewise.
         for held, states in ((keys, key_states), (values, value_states)):
+            if self._rows is not None:
+                held[:, :, self._rows] = states
+                continue
             rows = states.transpose(1, 2)
             if self.packing is not None:
                 rows = (rows if len(rows) == 1 else self.packing.pack(rows))[0]
