@@ -29,7 +29,7 @@ from blockroll.config import DraftConfig
 from blockroll.policies.hf import HFPolicy
 from blockroll.rl_loops.draft_trainer import DraftTrainer
 from blockroll.rollout.drafters.engine import Engine
-from blockroll.types import HISTORY, PLAIN, Law, Plan, Request, Sampling
+from blockroll.types import HISTORY, MASK_ROWS, PLAIN, Law, Plan, Request, Sampling
 
 RESULT = "speed_sampler"
 FOLDER = RUNS / RESULT
@@ -37,7 +37,8 @@ WAVES = 5
 TOKENS = 16
 SIBLINGS = 8
 BATCHES = (1, 8, 32)
-PLANS = (PLAIN, Plan(8, drafter=HISTORY), Plan(4))
+K = 4
+PLANS = (PLAIN, Plan(8, drafter=HISTORY), Plan(K), Plan(K, (0, K)))
 MIXED = 0.5
 SAMPLINGS: tuple[Row, ...] = (
     {},
@@ -48,6 +49,7 @@ SAMPLINGS: tuple[Row, ...] = (
     {"top_k": 50, "top_p": 0.95, "min_p": 0.05},
     {"repetition_penalty": 1.1},
 )
+MIXED_SAMPLINGS: tuple[Row, ...] = ({}, {"repetition_penalty": 1.1})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,12 +75,12 @@ class Cell:
 def cells(
     batches: Sequence[int] = BATCHES, plans: Sequence[Plan] = PLANS, samplings: Sequence[Row] = SAMPLINGS
 ) -> Iterator[Cell]:
-    """Every plan with every option under the target law; two-forward under a mixed one as well."""
+    """Every plan with every option under the target law; those of mask rows under a mixed one as well."""
     for batch, options, plan in itertools.product(batches, samplings, plans):
         yield Cell(plan=plan, batch=batch, law=Law(), options=options)
-    mixable = [plan for plan in plans if plan.settles_first]
-    for batch, plan in itertools.product(batches, mixable):
-        yield Cell(plan=plan, batch=batch, law=Law(MIXED), options={})
+    mixable = [plan for plan in plans if plan.drafter == MASK_ROWS]
+    for batch, options, plan in itertools.product(batches, MIXED_SAMPLINGS, mixable):
+        yield Cell(plan=plan, batch=batch, law=Law(MIXED), options=options)
 
 
 def measured(policy: HFPolicy, cell: Cell, *, waves: int = WAVES, tokens: int = TOKENS) -> Row:
@@ -173,7 +175,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     wanted = [*cells()]
     with one_thread():
-        policy = drafting(checkpoint(SMOLLM2 / "policy"), PLANS[-1].num_drafts, dtype="bfloat16")
+        policy = drafting(checkpoint(SMOLLM2 / "policy"), K, dtype="bfloat16")
         path = FOLDER / f"{rows.last_commit('blockroll')}.jsonl"
         found = run(policy, wanted, path, minutes=given.minutes)
     if len(found) < len(wanted):

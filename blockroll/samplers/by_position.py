@@ -11,10 +11,11 @@ Shapes: B requests, K drafted tokens, L target rows, N rows, W rows of a request
 import torch
 from torch import Tensor
 
-from blockroll.samplers.rows import spans_of_rows, weights_at
+from blockroll.kernels.rows import At
+from blockroll.samplers.rows import looked_at
 from blockroll.types import Draft, Evidence, Rows, Verdict
 
-_FORMED = 1 << 16  # probabilities that cost about what it costs to look whether more are needed
+_FORMED = 1 << 19  # probabilities that cost about what it costs to look whether more are needed
 _NO_TOKEN = -1  # stands where a request has no draft
 
 
@@ -61,15 +62,8 @@ def _drawn(
     target: Rows, requests_N1: Tensor, offsets_W: Tensor, drafts_NW: Tensor, uniforms_NW: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The tokens of these rows (N, W); their probabilities, intervals, masses, and the drafts' (N, W, 5)."""
-    requests = requests_N1.expand(drafts_NW.shape).flatten()
-    offsets = offsets_W.expand(drafts_NW.shape).flatten()
-    drafts, uniforms = drafts_NW.clamp(min=0).flatten(), uniforms_NW.flatten()
-    tokens, figures = [], []
-    for rows in spans_of_rows(len(requests), target.shape[-1]):
-        weights = weights_at(target, requests[rows], offsets[rows])
-        drawn = weights.draw(uniforms[rows])
-        asked_N2 = torch.stack([drawn.token_ids_B, drafts[rows]], dim=1)
-        own_N, drafts_N = weights.probs_of(asked_N2).unbind(dim=1)
-        tokens.append(drawn.token_ids_B)
-        figures.append(torch.stack([own_N, drawn.low_B, drawn.high_B, drawn.mass_B, drafts_N], dim=1))
-    return torch.cat(tokens).view(drafts_NW.shape), torch.cat(figures).view(*drafts_NW.shape, -1)
+    shape = drafts_NW.shape
+    at = At(requests_N1.expand(shape).flatten(), offsets_W.expand(shape).flatten())
+    looked = looked_at(target, at, uniforms_NW.flatten(), drafts_NW.clamp(min=0).view(-1, 1))
+    figures = (looked.probs_N, looked.low_N, looked.high_N, looked.mass_N, looked.asked_NA[:, 0])
+    return looked.token_ids_N.view(shape), torch.stack(figures, dim=1).view(*shape, -1)

@@ -13,7 +13,7 @@ Shapes: B requests, K drafted tokens, L target rows, N tokens behind the committ
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -22,77 +22,13 @@ from torch import Tensor
 
 from blockroll.errors import RequestFailed
 from blockroll.samplers.brought import allowed_rows, processed
-from blockroll.samplers.growing import IdBuffer, TokenCounts
+from blockroll.samplers.edits import Mix
 from blockroll.samplers.lossless import chosen_logprobs, draw_draft
 from blockroll.samplers.packed import Logits, PackedLogits, PackedRows, rectangle
-from blockroll.samplers.processing import Cut, completed_by, counts_by_row, even_where_empty, penalize
-from blockroll.samplers.rows import LogitRows, Mix, held
-from blockroll.types import POINT_MASS, Draft, Guide, Rows, Sampling, Verdict
-
-
-@dataclass(slots=True, kw_only=True)
-class Text:
-    """What the law of a request depends on besides its rows; grows as tokens are committed."""
-
-    sampling: Sampling
-    prompt_ids: Sequence[int]
-    token_ids: list[int]  # committed
-    end_token_ids: frozenset[int] = frozenset()  # masked before `min_tokens`
-    guide: Guide | None = None
-    scales: tuple[float, float, float] = field(init=False)  # temperature, draft temperature, weight
-    # Both grow with the text: what is counted once is never counted again.
-    _counts: TokenCounts | None = field(init=False, default=None)
-    _ids: IdBuffer | None = field(init=False, default=None)
-    is_processed: bool = field(init=False)
-    is_policy: bool = field(init=False)
-
-    def __post_init__(self) -> None:
-        sampling = self.sampling
-        draft_temperature = (
-            sampling.temperature if sampling.draft_temperature is None else sampling.draft_temperature
-        )
-        assert sampling.law.weight is not None, "Sampling refuses a law that is none"
-        self.scales = (sampling.temperature, draft_temperature, sampling.law.weight)
-        self.is_processed = sampling.is_processed
-        self.is_policy = sampling.is_policy
-
-    def counts(self, vocab_size: int, device: torch.device) -> Tensor:
-        """How often prompt and completion hold each token, and the completion alone: float64 (2, V)."""
-        if self._counts is None:
-            self._counts = TokenCounts(self.prompt_ids, vocab_size, device)
-        return self._counts.with_completion(self.token_ids)
-
-    def ids(self, between: Sequence[int], device: torch.device) -> Tensor:
-        """Prompt, completion and these tokens behind it, int64 (1, T)."""
-        if self._ids is None:
-            self._ids = IdBuffer(self.prompt_ids, device)
-        return self._ids.with_completion(self.token_ids, between)
-
-    def restart(self, guide: Guide | None) -> None:
-        """Count anew, and go on with this guide, which stands behind what was committed."""
-        self.guide, self._counts, self._ids = guide, None, None
-
-    def completed_by(self, between: Sequence[int]) -> list[int]:
-        """The tokens that would complete a forbidden sequence behind this text and the tokens after it."""
-        words = self.sampling.bad_words_ids
-        if not words:
-            return []
-        reach = max(map(len, words))
-        text = [*self.token_ids[-reach:], *between]
-        if len(self.token_ids) < reach:
-            text = [*self.prompt_ids[-reach:], *text]
-        return completed_by(text, words)
-
-    @property
-    def is_edited_by_row(self) -> bool:
-        """Whether its rows are edited one at a time, by tokens known to the host."""
-        sampling = self.sampling
-        return bool(
-            self.guide is not None
-            or sampling.logits_processors
-            or sampling.bad_words_ids
-            or len(self.token_ids) < sampling.min_tokens
-        )
+from blockroll.samplers.processing import Cut, even_where_empty
+from blockroll.samplers.rows import LogitRows, held
+from blockroll.samplers.text import Text, edits_of, is_touched
+from blockroll.types import POINT_MASS, Draft, Rows, Verdict
 
 
 class TargetRows(NamedTuple):
@@ -155,12 +91,10 @@ class Laws:
                 has_greedy=self.certain_draft is not False,
                 all_greedy=self.certain_draft is True,
             )
-        law = None
-        if self.certain_draft is not True:
-            has_greedy = self.certain_draft is not False
-            law = LogitRows(logits_BKV, self.draft_temperature_B, has_greedy, self.processing.cut)
-        drawn = self.processing.draw(logits_BKV, law, uniforms_BK, num_drafts_B)
-        return drawn if isinstance(self.certain_draft, bool) else replace(drawn, certain_B=self.certain_draft)
+        law = LogitRows(
+            logits_BKV, self.draft_temperature_B, self.certain_draft is not False, self.processing.cut
+        )
+        return self.processing.draw(law, uniforms_BK, num_drafts_B, self.certain_draft)
 
     def target_rows(
         self, logits_BLV: Logits, between_BN: Tensor, draft_logits_BKV: Tensor | None, num_drafts_B: Tensor
@@ -170,14 +104,15 @@ class Laws:
         Draft row i is mixed into target row i where a request mixes and has a draft there; None: no rows.
         """
         cut = None if self.processing is None else self.processing.cut
-        is_edited = self.processing is not None and self.processing.is_editing
         is_mixed = self.is_mixed and draft_logits_BKV is not None
-        if isinstance(logits_BLV, PackedLogits) and not (is_edited or is_mixed):
-            return TargetRows(PackedRows(logits_BLV, self.temperature_B, self.has_greedy, cut), None)
-        rows = LogitRows(rectangle(logits_BLV), self.temperature_B, self.has_greedy, cut)
-        if is_mixed and draft_logits_BKV is not None and draft_logits_BKV.shape[1]:
-            rows = replace(rows, mix=Mix(draft_logits_BKV, self.weight_B, num_drafts_B))
-        if self.processing is None or not is_edited:
+        rows: LogitRows | PackedRows
+        if isinstance(logits_BLV, PackedLogits) and not is_mixed:
+            rows = PackedRows(logits_BLV, self.temperature_B, self.has_greedy, cut)
+        else:
+            rows = LogitRows(rectangle(logits_BLV), self.temperature_B, self.has_greedy, cut)
+            if is_mixed and draft_logits_BKV is not None and draft_logits_BKV.shape[1]:
+                rows = replace(rows, mix=Mix(draft_logits_BKV, self.weight_B, num_drafts_B))
+        if self.processing is None:
             return TargetRows(held(rows), None)
         return self.processing.target_rows(rows, between_BN, num_drafts_B)
 
@@ -202,11 +137,8 @@ class _Processing:
 
     texts: Sequence[Text]
     cut: Cut | None  # None: no request is truncated
-    penalties_B3: Tensor | None  # repetition, presence, frequency; None: no request has any,
-    seen_BV: Tensor | None  # and no counts are needed, of prompt and completion,
-    completed_BV: Tensor | None  # and of the completion alone
-    bias_BV: Tensor | None
-    is_edited_by_row: bool  # whether any request's rows are
+    is_touched: bool  # whether biases or penalties change any logit
+    is_edited_by_row: bool  # whether any request's rows are edited one at a time
     failed: dict[int, str]
 
     @classmethod
@@ -215,96 +147,82 @@ class _Processing:
     ) -> "_Processing":
         samplings = [text.sampling for text in texts]
         cuts = [(each.top_k, each.top_p, each.min_p) for each in samplings]
-        cut = Cut(*torch.tensor(cuts, dtype=torch.float64, device=device).unbind(dim=1))
-        penalties = [
-            (each.repetition_penalty, each.presence_penalty, each.frequency_penalty) for each in samplings
-        ]
-        penalties_B3 = seen_BV = completed_BV = bias_BV = None
-        if any(each != (1, 0, 0) for each in penalties):
-            penalties_B3 = torch.tensor(penalties, dtype=torch.float64, device=device)
-            counts = [text.counts(vocab_size, device) for text in texts]
-            seen_BV, completed_BV = torch.stack(counts, dim=1).unbind()
-        if any(each.logit_bias for each in samplings):
-            bias_BV = torch.zeros((len(texts), vocab_size), dtype=torch.float64)
-            for bias_V, each in zip(bias_BV, samplings, strict=True):
-                for token_id, bias in each.logit_bias.items():
-                    bias_V[token_id] = bias
-            bias_BV = bias_BV.to(device)
+        # As many biases as tokens may leave none, and whole rows are looked at for that.
+        is_by_row = any(
+            text.is_edited_by_row or len(text.sampling.logit_bias) >= vocab_size for text in texts
+        )
         return cls(
             texts=texts,
-            cut=cut if any(each != (0, 1, 0) for each in cuts) else None,
-            penalties_B3=penalties_B3,
-            seen_BV=seen_BV,
-            completed_BV=completed_BV,
-            bias_BV=bias_BV,
-            is_edited_by_row=any(text.is_edited_by_row for text in texts),
+            cut=_cut(tuple(cuts), device) if any(each != (0, 1, 0) for each in cuts) else None,
+            is_touched=is_touched(texts),
+            is_edited_by_row=is_by_row,
             failed=failed,
         )
 
     def draw(
-        self, logits_BKV: Tensor, law: LogitRows | None, uniforms_BK: Tensor, num_drafts_B: Tensor
+        self, law: LogitRows, uniforms_BK: Tensor, num_drafts_B: Tensor, is_certain: Tensor | bool
     ) -> Draft:
-        """As `Laws.draw`, by the law of these logits; None draws greedily: no cut moves a point mass."""
-        rows = logits_BKV
-        if self.is_editing:
-            rows = self._edited(rows, torch.empty((len(rows), 0), dtype=torch.int64, device=rows.device))
+        """As `Laws.draw`, by the law of these logits."""
+        if self.is_touched:
+            no_tokens_B0 = torch.empty((len(self.texts), 0), dtype=torch.int64, device=uniforms_BK.device)
+            law = replace(law, edits=edits_of(self.texts, law, no_tokens_B0))
+        if not self.is_edited_by_row or not law.shape[1]:
+            token_ids_BK, drawn_law = held(law).drawn(uniforms_BK)
+            return self._draft(token_ids_BK, drawn_law, num_drafts_B, is_certain)
+        # One position after another: masks depend on the drafts before.
+        rows, law = law.editable(), law.as_they_are()
         paths = [
             (row, _DraftPath(text, num_drafts))
             for row, (text, num_drafts) in enumerate(zip(self.texts, num_drafts_B.tolist(), strict=True))
             if text.is_edited_by_row
         ]
-        # All positions at once, or one after another where masks depend on the drafts before.
-        width = 1 if paths else max(rows.shape[1], 1)
         tokens: list[Tensor] = []
-        drawn_law: Rows | None = None
-        for start in range(0, max(rows.shape[1], 1), width):
-            span = slice(start, start + width)
+        for place in range(rows.shape[1]):
+            span = slice(place, place + 1)
             for row, path in paths:
                 if row not in self.failed:
                     with self._request(row):
                         path.mask(rows[row, span])
-            drawable = rows[:, span]
-            if self.is_editing:
-                even_where_empty(drawable)
-            if law is None:
-                tokens.append(drawable.argmax(dim=-1))
-            else:
-                token_ids, drawn_law = held(replace(law, logits_BLV=drawable)).drawn(uniforms_BK[:, span])
-                tokens.append(token_ids)
-            if paths:
-                drawn = tokens[-1].tolist()
-                for row, path in paths:
-                    path.extend(drawn[row])
-        if law is not None and len(tokens) > 1:
-            drawn_law = held(replace(law, logits_BLV=rows))
+            even_where_empty(rows[:, span])
+            tokens.append(held(replace(law, logits_BLV=rows[:, span])).draw(uniforms_BK[:, span]))
+            drawn = tokens[-1].tolist()
+            for row, path in paths:
+                path.extend(drawn[row])
+        drawn_law = held(replace(law, logits_BLV=rows))
+        return self._draft(torch.cat(tokens, dim=1), drawn_law, num_drafts_B, is_certain)
+
+    @staticmethod
+    def _draft(token_ids_BK: Tensor, law: Rows, num_drafts_B: Tensor, is_certain: Tensor | bool) -> Draft:
         return Draft(
-            token_ids_BK=torch.cat(tokens, dim=1),
-            law=POINT_MASS if drawn_law is None else drawn_law,
+            token_ids_BK=token_ids_BK,
+            law=POINT_MASS if is_certain is True else law,
             num_drafts_B=num_drafts_B,
+            certain_B=is_certain if isinstance(is_certain, Tensor) else None,
         )
 
-    def target_rows(self, law: LogitRows, between_BN: Tensor, num_drafts_B: Tensor) -> TargetRows:
+    def target_rows(
+        self, law: LogitRows | PackedRows, between_BN: Tensor, num_drafts_B: Tensor
+    ) -> TargetRows:
         """As `Laws.target_rows`, of rows that are still to be edited."""
-        rows = self._edited(law.logits(), between_BN)
-        if self.is_edited_by_row:
-            behind = zip(between_BN.tolist(), (num_drafts_B + 1).tolist(), strict=True)
-            for row, (rows_LV, text, (between, num_reached)) in enumerate(
-                zip(rows, self.texts, behind, strict=True)
-            ):
-                if row in self.failed:
-                    rows_LV[0] = -torch.inf
-                elif text.is_edited_by_row:
-                    reached_LV = rows_LV[:num_reached]
-                    num_between = len(between) - (len(rows_LV) - len(reached_LV))
-                    with self._request(row):
-                        _edit_rows(reached_LV, text, between[:num_between])
+        if self.is_touched:
+            law = replace(law, edits=edits_of(self.texts, law, between_BN))
+        if not self.is_edited_by_row:
+            return TargetRows(held(law), None)
+        law = law.padded() if isinstance(law, PackedRows) else law
+        rows = law.editable()
+        behind = zip(between_BN.tolist(), (num_drafts_B + 1).tolist(), strict=True)
+        for row, (rows_LV, text, (between, num_reached)) in enumerate(
+            zip(rows, self.texts, behind, strict=True)
+        ):
+            if row in self.failed:
+                rows_LV[0] = -torch.inf
+            elif text.is_edited_by_row:
+                reached_LV = rows_LV[:num_reached]
+                num_between = len(between) - (len(rows_LV) - len(reached_LV))
+                with self._request(row):
+                    _edit_rows(reached_LV, text, between[:num_between])
         is_empty_BL = even_where_empty(rows)
-        return TargetRows(held(replace(law, logits_BLV=rows, mix=None)), is_empty_BL)
-
-    @property
-    def is_editing(self) -> bool:
-        """Whether any logits change: rows of a batch that is only truncated stay as the forward gave them."""
-        return self.is_edited_by_row or self.penalties_B3 is not None or self.bias_BV is not None
+        return TargetRows(held(replace(law.as_they_are(), logits_BLV=rows)), is_empty_BL)
 
     @contextmanager
     def _request(self, row: int) -> Iterator[None]:
@@ -314,28 +232,17 @@ class _Processing:
         except RequestFailed as error:
             self.failed[row] = f"{RequestFailed.__name__}: {error}"
 
-    def _edited(self, logits_BLV: Tensor, between_BN: Tensor) -> Tensor:
-        """Biases and penalties, on a float64 copy: the logits themselves give the policy's logprobs."""
-        rows = logits_BLV.to(torch.float64, copy=True)
-        if self.bias_BV is not None:
-            rows += self.bias_BV[:, None]
-        if self.penalties_B3 is None:
-            return rows
-        assert self.seen_BV is not None
-        assert self.completed_BV is not None
-        num_rows = rows.shape[1] if between_BN.shape[1] else 1  # drafts all go by the committed text
-        return penalize(
-            rows,
-            counts_by_row(self.seen_BV, between_BN, num_rows) > 0,
-            counts_by_row(self.completed_BV, between_BN, num_rows),
-            *self.penalties_B3.unbind(dim=1),
-        )
-
 
 @lru_cache(maxsize=256)
 def _columns(scales: tuple[tuple[float, float, float], ...], device: torch.device) -> tuple[Tensor, ...]:
     """Temperature, draft temperature and weight, float64 (B,): mostly those of the step before."""
-    return torch.tensor(scales, dtype=torch.float64, device=device).unbind(dim=1)
+    return tuple(torch.tensor(scales, dtype=torch.float64, device=device).T.contiguous())
+
+
+@lru_cache(maxsize=256)
+def _cut(cuts: tuple[tuple[float, float, float], ...], device: torch.device) -> Cut:
+    """That of the batch."""
+    return Cut(*torch.tensor(cuts, dtype=torch.float64, device=device).T.contiguous())
 
 
 def _edit_rows(rows_LV: Tensor, text: Text, between: Sequence[int]) -> None:

@@ -18,10 +18,20 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from blockroll.kernels.rows import At, Judged, Looked
 from blockroll.samplers.by_position import draw_by_position
-from blockroll.samplers.packed import Logits, PackedLogits, PackedRows, cells
-from blockroll.samplers.rows import DenseRows, LogitRows, held, is_wide, spans_of_rows, weights_at
-from blockroll.samplers.weights import Drawn, Weights, block_sums
+from blockroll.samplers.packed import Logits, PackedLogits, PackedRows
+from blockroll.samplers.rows import (
+    DenseRows,
+    LogitRows,
+    Weighed,
+    held,
+    looked,
+    looked_at,
+    spans_of_rows,
+    weights_at,
+)
+from blockroll.samplers.weights import Weights
 from blockroll.types import POINT_MASS, Draft, Evidence, PointMass, Rows, Verdict
 
 _T = TypeVar("_T", Verdict, Evidence)
@@ -111,7 +121,7 @@ def settle_first(draft: Draft, target: Rows | Tensor, uniforms_B2: Tensor) -> Ve
     )
     if is_certain is True:
         return _settle_certain(first, target, uniforms_B2[:, :1])
-    verdict = _settle_drawn(draft, target, uniforms_B2)
+    verdict = _settle_drawn(draft, first, target, uniforms_B2)
     if is_certain is False:
         return verdict
     return _certain_or(is_certain, _settle_certain(first, target, uniforms_B2[:, :1]), verdict)
@@ -121,26 +131,15 @@ def _verify_drawn(draft: Draft, target: Rows, uniforms_BL: Tensor) -> Verdict:
     """By accept coins, and a residual."""
     num_drafts = draft.token_ids_BK.shape[1]
     draft_p_BK = _own_probs(draft)
-    if is_wide(target):
-        target_p_BK, final_p_B, final = _judged(
-            draft, target, draft_p_BK, uniforms_BL, uniforms_BL[:, -1], num_rows=num_drafts + 1
-        )
-    else:
-        target_p_BK = target.probs_of(draft.token_ids_BK)
-
-    # u * draft < target is u < target / draft without the division, so draft == 0 is no special case.
-    accepted_BK = uniforms_BL[:, :num_drafts] * draft_p_BK < target_p_BK
-    accepted_BK &= torch.arange(num_drafts, device=uniforms_BL.device) < draft.num_drafts_B[:, None]
-    num_accepted_B = accepted_BK.long().cumprod(dim=1).sum(dim=1)
-
-    if not is_wide(target):
-        is_rejected_B = num_accepted_B < draft.num_drafts_B
-        final_p_B, final = _draw_final(draft, target, num_accepted_B, is_rejected_B, uniforms_BL[:, -1])
-    num_accepted_B1, final_p_B1 = num_accepted_B[:, None], final_p_B[:, None]
-    tokens_BL = torch.cat([draft.token_ids_BK, final.token_ids_B[:, None]], dim=1)
+    coins_BK = uniforms_BL[:, :num_drafts]
+    target_p_BK, num_accepted_B, final = _judged(
+        draft, target, draft_p_BK, coins_BK, uniforms_BL[:, -1], num_rows=num_drafts + 1
+    )
+    num_accepted_B1, final_p_B1 = num_accepted_B[:, None], final.probs_N[:, None]
+    tokens_BL = torch.cat([draft.token_ids_BK, final.token_ids_N[:, None]], dim=1)
     probs_BL = torch.cat([target_p_BK, final_p_B1], dim=1).scatter(1, num_accepted_B1, final_p_B1)
     return Verdict(
-        token_ids_BL=tokens_BL.scatter(1, num_accepted_B1, final.token_ids_B[:, None]),
+        token_ids_BL=tokens_BL.scatter(1, num_accepted_B1, final.token_ids_N[:, None]),
         num_committed_B=num_accepted_B + 1,
         is_draft_BL=torch.arange(num_drafts + 1, device=uniforms_BL.device) < num_accepted_B1,
         behavior_logprobs_BL=probs_BL.log(),
@@ -149,56 +148,40 @@ def _verify_drawn(draft: Draft, target: Rows, uniforms_BL: Tensor) -> Verdict:
 
 
 def _judged(
-    draft: Draft, target: Rows, draft_p_BK: Tensor, coins_BK: Tensor, finals_B: Tensor, *, num_rows: int
-) -> tuple[Tensor, Tensor, Drawn]:
-    """Of each draft its probability under the target, as far as those before it stand, and NaN behind.
-
-    And, as `_draw_final`, of the token behind those that stand, if that is in the first rows. Each row of a
-    large vocabulary that is reached is formed once, and no other.
-    """
-    target_p_BK, (final_p_B, final) = torch.full_like(draft_p_BK, torch.nan), _nothing_drawn(finals_B)
-    standing_N = torch.arange(len(finals_B), device=finals_B.device)
-    for offset in range(num_rows):
-        still = [standing_N[:0]]
-        for span in spans_of_rows(len(standing_N), target.shape[-1]):
-            requests_M = standing_N[span]
-            weights = weights_at(target, requests_M, torch.full_like(requests_M, offset))
-            stands_M = has_draft_M = draft.num_drafts_B[requests_M] > offset
-            if has_draft_M.any():
-                target_p_M = weights.probs_of(draft.token_ids_BK[requests_M, offset, None]).squeeze(1)
-                target_p_BK[requests_M, offset] = target_p_M.where(has_draft_M, torch.nan)
-                stands_M = has_draft_M & (
-                    coins_BK[requests_M, offset] * draft_p_BK[requests_M, offset] < target_p_M
-                )
-            still.append(requests_M[stands_M])
-            for is_rejected, is_meant_M in ((True, has_draft_M & ~stands_M), (False, ~has_draft_M)):
-                index_R = is_meant_M.nonzero().squeeze(1)
-                if len(index_R):
-                    drawable = weights if len(index_R) == len(requests_M) else weights.rows(index_R)
-                    requests_R = requests_M[index_R]
-                    offsets_R = torch.full_like(requests_R, offset) if is_rejected else None
-                    found = _drawn(drawable, draft, requests_R, offsets_R, finals_B[requests_R])
-                    _put(final_p_B, final, requests_R, found)
-        standing_N = torch.cat(still)
-    return target_p_BK, final_p_B, final
+    draft: Draft, target: Rows, draft_p_BK: Tensor, coins_BK: Tensor, uniforms_B: Tensor, *, num_rows: int
+) -> Judged:
+    """Drafts against the first rows: those accepted, and the token behind them if it is in these rows."""
+    assert not isinstance(draft.law, PointMass)
+    law = as_rows(draft.law)
+    tables = [rows.table() if isinstance(rows, Weighed) else None for rows in (target, law)]
+    if tables[0] is not None and tables[1] is not None:
+        given = (draft.token_ids_BK, draft_p_BK, draft.num_drafts_B, coins_BK, uniforms_B)
+        return tables[0].judged(tables[1], *given, num_rows=num_rows)
+    target_p_BK = target.probs_of(draft.token_ids_BK)
+    # u * draft < target is u < target / draft without the division, so draft == 0 is no special case.
+    accepted_BK = coins_BK * draft_p_BK < target_p_BK
+    accepted_BK &= torch.arange(accepted_BK.shape[1], device=coins_BK.device) < draft.num_drafts_B[:, None]
+    num_accepted_B = accepted_BK.long().cumprod(dim=1).sum(dim=1)
+    offset_B = num_accepted_B.clamp(max=num_rows - 1)
+    return Judged(
+        target_p_BK,
+        num_accepted_B,
+        _draw_final(law, target, offset_B, offset_B < draft.num_drafts_B, uniforms_B),
+    )
 
 
-def _settle_drawn(draft: Draft, target: Rows, uniforms_B2: Tensor) -> Verdict:
-    drafted_B1 = draft.token_ids_BK[:, :1]
-    draft_p_B1, has_draft_B = _own_probs(draft)[:, :1], draft.num_drafts_B > 0
-    if is_wide(target):
-        finals_B = uniforms_B2[:, 1]
-        target_p_B1, final_p_B, final = _judged(draft, target, draft_p_B1, uniforms_B2, finals_B, num_rows=1)
-    else:
-        target_p_B1 = target.probs_of(drafted_B1)
-        first_B = torch.zeros_like(draft.num_drafts_B)
-        final_p_B, final = _draw_final(draft, target, first_B, has_draft_B, uniforms_B2[:, 1])
-    is_draft_B1 = (uniforms_B2[:, :1] * draft_p_B1 < target_p_B1) & has_draft_B[:, None]
+def _settle_drawn(draft: Draft, first: Draft, target: Rows, uniforms_B2: Tensor) -> Verdict:
+    drafted_B1, draft_p_B1 = first.token_ids_BK, _own_probs(draft)[:, :1]
+    coins_B1 = uniforms_B2[:, :1]
+    target_p_B1, num_accepted_B, final = _judged(
+        first, target, draft_p_B1, coins_B1, uniforms_B2[:, 1], num_rows=1
+    )
+    is_draft_B1 = num_accepted_B[:, None] > 0
     return Verdict(
-        token_ids_BL=torch.where(is_draft_B1, drafted_B1, final.token_ids_B[:, None]),
-        num_committed_B=torch.ones_like(draft.num_drafts_B),
+        token_ids_BL=torch.where(is_draft_B1, drafted_B1, final.token_ids_N[:, None]),
+        num_committed_B=torch.ones_like(first.num_drafts_B),
         is_draft_BL=is_draft_B1,
-        behavior_logprobs_BL=torch.where(is_draft_B1, target_p_B1, final_p_B[:, None]).log(),
+        behavior_logprobs_BL=torch.where(is_draft_B1, target_p_B1, final.probs_N[:, None]).log(),
         evidence=_evidence(draft_p_B1, target_p_B1, uniforms_B2, final, width=1),
     )
 
@@ -223,13 +206,15 @@ def _certain_or(certain_B: Tensor, certain: Verdict, drawn: Verdict) -> Verdict:
 def _draw(draft: Draft, target: Rows, uniforms_B1: Tensor) -> Verdict:
     """One token from the target: what verifying no draft comes to."""
     nothing_B0, first_B = uniforms_B1[:, :0], torch.zeros_like(draft.num_drafts_B)
-    probs_B, drawn = _draw_final(draft, target, first_B, first_B, uniforms_B1[:, 0])
-    tokens_B1 = drawn.token_ids_B[:, None]
+    drawn = looked_at(
+        target, At(torch.arange(len(first_B), device=first_B.device), first_B), uniforms_B1[:, 0]
+    )
+    tokens_B1 = drawn.token_ids_N[:, None]
     return Verdict(
         token_ids_BL=tokens_B1,
         num_committed_B=torch.ones_like(first_B),
         is_draft_BL=torch.zeros_like(tokens_B1, dtype=torch.bool),
-        behavior_logprobs_BL=probs_B[:, None].log(),
+        behavior_logprobs_BL=drawn.probs_N[:, None].log(),
         evidence=_evidence(nothing_B0, nothing_B0, uniforms_B1, drawn, width=1, by_position=draft.is_certain),
     )
 
@@ -246,67 +231,41 @@ def _own_probs(draft: Draft) -> Tensor:
 
 
 def _draw_final(
-    draft: Draft, target: Rows, offset_B: Tensor, is_rejected_B: Tensor, uniforms_B: Tensor
-) -> tuple[Tensor, Drawn]:
-    """Target probability and draw of a token at an offset: from a rejected draft's residual, or target."""
-    probs_B, drawn = _nothing_drawn(uniforms_B)
-    for is_residual, is_meant_B in ((True, is_rejected_B.bool()), (False, ~is_rejected_B.bool())):
-        requests_N = is_meant_B.nonzero().squeeze(1)
+    law: Rows, target: Rows, offset_B: Tensor, is_rejected_B: Tensor, uniforms_B: Tensor
+) -> Looked:
+    """The token at an offset of each request: from a rejected draft's residual, or from the target."""
+    requests_B = torch.arange(len(offset_B), device=offset_B.device)
+    found: list[tuple[Tensor, Looked]] = []
+    for is_rejected in (True, False):
+        requests_N = requests_B[is_rejected_B == is_rejected]
         for span in spans_of_rows(len(requests_N), target.shape[-1]):
             requests_M = requests_N[span]
-            offsets_M = offset_B[requests_M]
-            weights = weights_at(target, requests_M, offsets_M)
-            rejected_M = offsets_M if is_residual else None
-            _put(
-                probs_B,
-                drawn,
-                requests_M,
-                _drawn(weights, draft, requests_M, rejected_M, uniforms_B[requests_M]),
-            )
-    return probs_B, drawn
+            place, uniforms_M = At(requests_M, offset_B[requests_M]), uniforms_B[requests_M]
+            weights = weights_at(target, *place)
+            drawable = _residual(weights, weights_at(law, *place), law.shape[-1]) if is_rejected else weights
+            found.append((requests_M, looked(weights, drawable.draw(uniforms_M))))
+    order_B = torch.cat([requests_M for requests_M, _ in found]).argsort()
+    return Looked(
+        *(torch.cat(each)[order_B] for each in zip(*(found_M for _, found_M in found), strict=True))
+    )
 
 
-def _nothing_drawn(uniforms_B: Tensor) -> tuple[Tensor, Drawn]:
-    """Target probabilities and draws that are still to be filled in."""
-    token_ids_B = torch.zeros(uniforms_B.shape, dtype=torch.int64, device=uniforms_B.device)
-    probs_B, *figures = (torch.full_like(uniforms_B, torch.nan) for _ in range(4))
-    return probs_B, Drawn(token_ids_B, *figures)
-
-
-def _put(probs_B: Tensor, drawn: Drawn, requests_N: Tensor, found: tuple[Tensor, Drawn]) -> None:
-    probs_B[requests_N] = found[0]
-    for values_B, values_N in zip(drawn, found[1], strict=True):
-        values_B[requests_N] = values_N
-
-
-def _drawn(
-    target: Weights, draft: Draft, requests_N: Tensor, rejected_N: Tensor | None, uniforms_N: Tensor
-) -> tuple[Tensor, Drawn]:
-    """From these target rows, or the residuals that rejected drafts at these offsets leave of them."""
-    weights = target if rejected_N is None else _residual(target, draft, requests_N, rejected_N)
-    drawn = weights.draw(uniforms_N)
-    return target.probs_of(drawn.token_ids_B[:, None]).squeeze(1), drawn
-
-
-def _residual(target: Weights, draft: Draft, requests_N: Tensor, offsets_N: Tensor) -> Weights:
+def _residual(target: Weights, draft: Weights, vocab_size: int) -> Weights:
     """The positive part of target less draft, not normalised."""
-    assert not isinstance(draft.law, PointMass)
-    law = as_rows(draft.law)
-    target_NV = target.dense(law.shape[-1])
-    residual_NV = (target_NV - weights_at(law, requests_N, offsets_N).dense(law.shape[-1])).clamp_(min=0)
+    target_NV = target.dense(vocab_size)
+    residual_NV = (target_NV - draft.dense(vocab_size)).clamp_(min=0)
     # Rounding can reject a token and leave no mass: draft and target are then equal.
     is_empty_N = residual_NV.amax(dim=-1) == 0
     if is_empty_N.any():
         residual_NV = torch.where(is_empty_N[:, None], target_NV, residual_NV)
-    sums_NC = None if target.sums_NC is None else block_sums(residual_NV)
-    return Weights(weights_NM=residual_NV, sums_NC=sums_NC)
+    return Weights(weights_NM=residual_NV)
 
 
 def _evidence(
     draft_p_BK: Tensor,
     target_p_BK: Tensor,
     uniforms: Tensor,
-    final: Drawn,
+    final: Looked,
     *,
     width: int,
     by_position: Tensor | bool = False,
@@ -321,9 +280,9 @@ def _evidence(
         target_probs_BK=target_p_BK,
         coins_BK=uniforms[:, :num_drafts],
         uniforms_BL=uniforms[:, -1:].expand(-1, width),
-        mass_BL=final.mass_B[:, None].expand(-1, width),
-        low_BL=final.low_B[:, None].expand(-1, width),
-        high_BL=final.high_B[:, None].expand(-1, width),
+        mass_BL=final.mass_N[:, None].expand(-1, width),
+        low_BL=final.low_N[:, None].expand(-1, width),
+        high_BL=final.high_N[:, None].expand(-1, width),
     )
 
 
@@ -339,10 +298,7 @@ def join_verdicts(first: Verdict, rest: Verdict) -> Verdict:
 
 def policy_logprobs(logits_BLV: Logits, token_ids_BL: Tensor, temperature_B: Tensor) -> Tensor:
     """Log-probability under the causal policy, float64 (B, L): full vocabulary, T = 1 where greedy."""
-    scale_B = torch.where(temperature_B == 0, 1.0, temperature_B)
-    if isinstance(logits_BLV, PackedLogits):
-        return PackedRows(logits_BLV, scale_B, False).logprobs_of(token_ids_BL)
-    return LogitRows(logits_BLV, scale_B, False).logprobs_of(token_ids_BL)
+    return _policy_rows(logits_BLV, temperature_B).logprobs_of(token_ids_BL)
 
 
 def chosen_logprobs(
@@ -353,13 +309,18 @@ def chosen_logprobs(
     first = 0
     for part in parts:
         columns = slice(first, first + part.shape[1])
-        is_chosen = is_chosen_BL[:, columns]
-        token_ids_N1 = token_ids_BL[:, columns][is_chosen][:, None]
-        temperature_N = temperature_B[is_chosen.nonzero()[:, 0]]
-        found_N1 = policy_logprobs(cells(part, is_chosen), token_ids_N1, temperature_N)
-        logprobs_BL[:, columns][is_chosen] = found_N1.squeeze(1)
+        at = At(*is_chosen_BL[:, columns].nonzero().unbind(dim=1))
+        token_ids_N = token_ids_BL[:, columns][at]
+        logprobs_BL[:, columns][at] = _policy_rows(part, temperature_B).logprobs_at(at, token_ids_N)
         first = columns.stop
     return logprobs_BL
+
+
+def _policy_rows(logits_BLV: Logits, temperature_B: Tensor) -> LogitRows | PackedRows:
+    scale_B = torch.where(temperature_B == 0, 1.0, temperature_B)
+    if isinstance(logits_BLV, PackedLogits):
+        return PackedRows(logits_BLV, scale_B, False)
+    return LogitRows(logits_BLV, scale_B, False)
 
 
 def _either(is_first_B: Tensor, first: _T, second: _T, **others: Evidence) -> _T:

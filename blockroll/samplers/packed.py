@@ -15,8 +15,10 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from blockroll.kernels.rows import At, RowTable
+from blockroll.samplers.edits import Edits
 from blockroll.samplers.processing import Cut
-from blockroll.samplers.rows import LogitRows
+from blockroll.samplers.rows import LogitRows, table_of
 from blockroll.samplers.weights import Weights
 from blockroll.types import Rows
 
@@ -67,21 +69,15 @@ def rectangle(logits_BLV: Logits) -> Tensor:
     return logits_BLV.padded() if isinstance(logits_BLV, PackedLogits) else logits_BLV
 
 
-def cells(logits_BLV: Logits, is_chosen_BL: Tensor) -> Tensor:
-    """Some cells, each as the only row of a request: (N, 1, V)."""
-    if isinstance(logits_BLV, PackedLogits):
-        return logits_BLV.logits_NV[logits_BLV.row_BL[is_chosen_BL]][:, None]
-    return logits_BLV[is_chosen_BL][:, None]
-
-
 @dataclass(frozen=True, slots=True)
 class PackedRows(Rows):
-    """softmax(logits / temperature) of packed rows, a point mass at temperature 0; cut where asked."""
+    """softmax(logits / temperature) of packed rows, a point mass at temperature 0; edited and cut."""
 
     packed: PackedLogits
     temperature_B: Tensor
     has_greedy: bool  # whether any temperature is 0
-    cut: Cut | None = None  # None: no request is truncated
+    cut: Cut | None = None  # None: no request is truncated,
+    edits: Edits | None = None  # or has any logit of its own
 
     @property
     def shape(self) -> torch.Size:
@@ -94,6 +90,14 @@ class PackedRows(Rows):
         """Their logarithms, also where a probability is too small for float64; no temperature is 0."""
         return self._each(LogitRows.logprobs_of, token_ids_BN, torch.float64)
 
+    def logprobs_at(self, at: At, token_ids_N: Tensor) -> Tensor:
+        """The same, of a token of each of these rows: float64 (N,)."""
+        table = self.table()
+        if table is not None:
+            return table.looked(at, 0, asked_NA=token_ids_N[:, None], logs=True).asked_NA[:, 0]
+        rows = self._rows(self.packed.row_BL[at], *at)
+        return rows.logprobs_of(token_ids_N[:, None])[:, 0]
+
     def at(self, requests_N: Tensor, offsets_N: Tensor) -> Tensor:
         return self.weights_at(requests_N, offsets_N).dense(self.shape[-1])
 
@@ -101,10 +105,20 @@ class PackedRows(Rows):
         """Of these rows, each of a request and at an offset."""
         packed = self.packed
         offsets_N = torch.minimum(offsets_N, packed.num_rows_B[requests_N] - 1)
-        cut = None if self.cut is None else self.cut.of(requests_N)
-        rows = self._rows(packed.starts_B[requests_N] + offsets_N, self.temperature_B[requests_N], cut)
+        rows = self._rows(packed.starts_B[requests_N] + offsets_N, requests_N, offsets_N)
         return rows.weights_at(
             torch.arange(len(requests_N), device=offsets_N.device), torch.zeros_like(offsets_N)
+        )
+
+    def table(self) -> RowTable | None:
+        """The same for compiled code; None where it does not serve."""
+        packed = self.packed
+        return table_of(
+            packed.logits_NV,
+            self.temperature_B,
+            self.cut,
+            packed=(packed.starts_B, packed.num_rows_B),
+            edits=self.edits,
         )
 
     def behind_first(self) -> Self:
@@ -117,13 +131,23 @@ class PackedRows(Rows):
                 num_rows_B=packed.num_rows_B - 1,
                 width=packed.width - 1,
             ),
+            edits=None if self.edits is None else self.edits.of(slice(None), slice(1, None)),
         )
 
     def draw(self, uniforms_BL: Tensor) -> Tensor:
         return self._each(LogitRows.draw, uniforms_BL, torch.int64)
 
+    def logits_of(self, ids_BU: Tensor) -> Tensor:
+        """Logits of some tokens in each row: float64 (B, M, U)."""
+        return self.packed.logits_NV[self.packed.row_BL[..., None], ids_BU[:, None]].double()
+
+    def padded(self) -> LogitRows:
+        """The same laws in the cells of a rectangle."""
+        rows = LogitRows(self.packed.padded(), self.temperature_B, self.has_greedy, self.cut)
+        return replace(rows, edits=self.edits)
+
     def dense(self) -> Tensor:
-        return LogitRows(self.packed.padded(), self.temperature_B, self.has_greedy, self.cut).dense()
+        return self.padded().dense()
 
     def _each(
         self, compute: Callable[[LogitRows, Tensor], Tensor], given_BM: Tensor, dtype: torch.dtype
@@ -131,15 +155,20 @@ class PackedRows(Rows):
         """What is computed of each row and what is given for it; 0 in cells that are no request's."""
         has_row_BM = self.packed.has_row(given_BM.shape[1])
         index_R = self.packed.row_BL[:, : given_BM.shape[1]][has_row_BM]
-        request_R = has_row_BM.nonzero()[:, 0]
-        cut = None if self.cut is None else self.cut.of(request_R)
         computed_BM = torch.zeros(given_BM.shape, dtype=dtype, device=given_BM.device)
-        rows = self._rows(index_R, self.temperature_B[request_R], cut)
+        rows = self._rows(index_R, *has_row_BM.nonzero().unbind(dim=1))
         computed_BM[has_row_BM] = compute(rows, given_BM[has_row_BM][:, None]).squeeze(1)
         return computed_BM
 
-    def _rows(self, index_R: Tensor, temperature_R: Tensor, cut_R: Cut | None) -> LogitRows:
+    def _rows(self, index_R: Tensor, request_R: Tensor, offset_R: Tensor) -> LogitRows:
         """Some of the N rows, each as the only row of a request."""
+        cut, edits = None if self.cut is None else self.cut.of(request_R), None
+        if self.edits is not None:
+            edits = Edits(self.edits.ids_BU[request_R], self.edits.logits_BLU[request_R, offset_R][:, None])
         return LogitRows(
-            self.packed.logits_NV.index_select(0, index_R)[:, None], temperature_R, self.has_greedy, cut_R
+            self.packed.logits_NV.index_select(0, index_R)[:, None],
+            self.temperature_B[request_R],
+            self.has_greedy,
+            cut,
+            edits=edits,
         )

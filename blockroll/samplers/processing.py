@@ -4,7 +4,7 @@ Penalties work on rows in float64; what is cut stays in the type its weights hav
 row the prefix it really has: a verify row behind n drafts counts those n drafts. Orders and formulae are
 those of transformers and vLLM, except that of equal probabilities at an edge those of lowest id stay.
 
-Shapes: B requests, N tokens behind the committed text, L rows, V vocabulary.
+Shapes: B requests, N tokens behind the committed text, L rows, U tokens of each, V vocabulary.
 """
 
 from collections.abc import Sequence
@@ -63,20 +63,21 @@ def mixed_logits(
     return torch.cat([mixed_BKV, policy_BLV[:, num_drafts:]], dim=1)
 
 
-def counts_by_row(counts_BV: Tensor, between_BN: Tensor, num_rows: int) -> Tensor:
-    """Counts (B, L, V) for rows that end behind all N tokens; each row before stands one token earlier."""
+def added_by_row(ids_BU: Tensor, between_BN: Tensor, num_rows: int) -> Tensor:
+    """How often each of these tokens stands among those behind the text that a row knows: float64 (B, L, U).
+
+    The last row ends behind all N tokens; each row before it stands one token earlier.
+    """
     first = between_BN.shape[1] - (num_rows - 1)  # tokens that the first row has behind the text
-    added_BNV = torch.zeros(
-        (*between_BN.shape, counts_BV.shape[1]), dtype=counts_BV.dtype, device=counts_BV.device
-    ).scatter_(2, between_BN[..., None], 1.0)
-    sums_BNV = torch.cat([torch.zeros_like(counts_BV)[:, None], added_BNV.cumsum(dim=1)], dim=1)
-    return counts_BV[:, None] + sums_BNV[:, first:]
+    is_token_BNU = (between_BN[..., None] == ids_BU[:, None]).double()
+    nothing_B1U = is_token_BNU.new_zeros((len(ids_BU), 1, ids_BU.shape[1]))
+    return torch.cat([nothing_B1U, is_token_BNU.cumsum(dim=1)], dim=1)[:, first:]
 
 
 def penalize(
-    logits_BLV: Tensor,
-    seen_BLV: Tensor,
-    counts_BLV: Tensor,
+    logits_BLU: Tensor,
+    seen_BLU: Tensor,
+    counts_BLU: Tensor,
     repetition_B: Tensor,
     presence_B: Tensor,
     frequency_B: Tensor,
@@ -86,9 +87,9 @@ def penalize(
     Sources: CTRL (Keskar et al. 2019) for the repetition penalty; the OpenAI API for the other two.
     """
     factor_B11 = repetition_B[:, None, None]
-    repeated_BLV = torch.where(logits_BLV > 0, logits_BLV / factor_B11, logits_BLV * factor_B11)
-    logits_BLV = torch.where(seen_BLV & (factor_B11 != 1), repeated_BLV, logits_BLV)
-    return logits_BLV - frequency_B[:, None, None] * counts_BLV - presence_B[:, None, None] * (counts_BLV > 0)
+    repeated_BLU = torch.where(logits_BLU > 0, logits_BLU / factor_B11, logits_BLU * factor_B11)
+    logits_BLU = torch.where(seen_BLU & (factor_B11 != 1), repeated_BLU, logits_BLU)
+    return logits_BLU - frequency_B[:, None, None] * counts_BLU - presence_B[:, None, None] * (counts_BLU > 0)
 
 
 def even_where_empty(rows_BLV: Tensor) -> Tensor | None:

@@ -1,25 +1,32 @@
 """The laws of positions, held as what they come from; probabilities are formed where a token is judged.
 
 A vocabulary of 49,152 makes B x L x V probabilities the dearest part of a step. Rows of logits stay as the
-forward gave them: a tile of rows at a time is made into weights, read, and forgotten. They are the same
-numbers, bit for bit, as those of all rows at once, and do not depend on the rows beside them.
+forward gave them: a row at a time is made into weights, read, and forgotten, by compiled code where it serves
+(`kernels/rows`). They are the same numbers, bit for bit, as those of all rows at once, and do not depend on
+the rows beside them.
 
-Shapes: B requests, L rows, N of these rows from the first on, V vocabulary.
+Shapes: B requests, L rows, N rows, of a request those from the first on, A tokens asked for of a row,
+U edited tokens, V vocabulary.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import NamedTuple, Protocol, Self, runtime_checkable
+from typing import NamedTuple, Protocol, Self, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from blockroll.samplers.processing import Cut, mixed_logits, truncate, truncated
-from blockroll.samplers.weights import Weights, inverse_cdf
+from blockroll.kernels.rows import At, Looked, RowTable, rows_library
+from blockroll.samplers.edits import Edits, Mix
+from blockroll.samplers.processing import Cut, truncate, truncated
+from blockroll.samplers.weights import Drawn, Weights, inverse_cdf
 from blockroll.types import Rows
 
 _TILE = 1 << 18  # weights that are formed at once: 1 or 2 MB, which stay in a core's cache
 _WIDE = 1 << 14  # a vocabulary from which on the softmax of float32 logits is float32
+
+
+_Rows = TypeVar("_Rows", bound=Rows)
 
 
 @runtime_checkable
@@ -29,6 +36,58 @@ class Weighed(Protocol):
     def weights_at(self, requests_N: Tensor, offsets_N: Tensor) -> Weights:
         """Of these rows, each of a request and at an offset."""
         ...
+
+    def table(self) -> RowTable | None:
+        """The same for compiled code; None where it does not serve."""
+        ...
+
+
+def table_of(
+    logits: Tensor,
+    temperature_B: Tensor,
+    cut: Cut | None,
+    *,
+    packed: tuple[Tensor, Tensor] | None = None,
+    mix: Mix | None = None,
+    edits: Edits | None = None,
+) -> RowTable | None:
+    """Rows of logits for compiled code; None where it does not serve: see `kernels/rows`."""
+    drafts = () if mix is None else (mix.draft_logits_BKV,)
+    for each in (logits, *drafts):
+        if each.dtype != torch.float32 or not each.is_cpu or each.stride(-1) != 1:
+            return None
+    library = rows_library() if is_wide(logits) else None
+    if library is None:
+        return None
+    return RowTable(
+        library,
+        logits,
+        temperature_B,
+        packed=packed,
+        cut=cut,
+        mix=None if mix is None else (mix.draft_logits_BKV, mix.weight_B, mix.num_drafts_B),
+        edits=edits,
+    )
+
+
+def looked_at(rows: Rows, at: At, uniforms_N: Tensor, asked_NA: Tensor | None = None) -> Looked:
+    """Of these rows the tokens that uniforms draw, and the probabilities of those asked for."""
+    table = rows.table() if isinstance(rows, Weighed) else None
+    if table is not None:
+        return table.looked(at, 0, uniforms_N, asked_NA)
+    found = []
+    for span in spans_of_rows(len(uniforms_N), rows.shape[-1]):
+        weights = weights_at(rows, at.requests_N[span], at.offsets_N[span])
+        asked = None if asked_NA is None else asked_NA[span]
+        found.append(looked(weights, weights.draw(uniforms_N[span]), asked))
+    return found[0] if len(found) == 1 else Looked(*map(torch.cat, zip(*found, strict=True)))
+
+
+def looked(weights: Weights, drawn: Drawn, asked_NA: Tensor | None = None) -> Looked:
+    """What these rows say of tokens that were drawn, from them or from what is left of them."""
+    ids_N1 = drawn.token_ids_B[:, None]
+    probs_NA = weights.probs_of(ids_N1 if asked_NA is None else torch.cat([ids_N1, asked_NA], dim=1))
+    return Looked(drawn.token_ids_B, probs_NA[:, 0], drawn.low_B, drawn.high_B, drawn.mass_B, probs_NA[:, 1:])
 
 
 def weights_at(rows: Rows, requests_N: Tensor, offsets_N: Tensor) -> Weights:
@@ -68,38 +127,6 @@ class DenseRows(Rows):
         return self.probs_BLV
 
 
-@dataclass(frozen=True, slots=True)
-class Mix:
-    """Draft rows of which a part enters the rows they were met by, as `mixed_logits` has it."""
-
-    draft_logits_BKV: Tensor
-    weight_B: Tensor
-    num_drafts_B: Tensor
-
-    def of_all(self, logits_BLV: Tensor) -> Tensor:
-        """All rows, mixed: float64."""
-        return mixed_logits(logits_BLV, self.draft_logits_BKV, self.weight_B, self.num_drafts_B)
-
-    def tile(self, place: tuple[slice, slice], logits_BLV: Tensor) -> Tensor:
-        """These rows of these requests."""
-        requests, rows = place
-        num_drafts_B = self.num_drafts_B[requests] - rows.start
-        return mixed_logits(logits_BLV, self.draft_logits_BKV[place], self.weight_B[requests], num_drafts_B)
-
-    def at(self, requests_N: Tensor, offsets_N: Tensor, logits_N1V: Tensor) -> Tensor:
-        """These rows, each of a request and at an offset."""
-        met_N = offsets_N < self.num_drafts_B[requests_N]
-        place_N = offsets_N.clamp(max=self.draft_logits_BKV.shape[1] - 1)
-        draft_N1V = self.draft_logits_BKV[requests_N, place_N][:, None]
-        return mixed_logits(logits_N1V, draft_N1V, self.weight_B[requests_N], met_N.long())
-
-    def behind_first(self) -> "Mix | None":
-        """That of all rows but the first of each request; None: nothing is left to mix."""
-        if self.draft_logits_BKV.shape[1] < 2:
-            return None
-        return Mix(self.draft_logits_BKV[:, 1:], self.weight_B, self.num_drafts_B - 1)
-
-
 class Known(NamedTuple):
     """A token of each row, and its probability, float64: (B, L)."""
 
@@ -109,14 +136,15 @@ class Known(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class LogitRows(Rows):
-    """softmax(logits / temperature), a point mass where the temperature is 0; mixed and cut where asked."""
+    """softmax(logits / temperature), a point mass at temperature 0; mixed, edited and cut where asked."""
 
     logits_BLV: Tensor
     temperature_B: Tensor
     has_greedy: bool  # whether any temperature is 0
     cut: Cut | None = None  # None: no request is truncated,
-    mix: Mix | None = None  # or mixes
-    known: "Known | None" = None
+    mix: Mix | None = None  # or mixes,
+    edits: Edits | None = None  # or has any logit of its own
+    known: Known | None = None
 
     @property
     def shape(self) -> torch.Size:
@@ -125,6 +153,11 @@ class LogitRows(Rows):
     def probs_of(self, token_ids_BN: Tensor) -> Tensor:
         if self.known is not None and torch.equal(self.known.token_ids_BL, token_ids_BN):
             return self.known.probs_BL
+        table = self.table()
+        if table is not None:
+            size, width = token_ids_BN.shape
+            asked_N1 = token_ids_BN.reshape(-1, 1)
+            return table.looked(width, size, asked_NA=asked_N1).asked_NA.view(size, width)
         probs_BN = torch.empty(token_ids_BN.shape, dtype=torch.float64, device=token_ids_BN.device)
         for place, weights in self._tiles(token_ids_BN.shape[1]):
             ids_BN = token_ids_BN[place]
@@ -134,8 +167,13 @@ class LogitRows(Rows):
     def logprobs_of(self, token_ids_BN: Tensor) -> Tensor:
         """Their logarithms, also where a probability is too small for float64; no temperature is 0.
 
-        Of rows as they are: neither truncated nor mixed.
+        Of rows as they are: neither truncated, edited nor mixed.
         """
+        table = self.table()
+        if table is not None:
+            size, width = token_ids_BN.shape
+            asked_N1 = token_ids_BN.reshape(-1, 1)
+            return table.looked(width, size, asked_NA=asked_N1, logs=True).asked_NA.view(size, width)
         logprobs_BN = torch.empty(token_ids_BN.shape, dtype=torch.float64, device=token_ids_BN.device)
         for place in self._places(token_ids_BN.shape[1]):
             logits_BLV, temperature_B = self.logits_BLV[place], self.temperature_B[place[0]]
@@ -147,38 +185,86 @@ class LogitRows(Rows):
             logprobs_BN[place] = gap_BL + of_best_BL.log()
         return logprobs_BN
 
+    def logprobs_at(self, at: At, token_ids_N: Tensor) -> Tensor:
+        """The same, of a token of each of these rows: float64 (N,)."""
+        table = self.table()
+        if table is not None:
+            return table.looked(at, 0, asked_NA=token_ids_N[:, None], logs=True).asked_NA[:, 0]
+        rows = replace(
+            self, logits_BLV=self.logits_BLV[at][:, None], temperature_B=self.temperature_B[at.requests_N]
+        )
+        return rows.logprobs_of(token_ids_N[:, None])[:, 0]
+
     def at(self, requests_N: Tensor, offsets_N: Tensor) -> Tensor:
         return self.weights_at(requests_N, offsets_N).dense(self.shape[-1])
 
     def weights_at(self, requests_N: Tensor, offsets_N: Tensor) -> Weights:
         """Of these rows, each of a request and at an offset."""
-        if self.logits_BLV.is_cpu and is_wide(self.logits_BLV):  # a copy of whole rows, not id by id
-            places = zip(requests_N.tolist(), offsets_N.tolist(), strict=True)
-            logits_N1V = torch.stack([self.logits_BLV[place] for place in places])[:, None]
-        else:
-            logits_N1V = self.logits_BLV[requests_N, offsets_N][:, None]
+        table = self.table()
+        if table is not None:
+            return Weights(weights_NM=table.dense(At(requests_N, offsets_N), 0))
+        logits_N1V = self.logits_BLV[requests_N, offsets_N][:, None]
         if self.mix is not None:
             logits_N1V = self.mix.at(requests_N, offsets_N, logits_N1V)
+        if self.edits is not None:
+            own_N1U = self.edits.logits_BLU[requests_N, offsets_N][:, None]
+            logits_N1V = Edits(self.edits.ids_BU[requests_N], own_N1U).put(logits_N1V)
         return self._weights(logits_N1V, requests_N)
+
+    def table(self) -> RowTable | None:
+        """The same for compiled code; None where it does not serve."""
+        return table_of(self.logits_BLV, self.temperature_B, self.cut, mix=self.mix, edits=self.edits)
 
     def behind_first(self) -> Self:
         mix = None if self.mix is None else self.mix.behind_first()
+        edits = None if self.edits is None else self.edits.of(slice(None), slice(1, None))
         known = None if self.known is None else Known(*(each_BL[:, 1:] for each_BL in self.known))
-        return replace(self, logits_BLV=self.logits_BLV[:, 1:], mix=mix, known=known)
+        return replace(self, logits_BLV=self.logits_BLV[:, 1:], mix=mix, edits=edits, known=known)
 
     def dense(self) -> Tensor:
+        table = self.table()
+        if table is not None:
+            return table.dense(self.shape[1], self.shape[0]).view(self.shape)
         logits_BLV = self.logits()
         return self._weights(logits_BLV, slice(None)).dense(logits_BLV.shape[-1]).view(logits_BLV.shape)
 
     def logits(self) -> Tensor:
-        """What the softmax is taken of; float64 (B, L, V) where any request mixes."""
-        return self.logits_BLV if self.mix is None else self.mix.of_all(self.logits_BLV)
+        """What the softmax is taken of; float64 (B, L, V) where any request mixes or is edited."""
+        logits_BLV = self.logits_BLV if self.mix is None else self.mix.of_all(self.logits_BLV)
+        return logits_BLV if self.edits is None else self.edits.put(logits_BLV)
+
+    def logits_of(self, ids_BU: Tensor) -> Tensor:
+        """Logits of some tokens in each row, mixed where asked: float64 (B, L, U)."""
+        shape = (*self.logits_BLV.shape[:2], ids_BU.shape[1])
+        own_BLU = self.logits_BLV.gather(-1, ids_BU[:, None].expand(shape))
+        if self.mix is None:
+            return own_BLU.double()
+        drafts_BKV = self.mix.draft_logits_BKV
+        draft_BKU = drafts_BKV.gather(-1, ids_BU[:, None].expand(-1, drafts_BKV.shape[1], -1))
+        return replace(self.mix, draft_logits_BKV=draft_BKU).of_all(own_BLU)
+
+    def editable(self) -> Tensor:
+        """A copy of `logits`: float64, of a large vocabulary float32, in which compiled code reads them."""
+        logits_BLV = self.logits()
+        if not is_wide(self.logits_BLV) or self.logits_BLV.dtype != torch.float32:
+            return logits_BLV.to(torch.float64, copy=True)
+        return logits_BLV.clamp(max=torch.finfo(torch.float32).max).float()
+
+    def as_they_are(self) -> Self:
+        """The law of rows that are mixed and edited already."""
+        return replace(self, mix=None, edits=None)
 
     def draw(self, uniforms_BL: Tensor) -> Tensor:
         return self.drawn(uniforms_BL)[0]
 
     def drawn(self, uniforms_BL: Tensor) -> tuple[Tensor, Self]:
         """As `draw`, and these rows, which know then what the probabilities of these tokens are."""
+        table = self.table()
+        if table is not None:
+            size, width = uniforms_BL.shape
+            looked = table.looked(width, size, uniforms_BL)
+            known = Known(looked.token_ids_N.view(size, width), looked.probs_N.reshape(size, width))
+            return known.token_ids_BL, replace(self, known=known)
         token_ids_BL = torch.empty(uniforms_BL.shape, dtype=torch.int64, device=uniforms_BL.device)
         probs_BL = torch.empty_like(uniforms_BL)
         for place, weights in self._tiles(uniforms_BL.shape[1]):
@@ -194,6 +280,8 @@ class LogitRows(Rows):
             logits_BLV = self.logits_BLV[place]
             if self.mix is not None:
                 logits_BLV = self.mix.tile(place, logits_BLV)
+            if self.edits is not None:
+                logits_BLV = self.edits.of(*place).put(logits_BLV)
             yield place, self._weights(logits_BLV, place[0])
 
     def _weights(self, logits_BLV: Tensor, requests: slice | Tensor) -> Weights:
@@ -234,13 +322,14 @@ class LogitRows(Rows):
                 yield requests, rows
 
 
-def held(rows: LogitRows) -> LogitRows | DenseRows:
+def held(rows: _Rows) -> _Rows | DenseRows:
     """The same law, held in the cheaper way: what is one tile is formed at once.
 
-    Of a large vocabulary no more is formed than is read.
+    Of a large vocabulary, and of packed rows, no more is formed than is read.
     """
-    logits_BLV = rows.logits_BLV
-    return rows if is_wide(logits_BLV) or logits_BLV.numel() > _TILE else DenseRows(rows.dense())
+    if not isinstance(rows, LogitRows) or is_wide(rows) or rows.logits_BLV.numel() > _TILE:
+        return rows
+    return DenseRows(rows.dense())
 
 
 def is_wide(rows: Rows | Tensor) -> bool:

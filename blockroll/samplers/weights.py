@@ -40,15 +40,6 @@ class Weights:
         sums_NC = block_sums(weights_NM)
         return cls(weights_NM=weights_NM, mass_N=sums_NC.sum(dim=-1), sums_NC=sums_NC, ids_NM=ids_NM)
 
-    def rows(self, index_R: Tensor) -> "Weights":
-        """Some of the rows."""
-        parts = (self.weights_NM, self.mass_N, self.sums_NC, self.ids_NM)
-        weights_RM, *others = (None if part is None else part.index_select(0, index_R) for part in parts)
-        assert weights_RM is not None
-        return Weights(
-            weights_NM=weights_RM, **dict(zip(("mass_N", "sums_NC", "ids_NM"), others, strict=True))
-        )
-
     def probs_of(self, token_ids_NA: Tensor) -> Tensor:
         """Of some tokens of each row, float64 (N, A)."""
         if self.ids_NM is None:

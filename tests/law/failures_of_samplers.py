@@ -229,8 +229,8 @@ def of_equal_tokens_at_the_edge_the_lowest_ids_stay():
 
 
 def trusts_an_empty_residual(monkeypatch):
-    def wrong(target, draft, requests, offsets):
-        residual = target.dense(4) - lossless.as_rows(draft.law).at(requests, offsets)
+    def wrong(target, draft, vocab_size):
+        residual = target.dense(vocab_size) - draft.dense(vocab_size)
         return Weights(weights_NM=residual.clamp(min=0))
 
     monkeypatch.setattr(lossless, "_residual", wrong)

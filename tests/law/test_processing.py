@@ -17,6 +17,7 @@ from transformers import NoRepeatNGramLogitsProcessor
 from blockroll.samplers import laws as laws_module
 from blockroll.samplers import processing as processing_module
 from blockroll.samplers import rows as rows_module
+from blockroll.samplers import text as text_module
 from blockroll.types import Plan
 from tests.law.engine_law import PROMPT, Processing, engine_law, processed_law
 from tests.law.integrate import Toy, max_difference, target_law
@@ -113,7 +114,7 @@ def test_every_processor_sees_the_prefix_a_position_really_has(plan, toy, name):
     assert max_difference(law, processed_law(TOYS[toy], PROCESSINGS[name], LENGTH)) < 1e-12
 
 
-@pytest.fixture(params=["float64", "float32"])
+@pytest.fixture(params=["float64", "float32", "compiled"])
 def large(request, monkeypatch):
     """Tables are held as rows of a large vocabulary are: logits, of which a row at a time is judged.
 
@@ -124,6 +125,8 @@ def large(request, monkeypatch):
     if request.param == "float64":
         return 1e-12
     monkeypatch.setattr(rows_module, "_WIDE", 0)
+    if request.param == "float32":
+        monkeypatch.setattr(rows_module, "rows_library", lambda: None)
     return 1e-6
 
 
@@ -193,8 +196,8 @@ def edits_the_last_row_only(rows_LV, text, between):
     _edit_rows(rows_LV[-1:], text, between)
 
 
-def counts_no_drafts(counts_BV, between_BN, num_rows):
-    return counts_BV[:, None].expand(-1, num_rows, -1)
+def counts_no_drafts(ids_BU, between_BN, num_rows):
+    return torch.zeros(len(ids_BU), num_rows, ids_BU.shape[1]).double()
 
 
 _edit_rows = laws_module._edit_rows
@@ -202,16 +205,18 @@ _edit_rows = laws_module._edit_rows
 
 @pytest.mark.failure(38)
 @pytest.mark.parametrize(
-    ("attribute", "bug", "name"),
+    ("module", "attribute", "bug", "name"),
     [
-        ("_edit_rows", edits_the_last_row_only, "bad_words"),
-        ("counts_by_row", counts_no_drafts, "presence_and_frequency"),
-        ("counts_by_row", counts_no_drafts, "repetition"),
+        (laws_module, "_edit_rows", edits_the_last_row_only, "bad_words"),
+        (text_module, "added_by_row", counts_no_drafts, "presence_and_frequency"),
+        (text_module, "added_by_row", counts_no_drafts, "repetition"),
     ],
 )
-def test_a_processor_that_reaches_the_extra_token_alone_breaks_the_law(monkeypatch, attribute, bug, name):
+def test_a_processor_that_reaches_the_extra_token_alone_breaks_the_law(
+    monkeypatch, module, attribute, bug, name
+):
     """vLLM once applied min_p and logit_bias to the bonus token only (failure 38)."""
-    monkeypatch.setattr(laws_module, attribute, bug)
+    monkeypatch.setattr(module, attribute, bug)
     law, _ = engine_law(TOYS["stochastic"], Plan(2, (0, 2)), length=LENGTH, processing=PROCESSINGS[name])
     assert max_difference(law, processed_law(TOYS["stochastic"], PROCESSINGS[name], LENGTH)) > 1e-3
 

@@ -22,8 +22,9 @@ from blockroll.errors import ConfigError, InvalidInput
 from blockroll.policies.hf import HFPolicy
 from blockroll.rl_loops.run import rollout_sampling
 from blockroll.rollout.engine.requests import Limits, check_request
-from blockroll.samplers.laws import Laws, Text
+from blockroll.samplers.laws import Laws
 from blockroll.samplers.processing import Cut, completed_by, truncate
+from blockroll.samplers.text import Text
 from blockroll.types import Law, Plan, Request, Sampling
 from tests.engines import make_requests, run
 from tests.equality import assert_same_rollouts

@@ -12,9 +12,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from blockroll.samplers import processing, rows
-from blockroll.samplers.laws import Laws, Text
+from blockroll.samplers.edits import Mix
+from blockroll.samplers.laws import Laws
 from blockroll.samplers.processing import Cut, mixed_logits, truncate
-from blockroll.samplers.rows import LogitRows, Mix, target_probs
+from blockroll.samplers.rows import LogitRows, target_probs
+from blockroll.samplers.text import Text
 from blockroll.samplers.weights import inverse_cdf
 from blockroll.types import Sampling
 

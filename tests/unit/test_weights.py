@@ -19,6 +19,13 @@ OFF = (0.0, 1.0, 0.0)
 CUTS = [(50.0, 1.0, 0.0), (0.0, 0.9, 0.0), (0.0, 1.0, 0.05), (40.0, 0.9, 0.1), (0.0, 0.99, 0.01)]
 
 
+@pytest.fixture(params=["compiled", "torch"], autouse=True)
+def code(request, monkeypatch):
+    """By both: compiled code serves float32 rows alone, where there is a compiler."""
+    if request.param == "torch":
+        monkeypatch.setattr(rows, "rows_library", lambda: None)
+
+
 def logits_of(*shape: int, spread: float = 3.0, seed: int = 0) -> torch.Tensor:
     return spread * torch.randn(*shape, VOCAB, generator=torch.Generator().manual_seed(seed))
 

@@ -25,7 +25,8 @@ from blockroll.rollout.audit.rows import AuditedRequest, AuditReport, Problem
 from blockroll.rollout.audit.ties import is_cut_close, is_tied
 from blockroll.rollout.audit.writer import ACCEPTED, RECOVERED
 from blockroll.samplers import draft_probs, step_uniforms
-from blockroll.samplers.laws import Laws, Text
+from blockroll.samplers.laws import Laws
+from blockroll.samplers.text import Text
 from blockroll.types import Sampling
 
 _BATCH = 64  # texts of one forward

@@ -2,7 +2,7 @@
 
 from blockroll.errors import RequestFailed
 from blockroll.rollout.engine.ends import StopRule
-from blockroll.samplers.laws import Text
+from blockroll.samplers.text import Text
 from blockroll.types import Commit, FinishReason, Guide, Plan, Request, Rollout, RolloutStats
 
 
