@@ -29,7 +29,7 @@ from blockroll.policies.hf import HFPolicy
 from blockroll.rl_loops.convert import METRICS_FILE, STATE_FILE, load_convert_config
 from blockroll.rl_loops.tracking import read_lines
 from blockroll.rollout.planning.acceptance import AcceptanceByPosition
-from blockroll.rollout.planning.planner import read_plan
+from blockroll.rollout.planning.reading import read_plan
 from blockroll.types import PLAIN, Law, Plan, Sampling
 
 PLANS = (TWO_FORWARD, *FUSED)

@@ -23,7 +23,7 @@ from benchmarks.workload import K, causal_part, prompts, trained_adapter
 from blockroll.config import PolicyConfig, RolloutConfig
 from blockroll.policies.hf import HFPolicy
 from blockroll.rollout.drafters.engine import Engine
-from blockroll.rollout.planning.planner import read_plan
+from blockroll.rollout.planning.reading import read_plan
 from blockroll.rollout.pool.makers import make_pool
 from blockroll.types import Request, Rollout, Sampling
 from tests.equality import assert_near_tie, first_difference, largest_gap

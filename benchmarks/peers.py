@@ -30,7 +30,7 @@ from blockroll.bench.prompts import gsm8k_prompts, worked_prompts
 from blockroll.bench.reference import ReferenceTask
 from blockroll.bench.subjects import make_peer_pool
 from blockroll.policies.hf import HFPolicy
-from blockroll.rollout.planning.planner import read_plan
+from blockroll.rollout.planning.reading import read_plan
 from blockroll.types import PLAIN
 
 NAME = "speed_peers"  # of the result file

@@ -14,7 +14,7 @@ from benchmarks.rows import Row
 from blockroll.bench.subjects import EngineSubject, Subject, Wave
 from blockroll.policies.hf import HFPolicy
 from blockroll.rollout.engine.trace import EngineTimes
-from blockroll.rollout.planning.planner import read_plan
+from blockroll.rollout.planning.reading import read_plan
 from blockroll.types import Law, Request
 
 PLAIN, AGAIN = "plain", "plain, again"

@@ -156,7 +156,7 @@ def _finish_with_speed(config: RunConfig, console: Console) -> None:
     from blockroll.bench.bench import BenchOptions, run_bench
     from blockroll.rl_loops.checkpoint import latest_checkpoint
     from blockroll.rl_loops.report import write_report
-    from blockroll.rollout.planning.planner import read_plan
+    from blockroll.rollout.planning.reading import read_plan
 
     path = latest_checkpoint(config.run_dir)
     policy = load_policy(str(path), config.policy.device, config.rollout.threads_per_replica)

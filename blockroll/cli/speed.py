@@ -113,7 +113,7 @@ def bench(
 ) -> None:
     """Measure plans, laws, transformers and vLLM against each other. Lists span a grid, in one run."""
     from blockroll.bench.bench import PEERS_PYTHON, BenchOptions, run_bench
-    from blockroll.rollout.planning.planner import read_plan
+    from blockroll.rollout.planning.reading import read_plan
 
     options = BenchOptions(
         batches=whole_numbers("--batch", batch),

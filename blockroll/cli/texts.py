@@ -146,7 +146,7 @@ def engine_for(
 ) -> tuple["Engine", list[Request]]:
     """An engine that decodes one request at a time, and the requests, as a pool would make them."""
     from blockroll.rollout.drafters.engine import Engine
-    from blockroll.rollout.planning.planner import read_plan
+    from blockroll.rollout.planning.reading import read_plan
     from blockroll.rollout.pool.pool import RolloutPool
     from blockroll.rollout.pool.replica import LocalReplica
 

@@ -30,7 +30,7 @@ from blockroll.rl_loops.tasks import Task, load_task
 from blockroll.rl_loops.tracking import JsonLines, Wandb, read_lines, require_wandb, truncate_lines
 from blockroll.rollout.audit.files import drop_audit
 from blockroll.rollout.drafters.engine import Engine
-from blockroll.rollout.planning.planner import read_plan
+from blockroll.rollout.planning.reading import read_plan
 from blockroll.rollout.pool.makers import make_pool
 from blockroll.rollout.pool.pool import RolloutPool
 from blockroll.types import Plan, SamplingOptions

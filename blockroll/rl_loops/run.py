@@ -23,7 +23,7 @@ from blockroll.rl_loops.prompt_order import PromptOrder
 from blockroll.rl_loops.publish import publish
 from blockroll.rl_loops.tasks import Task
 from blockroll.rollout.audit.files import audit_mark
-from blockroll.rollout.planning.planner import read_plan
+from blockroll.rollout.planning.reading import read_plan
 from blockroll.rollout.pool.pool import RolloutPool
 from blockroll.types import Sampling
 

@@ -128,9 +128,10 @@ class CostModel:
         place = self._places.get(work.place)
         return len(place.samples) if place else 0
 
-    def knows_kind(self, kind: str) -> bool:
-        """Whether a step of such work was measured, at any place."""
-        return kind in self._excess
+    def knows_like(self, plan: Plan) -> bool:
+        """Whether a step of such a plan was measured, at any place; plain ones are the unit."""
+        work = Work.of(plan, 1, 1)
+        return work.is_plain or work.kind in self._excess
 
     def knows_rows_at(self, batch_size: int) -> bool:
         """Whether rows beside those of plain steps were measured at about this batch, or a larger one."""

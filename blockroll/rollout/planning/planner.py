@@ -16,24 +16,21 @@ only where a plan drafts; each token records the law it was drawn from.
 import dataclasses
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
 
 from blockroll.rollout.engine.plans import Choice, NextStep, StepsTaken
-from blockroll.rollout.planning.candidates import candidate_plans, is_narrower, read_costs
+from blockroll.rollout.planning.candidates import is_narrower
 from blockroll.rollout.planning.costs import VERIFY, CostModel, Work
 from blockroll.rollout.planning.counts import Account, Chosen, Counts, Looks
 from blockroll.rollout.planning.lengths import cheapest_draft, verifiable
 from blockroll.rollout.planning.plain_times import PlainTimes
 from blockroll.types import HISTORY, PLAIN, Plan, PlanKind
 
-if TYPE_CHECKING:
-    from blockroll.policies.hf import HFPolicy
-
 logger = logging.getLogger(__name__)
 
 AUTO = "auto"
 _MARGIN = 0.05  # a plan replaces another if it is faster by this share
-_HOPELESS = 0.8  # a plan is not tried if it is expected to reach less than this share of the best's speed
+_HOPELESS = 0.8  # a plan is not tried if it is hoped to reach less than this share of the best's speed,
+_CLOSE = 0.9  # and one that is known not again
 _TRIALS = 3  # steps of a plan at a place, after which its cost is known there
 _COUNTED_STEPS = 12  # request-steps anywhere, after which its tokens are known
 _PRIOR_STEPS = 4  # request-steps that the optimistic guess at a plan's tokens weighs,
@@ -228,8 +225,15 @@ class Planner:
         return plan, True
 
     def _use_best(self, speeds: Mapping[Plan, float], step: NextStep) -> None:
-        """The fastest of the plans whose tokens are counted; the one in use if it comes close."""
-        known = {plan: speed for plan, speed in speeds.items() if plan == PLAIN or self._is_counted(plan)}
+        """The fastest of the plans whose tokens are counted; the one in use if it comes close.
+
+        Without hope: of plans that were counted for some steps one is always lucky.
+        """
+        known = {
+            plan: speed * self._surer_tokens(plan) / self.expected_tokens(plan)
+            for plan, speed in speeds.items()
+            if plan == PLAIN or self._is_counted(plan)
+        }
         best = max(known, key=known.__getitem__)
         if known[best] > (1 + _MARGIN) * known.get(self._in_use, 0.0):
             logger.info(
@@ -238,8 +242,8 @@ class Planner:
                 self._in_use.name,
                 step.batch_size,
                 step.context,
-                speeds[best],
-                speeds[self._in_use],
+                known[best],
+                known.get(self._in_use, 0.0),
             )
             self._in_use = best
 
@@ -264,11 +268,17 @@ class Planner:
             hoped = speeds[plan]
             if not self.costs.knows_rows_at(step.batch_size):  # they may be free here
                 hoped = self.expected_tokens(plan) / plan.forwards_per_step
-            steps = max(-(-_COUNTED_STEPS // step.batch_size), self._fewest_steps(plan, step))
-            trial = (plan, min(steps, _STEPS_OF_A_TRIAL))
-            if hoped > _HOPELESS * best and self._is_paid(trial, best, step):
+            steps, is_known = self._fewest_steps(plan, step), self.costs.knows_like(plan)
+            if is_known:
+                steps = max(steps, min(-(-_COUNTED_STEPS // step.batch_size), _STEPS_OF_A_TRIAL))
+            trial, is_told = (plan, steps), is_known and self._is_counted(plan)
+            if hoped > (1 if is_told else _HOPELESS) * best and self._is_paid(trial, best, step):
                 return trial
-        close = [plan for plan, speed in speeds.items() if speed >= _HOPELESS * best or plan == PLAIN]
+        close = [
+            plan
+            for plan, speed in speeds.items()
+            if plan == PLAIN or (speed >= _CLOSE * best and self._is_counted(plan))
+        ]
         since = {plan: self._num_steps - self._tried_at.get(plan, 0) for plan in close}
         since[PLAIN] *= len(close)  # what plain steps take is to be known near in time
         least = dict.fromkeys(close, _STEPS_PER_TRIAL * len(close))
@@ -289,17 +299,26 @@ class Planner:
         return 1 if Work.of(plan, step.batch_size, step.context).place in self._ran else 2
 
     def _is_paid(self, trial: tuple[Plan, int], best: float, step: NextStep) -> bool:
-        """Whether what has run is long enough for what the trial may lose, tokens counted with care."""
+        """Whether what has run is long enough for what the trial may lose, if it may: tokens without hope."""
         plan, steps = trial
         work = Work.of(plan, step.batch_size, step.context)
-        is_known = plan == PLAIN or self.costs.knows_kind(work.kind)
-        cost = self.costs.cost(work) * (1 if is_known else _FEARED)
-        loss = max(cost - self._surer_tokens(plan) / best, 0.0 if is_known else _LEAST_UNKNOWN)
-        return self._trials.unpaid + steps * loss <= _SHARE_TO_TRY * self._plain_steps
+        cost, worth = self.costs.cost(work), self._surer_tokens(plan) / best
+        loss = cost - worth if self.costs.knows_like(plan) else max(_FEARED * cost - worth, _LEAST_UNKNOWN)
+        lost = steps * loss + self._start_cost(plan, step.batch_size, step.context)
+        return lost <= 0 or self._trials.unpaid + lost <= _SHARE_TO_TRY * self._plain_steps
+
+    def _start_cost(self, plan: Plan, batch_size: int, context: int) -> float:
+        """Plain steps that it takes to begin with a plan: a draft forward, where it is fused."""
+        if plan.kind is not PlanKind.FUSED:
+            return 0.0
+        return self.costs.cost(Work.of(Plan(plan.num_drafts), batch_size, context)) / 2
 
     def _surer_tokens(self, plan: Plan) -> float:
-        expected = self.expected_tokens(plan)
-        return expected if self._is_counted(plan) else 1 + _DOUBTED * (expected - 1)
+        """Committed tokens per request and step without hope: drafts that were not counted are doubted."""
+        if not self._is_counted(plan):
+            return 1 + _DOUBTED * (self.expected_tokens(plan) - 1)
+        counted = self._counts[plan]
+        return (counted.num_tokens + _PRIOR_STEPS) / (counted.num_steps + _PRIOR_STEPS)
 
     def _from_history(self, step: NextStep, without: Chosen) -> tuple[Chosen, Sequence[int] | None]:
         """Drafts from history if they beat the plan in use, and how many for each request."""
@@ -335,7 +354,7 @@ class Planner:
         gain = best.tokens - best.rate * cost
         is_on = self._last_run.drafter == HISTORY
         if self._in_use.kind is PlanKind.FUSED:
-            start = best.rate * self.costs.cost(Work.of(Plan(self._in_use.num_drafts), 1, step.context)) / 2
+            start = best.rate * self._start_cost(self._in_use, 1, step.context)
             return gain > (-start / _STEPS_PER_CHOICE if is_on else start)
         return gain > (0.0 if is_on else _MARGIN / 2 * best.rate * cost)
 
@@ -363,7 +382,7 @@ class Planner:
             cost = max(cost, min(seconds / plain_s, _WORST * cost))
         lost = cost - tokens / chosen.rate
         if chosen.is_trial:
-            self._trials.add(lost)
+            self._trials.add(lost + taken.start_seconds / plain_s)
             if seconds / plain_s > 2 * self._surer_tokens(taken.plan) / (_HOPELESS * chosen.rate):
                 self._trial = None  # even if half of it was for the first time
         elif cost < tokens:
@@ -378,16 +397,3 @@ class Planner:
         for plan in self.candidates:
             if plan != self._in_use:
                 self._counts[plan] = Counts()
-
-
-def read_plan(
-    text: str, policy: "HFPolicy", *, with_mask_rows: bool = True, with_history: bool = True
-) -> Plan | Planner:
-    """What `rollout.plan` asks for: `auto`, or a fixed plan as `Plan.parse` reads it.
-
-    `auto` chooses among plain decoding, drafts from mask rows and drafts from history.
-    """
-    if text.strip() == AUTO:
-        candidates = candidate_plans(policy, with_mask_rows=with_mask_rows, with_history=with_history)
-        return Planner(candidates, costs=read_costs(policy))
-    return Plan.parse(text, default_drafts=policy.trained_drafts or 1)

@@ -18,7 +18,7 @@ from blockroll.policies.loading import load_tokenizer, resolve_checkpoint, resol
 from blockroll.rollout.audit.writer import AuditWriter
 from blockroll.rollout.drafters.engine import Engine
 from blockroll.rollout.drafters.history import HistoryDrafts
-from blockroll.rollout.planning.planner import read_plan
+from blockroll.rollout.planning.reading import read_plan
 from blockroll.rollout.pool.pool import RolloutPool
 from blockroll.rollout.pool.replica import LocalReplica, Replica
 from blockroll.rollout.pool.weight_sync.buckets import dtype_name
