@@ -104,6 +104,19 @@ def test_laws_are_those_of_torch(by_torch, spread, options, edited, mixed):
     assert ((found - expected).abs().sum(dim=-1) / 2 < 1e-6).all()
 
 
+@pytest.mark.parametrize("options", CUTS, ids=str)
+@pytest.mark.parametrize("spread", [0.3, 2.0, 9.0])
+def test_rounded_logits_of_which_many_are_equal_are_cut_as_torch_cuts_them(by_torch, spread, options):
+    mine = law(spread, options)
+    mine = replace(mine, logits_BLV=mine.logits_BLV.bfloat16().float())
+    found, expected = mine.dense(), by_torch(mine.dense)
+    num_other_BL = ((found > LEAST) != (expected > LEAST)).sum(dim=-1)
+    assert num_other_BL.max() <= 1
+    assert (num_other_BL == 0).double().mean() > 0.8
+    distance_BL = (found - expected).abs().sum(dim=-1) / 2
+    assert (distance_BL[num_other_BL == 0] < 1e-6).all()
+
+
 @pytest.mark.parametrize("size", [32_000, 151_936])
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 1.7])
 def test_weights_of_real_vocabularies_are_the_softmax_within_their_rounding(size, temperature):

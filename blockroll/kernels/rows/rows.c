@@ -11,8 +11,17 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
 
+#if defined(__AVX512F__)
 #define LANES 16
+#elif defined(__AVX2__)
+#define LANES 8
+#else
+#define LANES 4
+#endif
 #define BLOCK 128
 #define FEW 2048        // tokens among which the last that stays is looked for at once
 #define HOPED 512       // each token that top-p keeps is hoped to be this part of what may go, at least
@@ -246,13 +255,29 @@ static prefix fewest(uint64_t *keys, int64_t count, double goal_count, double go
     return (prefix){last, mass_before};
 }
 
-static int64_t at_least(const space *space, int64_t vocab, float least, float below, uint64_t *keys) {
+// Which of LANES weights are at least so large, and under a bound: one bit each.
+INLINE uint32_t between(const float *weights, float least, float below) {
+#if defined(__AVX512F__)
+    const __m512 each = _mm512_loadu_ps(weights);
+    return _mm512_cmp_ps_mask(each, _mm512_set1_ps(least), _CMP_GE_OQ)
+           & _mm512_cmp_ps_mask(each, _mm512_set1_ps(below), _CMP_LT_OQ);
+#else
+    uint32_t found = 0;
+    for (int i = 0; i < LANES; i++) found |= (uint32_t)(weights[i] >= least && weights[i] < below) << i;
+    return found;
+#endif
+}
+
+// Keys of these weights, in the order of their ids; it ends where they are more than `most`.
+static int64_t keys_between(const space *space, int64_t vocab, float least, float below, int64_t most, uint64_t *keys) {
     int64_t count = 0;
-    for (int64_t block = 0; block < num_blocks(vocab); block++) {
+    for (int64_t block = 0; block < num_blocks(vocab) && count <= most; block++) {
         if (space->tops[block] < least) continue;
-        for (int64_t i = block * BLOCK; i < (block + 1) * BLOCK; i++)
-            if (space->weights[i] >= least && space->weights[i] < below)
-                keys[count++] = key_of(space->weights[i], i);
+        for (int64_t at = block * BLOCK; at < (block + 1) * BLOCK; at += LANES)
+            for (uint32_t found = between(space->weights + at, least, below); found; found &= found - 1) {
+                const int64_t id = at + __builtin_ctz(found);
+                keys[count++] = key_of(space->weights[id], id);
+            }
     }
     return count;
 }
@@ -277,13 +302,29 @@ static double mass_at_least(const space *space, int64_t vocab, float least) {
     return total(sum);
 }
 
+// Narrow bounds to the weights that lie in low..high - 1: of logits that were rounded many are the same.
+static void tighten(const space *space, int64_t vocab, int32_t *low, int32_t *high) {
+    floats least = all(float_of(*high)), most = all(float_of(*low));
+    for (int64_t at = 0; at < padded(vocab); at += LANES) {
+        const floats weights = load(space->weights + at);
+        const words is_inside = (weights >= all(float_of(*low))) & (weights < all(float_of(*high)));
+        const floats none = all(float_of(*high));
+        const floats here = (floats)(((words)weights & is_inside) | ((words)none & ~is_inside));
+        least = -larger(-least, -here);
+        most = larger(most, (floats)((words)weights & is_inside));
+    }
+    const int32_t first = bits_of(-largest(-least)), last = bits_of(largest(most));
+    if (first < *high) *low = first, *high = last + 1;
+}
+
 // As `fewest`, of a row that is too flat to look through: first between which weights the last that stays lies.
 // No token under `least` stays.
 static prefix fewest_of_all(space *space, int64_t vocab, double goal_count, double goal_mass, float least) {
     // As numbers that are not negative ascend, so do their bits. The last that stays lies in low..high - 1.
     int32_t low = bits_of(least), high = bits_of(1.0f) + 1;
     double count_low = (double)vocab, count_high = 0;
-    while (count_low - count_high > FEW && high - low > 1) {
+    tighten(space, vocab, &low, &high);
+    while (count_low - count_high > FEW / 8 && high - low > 1) {
         float edges[EDGES];
         for (int i = 0; i < EDGES; i++) edges[i] = float_of(low + 1 + (int32_t)((int64_t)(high - low - 1) * i / EDGES));
         double masses[EDGES] = {0};
@@ -311,9 +352,16 @@ static prefix fewest_of_all(space *space, int64_t vocab, double goal_count, doub
             next_high = bits_of(edges[i]), count_high = count;
         }
         high = next_high;
+        tighten(space, vocab, &low, &high);
     }
     const double mass_high = mass_at_least(space, vocab, float_of(high));
-    const int64_t num_keys = at_least(space, vocab, float_of(low), float_of(high), space->keys);
+    const int64_t num_keys = keys_between(space, vocab, float_of(low), float_of(high), vocab, space->keys);
+    if (high - low == 1 && num_keys > 0) {  // they weigh the same: so many of them, by their ids
+        const double weight = float_of(low);
+        const double wanted = lower_of(ceil((goal_mass - mass_high) / weight), goal_count - count_high);
+        const int64_t kept = wanted < num_keys ? (wanted > 1 ? (int64_t)wanted : 1) : num_keys;
+        return (prefix){space->keys[kept - 1], mass_high + kept * weight};
+    }
     const prefix found = fewest(space->keys, num_keys, goal_count, goal_mass, count_high, mass_high);
     return found.last ? found : (prefix){key_of(float_of(low), vocab), found.mass};
 }
@@ -338,16 +386,10 @@ static void cut(const rows *of, int64_t request, space *space) {
         // What is less than its share of the mass that may go adds up to no more than that mass.
         const float safe = has_k ? SMALLEST : larger_of((float)((1 - top_p) / (2 * vocab) * space->mass), SMALLEST);
         const float hoped = has_k ? least_of_best(space, vocab, top_k) : (float)((1 - top_p) / HOPED * space->mass);
-        int64_t count = 0;
+        const float least = larger_of(hoped, safe);
+        const int64_t count = keys_between(space, vocab, least, INFINITY, FEW, space->keys);
         double held = 0;
-        for (int64_t block = 0; block < num_blocks(vocab) && count <= FEW; block++) {
-            if (space->tops[block] < larger_of(hoped, safe)) continue;
-            for (int64_t i = block * BLOCK; i < (block + 1) * BLOCK; i++)
-                if (space->weights[i] >= larger_of(hoped, safe)) {
-                    space->keys[count++] = key_of(space->weights[i], i);
-                    held += space->weights[i];
-                }
-        }
+        for (int64_t i = 0; i < count; i++) held += weight_of(space->keys[i]);
         const int is_flat = count > FEW || (has_k ? count < top_k : held < top_p * space->mass);
         const double goal_count = has_k ? (double)top_k : INFINITY;
         prefix kept = {0, space->mass};
