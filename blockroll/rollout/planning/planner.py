@@ -206,8 +206,6 @@ class Planner:
         if place != self._place:  # steps on both sides of an edge do not compare
             self._place, self._trial = place, None
             self._holds_until = max(self._num_steps, _FIRST_STEPS)
-            if place not in self._ran:
-                self._hold = _STEPS_PER_CHOICE
         if self._trial is None and self._num_steps >= self._holds_until:
             speeds = {plan: self.speedup(plan, step.batch_size, step.context) for plan in self._counted}
             self._use_best(speeds, step)
