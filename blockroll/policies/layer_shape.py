@@ -144,8 +144,8 @@ class LayerShape:
     def stamp(self) -> list[int]:
         """Where the weights lie; another list after any has been moved or exchanged."""
         return [
-            0 if tensor is None else tensor.data_ptr()
-            for tensor in (module._parameters[name] for _, module, name in self.weights)
+            0 if (tensor := module._parameters[name]) is None else tensor.data_ptr()
+            for _, module, name in self.weights
         ]
 
     @property
