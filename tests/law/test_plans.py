@@ -10,8 +10,8 @@ from blockroll.errors import InvalidInput
 from blockroll.rollout.drafters.mask_rows import MaskRows
 from blockroll.rollout.engine import step as decoding
 from blockroll.samplers import draw_draft, mixed_logits
+from blockroll.samplers import edits as edits_module
 from blockroll.samplers import laws as laws_module
-from blockroll.samplers import rows as rows_module
 from blockroll.types import Law, Plan, Sampling
 from tests.law.engine_law import engine_law
 from tests.law.integrate import max_difference, target_law
@@ -104,7 +104,7 @@ proposals_of = MaskRows.keep
 @pytest.mark.parametrize(
     ("where", "name", "bug", "weight"),
     [
-        (rows_module, "mixed_logits", mixes_the_extra_row, 0.5),
+        (edits_module, "mixed_logits", mixes_the_extra_row, 0.5),
         (laws_module, "draw_draft", forgets_the_draft_temperature, 1.0),
         (MaskRows, "keep", keeps_a_slot_too_early, 1.0),
     ],
