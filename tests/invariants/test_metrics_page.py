@@ -1,0 +1,64 @@
+"""docs/metrics.md has every metric that is logged, and no other."""
+
+import itertools
+import re
+from pathlib import Path
+
+import pytest
+import trl
+
+from blockroll.config import AlignmentConfig, DraftConfig, RolloutConfig
+from blockroll.rl_loops.envs import from_reasoning_gym
+from blockroll.rl_loops.tracking import read_lines
+from tests.runs import config_for, run, save_policy
+from tests.trl_trainers import aligned, logs, trainer
+
+PAGE = Path(__file__).parents[2] / "docs" / "metrics.md"
+ROW = re.compile(r"^\| `([^`]+)` \| (train|TRL|both) \| [^|]+ \| [^|]+ \|$", re.MULTILINE)
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:`.*gradient_checkpointing.*` is deprecated:FutureWarning",  # what TRL itself calls
+)
+
+
+def stated(who, page=None):
+    """The names of the page's rows, alternatives written out."""
+    rows = ROW.findall(PAGE.read_text() if page is None else page)
+    names = [name for row, marked in rows if marked in (who, "both") for name in written_out(row)]
+    assert len(names) == len({*names})
+    return {*names}
+
+
+def written_out(row):
+    parts = [part.split(",") for part in re.split(r"\{([^}]*)\}", row)]
+    return ["".join(each) for each in itertools.product(*parts)]
+
+
+def names_of(rows):
+    return {re.sub(r"^rollout/plan/.*", "rollout/plan/<name>", name) for row in rows for name in row}
+
+
+def test_every_row_of_the_table_is_read():
+    lines = [line for line in PAGE.read_text().splitlines() if line.startswith("| `")]
+    assert len(ROW.findall(PAGE.read_text())) == len(lines) > 50
+    assert written_out("a/{b,c}") == ["a/b", "a/c"]
+
+
+def test_the_page_has_what_a_run_logs(tmp_path):
+    config = config_for(tmp_path, save_policy(tmp_path / "policy", 0), steps=2)
+    run(config)
+    assert names_of(read_lines(config.run_dir / "metrics.jsonl")) == stated("train")
+
+
+def test_the_page_has_what_a_trl_trainer_logs_beside_trl(tmp_path):
+    steps = {"max_steps": 2}
+    draft = DraftConfig(conversion="full", block_sizes=(8,), layouts=("two_forward",), learning_rate=1e-5)
+    scored = []
+    from_reasoning_gym("chain_sum", size=1).reward([""], [0], log_metric=lambda name, _: scored.append(name))
+    ours = {
+        *names_of(logs(aligned(tmp_path / "aligned", alignment=AlignmentConfig(draft=draft), **steps))),
+        *names_of(logs(trainer(tmp_path / "auto", rollout=RolloutConfig(plan="auto"), options=steps))),
+        *scored,
+    }
+    stock = names_of(logs(trainer(tmp_path / "stock", trl.GRPOTrainer, options=steps)))
+    assert ours - stock == stated("TRL")
