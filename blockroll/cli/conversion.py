@@ -62,7 +62,7 @@ def convert(
     device: DeviceOption = "auto",
     threads: ThreadsOption = 0,
 ) -> None:
-    """Teach a policy to draft, on its own answers. Its own weights stay as they are."""
+    """Teach a policy to draft, on its own answers. Its weights stay, but for --conversion full."""
     import torch
 
     from blockroll.rl_loops.convert import convert as run_conversion

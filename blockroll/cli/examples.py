@@ -15,7 +15,7 @@ EXAMPLES = {
     ),
     "train": (
         "blockroll train my.yaml train.steps=100",
-        "blockroll train policy.path=DIR task=my_module:task rollout.plan=auto name=first",
+        "blockroll train policy.path=DIR task=my_module:task rollout.max_tokens=256 name=first",
         "blockroll train --resume runs/first train.steps=200",
         "blockroll train my.yaml --show-config",
     ),

@@ -51,8 +51,8 @@ def doctor(
 ) -> None:
     """Say what this machine has, or check a checkpoint by --model.
 
-    Without --model the tiny policy generates once. With --prompts the check runs on texts of yours: long
-    ones reach sliding windows and scaled positions.
+    The tiny policy generates once. With --model it also measures what the checkpoint's plans cost here. With
+    --prompts the check runs on texts of yours: long ones reach sliding windows and scaled positions.
     """
     for option, given in (("--adapter", adapter), ("--prompts", prompts)):
         if given is not None and model is None:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def show_plans(policy: "HFPolicy", console: Console) -> dict[str, Any]:
-    """Measure what its plans cost, print the table and whether weights are packed; the same as fields."""
+    """Measure what its plans cost; print that and how its layers are run here. The same as fields."""
     from blockroll.rollout.drafters.mask_rows import MaskRows
     from blockroll.rollout.planning.candidates import read_costs
     from blockroll.rollout.planning.probes import probe
@@ -30,8 +30,8 @@ def show_plans(policy: "HFPolicy", console: Console) -> dict[str, Any]:
         "those of mask rows, asks history for each text, and takes the plan with the most tokens for its "
         "cost, plain where none pays"
     )
-    packed = _packed(policy)
-    for sentence in (reason, packed):
+    compiled, packed = _compiled(policy), _packed(policy)
+    for sentence in (reason, compiled, packed):
         console.print(sentence, markup=False)
     return {
         "plans": [
@@ -43,6 +43,7 @@ def show_plans(policy: "HFPolicy", console: Console) -> dict[str, Any]:
             }
             for each in found
         ],
+        "compiled": compiled,
         "packed": packed,
     }
 
@@ -72,6 +73,18 @@ def _reason(found: "Sequence[PlanCost]", name: str) -> str:
         return " ".join(f"{share:.0%}" if share < 1 else "never" for share in shares) + " accepted"
     most = each.plan.num_drafts + 1
     return " ".join(f"{cost:.1f}" if cost < most else "never" for cost in costs) + " tokens"
+
+
+def _compiled(policy: "HFPolicy") -> str:
+    most = policy.compiled.most_rows
+    if most:
+        return f"layers are compiled in forwards of up to {most} rows, and read the weights where they lie"
+    if policy.device.type != "cpu":
+        return f"layers are not compiled: that is for CPUs, and the policy is on {policy.device}"
+    return (
+        "layers are not compiled: there is no C compiler, or they are narrow, of another shape, or it was "
+        "measured to gain nothing"
+    )
 
 
 def _packed(policy: "HFPolicy") -> str:

@@ -66,7 +66,7 @@ def train(
         list[str] | None,
         typer.Argument(
             metavar="[CONFIG.yaml] [section.field=value ...]",
-            help="A YAML file and overrides of its options.",
+            help="A YAML file and overrides of its options, which --show-config lists.",
         ),
     ] = None,
     resume: Annotated[

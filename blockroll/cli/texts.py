@@ -42,8 +42,8 @@ def generate(
     plan: Annotated[
         str | None,
         typer.Option(
-            help="'auto', 'plain', 'two_forward(K)', 'fused(K,[levels])' or 'history(K)'; left out: what it "
-            "drafts by."
+            help="'auto', 'plain', 'two_forward(K)', 'fused(K,[levels])' or 'history(K)'; left out: "
+            "two_forward if the policy was taught to draft, else plain."
         ),
     ] = None,
     chat: Annotated[

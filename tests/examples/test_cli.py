@@ -203,7 +203,7 @@ def test_doctor_shows_the_evidence_of_a_checkpoint_that_keeps_the_contract(polic
     assert "The policy keeps the contract: all 11 checks passed." in result.stdout
 
 
-def test_doctor_shows_what_plans_cost_and_whether_weights_are_packed(policy_path):
+def test_doctor_shows_what_plans_cost_and_how_layers_are_run(policy_path):
     result = blockroll("doctor", "--model", policy_path, "--json")
     assert result.exit_code == 0, result.output
     planner = json.loads(result.stdout)["planner"]
@@ -212,6 +212,7 @@ def test_doctor_shows_what_plans_cost_and_whether_weights_are_packed(policy_path
     assert {batch_size for batch_size, _ in measured} == {1, 8, 32}
     assert all(cost >= 1 for (_, plan), cost in measured.items() if plan.startswith("history"))
     assert planner["packed"].startswith("linear weights are not packed: none is large enough")
+    assert planner["compiled"].startswith("layers are not compiled: there is no C compiler")
     shown = blockroll("doctor", "--model", policy_path).stdout
     for words in (
         "plans of auto, in float32",
