@@ -311,7 +311,7 @@ class HFPolicy:
         if num_masks and mask_id is None:
             raise InvalidInput(
                 "this policy cannot draft: it has neither a draft adapter nor a mask token; "
-                "use the plain plan, or make an adapter with `blockroll convert`"
+                "use a plan without mask rows, or make an adapter with `blockroll convert`"
             )
         ids_BR = nn.functional.pad(ids_BC, (0, num_masks), value=mask_id)
         options: dict[str, Any] = {}

@@ -45,8 +45,8 @@ def check_family(family: str) -> None:
     """Raise InvalidInput for a family whose forward is not known to keep the contract."""
     if family not in FAMILIES:
         raise InvalidInput(
-            f"model family {family!r} is not supported; supported are {', '.join(FAMILIES)}. A family can be "
-            "listed once a checkpoint of it passes `blockroll doctor --model`, which runs check_policy"
+            f"model family {family!r} is not supported; supported are {', '.join(FAMILIES)}. To add it, "
+            "list it in FAMILIES of policies/loading.py: `blockroll doctor --model` says whether it may stay"
         )
 
 

@@ -66,7 +66,7 @@ def load_history(
     if drafter.vocabulary != vocabulary_of(policy):
         raise InvalidInput(
             f"the history in {path} is of another tokenizer or vocabulary than this policy's; give the "
-            "policy that wrote it, or begin with an empty history"
+            "policy that wrote it, or move it away and begin with none"
         )
     columns = {name: tensor.tolist() for name, tensor in tensors.items()}
     _check(Path(path), columns, policy.vocab_size)
@@ -121,6 +121,6 @@ def _checksum(tensors: dict[str, Tensor]) -> str:
 def _damaged(path: Path, what: str) -> CheckpointError:
     reason = " ".join(what.split())
     return CheckpointError(
-        f"{path} is no history that can be read: {reason}; take an earlier one, or begin with an "
-        "empty history"
+        f"{path} is no history that can be read: {reason}; take an earlier one, or move it "
+        "away and begin with none"
     )

@@ -40,7 +40,7 @@ class MaskRows(Drafter):
         if not policy.can_draft:
             raise InvalidInput(
                 f"plan {plan.name} needs a policy that drafts, and this one has neither a draft adapter nor "
-                "a mask token; use 'plain', or make an adapter with `blockroll convert`"
+                "a mask token; use 'plain' or 'history(K)', or make an adapter with `blockroll convert`"
             )
         if plan.num_drafts > policy.trained_drafts:
             warnings.warn(
