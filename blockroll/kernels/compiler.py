@@ -1,7 +1,8 @@
 """Builds a C source of this package with the machine's own compiler, once, and loads it.
 
 What is built is kept in the cache folder under a name that says what it was built of: source, flags, compiler
-and processor. It is put there whole or not at all, so that processes may build at once.
+and processor. It is put there whole or not at all, so that processes may build at once; behind it stands its
+checksum, since a part of a library that is loaded ends the process. One that is damaged is built again.
 """
 
 import ctypes
@@ -25,6 +26,7 @@ _FLAGS = [
     *("-fopenmp", "-shared", "-fPIC"),
 ]
 _SECONDS = 120  # it takes about two
+_CHECKSUM_BYTES = 32
 
 
 def built(source: Path, defines: Sequence[str] = (), processor: str = "native") -> ctypes.CDLL:
@@ -44,7 +46,7 @@ def built(source: Path, defines: Sequence[str] = (), processor: str = "native") 
     name = hashlib.sha256("\n".join(told).encode()).hexdigest()[:24]
     path = cache_dir() / "kernels" / f"{source.stem}-{name}.so"
     try:
-        if not path.is_file():
+        if not _is_whole(path):
             _build(command, source, path)
         return ctypes.CDLL(str(path))
     except OSError as error:
@@ -59,8 +61,22 @@ def _build(command: list[str], source: Path, path: Path) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         made = Path(folder) / path.name
         _output([*command, str(source), "-o", str(made), "-lm"], source)
+        library = made.read_bytes()
+        made.write_bytes(library + _checksum(library))  # what reads a library ignores what stands behind it
         os.replace(made, path)
     logger.info("built %s", path)
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether what was built lies there as it was written."""
+    if not path.is_file():
+        return False
+    kept = path.read_bytes()
+    return _checksum(kept[:-_CHECKSUM_BYTES]) == kept[-_CHECKSUM_BYTES:]
+
+
+def _checksum(library: bytes) -> bytes:
+    return hashlib.blake2b(library, digest_size=_CHECKSUM_BYTES).digest()
 
 
 def _output(command: list[str], source: Path) -> str:
