@@ -8,6 +8,7 @@
 // Shapes: N rows that are asked for, V vocabulary, C blocks of it, U edited tokens of a row, A tokens asked for.
 
 #include <math.h>
+#include <pthread.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -421,20 +422,40 @@ static void cut(const rows *of, int64_t request, space *space) {
 
 // ---- what is asked for ----
 
-// Of this thread, kept for the next call: the first for a target's row, the second for a draft's.
+// Kept by a thread from call to call, until it ends: the first for a target's row, the second for a draft's.
+typedef struct {
+    space of[2];
+    int64_t sizes[2];
+} spaces;
+
+static pthread_key_t key_of_spaces;
+static pthread_once_t has_key = PTHREAD_ONCE_INIT;
+
+static void free_space(space *here) {
+    free(here->weights), free(here->logits), free(here->sums), free(here->tops);
+    free(here->keys);
+}
+
+static void free_spaces(void *held) {
+    for (int which = 0; which < 2; which++) free_space(&((spaces *)held)->of[which]);
+    free(held);
+}
+
+static void make_key(void) { pthread_key_create(&key_of_spaces, free_spaces); }
+
 static space *space_for(const rows *of, int which) {
-    static _Thread_local space held[2];
-    static _Thread_local int64_t sizes[2];
-    space *here = &held[which];
-    if (sizes[which] < padded(of->vocab)) {
-        free(here->weights), free(here->logits), free(here->sums), free(here->tops);
-        free(here->keys);
-        sizes[which] = padded(of->vocab);
-        here->weights = aligned_alloc(64, sizes[which] * sizeof(float));
-        here->logits = aligned_alloc(64, sizes[which] * sizeof(float));
-        here->sums = malloc(num_blocks(of->vocab) * sizeof(double));
-        here->tops = malloc(num_blocks(of->vocab) * sizeof(float));
-        here->keys = malloc(sizes[which] * sizeof(uint64_t));
+    pthread_once(&has_key, make_key);
+    spaces *held = pthread_getspecific(key_of_spaces);
+    if (!held) pthread_setspecific(key_of_spaces, held = calloc(1, sizeof *held));
+    space *here = &held->of[which];
+    if (held->sizes[which] < padded(of->vocab)) {
+        free_space(here);
+        const int64_t size = held->sizes[which] = padded(of->vocab);
+        here->weights = aligned_alloc(64, size * sizeof(float));
+        here->logits = aligned_alloc(64, size * sizeof(float));
+        here->sums = malloc(num_blocks(size) * sizeof(double));
+        here->tops = malloc(num_blocks(size) * sizeof(float));
+        here->keys = malloc(size * sizeof(uint64_t));
     }
     return here;
 }
