@@ -24,6 +24,7 @@ from blockroll.types import Rows
 
 _TILE = 1 << 18  # weights that are formed at once: 1 or 2 MB, which stay in a core's cache
 _WIDE = 1 << 14  # a vocabulary from which on the softmax of float32 logits is float32
+_COLDEST = torch.finfo(torch.float32).tiny  # a temperature below it is this one: logits over it are finite
 
 
 _Rows = TypeVar("_Rows", bound=Rows)
@@ -179,7 +180,7 @@ class LogitRows(Rows):
             logits_BLV, temperature_B = self.logits_BLV[place], self.temperature_B[place[0]]
             own_BL = logits_BLV.gather(-1, token_ids_BN[place][..., None]).squeeze(-1)
             best_BL = logits_BLV.amax(dim=-1)
-            gap_BL = (own_BL.double() - best_BL.double()) / temperature_B.double()[:, None]
+            gap_BL = (own_BL.double() - best_BL.double()) / _floored(temperature_B)[:, None]
             # The best token's probability is no less than 1 / V: log-sum-exp by one softmax, which is faster.
             of_best_BL = self._weights(logits_BLV, place[0]).best_probs().view(best_BL.shape)
             logprobs_BN[place] = gap_BL + of_best_BL.log()
@@ -300,9 +301,9 @@ class LogitRows(Rows):
 
     def _whole(self, logits_BLV: Tensor, requests: slice | Tensor) -> Weights:
         """As `_weights`, of a large vocabulary, before any row is cut."""
-        temperature_B11 = self.temperature_B[requests].to(logits_BLV.dtype)[:, None, None]
+        is_greedy_B11 = self.temperature_B[requests][:, None, None] == 0
+        temperature_B11 = _floored(self.temperature_B[requests]).to(logits_BLV.dtype)[:, None, None]
         if self.has_greedy:
-            is_greedy_B11 = temperature_B11 == 0
             best_BL1 = logits_BLV.argmax(dim=-1, keepdim=True)
             best_BLV = torch.full_like(logits_BLV, -torch.inf).scatter_(-1, best_BL1, 0.0)
             logits_BLV = torch.where(is_greedy_B11, best_BLV, logits_BLV)
@@ -363,4 +364,8 @@ def target_probs(logits_BLV: Tensor, temperature_B: Tensor, *, has_greedy: bool 
 
 
 def _scaled(logits_BLV: Tensor, temperature_B: Tensor) -> Tensor:
-    return logits_BLV.to(torch.float64, copy=True).div_(temperature_B.to(torch.float64)[:, None, None])
+    return logits_BLV.to(torch.float64, copy=True).div_(_floored(temperature_B)[:, None, None])
+
+
+def _floored(temperature_B: Tensor) -> Tensor:
+    return temperature_B.double().clamp(min=_COLDEST)

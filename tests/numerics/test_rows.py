@@ -293,6 +293,19 @@ def test_without_a_compiler_torch_serves_and_it_is_said(monkeypatch, caplog, tmp
     assert "out of order" in caplog.text
 
 
+@pytest.mark.parametrize("temperature", [1e-37, 1e-39, 1e-60, 5e-324])
+def test_the_coldest_temperatures_draw_the_best_token(by_torch, temperature):
+    cold = replace(law(3.0, None), temperature_B=torch.full((B,), temperature, dtype=torch.float64))
+    best_BL = cold.logits_BLV.argmax(dim=-1)
+    small = replace(cold, logits_BLV=cold.logits_BLV[..., :100])
+    for ids_BL, drawn in (cold.drawn(coins(B, L)), by_torch(cold.drawn, coins(B, L))):
+        assert torch.equal(ids_BL, best_BL)
+        assert (drawn.known.probs_BL == 1).all()
+    assert (cold.logprobs_of(best_BL) == 0).all()
+    assert (by_torch(cold.logprobs_of, best_BL) == 0).all()
+    assert (small.dense().amax(dim=-1) == 1).all()
+
+
 THREADS = """
 import threading, torch
 from blockroll.samplers.rows import LogitRows

@@ -177,6 +177,9 @@ static void sum_blocks(space *space, int64_t vocab) {
     }
 }
 
+// What logits are multiplied by, finite also where a temperature is too small for float32.
+INLINE double scale_of(double temperature) { return 1 / (temperature > SMALLEST ? temperature : SMALLEST); }
+
 // Weights of logits that lie anywhere.
 static void weigh_logits(const float *x, double temperature, int64_t vocab, space *space) {
     const int64_t end = num_blocks(vocab) * BLOCK;
@@ -192,7 +195,7 @@ static void weigh_logits(const float *x, double temperature, int64_t vocab, spac
         sum_blocks(space, vocab);
         return;
     }
-    const float scale = (float)(1 / temperature);
+    const float scale = (float)scale_of(temperature);
     int64_t at = 0;
     for (; at + LANES <= vocab; at += LANES) store(out + at, exponential((load(x + at) - best) * scale));
     if (at < vocab) {
@@ -546,7 +549,7 @@ void rows_drawn(const rows *of, const int64_t *requests, const int64_t *offsets,
         const float *x = weigh(of, request, offset_of(offsets, width, n), here);
         double *found = figures + n * (4 + num_asked);
         if (uniforms) ids[n] = draw_whole(here, uniforms[n], of->vocab, found);
-        const double best = logs ? best_of(x, of->vocab) : 0, scale = 1 / of->temperature[request];
+        const double best = logs ? best_of(x, of->vocab) : 0, scale = scale_of(of->temperature[request]);
         for (int64_t i = 0; i < num_asked; i++) {
             const int64_t id = asked[n * num_asked + i];
             found[4 + i] = logs ? (x[id] - best) * scale - log(here->mass) : here->weights[id] / here->mass;
