@@ -306,6 +306,22 @@ def test_the_coldest_temperatures_draw_the_best_token(by_torch, temperature):
     assert (small.dense().amax(dim=-1) == 1).all()
 
 
+def test_numbers_of_another_type_are_read_as_what_they_are():
+    mine = law(3.0, None)
+    ids_BL, uniforms_BL = mine.logits_BLV.argsort(dim=-1)[..., -3], coins(B, L).float()
+    assert torch.equal(mine.drawn(uniforms_BL)[0], mine.drawn(uniforms_BL.double())[0])
+    assert torch.equal(mine.probs_of(ids_BL.int()), mine.probs_of(ids_BL))
+    draft = near(mine, 0.1)
+    given = (draft.token_ids_BK, draft.law.probs_of(draft.token_ids_BK), draft.num_drafts_B)
+    tables, coins_BK = (mine.table(), draft.law.table()), uniforms_BL[:, 1:]
+    found = tables[0].judged(
+        tables[1], given[0].int(), given[1], given[2].int(), coins_BK, uniforms_BL[:, 0], num_rows=L
+    )
+    expected = tables[0].judged(tables[1], *given, coins_BK.double(), uniforms_BL[:, 0].double(), num_rows=L)
+    assert torch.equal(found.num_accepted_B, expected.num_accepted_B)
+    assert torch.equal(found.final.token_ids_N, expected.final.token_ids_N)
+
+
 THREADS = """
 import threading, torch
 from blockroll.samplers.rows import LogitRows

@@ -157,7 +157,10 @@ class RowTable:
         num_asked = 0 if asked_NA is None else asked_NA.shape[-1]
         ids_N = torch.empty(count, dtype=torch.int64)
         figures = torch.empty((count, 4 + num_asked), dtype=torch.float64)
-        given = [None if each is None else each.contiguous() for each in (uniforms, asked_NA)]
+        given = [
+            None if each is None else _as(each, dtype)
+            for each, dtype in ((uniforms, torch.float64), (asked_NA, torch.int64))
+        ]
         self._library.rows_drawn(
             ctypes.addressof(self._rows),
             *places,
@@ -191,8 +194,11 @@ class RowTable:
         target_p_BK = torch.full((size, num_drafts), torch.nan, dtype=torch.float64)
         num_accepted_B, ids_B = torch.empty(size, dtype=torch.int64), torch.zeros(size, dtype=torch.int64)
         figures_B4 = torch.full((size, 4), torch.nan, dtype=torch.float64)
-        given = [each.contiguous() for each in (token_ids_BK, draft_p_BK, num_drafts_B, coins_BK, uniforms_B)]
-        ids, draft_p, counts, coins, uniforms = (each.data_ptr() for each in given)
+        given = [
+            *(_as(each, torch.int64) for each in (token_ids_BK, num_drafts_B)),
+            *(_as(each, torch.float64) for each in (draft_p_BK, coins_BK, uniforms_B)),
+        ]
+        ids, counts, draft_p, coins, uniforms = (each.data_ptr() for each in given)
         self._library.rows_judged(
             *(ctypes.addressof(self._rows), ctypes.addressof(draft._rows), size, num_drafts, num_rows),
             *(ids, draft_p, counts, coins, given[3].stride(0), uniforms),
@@ -207,13 +213,18 @@ class RowTable:
         """What names rows, how many they are, and what must outlive the call."""
         if isinstance(at, int):
             return (None, None, at), num_requests * at, []
-        kept = [each.contiguous() for each in at]
+        kept = [_as(each, torch.int64) for each in at]
         return (kept[0].data_ptr(), kept[1].data_ptr(), 1), len(kept[0]), kept
 
     def _address(self, values: Tensor, dtype: torch.dtype) -> int:
-        values = values.to(dtype).contiguous()
+        values = _as(values, dtype)
         self._kept.append(values)
         return values.data_ptr()
+
+
+def _as(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """As the compiled code reads them: it cannot tell another type, nor gaps between numbers."""
+    return values.to(dtype).contiguous()
 
 
 def _looked(ids_N: Tensor, figures: Tensor) -> Looked:
