@@ -117,3 +117,20 @@ def test_a_step_that_raises_is_told_of_by_none(policy, monkeypatch):
         finished += engine.step().finished
     assert [len(rollout.token_ids) for rollout in finished] == [12, 12]
     assert sum(taken.num_tokens for taken in planner.told) == 2 * (12 - 1)
+
+
+def test_a_planner_that_raises_is_asked_again_by_the_next_step(policy, monkeypatch):
+    """What held before it was asked holds no longer, also where the batch is as large as it was."""
+    planner = Holding(PLAIN, num_steps=100)
+    engine = Engine(policy, plan=planner, max_batch_size=3)
+    engine.submit(requests_of(12, 12))
+    engine.step()
+    with monkeypatch.context() as patch:
+        patch.setattr(planner, "choose", lambda step: 1 / 0)
+        (third,) = requests_of(12, 12, 12)[2:]
+        engine.submit([third])
+        with pytest.raises(ZeroDivisionError):
+            engine.step()
+    engine.abort([third.request_id])
+    engine.step()
+    assert [step.batch_size for step in planner.asked] == [2, 2]

@@ -118,6 +118,7 @@ class Planning:
             self._num_held -= 1
             return self._choice, 0.0
         since = self._clock() - self._learning_s
+        self._num_held = 0  # if asking raises, the next step asks again
         self._tell()
         step = NextStep.of(batch, self._drafters, self._policy, num_joining=num_joining)
         self._choice = self.planner.choose(step)
