@@ -94,7 +94,9 @@ def test_a_pool_writes_what_it_remembers_and_another_goes_on_with_it(pool, check
     assert forwards[0] < 0.9 * forwards[1]
 
 
-def test_each_replica_takes_the_file_of_its_number_and_several_take_one_of_few(checkpoint, tmp_path):
+def test_each_replica_takes_the_file_of_its_number_and_several_take_one_where_there_is_none(
+    checkpoint, tmp_path
+):
     config = dataclasses.replace(CONFIG, backend="local", num_replicas=1)
     written = {}
     with make_pool(PolicyConfig(path=checkpoint), config) as pool:
@@ -106,7 +108,7 @@ def test_each_replica_takes_the_file_of_its_number_and_several_take_one_of_few(c
     (tmp_path / "history_x.safetensors").write_bytes(b"none of a pool's")
     config = dataclasses.replace(config, num_replicas=3)
     with make_pool(PolicyConfig(path=checkpoint), config) as pool:
-        for first, numbers in ((0, (0, 1, 2)), (3, (10, 0, 1)), (8, (0, 1, 2))):
+        for first, numbers in ((0, (0, 1, 2)), (3, (10, 0, 1)), (8, (0, 1, 10))):
             pool.load_history(tmp_path, first=first)
             assert [num_texts(pool, index) for index in range(3)] == [written[each] for each in numbers]
 

@@ -25,12 +25,14 @@ def save_histories(members: Sequence[Member], folder: Path, first: int) -> None:
 
 
 def load_histories(members: Sequence[Member], folder: Path, first: int) -> None:
-    """Give each living replica the file of its number; of fewer files than numbers, several take one."""
+    """Give each living replica the file of its number; where there is none, several take one."""
     found = {path: re.fullmatch(_NAME.format(r"(\d+)"), path.name) for path in folder.glob("history_*")}
     numbered = sorted((int(match[1]), path) for path, match in found.items() if match)
     if members and not numbered:
         logger.info("there is no history in %s: replicas begin without earlier texts", folder)
         return
+    of_number = dict(numbered)
     for number, member in enumerate(members, first):
         if member.state != "DEAD":
-            member.replica.load_history(numbered[number % len(numbered)][1])
+            _, another = numbered[number % len(numbered)]
+            member.replica.load_history(of_number.get(number, another))
