@@ -1,5 +1,7 @@
 """In which order requests of a call are handed out."""
 
+import dataclasses
+
 from blockroll.rollout.pool import group_order
 from blockroll.rollout.pool.group_order import GroupOrder
 from blockroll.types import Request
@@ -33,6 +35,13 @@ def test_of_new_prompts_the_first_siblings_come_before_the_second_ones():
 def test_a_request_without_a_group_is_one_of_its_own():
     alone = [Request(request_id=name, prompt_ids=(1,), seed=0) for name in ("x", "y")]
     assert names(GroupOrder(sibling_by_sibling=True).waiting(alone)) == [["x"], ["y"]]
+
+
+def test_prompts_may_be_lists():
+    order = GroupOrder(sibling_by_sibling=True)
+    listed = [dataclasses.replace(request, prompt_ids=[ord("a")]) for request in asked(("a", 2))]
+    assert names(order.waiting(listed)) == [["a0"], ["a1"]]
+    assert names(order.waiting(asked(("a", 2)))) == [["a0", "a1"]]
 
 
 def test_prompts_that_were_asked_before_stay_together():

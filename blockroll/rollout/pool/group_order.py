@@ -27,7 +27,7 @@ class GroupOrder:
         rounds: list[list[list[Request]]] = []
         asked = []
         for group in groups(requests):
-            prompt = hash(group[0].prompt_ids)
+            prompt = hash(tuple(group[0].prompt_ids))
             asked.append(prompt)
             parts = [group] if prompt in self._asked else [[request] for request in group]
             rounds.extend([] for _ in range(len(parts) - len(rounds)))
