@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import safetensors.torch
 import torch
@@ -27,9 +27,6 @@ from blockroll.errors import AdapterMismatch
 
 ADAPTER_CONFIG = "draft_adapter.json"
 ADAPTER_WEIGHTS = "draft_adapter.safetensors"
-LAYOUTS = ("two_forward", "fused")
-
-Layout = Literal["two_forward", "fused"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -28,7 +28,6 @@ from torch.nn.utils.rnn import pad_sequence
 from blockroll.policies.hf import HFPolicy
 
 DraftLoss = Literal["ce", "kl", "tv"]
-DRAFT_LOSSES = ("ce", "kl", "tv")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

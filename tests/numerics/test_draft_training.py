@@ -3,13 +3,14 @@
 import dataclasses
 import io
 import math
+from typing import get_args
 
 import pytest
 import torch
 
 from blockroll.config import DraftConfig
 from blockroll.errors import InvalidInput
-from blockroll.policies.draft_training import DRAFT_LOSSES, MaskBlocks, Texts, draft_pass, random_blocks
+from blockroll.policies.draft_training import DraftLoss, MaskBlocks, Texts, draft_pass, random_blocks
 from blockroll.policies.hf import HFPolicy
 from blockroll.rl_loops.draft_trainer import DraftTrainer
 from blockroll.types import Plan, Sampling
@@ -86,7 +87,7 @@ def test_blocks_score_completion_tokens_only_and_most_of_them(num_drafts, layout
     assert (met[is_completion] > 0).all()
 
 
-@pytest.mark.parametrize("loss", DRAFT_LOSSES)
+@pytest.mark.parametrize("loss", get_args(DraftLoss))
 def test_steps_on_its_own_rollouts_raise_acceptance_and_leave_the_policy_alone(loss):
     policy = HFPolicy(random_model())
     config = DraftConfig(rank=8, block_sizes=(K,), layouts=("two_forward",), loss=loss, learning_rate=2e-2)
