@@ -74,25 +74,31 @@ class PackedLinears:
         """Products of the model's linear modules are made of the packed copies inside this block."""
         if any(group.is_stale for group in self._groups or ()):
             self.refresh()
-        with _patched(self._decided() if self._groups is None else self._groups):
+        if self._groups is None:
+            try:
+                self._groups = self._decided()
+            except BaseException:
+                self._groups = None  # not decided: the next forward does
+                raise
+        with _patched(self._groups):
             yield
 
-    def _decided(self) -> "Sequence[_Group]":
+    def _decided(self) -> "list[_Group]":
         """Packed groups, where packing is asked for, gains time and leaves the law the same."""
-        self._groups = []
+        self._groups = []  # forwards that this asks for meet none
         if self.prepack == "off":
-            return self._groups
+            return []
         least = 0 if self.prepack == "on" else _LEAST_NUMBERS
         groups = [group for group in _packable(self._model) if group.num_numbers >= least]
         if not groups:
-            return self._groups
+            return []
         if self.prepack == "auto":
             timed = _sample(groups)
             for group in timed:
                 group.pack()
             if not _is_faster(timed, _ROWS):
                 logger.info("linear weights are not packed: on this processor that gains nothing")
-                return self._groups
+                return []
             if not _is_faster(timed, 1):
                 for group in groups:
                     group.least_rows = 2
@@ -107,11 +113,10 @@ class PackedLinears:
                 gap,
                 bound,
             )
-            return self._groups
-        self._groups = groups
+            return []
         logger.info(
             "linear weights are packed a second time: %.0f MB, %.2f s at every update",
-            self.num_bytes / 1e6,
+            sum(group.num_bytes for group in groups) / 1e6,
             seconds,
         )
         return groups

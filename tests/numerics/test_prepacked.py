@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from blockroll.errors import InvalidInput
 from blockroll.policies import prepacked
 from blockroll.policies.hf import HFPolicy
-from blockroll.policies.prepacked import can_pack
+from blockroll.policies.prepacked import PackedLinears, can_pack
 from blockroll.policy_check.check import check_policy
 from blockroll.rollout.drafters.engine import Engine
 from blockroll.rollout.engine.cache import SlotCache
@@ -65,6 +65,20 @@ def test_rollouts_are_those_of_the_ordinary_weights(plan):
     requests = make_requests(prompts(8), Sampling(max_tokens=16))
     want = run(plain, requests, plan, max_batch_size=4)
     assert_same_rollouts(want, run(packed, requests, plan, max_batch_size=4), plain)
+
+
+def test_an_interrupt_while_laws_are_compared_switches_nothing_off(monkeypatch):
+    packed, plain = policies()
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PackedLinears, "_gap", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            laws(packed)
+    assert_same_laws(packed, plain)
+    assert packed.packed.num_bytes
 
 
 def _served_after(write):
