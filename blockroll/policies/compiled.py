@@ -31,7 +31,7 @@ from blockroll.policies.compiled_attention import attended_rows
 from blockroll.policies.compiled_law import is_same_law
 from blockroll.policies.compiled_updates import MOST_PARTS, CompiledUpdates
 from blockroll.policies.growing_window import GrowingWindow
-from blockroll.policies.layer_shape import LayerShape, layer_kinds
+from blockroll.policies.layer_shape import LayerShape, has_own_forward, layer_kinds
 from blockroll.policies.packing import Packing
 
 logger = logging.getLogger(__name__)
@@ -114,13 +114,16 @@ class CompiledLayers:
         """
         if not self._serves(ids_BR.numel(), frozenset() if adapter is None else adapter.hook_ids):
             return None
-        embed, updates = self._shape_here.base.embed_tokens, None
-        if adapter is None or packing is not None or num_clean == ids_BR.shape[1]:
-            x_BRW = embed(ids_BR)
-        elif updates := self._served_updates(adapter):
-            x_BRW = adapter.embed(embed(ids_BR), num_clean)
-        else:
+        updates = None
+        if adapter is not None and packing is None and num_clean < ids_BR.shape[1]:
+            updates = self._served_updates(adapter)
+            if updates is None:
+                return None
+        x_BRW = self._shape_here.base.embed_tokens(ids_BR)
+        if x_BRW.dtype != self._dtype:
             return None
+        if adapter is not None and updates is not None:
+            x_BRW = adapter.embed(x_BRW, num_clean)
         num_layers = self._shape_here.num_layers
         return self._run(x_BRW, positions_BR, masks, window, packing, num_layers, updates, num_clean)
 
@@ -135,6 +138,7 @@ class CompiledLayers:
             or type(head) is not nn.Linear
             or head._forward_hooks
             or head._forward_pre_hooks
+            or has_own_forward(head)
             or weight is None
             or not (weight.dtype == states.dtype == self._dtype)
             or weight.device.type != "cpu"
@@ -169,7 +173,11 @@ class CompiledLayers:
         if self._model.config._attn_implementation != attention.ATTENTION_NAME:
             return False
         if self._most_rows is None:
-            self._decide(allowed_hooks)
+            try:
+                self._decide(allowed_hooks)
+            except BaseException:
+                self._most_rows = None  # not decided: the next forward does
+                raise
         if self._most_rows is None or num_rows > self._most_rows or self._shape is None:
             return False
         return self._shape.is_plain(allowed_hooks) and self._is_current()
@@ -226,9 +234,13 @@ class CompiledLayers:
         def serve(is_on: bool) -> None:
             updates.serve = is_on
 
-        updates.serve = is_same_law(
-            self._model, self._dtype, self._draft_law, serve, "compiled layers serve no masks"
-        )
+        try:
+            updates.serve = is_same_law(
+                self._model, self._dtype, self._draft_law, serve, "compiled layers serve no masks"
+            )
+        except BaseException:
+            updates.is_compared = False
+            raise
         return updates if updates.serve else None
 
     def _faster_rows(self) -> int:

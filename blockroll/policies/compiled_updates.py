@@ -27,6 +27,7 @@ class CompiledUpdates:
         self._updates = updates  # by the projection's path in the model, in order
         self._modules = [shape.base.get_submodule(path) for path in updates]
         self._stamps: list[tuple[int, int]] = []
+        self._stamped: list[Tensor] = []  # kept, so that nothing else comes to lie at these addresses
         self._copies: list[Tensor] = []  # that addresses point to
         self._layers: list[LayerUpdates] = []
         self._is_zero = True  # as at the start: nothing is changed
@@ -74,7 +75,7 @@ class CompiledUpdates:
         stamps = [(each._version, each.data_ptr()) for each in parameters if each is not None]
         if stamps != self._stamps:
             self._copy(dtype)
-            self._stamps = stamps
+            self._stamps, self._stamped = stamps, [each.detach() for each in parameters if each is not None]
         return True
 
     def forget(self) -> None:

@@ -136,8 +136,7 @@ class LayerShape:
                 return False
             if module._forward_hooks and not module._forward_hooks.keys() <= allowed_hooks:
                 return False
-            own = module.__dict__.get("forward")
-            if own is not None and not is_packed_forward(own):
+            if has_own_forward(module):
                 return False
         return not self.base._forward_hooks and not self.base._forward_pre_hooks
 
@@ -172,6 +171,12 @@ class LayerShape:
                 layers.append(Layer())
             setattr(layers[-1] if name != "norm_last" else model, name, _address(tensor))
         return model, layers
+
+
+def has_own_forward(module: nn.Module) -> bool:
+    """Whether it computes by another forward than its class's; that of its packed weight is none."""
+    own = module.__dict__.get("forward")
+    return own is not None and not is_packed_forward(own)
 
 
 def _address(tensor: Tensor | None) -> int | None:

@@ -18,6 +18,7 @@ from tests.engines import make_requests, run
 from tests.equality import assert_same_rollouts
 from tests.models import prompts, random_adapter, random_model
 from tests.numerics.test_compiled import OF_THE_SHAPE, has_compiler
+from tests.numerics.test_compiled_serving import interrupted
 from tests.twins import assert_same_laws, biased_model, laws, twins
 
 pytestmark = pytest.mark.skipif(not has_compiler(), reason="there is no C compiler")
@@ -159,6 +160,29 @@ def test_an_adapter_that_is_written_serves_at_once(write, served):
     laws(quick)
     _written(write, quick, own)
     del served[:]
+    assert_same_laws(quick, own)
+    assert served
+
+
+def test_nothing_else_lies_where_the_adapter_lay_when_it_was_copied():
+    """A tensor there would be taken for the one that was copied."""
+    quick, _ = pair()
+    laws(quick)
+    parameters = [*quick.adapter.updates.parameters()]
+    copied = {parameter.data_ptr() for parameter in parameters}
+    for _ in range(20):
+        for parameter in parameters:
+            parameter.data = parameter.data.clone()
+            assert parameter.data_ptr() not in copied
+
+
+def test_an_interrupt_while_laws_are_compared_switches_nothing_off(monkeypatch, served):
+    quick, own = pair()
+    quick.verify_logits(torch.tensor([[5]]), SlotCache(quick, num_slots=1, capacity=16).window(0, 1, 1))
+    with monkeypatch.context() as patch:
+        patch.setattr(compiled, "is_same_law", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            laws(quick)
     assert_same_laws(quick, own)
     assert served
 
