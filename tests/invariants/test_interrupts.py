@@ -11,6 +11,7 @@ import torch
 from blockroll.errors import ReplicaError
 from blockroll.rollout.drafters.engine import Engine
 from blockroll.rollout.engine import cache, held
+from blockroll.rollout.engine import engine as engine_module
 from blockroll.rollout.engine.cache import SlotCache
 from blockroll.rollout.pool import replica as replica_module
 from blockroll.types import Plan, Sampling
@@ -79,6 +80,32 @@ def interrupt_the_bookkeeping(policy, plan, *, count: int, modules=(cache, held)
 def test_an_interrupt_inside_the_cache_changes_no_token(policy, plan):
     """Fused plans too: a text that stays in its engine keeps its proposal, and with it every coin."""
     interrupt_the_bookkeeping(policy, plan, count=12)
+
+
+class InterruptedInCommit(InterruptedIn):
+    """The same, at calls of the function in which tokens become a request's own."""
+
+    def __call__(self, frame, event, argument) -> None:
+        if frame.f_code is Engine._commit.__code__:
+            super().__call__(frame, event, argument)
+
+
+def test_what_a_step_commits_is_told_once_wherever_an_interrupt_comes(policy):
+    requests = make_requests([text(9, seed=1), text(3, seed=2)], Sampling(max_tokens=3, ignore_eos=True))
+    number, is_over = 0, False
+    while not is_over:
+        number += 1
+        engine, interrupted = make_engine(policy, PLANS[0]), InterruptedInCommit(number, engine_module)
+        engine.submit(requests)
+        told, finished = {request.request_id: [] for request in requests}, {}
+        while engine.num_requests:
+            result = interrupted.run(engine.step)
+            for commit in result.commits:
+                told[commit.request_id] += commit.token_ids
+            finished |= {rollout.request.request_id: [*rollout.token_ids] for rollout in result.finished}
+        assert told == finished
+        is_over = interrupted.count < number
+    assert number > 20
 
 
 def test_planted_an_index_that_is_left_half_changed_is_noticed(policy, monkeypatch):

@@ -362,8 +362,8 @@ class BareEngine:
             except RequestFailed as refusal:
                 error = f"{RequestFailed.__name__}: {refusal}"
             else:
-                if kept:
-                    self._commits.insert(num_commits, commit)
+                # No call: no interrupt comes between the text and what the step says of it.
+                self._commits[num_commits:num_commits] = [commit] if kept else []
                 if slot in failed and running.is_running:
                     error = failed[slot][1]
             if error is not None:
