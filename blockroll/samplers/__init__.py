@@ -6,7 +6,6 @@ from blockroll.samplers.lossless import (
     draft_probs,
     draw_draft,
     join_verdicts,
-    policy_logprobs,
     settle_first,
     verify_block,
 )
@@ -25,7 +24,6 @@ __all__ = [
     "draw_draft",
     "join_verdicts",
     "mixed_logits",
-    "policy_logprobs",
     "settle_first",
     "step_uniforms",
     "target_probs",

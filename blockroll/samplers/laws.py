@@ -184,7 +184,7 @@ class _Processing:
                     with self._request(row):
                         path.mask(rows[row, span])
             even_where_empty(rows[:, span])
-            tokens.append(held(replace(law, logits_BLV=rows[:, span])).draw(uniforms_BK[:, span]))
+            tokens.append(held(replace(law, logits_BLV=rows[:, span])).drawn(uniforms_BK[:, span])[0])
             drawn = tokens[-1].tolist()
             for row, path in paths:
                 path.extend(drawn[row])

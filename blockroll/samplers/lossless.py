@@ -296,15 +296,13 @@ def join_verdicts(first: Verdict, rest: Verdict) -> Verdict:
     )
 
 
-def policy_logprobs(logits_BLV: Logits, token_ids_BL: Tensor, temperature_B: Tensor) -> Tensor:
-    """Log-probability under the causal policy, float64 (B, L): full vocabulary, T = 1 where greedy."""
-    return _policy_rows(logits_BLV, temperature_B).logprobs_of(token_ids_BL)
-
-
 def chosen_logprobs(
     parts: Sequence[Logits], is_chosen_BL: Tensor, token_ids_BL: Tensor, temperature_B: Tensor
 ) -> Tensor:
-    """As `policy_logprobs`, of the chosen cells of all rows, which come in parts; 0 in others."""
+    """Log-probabilities under the causal policy, float64 (B, L): full vocabulary, T = 1 where greedy.
+
+    Of the chosen cells of all rows, which come in parts; 0 in others.
+    """
     logprobs_BL = torch.zeros(token_ids_BL.shape, dtype=torch.float64, device=token_ids_BL.device)
     first = 0
     for part in parts:

@@ -8,7 +8,6 @@ V vocabulary.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -84,14 +83,19 @@ class PackedRows(Rows):
         return self.packed.shape
 
     def probs_of(self, token_ids_BN: Tensor) -> Tensor:
-        return self._each(LogitRows.probs_of, token_ids_BN, torch.float64)
-
-    def logprobs_of(self, token_ids_BN: Tensor) -> Tensor:
-        """Their logarithms, also where a probability is too small for float64; no temperature is 0."""
-        return self._each(LogitRows.logprobs_of, token_ids_BN, torch.float64)
+        """As of other rows; 0 in cells that are no request's."""
+        has_row_BN = self.packed.has_row(token_ids_BN.shape[1])
+        index_R = self.packed.row_BL[:, : token_ids_BN.shape[1]][has_row_BN]
+        probs_BN = torch.zeros(token_ids_BN.shape, dtype=torch.float64, device=token_ids_BN.device)
+        rows = self._rows(index_R, *has_row_BN.nonzero().unbind(dim=1))
+        probs_BN[has_row_BN] = rows.probs_of(token_ids_BN[has_row_BN][:, None]).squeeze(1)
+        return probs_BN
 
     def logprobs_at(self, at: At, token_ids_N: Tensor) -> Tensor:
-        """The same, of a token of each of these rows: float64 (N,)."""
+        """Natural logarithms of the probability of a token of each of these rows: float64 (N,).
+
+        Also where it is too small for float64; no temperature is 0.
+        """
         table = self.table()
         if table is not None:
             return table.looked(at, 0, asked_NA=token_ids_N[:, None], logs=True).asked_NA[:, 0]
@@ -134,9 +138,6 @@ class PackedRows(Rows):
             edits=None if self.edits is None else self.edits.of(slice(None), slice(1, None)),
         )
 
-    def draw(self, uniforms_BL: Tensor) -> Tensor:
-        return self._each(LogitRows.draw, uniforms_BL, torch.int64)
-
     def logits_of(self, ids_BU: Tensor) -> Tensor:
         """Logits of some tokens in each row: float64 (B, M, U)."""
         return self.packed.logits_NV[self.packed.row_BL[..., None], ids_BU[:, None]].double()
@@ -148,17 +149,6 @@ class PackedRows(Rows):
 
     def dense(self) -> Tensor:
         return self.padded().dense()
-
-    def _each(
-        self, compute: Callable[[LogitRows, Tensor], Tensor], given_BM: Tensor, dtype: torch.dtype
-    ) -> Tensor:
-        """What is computed of each row and what is given for it; 0 in cells that are no request's."""
-        has_row_BM = self.packed.has_row(given_BM.shape[1])
-        index_R = self.packed.row_BL[:, : given_BM.shape[1]][has_row_BM]
-        computed_BM = torch.zeros(given_BM.shape, dtype=dtype, device=given_BM.device)
-        rows = self._rows(index_R, *has_row_BM.nonzero().unbind(dim=1))
-        computed_BM[has_row_BM] = compute(rows, given_BM[has_row_BM][:, None]).squeeze(1)
-        return computed_BM
 
     def _rows(self, index_R: Tensor, request_R: Tensor, offset_R: Tensor) -> LogitRows:
         """Some of the N rows, each as the only row of a request."""

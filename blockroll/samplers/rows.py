@@ -117,12 +117,9 @@ class DenseRows(Rows):
     def behind_first(self) -> Self:
         return replace(self, probs_BLV=self.probs_BLV[:, 1:])
 
-    def draw(self, uniforms_BL: Tensor) -> Tensor:
-        return inverse_cdf(self.probs_BLV, uniforms_BL)
-
     def drawn(self, uniforms_BL: Tensor) -> tuple[Tensor, Self]:
-        """As `draw`, and these rows."""
-        return self.draw(uniforms_BL), self
+        """A token of each row, by inverse CDF, and these rows."""
+        return inverse_cdf(self.probs_BLV, uniforms_BL), self
 
     def dense(self) -> Tensor:
         return self.probs_BLV
@@ -170,11 +167,6 @@ class LogitRows(Rows):
 
         Of rows as they are: neither truncated, edited nor mixed.
         """
-        table = self.table()
-        if table is not None:
-            size, width = token_ids_BN.shape
-            asked_N1 = token_ids_BN.reshape(-1, 1)
-            return table.looked(width, size, asked_NA=asked_N1, logs=True).asked_NA.view(size, width)
         logprobs_BN = torch.empty(token_ids_BN.shape, dtype=torch.float64, device=token_ids_BN.device)
         for place in self._places(token_ids_BN.shape[1]):
             logits_BLV, temperature_B = self.logits_BLV[place], self.temperature_B[place[0]]
@@ -255,11 +247,8 @@ class LogitRows(Rows):
         """The law of rows that are mixed and edited already."""
         return replace(self, mix=None, edits=None)
 
-    def draw(self, uniforms_BL: Tensor) -> Tensor:
-        return self.drawn(uniforms_BL)[0]
-
     def drawn(self, uniforms_BL: Tensor) -> tuple[Tensor, Self]:
-        """As `draw`, and these rows, which know then what the probabilities of these tokens are."""
+        """A token of each row, by inverse CDF, and these rows, which know then how likely that was."""
         table = self.table()
         if table is not None:
             size, width = uniforms_BL.shape

@@ -28,10 +28,6 @@ class Rows(ABC):
         """These rows, each of a request and at an offset, float64 (N, V)."""
 
     @abstractmethod
-    def draw(self, uniforms_BL: "Tensor") -> "Tensor":
-        """A token of each row, independently of each other, by inverse CDF; int64 (B, L)."""
-
-    @abstractmethod
     def behind_first(self) -> Self:
         """All rows but the first of each request."""
 

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from blockroll.samplers import draw_draft, lossless, policy_logprobs, settle_first, verify_block
+from blockroll.samplers import draw_draft, lossless, settle_first, verify_block
 from tests.law.integrate import PRODUCTION, Toy, committed_law, integrate_step, max_difference, target_law
 from tests.law.mutants import MUTANTS
 from tests.law.toys import TOYS
@@ -87,8 +87,11 @@ def test_a_planted_bug_breaks_the_law_of_the_toys_it_must_break(name):
 def test_behavior_and_policy_logprobs_agree_where_the_law_is_the_target(name):
     toy = TOYS[name]
     logits_1LV = torch.tensor([[toy.target_weights(())]], dtype=torch.float64).log()
+    is_chosen_11 = torch.ones((1, 1), dtype=torch.bool)
     for token in np.flatnonzero(toy.target_V(())).tolist():
-        logprob = policy_logprobs(logits_1LV, torch.tensor([[token]]), torch.tensor([toy.temperature]))
+        logprob = lossless.chosen_logprobs(
+            [logits_1LV], is_chosen_11, torch.tensor([[token]]), torch.tensor([toy.temperature])
+        )
         assert logprob.item() == pytest.approx(np.log(toy.target_V(())[token]), abs=1e-6)
 
 

@@ -76,7 +76,7 @@ def test_rows_of_logits_are_verified_as_their_probabilities_are(vocab_size):
     uniforms = torch.rand((size, num_drafts + 1), generator=generator, dtype=torch.float64)
     rows = LogitRows(logits, temperature, True)
     right = torch.rand((size, num_drafts), generator=generator) < 0.8
-    tokens = torch.where(right, rows.draw(uniforms)[:, :-1], 3)
+    tokens = torch.where(right, rows.drawn(uniforms)[0][:, :-1], 3)
     draft = Draft(token_ids_BK=tokens, law=POINT_MASS, num_drafts_B=torch.full((size,), num_drafts))
     lean, dense = (verify_block(draft, each, uniforms) for each in (rows, rows.dense()))
     assert lean.num_committed_B.unique().tolist() == [1, 2, 3, 4, 5]

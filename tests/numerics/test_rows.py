@@ -167,7 +167,7 @@ def test_the_least_and_the_largest_uniform_draw_tokens_that_have_a_weight(unifor
     logits_11V = torch.full((1, 1, VOCAB), -torch.inf)
     logits_11V[..., [130, VOCAB - 5]] = 0.0
     one = torch.ones(1, dtype=torch.float64)
-    token = LogitRows(logits_11V, one, False).draw(torch.full((1, 1), uniform, dtype=torch.float64))
+    token, _ = LogitRows(logits_11V, one, False).drawn(torch.full((1, 1), uniform, dtype=torch.float64))
     assert token.item() == (130 if uniform < 0.5 else VOCAB - 5)
 
 
@@ -301,8 +301,9 @@ def test_the_coldest_temperatures_draw_the_best_token(by_torch, temperature):
     for ids_BL, drawn in (cold.drawn(coins(B, L)), by_torch(cold.drawn, coins(B, L))):
         assert torch.equal(ids_BL, best_BL)
         assert (drawn.known.probs_BL == 1).all()
-    assert (cold.logprobs_of(best_BL) == 0).all()
-    assert (by_torch(cold.logprobs_of, best_BL) == 0).all()
+    at = At(*torch.ones((B, L)).nonzero().unbind(dim=1))
+    assert (cold.logprobs_at(at, best_BL.flatten()) == 0).all()
+    assert (by_torch(cold.logprobs_at, at, best_BL.flatten()) == 0).all()
     assert (small.dense().amax(dim=-1) == 1).all()
 
 
@@ -330,7 +331,7 @@ rows = LogitRows(logits, torch.ones(1, dtype=torch.float64), False)
 def resident():
     return int(open("/proc/self/statm").read().split()[1]) * 4096
 for number in range(60):
-    thread = threading.Thread(target=rows.draw, args=(uniforms,))
+    thread = threading.Thread(target=rows.drawn, args=(uniforms,))
     thread.start()
     thread.join()
     if number == 9:

@@ -3,10 +3,12 @@
 import pytest
 import torch
 
-from blockroll.samplers import LogitRows, PackedLogits, policy_logprobs
+from blockroll.kernels.rows import At
+from blockroll.samplers import LogitRows, PackedLogits
 from blockroll.samplers.lossless import chosen_logprobs
 from blockroll.samplers.packed import PackedRows
 from blockroll.samplers.processing import Cut
+from blockroll.samplers.rows import looked_at
 
 NUM_ROWS = torch.tensor([1, 4, 1, 2])
 WIDTH, VOCAB = 4, 50
@@ -54,8 +56,14 @@ def test_what_is_read_of_packed_rows_is_what_the_rectangle_says(temperatures, cu
         assert torch.equal(packed.probs_of(ids_BN)[own_BN], rectangle.probs_of(ids_BN)[own_BN])
         assert (packed.probs_of(ids_BN)[~own_BN] == 0).all()
     coins_BL = uniforms((4, WIDTH))
-    assert torch.equal(packed.draw(coins_BL)[is_own_BL], rectangle.draw(coins_BL)[is_own_BL])
     requests, offsets = is_own_BL.nonzero().flip(0).unbind(dim=1)
+    coins_N = coins_BL[requests, offsets]
+    for found, expected in zip(
+        looked_at(packed, At(requests, offsets), coins_N),
+        looked_at(rectangle, At(requests, offsets), coins_N),
+        strict=True,
+    ):
+        assert torch.equal(found, expected)
     assert torch.equal(packed.at(requests, offsets), rectangle.at(requests, offsets))
     assert torch.equal(packed.at(requests, offsets + WIDTH), rectangle.at(requests, NUM_ROWS[requests] - 1))
     assert torch.equal(packed.dense()[is_own_BL], rectangle.dense()[is_own_BL])
@@ -68,27 +76,20 @@ def test_rows_behind_the_first_are_the_same_laws_one_cell_further():
     assert torch.equal(behind.dense()[is_own_BL[:, 1:]], want.dense()[is_own_BL[:, 1:]])
 
 
-def test_log_probabilities_of_packed_rows_are_those_of_the_rectangle():
-    packed, rectangle, is_own_BL = rows((1.0, 0.5, 0.0, 1.0))
-    ids_BL = torch.randint(VOCAB, (4, WIDTH), generator=torch.Generator().manual_seed(1))
-    got = policy_logprobs(packed.packed, ids_BL, packed.temperature_B)
-    want = policy_logprobs(rectangle.logits_BLV, ids_BL, rectangle.temperature_B)
-    assert torch.equal(got[is_own_BL], want[is_own_BL])
-
-
 def test_log_probabilities_are_computed_of_chosen_cells_alone_part_by_part():
     packed, rectangle, is_own_BL = rows((1.0, 0.5, 0.0, 1.0))
     ids_BL = torch.randint(VOCAB, (4, WIDTH), generator=torch.Generator().manual_seed(1))
     temperature_B = rectangle.temperature_B
-    want = policy_logprobs(rectangle.logits_BLV, ids_BL, temperature_B).where(is_own_BL, 0.0)
+    scaled = (
+        rectangle.logits_BLV.double() / torch.where(temperature_B == 0, 1.0, temperature_B)[:, None, None]
+    )
+    exact_BL = scaled.log_softmax(-1).gather(-1, ids_BL[..., None]).squeeze(-1)
+    want = exact_BL.where(is_own_BL, 0.0)
     parts = (rectangle.logits_BLV[:, :1], rectangle.logits_BLV[:, 1:])
     for logits in (parts, (packed.packed,)):
         torch.testing.assert_close(
             chosen_logprobs(logits, is_own_BL, ids_BL, temperature_B), want, rtol=0, atol=1e-12
         )
-    exact = rectangle.logits_BLV.double() / torch.where(temperature_B == 0, 1.0, temperature_B)[:, None, None]
-    exact_BL = exact.log_softmax(-1).gather(-1, ids_BL[..., None]).squeeze(-1)
-    torch.testing.assert_close(want[is_own_BL], exact_BL[is_own_BL], rtol=0, atol=1e-12)
 
 
 def test_rows_that_are_not_finite_are_named_by_their_request():

@@ -159,6 +159,6 @@ def test_rows_judged_a_tile_at_a_time_are_those_of_all_rows_at_once(monkeypatch,
             place = tuple(map(torch.as_tensor, place))
             torch.testing.assert_close(lean.at(*place), probs[place], rtol=0, atol=1e-14)
     uniforms_BL = torch.rand(token_ids_BL.shape, generator=generator, dtype=torch.float64)
-    assert torch.equal(lean.draw(uniforms_BL), inverse_cdf(probs, uniforms_BL))
+    assert torch.equal(lean.drawn(uniforms_BL)[0], inverse_cdf(probs, uniforms_BL))
     rest = lean.behind_first()
     torch.testing.assert_close(rest.dense(), probs[:, 1:], rtol=0, atol=1e-14)
