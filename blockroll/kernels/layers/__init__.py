@@ -1,4 +1,4 @@
-"""Everything of a decoder layer but its attention, in compiled code: `layers.c`, built on this machine."""
+"""Decoder layers in compiled code: `layers.c`, built on this machine."""
 
 from blockroll.kernels.layers.build import Layer, LayerUpdates, Model, UpdatedRows, layers_library
 

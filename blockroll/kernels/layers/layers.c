@@ -1,4 +1,5 @@
-// Everything of a decoder layer but its attention, for a few rows, in one pass over the weights as they lie.
+// Decoder layers for a few rows: what stands between two attentions, in one pass over the weights as they lie, and
+// attention over keys and values where they lie.
 //
 // Built once for each type of weights: NUMBER_BF16 is 1 for bfloat16, 0 for float32. Numbers of that type are
 // rounded where the model's own modules round them: the output of a product, of a norm, of an activation, and
