@@ -2,9 +2,12 @@
 
     python -m benchmarks.evidence speed grid
 
-One thread, one process, in turns (benchmarks/turns.py), and against `generate`. Prompts are problems behind
-others that are worked out, cut to length; siblings share one, as in RL. Texts have equally many tokens. The
-planner knows nothing of the machine when the first cell begins, and keeps what it learns there.
+One thread, one process, in turns (benchmarks/turns.py), and against `generate`. Siblings share a prompt, as
+in RL. In the shortest context the policy solves problems as it was taught to, each answer as long as it is,
+and others take the places of those that have ended. Longer prompts are problems behind others that are worked
+out, cut to length, with equally many tokens behind each: the policy has never seen such texts and drafts them
+badly, so they show that drafts which do not pay are not drafted. The planner knows nothing of the machine
+when the first cell begins, and keeps what it learns there.
 """
 
 import os
@@ -18,7 +21,7 @@ from benchmarks.cells import measured
 from benchmarks.history import groups
 from benchmarks.rows import Row
 from benchmarks.turns import PLAIN, figures, subjects, waves_in_turn
-from benchmarks.workload import RUNS, K, causal_part, one_thread, trained_adapter
+from benchmarks.workload import RUNS, K, causal_part, one_thread, prompts, trained_adapter
 from blockroll.bench.reference import GenerateReference, ReferenceTask
 from blockroll.bench.subjects import TRANSFORMERS, EngineSubject, ReferenceSubject, Subject
 from blockroll.policies.hf import HFPolicy
@@ -32,7 +35,9 @@ FIXED = (PLAIN, f"history({K})", f"two_forward({K})", f"fused({K},[0,{K}])")
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)
 CONTEXTS = (64, 512, 2_048)  # tokens of the prompt, less what the context must hold behind it
 PROMPTS = 4  # of one repeat: what is left of a batch are siblings
-FEWEST_ROLLOUTS = 4  # of one repeat; small batches take several rounds
+FEWEST_ROLLOUTS = {True: 16, False: 4}  # of one repeat, of texts as they are and of long ones
+ROUNDS = {True: 2, False: 1}  # of a batch, in one repeat
+AS_TAUGHT = 64  # the context of texts as the policy was taught them: prompt and answer fill it
 GENERATE_ROWS = 8_192  # prompt tokens of a batch, above which `generate` has one repeat: it prefills them all
 
 
@@ -60,15 +65,21 @@ def grid(
 
 def cell(policy: HFPolicy, *, batch: int, context: int, repeats: int) -> list[Row]:
     """One batch and context. Regret is how far `auto` stays behind the best fixed plan; 0: it does not."""
-    max_tokens = 64 if batch <= 16 else 32
-    length = min(context, policy.max_length - max_tokens)
-    count = min(PROMPTS, max(batch, FEWEST_ROLLOUTS))
-    siblings = max(batch, FEWEST_ROLLOUTS) // count
-    sampling = Sampling(max_tokens=max_tokens, ignore_eos=True)
-    rounds = [
-        [*groups(worked_prompts(policy, count, length, seed=index), sampling, index, siblings=siblings)]
-        for index in range(repeats + 1)
-    ]
+    is_as_taught = context <= AS_TAUGHT
+    max_tokens = 64 if batch <= 16 or is_as_taught else 32
+    sampling = Sampling(max_tokens=max_tokens, ignore_eos=not is_as_taught)
+    num_rollouts = max(ROUNDS[is_as_taught] * batch, FEWEST_ROLLOUTS[is_as_taught])
+    length = 0 if is_as_taught else min(context, policy.max_length - max_tokens)
+    count = min(PROMPTS, num_rollouts)
+    rounds = []
+    for index in range(repeats + 1):
+        texts = (
+            prompts(policy, count, seed=index)
+            if is_as_taught
+            else worked_prompts(policy, count, length, seed=index)
+        )
+        rounds.append([*groups(texts, sampling, index, siblings=num_rollouts // count)])
+    length = max(len(request.prompt_ids) for requests in rounds for request in requests)
     with subjects(policy, (*FIXED, AUTO), batch=batch, max_length=length + max_tokens) as turns:
         waves = waves_in_turn(turns, rounds[1:], warm_up=rounds[0])
         predicted, counted = planner_of(turns[AUTO]).speedups
@@ -104,8 +115,13 @@ def against_generate(
 ) -> Row:
     """`auto` over `generate`, in turns of their own, prefill included: siblings share one only with ours."""
     is_long = batch * length > GENERATE_ROWS
+    ignores_eos = rounds[0][0].sampling.ignore_eos
     task = ReferenceTask(
-        batch=batch, longest_prompt=length, max_tokens=max_tokens, temperature=1.0, eos_token_ids=()
+        batch=batch,
+        longest_prompt=length,
+        max_tokens=max_tokens,
+        temperature=1.0,
+        eos_token_ids=() if ignores_eos else policy.eos_token_ids,
     )
     model = load_model(resolve_checkpoint("tiny"), device=policy.device, dtype=policy.model.dtype)
     stock = ReferenceSubject(TRANSFORMERS, partial(GenerateReference, model, task))

@@ -41,7 +41,7 @@ class AdapterConfig:
     chat_template_hash: str | None = None  # of the template its prompts went through; none: text as it was
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)  # and what it was called with
     trained_tokens: int = 0
-    extra: Mapping[str, Any] = field(default_factory=dict)  # losses and measured acceptance, for people
+    extra: Mapping[str, Any] = field(default_factory=dict)  # losses, and measured tokens per step
 
 
 class LowRank(nn.Module):

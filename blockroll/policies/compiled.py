@@ -112,8 +112,11 @@ class CompiledLayers:
         `masks` (B, 1, R, S) are one or one per kind of layer, of a packing `packed_mask`'s. Rows behind the
         first `num_clean` are masks of the `adapter`, if the policy has one.
         """
+        is_first = self._most_rows is None
         if not self._serves(ids_BR.numel(), frozenset() if adapter is None else adapter.hook_ids):
             return None
+        if is_first and adapter is not None:
+            self._served_updates(adapter)  # now, so that the first draft forward does not wait for it
         updates = None
         if adapter is not None and packing is None and num_clean < ids_BR.shape[1]:
             updates = self._served_updates(adapter)

@@ -6,7 +6,8 @@ from blockroll.types import PLAIN, Plan
 
 def test_every_cell_has_a_row_with_its_range_and_is_measured_once(tmp_path, policy, monkeypatch):
     cells = [*sampler.cells((1, 2), (PLAIN, Plan(4)), ({}, {"top_p": 0.9}))]
-    assert len(cells) == 2 * 2 * 2 + 2  # and a mixed law for each batch
+    num_mixed = len(sampler.MIXED_SAMPLINGS)
+    assert len(cells) == 2 * 2 * 2 + 2 * num_mixed  # and a mixed law for each batch
     path = tmp_path / "rows.jsonl"
     first = sampler.run(policy, cells[:2], path, minutes=1, waves=1, tokens=3)
     asked = []

@@ -9,6 +9,7 @@ from blockroll.policies import compiled
 from blockroll.policies.adapter import AdapterConfig, DraftAdapter, LowRank
 from blockroll.policies.compiled import CompiledLayers
 from blockroll.policies.compiled_updates import CompiledUpdates
+from blockroll.policies.growing_window import GrowingWindow
 from blockroll.policies.hf import HFPolicy
 from blockroll.policies.layout import two_forward_rows
 from blockroll.policies.prepacked import law_gap
@@ -289,3 +290,10 @@ def _random(policy, *, rank, scale=0.5):
                 parameter.copy_(torch.randn(parameter.shape, generator=generator))
             update.up.mul_(scale / rank)
     return adapter
+
+
+def test_the_first_forward_decides_for_masks_too(served):
+    quick, _ = pair()
+    quick.verify_logits(torch.tensor([[1, 2, 3]]), GrowingWindow(1).grown(3))
+    assert quick.compiled._updates is not None
+    assert quick.compiled._updates.is_compared

@@ -101,6 +101,17 @@ def test_costs_outlive_the_process(tmp_path):
         assert again.num_samples(work) == model.num_samples(work)
 
 
+def test_the_first_measured_step_is_kept_at_once(tmp_path):
+    path = tmp_path / "costs.json"
+    model = CostModel.load(path)
+    plain, drafted = Work.of(PLAIN, 8, 64), Work.of(TWO_8, 8, 64)
+    for work in (plain, plain, drafted, plain):  # the first of a place warms it up
+        model.observe(work, 1e-3)
+    assert not path.exists()
+    model.observe(drafted, 4e-3)
+    assert CostModel.load(path).num_samples(drafted) == 1
+
+
 @pytest.mark.parametrize(
     "text",
     [

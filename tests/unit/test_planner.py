@@ -4,13 +4,14 @@ import itertools
 import logging
 import re
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
 from blockroll.errors import InvalidInput
 from blockroll.policies.hf import HFPolicy
 from blockroll.rollout.engine.plans import NextStep
-from blockroll.rollout.planning.candidates import candidate_plans, cost_key
+from blockroll.rollout.planning.candidates import candidate_plans, cost_key, recorded_tokens
 from blockroll.rollout.planning.planner import Planner
 from blockroll.rollout.planning.reading import read_plan
 from blockroll.types import PLAIN
@@ -55,6 +56,33 @@ def test_the_fastest_plan_is_found_and_kept(batch_size, draft_agrees, row_cost):
     best = max(world.speed(plan, batch_size) for plan in PLANS)
     assert world.speed(most_common(settled), batch_size) > 0.88 * best
     assert mean_speed(world, settled, batch_size) > 0.86 * best  # timing rivals again included
+
+
+def test_what_was_found_before_is_used_from_the_first_steps():
+    world = World(draft_agrees=0.9, row_cost=0.005)
+    early = world.run(Planner(PLANS, known_tokens={TWO_8: world.tokens(TWO_8)}), 40, 8)
+    assert early.count(TWO_8) > 30
+    assert TWO_8 not in world.run(Planner(PLANS), 40, 8)
+
+
+def test_what_was_found_before_and_holds_no_more_costs_little():
+    world = World(draft_agrees=0.1, row_cost=0.05)
+    steps = world.run(Planner(PLANS, known_tokens={TWO_8: 6.5}), 2000, 8)
+    assert 0 < steps.count(TWO_8) < 20
+    assert mean_speed(world, steps, 8) > 0.98 * world.speed(PLAIN, 8)
+
+
+def test_a_draft_adapter_records_what_its_two_forward_steps_committed():
+    policy = adapted_policy()
+    config = replace(policy.adapter.config, block_sizes=(4, 8), layouts=("two_forward",), extra={})
+    policy.adapter.config = config
+    assert recorded_tokens(policy) == {}
+    record = {"two_forward(8)": 6.5, "two_forward(4)": 5.5, "fused(8)": 6.0}
+    policy.adapter.config = replace(config, extra={"tokens_per_step": record})
+    assert recorded_tokens(policy) == {TWO_8: 6.5}  # no step of 4 drafts commits more than 5
+    policy.use_adapter(policy.adapter)
+    assert read_plan("auto", policy).expected_tokens(TWO_8) == 6.5
+    assert recorded_tokens(HFPolicy(random_model())) == {}
 
 
 def test_each_batch_has_its_own_best_plan():

@@ -47,6 +47,19 @@ def is_narrower(plan: Plan, other: Plan) -> bool:
     return like == other_like and plan.num_drafts < other.num_drafts
 
 
+def recorded_tokens(policy: "HFPolicy") -> dict[Plan, float]:
+    """Tokens that two-forward steps committed when the policy's draft adapter was trained, as it says.
+
+    Of fused plans an adapter knows what proposals at every level would commit: no plan has them all.
+    """
+    if policy.adapter is None:
+        return {}
+    config = policy.adapter.config
+    record = config.extra.get("tokens_per_step", {})
+    found = {Plan(size): record.get(Plan(size).name, 0) for size in config.block_sizes}
+    return {plan: tokens for plan, tokens in found.items() if 1 <= tokens <= 1 + plan.num_drafts}
+
+
 def read_costs(policy: "HFPolicy") -> CostModel:
     """What is kept of the costs of such a policy on such a machine."""
     return CostModel.load(cache_dir() / "plans" / f"{cost_key(policy)}.json")

@@ -18,11 +18,11 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 
 from blockroll.rollout.engine.plans import Choice, NextStep, StepsTaken
-from blockroll.rollout.planning.candidates import is_narrower
 from blockroll.rollout.planning.costs import VERIFY, CostModel, Work
-from blockroll.rollout.planning.counts import Account, Chosen, Counts, Looks
+from blockroll.rollout.planning.counts import Account, Chosen, Looks
 from blockroll.rollout.planning.lengths import cheapest_draft, verifiable
 from blockroll.rollout.planning.plain_times import PlainTimes
+from blockroll.rollout.planning.tokens import COUNTED_STEPS, TokensByPlan
 from blockroll.types import HISTORY, PLAIN, Plan, PlanKind
 
 logger = logging.getLogger(__name__)
@@ -32,14 +32,10 @@ _MARGIN = 0.05  # a plan replaces another if it is faster by this share
 _HOPELESS = 0.8  # a plan is not tried if it is hoped to reach less than this share of the best's speed,
 _CLOSE = 0.9  # and one that is known not again
 _TRIALS = 3  # steps of a plan at a place, after which its cost is known there
-_COUNTED_STEPS = 12  # request-steps anywhere, after which its tokens are known
-_PRIOR_STEPS = 4  # request-steps that the optimistic guess at a plan's tokens weighs,
-_HOPE = 0.6  # which is so many of its drafts
 _SHARE_TO_TRY = 0.01  # of the time, that trials may take, paid before,
 _SHARE_OF_GAINS = 0.1  # of what drafts have saved pays for trials too
 _LEAST_UNKNOWN = 1.0  # and so many plain steps at least for each of work that the machine has never shown,
 _FEARED = 1.5  # which is paid for as if it cost so many times what is expected
-_DOUBTED = 0.5  # of the drafts that are hoped for, where it is paid for
 _LEAST_CHANCE = 0.01  # of a draft that is looked for, however cheap its row is
 _FIRST_DRAFTS = 8  # or one for each request; more where half as many rows were measured: lines bend
 _WORST = 2.0  # times its predicted cost: what a step took beyond that was not the plan's doing
@@ -62,8 +58,14 @@ class Planner:
 
     name = AUTO
 
-    def __init__(self, candidates: Iterable[Plan], *, costs: CostModel | None = None) -> None:
-        """Plain is always a candidate."""
+    def __init__(
+        self,
+        candidates: Iterable[Plan],
+        *,
+        costs: CostModel | None = None,
+        known_tokens: Mapping[Plan, float] | None = None,
+    ) -> None:
+        """Plain is always a candidate. `known_tokens`: what steps of a plan were found to commit before."""
         self.candidates = tuple(
             sorted({PLAIN, *candidates}, key=lambda plan: (plan.rows_per_forward, plan.forwards_per_step))
         )
@@ -71,11 +73,7 @@ class Planner:
         self._plain_times = PlainTimes(self.costs)
         self._looked_up = [plan for plan in self.candidates if plan.drafter == HISTORY]
         self._counted = [plan for plan in self.candidates if plan.drafter != HISTORY]
-        self._counts = {plan: Counts() for plan in self.candidates}
-        self._narrower = {
-            plan: [other for other in reversed(self._counted) if is_narrower(other, plan)]
-            for plan in self._counted
-        }
+        self._tokens = TokensByPlan(self.candidates, dict(known_tokens or {}))
         self._in_use = PLAIN
         self._place: Work | None = None
         self._holds_until = _FIRST_STEPS  # this many steps
@@ -147,7 +145,7 @@ class Planner:
         self._num_steps += num_steps
         for seconds in taken.step_seconds:
             self.costs.observe(chosen.work, seconds - taken.start_seconds / num_steps)
-        counts = self._counts[taken.plan]
+        counts = self._tokens.counts(taken.plan)
         if taken.plan != PLAIN:
             counts.count(num_steps * taken.batch_size, taken.num_tokens)
         # After a switch, all requests are started.
@@ -172,33 +170,21 @@ class Planner:
 
     def state_dict(self) -> dict[str, list[float]]:
         """What was counted of each plan; what steps cost lies in the cost model, of the device."""
-        return {plan.name: list(dataclasses.astuple(counts)) for plan, counts in self._counts.items()}
+        return self._tokens.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Sequence[float]]) -> None:
         """Go on from `state_dict()`; plans that are no candidates here are left out."""
-        for plan in self.candidates:
-            if plan.name in state:
-                self._counts[plan] = Counts(*state[plan.name])
+        self._tokens.load_state_dict(state)
 
     def expected_tokens(self, plan: Plan) -> float:
         """Committed tokens per request and step; hopefully many while few were counted."""
-        if plan == PLAIN:
-            return 1.0
-        counted = self._counts[plan]
-        total = counted.num_tokens + _PRIOR_STEPS * self._most_tokens(plan)
-        return total / (counted.num_steps + _PRIOR_STEPS)
-
-    def _most_tokens(self, plan: Plan) -> float:
-        """Further drafts are accepted at most as often as, on average, those of the next narrower plan."""
-        for narrower in self._narrower.get(plan, ()):
-            if self._counts[narrower].num_steps:
-                accepted_per_draft = (self.expected_tokens(narrower) - 1) / narrower.num_drafts
-                return 1 + accepted_per_draft * plan.num_drafts
-        return 1.0 + _HOPE * plan.num_drafts
+        return self._tokens.expected(plan)
 
     def speedup(self, plan: Plan, batch_size: int, context: int) -> float:
         """Expected tokens per second over plain's."""
-        cost = self.costs.cost(Work.of(plan, batch_size, context)) * (1 + self._counts[plan].start_share)
+        cost = self.costs.cost(Work.of(plan, batch_size, context)) * (
+            1 + self._tokens.counts(plan).start_share
+        )
         return self.expected_tokens(plan) / cost
 
     def _from_counts(self, step: NextStep, place: Work) -> tuple[Plan, bool]:
@@ -228,9 +214,9 @@ class Planner:
         Without hope: of plans that were counted for some steps one is always lucky.
         """
         known = {
-            plan: speed * self._surer_tokens(plan) / self.expected_tokens(plan)
+            plan: speed * self._tokens.surer(plan) / self.expected_tokens(plan)
             for plan, speed in speeds.items()
-            if plan == PLAIN or self._is_counted(plan)
+            if plan == PLAIN or self._tokens.is_counted(plan)
         }
         best = max(known, key=known.__getitem__)
         if known[best] > (1 + _MARGIN) * known.get(self._in_use, 0.0):
@@ -245,15 +231,12 @@ class Planner:
             )
             self._in_use = best
 
-    def _is_counted(self, plan: Plan) -> bool:
-        return self._counts[plan].num_steps >= _COUNTED_STEPS
-
     def _is_unknown(self, plan: Plan, step: NextStep) -> bool:
         """Whether tokens or cost need a trial; those of narrower plans come first, wider ones follow them."""
-        if plan in (PLAIN, self._in_use) or not all(map(self._is_counted, self._narrower[plan])):
+        if plan in (PLAIN, self._in_use) or not self._tokens.is_in_turn(plan):
             return False
         work = Work.of(plan, step.batch_size, step.context)
-        return not self._is_counted(plan) or self.costs.num_samples(work) < _TRIALS
+        return not self._tokens.is_counted(plan) or self.costs.num_samples(work) < _TRIALS
 
     def _next_trial(self, speeds: Mapping[Plan, float], step: NextStep) -> tuple[Plan, int] | None:
         """Of a plan that could win and is not known yet, or again of one that comes close, or of plain."""
@@ -261,21 +244,20 @@ class Planner:
             return None
         best = speeds[self._in_use]
         unknown = [plan for plan in self._counted if self._is_unknown(plan, step)]
-        if unknown:
-            plan = max(unknown, key=speeds.__getitem__)
-            hoped = speeds[plan]
-            if not self.costs.knows_rows_at(step.batch_size):  # they may be free here
-                hoped = self.expected_tokens(plan) / plan.forwards_per_step
-            steps, is_known = self._fewest_steps(plan, step), self.costs.knows_like(plan)
-            if is_known:
-                steps = max(steps, min(-(-_COUNTED_STEPS // step.batch_size), _STEPS_OF_A_TRIAL))
-            trial, is_told = (plan, steps), is_known and self._is_counted(plan)
-            if hoped > (1 if is_told else _HOPELESS) * best and self._is_paid(trial, best, step):
-                return trial
+        recorded = [plan for plan in unknown if plan in self._tokens.found_before]
+        for each in (recorded, unknown):
+            plan = max(each, key=speeds.__getitem__, default=None)
+            if plan is None or not self._is_promising(plan, speeds[plan], best, step):
+                continue
+            steps = self._fewest_steps(plan, step)
+            if self.costs.knows_like(plan):
+                steps = max(steps, min(-(-COUNTED_STEPS // step.batch_size), _STEPS_OF_A_TRIAL))
+            if self._is_paid((plan, steps), best, step):
+                return plan, steps
         close = [
             plan
             for plan, speed in speeds.items()
-            if plan == PLAIN or (speed >= _CLOSE * best and self._is_counted(plan))
+            if plan == PLAIN or (speed >= _CLOSE * best and self._tokens.is_counted(plan))
         ]
         since = {plan: self._num_steps - self._tried_at.get(plan, 0) for plan in close}
         since[PLAIN] *= len(close)  # what plain steps take is to be known near in time
@@ -292,6 +274,13 @@ class Planner:
         self._num_plain_trials += plan == PLAIN
         return trial
 
+    def _is_promising(self, plan: Plan, speed: float, best: float, step: NextStep) -> bool:
+        """Whether it could win, by what is hoped of it."""
+        if not self.costs.knows_rows_at(step.batch_size):  # they may be free here
+            speed = self.expected_tokens(plan) / plan.forwards_per_step
+        is_told = self.costs.knows_like(plan) and self._tokens.is_counted(plan)
+        return speed > (1 if is_told else _HOPELESS) * best
+
     def _fewest_steps(self, plan: Plan, step: NextStep) -> int:
         """Of a trial: the first at a place warms it up."""
         return 1 if Work.of(plan, step.batch_size, step.context).place in self._ran else 2
@@ -300,8 +289,11 @@ class Planner:
         """Whether what has run is long enough for what the trial may lose, if it may: tokens without hope."""
         plan, steps = trial
         work = Work.of(plan, step.batch_size, step.context)
-        cost, worth = self.costs.cost(work), self._surer_tokens(plan) / best
-        loss = cost - worth if self.costs.knows_like(plan) else max(_FEARED * cost - worth, _LEAST_UNKNOWN)
+        cost, worth = self.costs.cost(work), self._tokens.surer(plan) / best
+        loss = cost - worth
+        if not self.costs.knows_like(plan):
+            least = loss if plan in self._tokens.found_before else _LEAST_UNKNOWN
+            loss = max(_FEARED * cost - worth, least)
         lost = steps * loss + self._start_cost(plan, step.batch_size, step.context)
         return lost <= 0 or self._trials.unpaid + lost <= _SHARE_TO_TRY * self._plain_steps
 
@@ -310,13 +302,6 @@ class Planner:
         if plan.kind is not PlanKind.FUSED:
             return 0.0
         return self.costs.cost(Work.of(Plan(plan.num_drafts), batch_size, context)) / 2
-
-    def _surer_tokens(self, plan: Plan) -> float:
-        """Committed tokens per request and step without hope: drafts that were not counted are doubted."""
-        if not self._is_counted(plan):
-            return 1 + _DOUBTED * (self.expected_tokens(plan) - 1)
-        counted = self._counts[plan]
-        return (counted.num_tokens + _PRIOR_STEPS) / (counted.num_steps + _PRIOR_STEPS)
 
     def _from_history(self, step: NextStep, without: Chosen) -> tuple[Chosen, Sequence[int] | None]:
         """Drafts from history if they beat the plan in use, and how many for each request."""
@@ -381,7 +366,7 @@ class Planner:
         lost = cost - tokens / chosen.rate
         if chosen.is_trial:
             self._trials.add(lost + taken.start_seconds / plain_s)
-            if seconds / plain_s > 2 * self._surer_tokens(taken.plan) / (_HOPELESS * chosen.rate):
+            if seconds / plain_s > 2 * self._tokens.surer(taken.plan) / (_HOPELESS * chosen.rate):
                 self._trial = None  # even if half of it was for the first time
         elif cost < tokens:
             self._trials.add(-_SHARE_OF_GAINS * (tokens - cost))
@@ -392,6 +377,4 @@ class Planner:
 
     def _forget(self) -> None:
         """Policy and prompts have changed meanwhile: what is not in use may have become better."""
-        for plan in self.candidates:
-            if plan != self._in_use:
-                self._counts[plan] = Counts()
+        self._tokens.forget(but=self._in_use)

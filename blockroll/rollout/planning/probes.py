@@ -14,7 +14,7 @@ from blockroll.rollout.planning.costs import CostModel, Work
 from blockroll.types import HISTORY, PLAIN, POINT_MASS, Draft, Plan, Request, Sampling
 
 BATCH_SIZES = (1, 8, 32)
-_ROUNDS = 3  # of which the first warms up
+_ROUNDS = 4  # of which the first warms up
 _PROMPT = 32  # tokens
 
 

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from blockroll.rollout.planning.candidates import candidate_plans, read_costs
+from blockroll.rollout.planning.candidates import candidate_plans, read_costs, recorded_tokens
 from blockroll.rollout.planning.planner import AUTO, Planner
 from blockroll.types import Plan
 
@@ -19,5 +19,5 @@ def read_plan(
     """
     if text.strip() == AUTO:
         candidates = candidate_plans(policy, with_mask_rows=with_mask_rows, with_history=with_history)
-        return Planner(candidates, costs=read_costs(policy))
+        return Planner(candidates, costs=read_costs(policy), known_tokens=recorded_tokens(policy))
     return Plan.parse(text, default_drafts=policy.trained_drafts or 1)
