@@ -55,17 +55,21 @@ def test_rollouts_of_another_seed_are_counted_as_different(adapter):
 
 
 def test_a_cell_of_the_grid_has_fixed_plans_auto_with_its_regret_and_generate(adapter, tmp_path):
-    rows = grid.grid(adapter, batches=(2,), contexts=(32,), repeats=2, folder=tmp_path)
+    rows = grid.grid(adapter, batches=(2,), contexts=(64, 96), repeats=2, folder=tmp_path)
+    as_taught, rows = rows[: len(rows) // 2], rows[len(rows) // 2 :]
+    assert {row["prompt_tokens"] < 20 for row in as_taught if "prompt_tokens" in row} == {True}
+    plain = next(row for row in as_taught if row["plan"] == turns.PLAIN)
+    assert plain["num_tokens"] < 2 * 16 * 64  # texts end where they end
     assert [row["plan"] for row in rows] == [*grid.FIXED, "auto", turns.AGAIN, "transformers_generate"]
     chosen = next(row for row in rows if row["plan"] == "auto")
     assert chosen["regret_low"] <= chosen["regret"] <= chosen["regret_high"]
     assert chosen["predicted_over_achieved"] > 0
     assert chosen["best_fixed"] in grid.FIXED
     assert rows[-1]["auto_over_it_low"] <= rows[-1]["auto_over_it"]
-    assert {row["prompt_tokens"] for row in rows} == {32}
+    assert {row["prompt_tokens"] for row in rows} == {96}
     assert {row["num_tokens"] for row in rows} == {2 * 4 * 64}
     json.dumps(rows)
-    assert "| 32 | 2 | " in readme_shows.grid_table(rows)
+    assert "| 96 | 2 | " in readme_shows.grid_table(rows)
 
 
 def test_the_long_tail_has_equal_lengths_under_every_plan(adapter, tmp_path, monkeypatch):
