@@ -106,22 +106,21 @@ class CompiledLayers:
         adapter: DraftAdapter | None,
         num_clean: int,
     ) -> Tensor | None:
-        """Last hidden states (B, R, W), or (1, N, W) with a packing, as the model without its head gives
-        them; None: ask the model.
+        """Last hidden states (B, R, W), or (1, N, W) with a packing, as the model without its head gives them.
 
-        `masks` (B, 1, R, S) are one or one per kind of layer, of a packing `packed_mask`'s. Rows behind the
+        None: ask the model. `masks` (B, 1, R, S) are one or one per kind of layer, of a packing `packed_mask`'s. Rows behind the
         first `num_clean` are masks of the `adapter`, if the policy has one.
         """
-        is_first = self._most_rows is None
+        is_first, has_masks = self._most_rows is None, packing is None and num_clean < ids_BR.shape[1]
         if not self._serves(ids_BR.numel(), frozenset() if adapter is None else adapter.hook_ids):
             return None
-        if is_first and adapter is not None:
-            self._served_updates(adapter)  # now, so that the first draft forward does not wait for it
         updates = None
-        if adapter is not None and packing is None and num_clean < ids_BR.shape[1]:
+        if adapter is not None and (has_masks or is_first):  # the first drafts shall not wait for it
             updates = self._served_updates(adapter)
-            if updates is None:
-                return None
+        if not has_masks:
+            updates = None
+        elif adapter is not None and updates is None:
+            return None
         x_BRW = self._shape_here.base.embed_tokens(ids_BR)
         if x_BRW.dtype != self._dtype:
             return None
