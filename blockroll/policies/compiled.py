@@ -106,9 +106,9 @@ class CompiledLayers:
         adapter: DraftAdapter | None,
         num_clean: int,
     ) -> Tensor | None:
-        """Last hidden states (B, R, W), or (1, N, W) with a packing, as the model without its head gives them.
+        """Last hidden states (B, R, W), or (1, N, W) with a packing; None: ask the model.
 
-        None: ask the model. `masks` (B, 1, R, S) are one or one per kind of layer, of a packing `packed_mask`'s. Rows behind the
+        `masks` (B, 1, R, S) are one or one per kind of layer, of a packing `packed_mask`'s. Rows behind the
         first `num_clean` are masks of the `adapter`, if the policy has one.
         """
         is_first, has_masks = self._most_rows is None, packing is None and num_clean < ids_BR.shape[1]
@@ -121,13 +121,13 @@ class CompiledLayers:
             updates = None
         elif adapter is not None and updates is None:
             return None
-        x_BRW = self._shape_here.base.embed_tokens(ids_BR)
+        shape = self._shape_here
+        x_BRW = shape.base.embed_tokens(ids_BR)
         if x_BRW.dtype != self._dtype:
             return None
         if adapter is not None and updates is not None:
             x_BRW = adapter.embed(x_BRW, num_clean)
-        num_layers = self._shape_here.num_layers
-        return self._run(x_BRW, positions_BR, masks, window, packing, num_layers, updates, num_clean)
+        return self._run(x_BRW, positions_BR, masks, window, packing, shape.num_layers, updates, num_clean)
 
     def logits(self, head: nn.Module, states: Tensor) -> Tensor | None:
         """Float32 logits (..., V), rounded as the head's own are; None: ask the head."""
@@ -377,6 +377,7 @@ class CompiledLayers:
             )
             before, added_before = after, added[index]
         given = None if attended is None else attended.data_ptr()
+        rotated = [None] * 5
         call(
             model_at,
             before,
@@ -388,7 +389,7 @@ class CompiledLayers:
             given,
             num_rows,
             rows,
-            *[None] * 5,
+            *rotated,
             *space,
             threads,
         )
