@@ -12,7 +12,6 @@ autocast, or of another type goes through the model's own modules.
 """
 
 import logging
-import time
 from collections.abc import Callable, Mapping, Sequence, Set
 from ctypes import CDLL, addressof
 from functools import partial
@@ -33,6 +32,7 @@ from blockroll.policies.compiled_updates import MOST_PARTS, CompiledUpdates
 from blockroll.policies.growing_window import GrowingWindow
 from blockroll.policies.layer_shape import LayerShape, has_own_forward, layer_kinds
 from blockroll.policies.packing import Packing
+from blockroll.policies.prepacked import seconds_of
 
 logger = logging.getLogger(__name__)
 
@@ -250,7 +250,7 @@ class CompiledLayers:
         most = 0
         for num_rows in _ROWS:
             compiled, own = (
-                min(_seconds(partial(run, num_rows)) for _ in range(_TURNS))
+                min(seconds_of(partial(run, num_rows)) for _ in range(_TURNS))
                 for run in (self._compiled_once, self._own_once)
             )
             if compiled > own:
@@ -394,9 +394,3 @@ class CompiledLayers:
             threads,
         )
         return last_BRW
-
-
-def _seconds(work: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    work()
-    return time.perf_counter() - started

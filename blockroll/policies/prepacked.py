@@ -315,11 +315,12 @@ def _is_faster(groups: Sequence[_Group], num_rows: int) -> bool:
             for module in group.modules:
                 F.linear(x, module.weight, module.bias)
 
-    pairs = [(_seconds(packed), _seconds(plain)) for _ in range(_TURNS)]
+    pairs = [(seconds_of(packed), seconds_of(plain)) for _ in range(_TURNS)]
     return min(pair[0] for pair in pairs) <= _LEAST_GAIN * min(pair[1] for pair in pairs)
 
 
-def _seconds(work: Callable[[], object]) -> float:
+def seconds_of(work: Callable[[], object]) -> float:
+    """Wall time of one call."""
     started = time.perf_counter()
     work()
     return time.perf_counter() - started

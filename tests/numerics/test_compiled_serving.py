@@ -121,7 +121,7 @@ def test_a_policy_that_moves_to_another_type_decodes_on():
 @pytest.mark.parametrize("slower_from", [1, 32, 1000])
 def test_auto_serves_as_many_rows_as_are_faster(monkeypatch, slower_from):
     monkeypatch.setattr(compiled, "_LEAST_WIDTH", 0)
-    monkeypatch.setattr(compiled, "_seconds", lambda work: work())
+    monkeypatch.setattr(compiled, "seconds_of", lambda work: work())
     monkeypatch.setattr(CompiledLayers, "_compiled_once", lambda self, rows: 1.0)
     monkeypatch.setattr(CompiledLayers, "_own_once", lambda self, rows: 0.5 if rows >= slower_from else 2.0)
     policy = HFPolicy(random_model(), prepack="off")
