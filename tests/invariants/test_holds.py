@@ -7,6 +7,8 @@ import pytest
 
 from blockroll.rollout.drafters.engine import Engine
 from blockroll.rollout.engine.plans import Choice
+from blockroll.rollout.planning.candidates import candidate_plans
+from blockroll.rollout.planning.planner import Planner
 from blockroll.types import Plan, Sampling
 from tests.engines import make_requests, run
 from tests.equality import assert_same_rollouts
@@ -134,3 +136,12 @@ def test_a_planner_that_raises_is_asked_again_by_the_next_step(policy, monkeypat
     engine.abort([third.request_id])
     engine.step()
     assert [step.batch_size for step in planner.asked] == [2, 2]
+
+
+def test_a_clock_that_stands_still_stops_no_planner(policy):
+    engine = Engine(policy, plan=Planner(candidate_plans(policy)), max_batch_size=2, clock=lambda: 1.0)
+    engine.submit(requests_of(12, 12))
+    finished = []
+    while engine.num_requests:
+        finished += engine.step().finished
+    assert [len(rollout.token_ids) for rollout in finished] == [12, 12]

@@ -354,7 +354,7 @@ class Planner:
                 self._plain_times.observe(chosen.work, each, 0 if index else num_others)
             self._plain_at = self._num_steps
         plain_s = self._plain_times.seconds(chosen.work)
-        if plain_s is None:
+        if not plain_s:  # none was measured, or by a clock that stands still
             return
         tokens, total_s = taken.num_tokens / taken.batch_size, seconds + taken.choice_seconds
         self._plain_steps += seconds / plain_s
