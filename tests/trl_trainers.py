@@ -61,6 +61,20 @@ def trainer(folder, cls=GRPOTrainer, *, model=str(TINY_POLICY_DIR), options=None
     return cls(model, args=settings(folder, config, **(options or {})), **arguments)
 
 
+def drawn_by_step(made):
+    """The completions of each step, as they are drawn."""
+    drawn = {}
+    generate = made.rollouts.generate
+
+    def recording(**arguments):
+        done = generate(**arguments)
+        drawn[made.state.global_step] = done.completion_ids
+        return done
+
+    made.rollouts.generate = recording
+    return drawn
+
+
 def logs(made):
     made.train()
     return [row for row in made.state.log_history if "loss" in row]

@@ -11,7 +11,7 @@ from blockroll.policies.loading import TINY_POLICY_DIR
 from blockroll.rl_loops.trl.checkpoint import load_rollout_state
 from blockroll.rollout.drafters.history_file import load_history, save_history
 from blockroll.rollout.pool.pool import RolloutPool
-from tests.trl_trainers import trainer
+from tests.trl_trainers import drawn_by_step, trainer
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:`.*gradient_checkpointing.*` is deprecated:FutureWarning",  # what TRL itself calls
@@ -33,26 +33,12 @@ def texts_of(index):
     return {tuple(texts.prompt): sorted(map(tuple, texts.ended)) for texts in index.prompts}
 
 
-def rounds(trained):
-    """Completions by step, as they are drawn."""
-    drawn = {}
-    generate = trained.rollouts.generate
-
-    def recording(**arguments):
-        done = generate(**arguments)
-        drawn[trained.state.global_step] = done.completion_ids
-        return done
-
-    trained.rollouts.generate = recording
-    return drawn
-
-
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """Two steps, both saved: the trainer, and what it has drawn."""
     folder = tmp_path_factory.mktemp("whole")
     trained = made(folder)
-    drawn = rounds(trained)
+    drawn = drawn_by_step(trained)
     trained.train()
     return folder, trained, drawn
 
@@ -81,7 +67,7 @@ def test_each_checkpoint_holds_the_history_of_its_step(whole):
 def test_a_resumed_run_goes_on_with_the_history_and_draws_the_same_tokens(whole, checkpoint, tmp_path):
     _, trained, drawn = whole
     resumed = made(tmp_path)
-    again = rounds(resumed)
+    again = drawn_by_step(resumed)
     resumed.train(resume_from_checkpoint=str(checkpoint))
     assert again == {1: drawn[1]}
     assert texts_of(index_of(resumed)) == texts_of(index_of(trained)), "those of the first step are in it"
@@ -140,7 +126,7 @@ def test_a_colocated_trainer_begins_siblings_one_by_one_and_draws_the_same_token
         submit(requests)
 
     replica.submit = recording
-    drawn = rounds(ordered)
+    drawn = drawn_by_step(ordered)
     ordered.train()
     assert drawn == {0: whole[2][0]}
     siblings = [f"train-0-0-0-{group * 4 + sibling}" for sibling in range(4) for group in range(4)]

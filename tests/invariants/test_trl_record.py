@@ -8,7 +8,7 @@ from blockroll.rl_loops.tracking import read_lines
 from blockroll.rollout.audit.check import check_audit
 from blockroll.rollout.audit.files import audit_files
 from tests.equality import assert_same_weights
-from tests.trl_trainers import aligned, trainer
+from tests.trl_trainers import aligned, drawn_by_step, trainer
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:`.*gradient_checkpointing.*` is deprecated:FutureWarning",  # what TRL itself calls
@@ -16,20 +16,8 @@ pytestmark = pytest.mark.filterwarnings(
 
 
 def test_a_resumed_run_draws_what_the_uninterrupted_one_draws(tmp_path):
-    def drawing(made):
-        drawn = {}
-        generate = made.rollouts.generate
-
-        def recording(**arguments):
-            done = generate(**arguments)
-            drawn[made.state.global_step] = done.completion_ids
-            return done
-
-        made.rollouts.generate = recording
-        return drawn
-
     whole = aligned(tmp_path / "whole")
-    want = drawing(whole)
+    want = drawn_by_step(whole)
     whole.train()
     folder = tmp_path / "whole" / "checkpoint-2"
     assert {path.name for path in (folder / "blockroll").iterdir()} == {
@@ -38,7 +26,7 @@ def test_a_resumed_run_draws_what_the_uninterrupted_one_draws(tmp_path):
         "rollout_state.pt",
     }
     resumed = aligned(tmp_path / "resumed")
-    got = drawing(resumed)
+    got = drawn_by_step(resumed)
     resumed.train(resume_from_checkpoint=str(folder))
     assert sorted(got) == [2, 3]
     assert got == {step: want[step] for step in (2, 3)}

@@ -290,10 +290,10 @@ class Planner:
         plan, steps = trial
         work = Work.of(plan, step.batch_size, step.context)
         cost, worth = self.costs.cost(work), self._tokens.surer(plan) / best
-        loss = cost - worth
-        if not self.costs.knows_like(plan):
-            least = loss if plan in self._tokens.found_before else _LEAST_UNKNOWN
-            loss = max(_FEARED * cost - worth, least)
+        is_known = self.costs.knows_like(plan)
+        loss = (cost if is_known else _FEARED * cost) - worth
+        if not is_known and plan not in self._tokens.found_before:
+            loss = max(loss, _LEAST_UNKNOWN)
         lost = steps * loss + self._start_cost(plan, step.batch_size, step.context)
         return lost <= 0 or self._trials.unpaid + lost <= _SHARE_TO_TRY * self._plain_steps
 
