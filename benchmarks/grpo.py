@@ -22,7 +22,7 @@ from transformers import TrainerCallback
 from benchmarks.cells import measured
 from benchmarks.rows import Row
 from benchmarks.trl_timing import GENERATE_S, OURS, STOCK, train, train_in_turn
-from benchmarks.workload import RUNS, SMOLLM2
+from benchmarks.workload import RUNS, SMOLLM2, working_dtype
 from blockroll.bench.prompts import asked, worked
 from blockroll.config import PolicyConfig, RolloutConfig, RunConfig, TrainConfig
 from blockroll.rl_loops import loop
@@ -67,10 +67,15 @@ def grpo(
     seeds: Sequence[int] = (0, 1, 2),
     steps: int = 4,
     max_tokens: int = 32,
-    bf16: bool = True,
+    bf16: bool | None = None,
     folder: Path | None = None,
 ) -> list[Row]:
-    """Rows of every seed: times of each arm's steps over TRL's own and over plain, and its rewards."""
+    """Rows of every seed: times of each arm's steps over TRL's own and over plain, and its rewards.
+
+    `bf16` is TRL's; None: where the processor multiplies in it.
+    """
+    if bf16 is None:
+        bf16 = working_dtype() == "bfloat16"
     cells: dict[str, Callable[[], list[Row]]] = {
         f"seed {seed}, {steps} steps": partial(
             cell, str(path), seed, steps=steps, max_tokens=max_tokens, bf16=bf16

@@ -86,20 +86,24 @@ def grid_table(rows: Sequence[Row]) -> str:
 def longtail_table(rows: Sequence[Row]) -> str:
     """Time to the last token."""
     lines = [
-        "| prompts | plan | time to the last token | over plain | tokens a step | steps |",
-        "| --- | --- | ---: | ---: | ---: | --- |",
+        "| policy | prompts | plan | time to the last token | over plain | tokens a step | steps |",
+        "| --- | --- | --- | ---: | ---: | ---: | --- |",
     ]
     lines += [
-        f"| {row['prompts']} | {row['plan']} | {row['seconds']:.2f} s "
+        f"| {row['policy']} | {row['prompts']} | {row['plan']} | {row['seconds']:.2f} s "
         f"| {median_and_range(row['time_over_plain_all'])} | {row['tokens_per_step']:.2f} | {shares(row)} |"
         for row in rows
     ]
-    first = rows[0]
+    firsts = {row["policy"]: row for row in reversed(rows)}
+    measured = "; ".join(
+        f"{name}, {first['machine']}: {first['rollouts']} requests at once in {first['batch']} places, "
+        f"lengths of {first['length_median']:.0f} tokens in the median, {first['length_mean']:.0f} in the "
+        f"mean, {first['length_longest']} at most, {first['repeats']} repeats in turns"
+        for name, first in sorted(firsts.items(), reverse=True)
+    )
     caption = (
-        f"The tiny policy's causal part with an adapter, {first['threads']} CPU thread, {first['rollouts']} "
-        f"requests at once in {first['batch']} places, lengths of {first['length_median']:.0f} tokens in the "
-        f"median, {first['length_mean']:.0f} in the mean, {first['length_longest']} at most: median (and "
-        f"range) of {first['repeats']} repeats in turns. Below 1 is faster than plain."
+        f"{rows[0]['threads']} CPU thread; {measured}. The tiny policy is its causal part with an adapter. "
+        "Median (and range) of the repeats: below 1 is faster than plain."
     )
     return "\n".join((*lines, "", caption))
 

@@ -23,7 +23,7 @@ import torch
 from benchmarks import rows
 from benchmarks.history import drain
 from benchmarks.rows import Row
-from benchmarks.workload import RUNS, SMOLLM2, one_thread
+from benchmarks.workload import RUNS, SMOLLM2, one_thread, working_dtype
 from blockroll.bench.prompts import worked_prompts
 from blockroll.config import DraftConfig
 from blockroll.policies.hf import HFPolicy
@@ -175,7 +175,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     wanted = [*cells()]
     with one_thread():
-        policy = drafting(checkpoint(SMOLLM2 / "policy"), K, dtype="bfloat16")
+        policy = drafting(checkpoint(SMOLLM2 / "policy"), K, dtype=working_dtype())
         path = FOLDER / f"{rows.last_commit('blockroll')}.jsonl"
         found = run(policy, wanted, path, minutes=given.minutes)
     if len(found) < len(wanted):

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from blockroll.config import ConvertConfig, DraftConfig, RunConfig
+from blockroll.kernels.processor import processor_features
 from blockroll.policies.hf import HFPolicy
 from blockroll.rl_loops.arithmetic import problems, reward
 from blockroll.rl_loops.convert import STATE_FILE, convert, load_convert_config
@@ -137,6 +138,12 @@ def threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def working_dtype() -> str:
+    """What a real model is measured in here: bfloat16 where the processor multiplies it, else float32."""
+    is_fast = any(name in processor_features() for name in ("avx512_bf16", "amx_bf16", "bf16mm"))
+    return "bfloat16" if is_fast else "float32"
 
 
 def has_smollm2(subject: str, experiment: str) -> bool:

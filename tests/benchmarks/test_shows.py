@@ -74,15 +74,26 @@ def test_a_cell_of_the_grid_has_fixed_plans_auto_with_its_regret_and_generate(ad
 
 def test_the_long_tail_has_equal_lengths_under_every_plan(adapter, tmp_path, monkeypatch):
     monkeypatch.setattr(longtail, "LONGEST", 40)
-    rows = longtail.longtail(adapter, count=10, batch=4, repeats=1, folder=tmp_path)
-    names = [*longtail.PLANS, turns.AGAIN]
-    assert [(row["prompts"], row["plan"]) for row in rows] == [
-        (kind, name) for kind in (longtail.GROUPED, longtail.UNLIKE) for name in names
+    rows = longtail.longtail(
+        adapter,
+        count=10,
+        batch=4,
+        repeats=1,
+        real=TINY_POLICY_DIR,
+        real_count=4,
+        real_repeats=1,
+        folder=tmp_path,
+    )
+    assert [(row["policy"], row["prompts"], row["plan"]) for row in rows] == [
+        (policy, kind, name)
+        for policy, plans in (("tiny", longtail.PLANS), ("SmolLM2-135M", longtail.REAL_PLANS))
+        for kind in (longtail.GROUPED, longtail.UNLIKE)
+        for name in (*plans, turns.AGAIN)
     ]
-    assert len({row["num_tokens"] for row in rows}) == 1
+    assert len({(row["policy"], row["num_tokens"]) for row in rows}) == 2
     assert all(row["length_longest"] <= 40 and row["time_over_plain"] > 0 for row in rows)
     json.dumps(rows)
-    assert f"| {longtail.UNLIKE} | auto | " in readme_shows.longtail_table(rows)
+    assert f"| SmolLM2-135M | {longtail.UNLIKE} | auto | " in readme_shows.longtail_table(rows)
 
 
 def test_grouped_rollouts_have_a_row_for_each_epoch_and_for_both(tmp_path, monkeypatch):
