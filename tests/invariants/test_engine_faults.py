@@ -13,6 +13,7 @@ from blockroll.rollout import engine as engine_package
 from blockroll.rollout.drafters.engine import Engine
 from blockroll.rollout.engine.cache import SlotCache
 from blockroll.rollout.engine.running import RunningRequest
+from blockroll.rollout.engine.served import ServedRequests
 from blockroll.types import Plan, Request, Sampling
 from tests.engines import make_requests
 from tests.equality import assert_same_rollouts
@@ -177,18 +178,19 @@ def test_after_a_broken_forward_requests_can_be_aborted_and_lose_nothing(policy,
 
 def rows_named_without_a_forward(monkeypatch):
     """A request that is given up leaves a slot that counts as holding its whole text."""
-    leave = Engine._leave
+    leave = ServedRequests._leave
     turns = itertools.count()
 
-    def wrong(engine, request_id):
-        tokens = engine._requests[request_id].token_ids[:-1]
-        slot = next(turns) % engine._cache.num_slots
-        leave(engine, request_id)
-        if slot >= engine._cache.num_open:
-            engine._cache._texts.cut(slot, 0)
-            engine._cache._texts.extend(slot, tokens)
+    def wrong(served, request_id):
+        tokens = served.requests[request_id].token_ids[:-1]
+        cache = served._cache
+        slot = next(turns) % cache.num_slots
+        leave(served, request_id)
+        if slot >= cache.num_open:
+            cache._texts.cut(slot, 0)
+            cache._texts.extend(slot, tokens)
 
-    monkeypatch.setattr(Engine, "_leave", wrong)
+    monkeypatch.setattr(ServedRequests, "_leave", wrong)
 
 
 def rows_committed_before_the_forward(monkeypatch):

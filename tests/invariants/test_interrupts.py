@@ -10,9 +10,9 @@ import torch
 
 from blockroll.errors import ReplicaError
 from blockroll.rollout.drafters.engine import Engine
-from blockroll.rollout.engine import cache, held
-from blockroll.rollout.engine import engine as engine_module
+from blockroll.rollout.engine import cache, held, served
 from blockroll.rollout.engine.cache import SlotCache
+from blockroll.rollout.engine.served import ServedRequests
 from blockroll.rollout.pool import replica as replica_module
 from blockroll.types import Plan, Sampling
 from tests.engines import make_requests
@@ -86,7 +86,7 @@ class InterruptedInCommit(InterruptedIn):
     """The same, at calls of the function in which tokens become a request's own."""
 
     def __call__(self, frame, event, argument) -> None:
-        if frame.f_code is Engine._commit.__code__:
+        if frame.f_code is ServedRequests.commit.__code__:
             super().__call__(frame, event, argument)
 
 
@@ -95,7 +95,7 @@ def test_what_a_step_commits_is_told_once_wherever_an_interrupt_comes(policy):
     number, is_over = 0, False
     while not is_over:
         number += 1
-        engine, interrupted = make_engine(policy, PLANS[0]), InterruptedInCommit(number, engine_module)
+        engine, interrupted = make_engine(policy, PLANS[0]), InterruptedInCommit(number, served)
         engine.submit(requests)
         told, finished = {request.request_id: [] for request in requests}, {}
         while engine.num_requests:

@@ -34,7 +34,7 @@ def across_an_update(break_replica=flip_a_byte):
     assert stale.engine.num_requests > 2, (
         "the case needs requests in flight at the replica that becomes stale"
     )
-    under_way = {running.request.request_id for running in stale.engine._requests.values()}
+    under_way = {running.request.request_id for running in stale.engine._served.requests.values()}
     pool.update(moved_update(1))
     assert pool.states == ("READY", "STALE")
     return pool, stale, requests, first, under_way, rollouts

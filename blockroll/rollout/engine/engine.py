@@ -8,11 +8,10 @@ the cache and the requests' state.
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 from torch import Tensor
 
-from blockroll.errors import InvalidInput, RequestFailed
+from blockroll.errors import InvalidInput
 from blockroll.policies.base import Policy
 from blockroll.rollout.engine.cache import SlotCache
 from blockroll.rollout.engine.drafting import Drafter
@@ -23,18 +22,11 @@ from blockroll.rollout.engine.requests import Limits, check_request
 from blockroll.rollout.engine.room import CacheRoom
 from blockroll.rollout.engine.running import RunningRequest
 from blockroll.rollout.engine.scheduler import Scheduler
+from blockroll.rollout.engine.served import ServedRequests, StepResult
 from blockroll.rollout.engine.starting import Starter
 from blockroll.rollout.engine.step import Decoded, Decoder
 from blockroll.rollout.engine.trace import EngineTimes, Observer
-from blockroll.types import Commit, Plan, Request, Rollout
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepResult:
-    """What one step made final."""
-
-    commits: tuple[Commit, ...]
-    finished: tuple[Rollout, ...]
+from blockroll.types import Plan, Request, Rollout
 
 
 class BareEngine:
@@ -94,12 +86,9 @@ class BareEngine:
         self._scheduler = Scheduler(max_batch_size=max_batch_size)
         self._cache = SlotCache(policy)
         self._decoder = Decoder(policy, self._cache, self._drafters, clock)
-        self._requests: dict[str, RunningRequest] = {}
-        # What a step has made final stands here until a step returns: an exception on the way loses nothing.
-        self._commits: list[Commit] = []
-        self._finished: dict[str, Rollout] = {}
-        self._is_interrupted = False  # a change of what runs has begun and not ended
         self._starter = Starter(policy, self.limits, decode, numbers_servings=len(drafters_of(plans)) > 1)
+        self._served = ServedRequests(self._scheduler, self._cache, self._starter)
+        self._is_interrupted = False  # a change of what runs has begun and not ended
         self._observers = tuple(observers)
         self._clock = clock
         self._planning = (
@@ -109,7 +98,7 @@ class BareEngine:
     @property
     def num_requests(self) -> int:
         """Requests waiting and running, and those whose rollouts no step has returned yet."""
-        return len(self._requests) + len(self._finished)
+        return len(self._served)
 
     @property
     def times(self) -> EngineTimes:
@@ -130,7 +119,7 @@ class BareEngine:
         for request in requests:
             if not are_checked:
                 check_request(request, self.limits)
-            if any(request.request_id in each for each in (new, self._requests, self._finished)):
+            if request.request_id in new or request.request_id in self._served:
                 raise InvalidInput(
                     f"request id {request.request_id!r} is already being served; ids must be unique"
                 )
@@ -140,30 +129,22 @@ class BareEngine:
             num_slots = self._room.make(requests)
             # What runs is never driven out.
             self._scheduler.max_batch_size = max(num_slots, len(self._scheduler.running))
-            self._requests |= {running.request.request_id: running for running in joining}
-            for running in joining:
-                self._scheduler.submit(running.request.request_id, running.num_tokens - 1)
+            self._served.add(joining)
 
     def abort(self, request_ids: Iterable[str]) -> tuple[Rollout, ...]:
         """End requests now; what each had committed comes back with finish reason `abort`.
 
         One that had ended in a step that then raised comes back as it ended. Unknown ids are left out.
         """
-        served = {each: None for each in request_ids if each in self._requests or each in self._finished}
+        served = [each for each in dict.fromkeys(request_ids) if each in self._served]
         with self._change():
-            for request_id in served:
-                if request_id in self._requests:
-                    self._finished[request_id] = self._requests[request_id].rollout()
-                    self._leave(request_id)
+            self._served.abort(served)
         self._tell_drafters(served)
-        aborted = tuple(self._finished[request_id] for request_id in served)
-        kept = {name: rollout for name, rollout in self._finished.items() if name not in served}
-        self._finished = kept
-        return aborted
+        return self._served.drop_finished(served)
 
     def release_memory(self) -> None:
         """Give the cache's memory back while nothing runs; the next request takes it again."""
-        if self._requests:
+        if self._served.requests:
             raise InvalidInput(f"{self.num_requests} requests are being served: their cache is in use")
         with self._change():
             self._cache.clear()
@@ -200,75 +181,33 @@ class BareEngine:
             self._prefill_missing()
             num_running = len(self._scheduler.running)
             batch = [
-                self._requests[request_id]
+                self._served.requests[request_id]
                 for request_id in (*self._scheduler.running, *self._scheduler.joining())
             ]
             if batch:
                 self._decode_batch(batch, num_running)
-        if not self._requests:
+        if not self._served.requests:
             self.check_integrity()
-        self._tell_drafters(self._finished)
-        result = StepResult(commits=tuple(self._commits), finished=tuple(reversed(self._finished.values())))
-        self._commits, self._finished = [], {}
-        return result
+        self._tell_drafters(self._served.finished)
+        return self._served.take()
 
     def _tell_drafters(self, request_ids: Iterable[str]) -> None:
         for request_id in request_ids:
             for drafter in self._drafters.values():
-                drafter.finished(self._finished[request_id])
+                drafter.finished(self._served.finished[request_id])
 
     def check_integrity(self) -> None:
         """Raise AssertionError where requests, slots and cache contradict each other."""
-        self._scheduler.check_integrity()
-        running = self._scheduler.running
-        assert self._requests.keys() == {*running, *self._scheduler.waiting}, "a request is nowhere scheduled"
-        if self._is_interrupted:
-            return  # the next call puts it right
-        self._cache.check_integrity()
-        assert self._cache.num_open == len(running), f"{self._cache.num_open} slots, not {len(running)}"
-        for slot, request_id in enumerate(running):
-            is_held = tuple(self._cache.tokens(slot)) == self._requests[request_id].token_ids[:-1]
-            assert is_held, f"slot {slot} does not hold the text of request {request_id!r}"
+        self._served.check_integrity(is_whole=not self._is_interrupted)
 
     @contextmanager
     def _change(self) -> Iterator[None]:
         """Around all that changes what runs: begins by putting right what an exception left half done."""
         if self._is_interrupted:
-            self._restore()
+            self._served.restore()
         self._is_interrupted = True
         yield
         self._is_interrupted = False
-
-    def _restore(self) -> None:
-        """Requests say what was committed: all else follows from them."""
-        self._cache.repair()
-        for request_id, running in tuple(self._requests.items()):
-            if not running.is_running:
-                self._finished[request_id] = running.rollout()
-            elif request_id not in self._finished:
-                self._restart(running)
-            if request_id in self._finished:
-                self._scheduler.drop(request_id)
-                del self._requests[request_id]
-        scheduled = {*self._scheduler.running, *self._scheduler.waiting}
-        for request_id, running in self._requests.items():
-            if request_id not in scheduled:
-                self._scheduler.submit(request_id, running.num_tokens - 1)
-        for slot, request_id in enumerate(self._scheduler.running):
-            cached = self._requests[request_id].token_ids[:-1]
-            if slot >= self._cache.num_open or tuple(self._cache.tokens(slot)[: len(cached)]) != cached:
-                self._cache.close(slot)
-                break
-            self._cache.keep(slot, len(cached))
-        self._cache.close(len(self._scheduler.running))
-
-    def _restart(self, running: RunningRequest) -> None:
-        """Walk its constraint anew: an interrupt may have stopped it anywhere."""
-        try:
-            running.restart(self._starter.guide(running.request))
-        except Exception as error:  # noqa: BLE001 - what a request brings along ends that request alone
-            running.fail(f"{RequestFailed.__name__}: its constraint raised {error!r}")
-            self._finished[running.request.request_id] = running.rollout()
 
     def _decode_batch(self, batch: list[RunningRequest], num_running: int) -> None:
         """One step of those that run and, behind them, those that join."""
@@ -287,7 +226,7 @@ class BareEngine:
             num_masks = None if num_running else self._decoder.num_masks_at_start(self.plan)
             first_logits = self._prefill(num_running, batch[num_running:], num_masks)
             self._scheduler.admit()
-        started, start_s, num_commits = self._clock(), self.times.start_s, len(self._commits)
+        started, start_s, num_commits = self._clock(), self.times.start_s, len(self._served.commits)
         self._settle(batch, self._decoder.decode(batch, self.plan, first_logits, lengths))
         seconds = self._clock() - started
         self.times.step_s += seconds + choice_s
@@ -296,7 +235,7 @@ class BareEngine:
             self._planning.observe(
                 seconds=seconds,
                 start_seconds=self.times.start_s - start_s,
-                num_tokens=sum([len(commit.token_ids) for commit in self._commits[num_commits:]]),
+                num_tokens=sum([len(commit.token_ids) for commit in self._served.commits[num_commits:]]),
                 is_last=len(self._scheduler.running) < len(batch),
             )
 
@@ -309,7 +248,7 @@ class BareEngine:
 
     def _settle(self, batch: list[RunningRequest], decoded: Decoded) -> None:
         num_before = [running.num_tokens for running in batch]
-        self._commit(batch, decoded)
+        self._served.commit(batch, decoded, plan=self.plan, version=self.policy_version, planner=self.planner)
         if not self._observers:
             return
         trace = decoded.trace(
@@ -318,68 +257,16 @@ class BareEngine:
             plan=self.plan,
             version=self.policy_version,
             precision=str(self.policy.kv_shape.dtype).removeprefix("torch."),
-            is_last=not self._requests,
+            is_last=not self._served.requests,
         )
         for observer in self._observers:
             observer(trace)
-
-    def _commit(self, batch: list[RunningRequest], decoded: Decoded) -> None:
-        """Make tokens final and let finished requests leave."""
-        verdict, failed = decoded.verified.verdict, decoded.failed
-        num_drafts, committed = decoded.draft.num_drafts_B.tolist(), verdict.num_committed_B.tolist()
-        tokens, is_draft, policy, behavior = (
-            column.tolist()
-            for column in (
-                verdict.token_ids_BL,
-                verdict.is_draft_BL,
-                decoded.policy_logprobs_BL,
-                verdict.behavior_logprobs_BL,
-            )
-        )
-        for slot, (num_before, _) in failed.items():
-            committed[slot] = num_before
-        # The rows of the anchor and of all new tokens but the last, which is the next anchor.
-        rows = [
-            (running.anchor, *tokens[slot][: kept - 1]) if kept else ()
-            for slot, (running, kept) in enumerate(zip(batch, committed, strict=True))
-        ]
-        self._cache.commit(0, rows)
-        num_commits = len(self._commits)
-        for slot in reversed(range(len(batch))):  # from the last slot, so that moves touch none still to come
-            running, kept = batch[slot], committed[slot]
-            error = None
-            try:
-                commit = running.commit(
-                    tokens[slot][:kept],
-                    is_draft[slot][:kept],
-                    policy[slot][:kept],
-                    behavior[slot][:kept],
-                    self.policy_version,
-                    plan=self.plan,
-                    num_drafts=num_drafts[slot],
-                    proposal=decoded.proposals[slot],
-                )
-            except RequestFailed as refusal:
-                error = f"{RequestFailed.__name__}: {refusal}"
-            else:
-                # No call: no interrupt comes between the text and what the step says of it.
-                self._commits[num_commits:num_commits] = [commit] if kept else []
-                if slot in failed and running.is_running:
-                    error = failed[slot][1]
-            if error is not None:
-                running.fail(error)
-                if not kept:
-                    self._cache.scrub(slot)
-            if not running.is_running:
-                speedups = self.planner.speedups if self.planner is not None else None
-                self._finished[running.request.request_id] = running.rollout(speedups)
-                self._leave(running.request.request_id)
 
     def _prefill_missing(self) -> None:
         """Rows of running texts that the cache does not hold: weights have changed, or a step raised."""
         start, running = self._cache.num_open, self._scheduler.running
         if start < len(running):
-            self._prefill(start, [self._requests[request_id] for request_id in running[start:]])
+            self._prefill(start, [self._served.requests[request_id] for request_id in running[start:]])
 
     def _prefill(
         self, start: int, joining: list[RunningRequest], num_drafts: int | None = None
@@ -390,11 +277,3 @@ class BareEngine:
         for running, taken in zip(joining, num_reused, strict=True):
             running.count_prefill(running.num_tokens - 1 - taken, taken)
         return first_logits
-
-    def _leave(self, request_id: str) -> None:
-        """A request is served no more; the rows of its text may be taken over."""
-        slot = self._scheduler.drop(request_id)
-        if slot is not None and slot < self._cache.num_open:
-            self._cache.keep(slot, self._requests[request_id].num_tokens - 1)
-            self._cache.release(slot)
-        del self._requests[request_id]

@@ -1,0 +1,188 @@
+"""The requests of an engine, from the queue to the rollout: what each has committed, and in which slot.
+
+A request stands in the queue or in a slot, never in both. What a step has made final is kept here until a
+step returns it: an exception on the way loses nothing.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from blockroll.errors import RequestFailed
+from blockroll.rollout.engine.cache import SlotCache
+from blockroll.rollout.engine.plans import PlanChooser
+from blockroll.rollout.engine.running import RunningRequest
+from blockroll.rollout.engine.scheduler import Scheduler
+from blockroll.rollout.engine.starting import Starter
+from blockroll.rollout.engine.step import Decoded
+from blockroll.types import Commit, Plan, Rollout
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepResult:
+    """What one step made final."""
+
+    commits: tuple[Commit, ...]
+    finished: tuple[Rollout, ...]
+
+
+class ServedRequests:
+    """Joins requests, scheduler and cache, so that the three never contradict each other between calls."""
+
+    def __init__(self, scheduler: Scheduler, cache: SlotCache, starter: Starter) -> None:
+        self.requests: dict[str, RunningRequest] = {}
+        self.commits: list[Commit] = []
+        self.finished: dict[str, Rollout] = {}
+        self._scheduler, self._cache, self._starter = scheduler, cache, starter
+
+    def __len__(self) -> int:
+        """Those waiting and running, and those whose rollouts no step has returned yet."""
+        return len(self.requests) + len(self.finished)
+
+    def __contains__(self, request_id: str) -> bool:
+        return request_id in self.requests or request_id in self.finished
+
+    def add(self, joining: Iterable[RunningRequest]) -> None:
+        """Queue requests."""
+        self.requests |= {running.request.request_id: running for running in joining}
+        for running in joining:
+            self._scheduler.submit(running.request.request_id, running.num_tokens - 1)
+
+    def abort(self, request_ids: Iterable[str]) -> None:
+        """End requests with what each had committed; those that have ended stay as they ended."""
+        for request_id in request_ids:
+            if request_id in self.requests:
+                self.finished[request_id] = self.requests[request_id].rollout()
+                self._leave(request_id)
+
+    def drop_finished(self, request_ids: Iterable[str]) -> tuple[Rollout, ...]:
+        """Rollouts that no step is to return."""
+        dropped = {request_id: self.finished[request_id] for request_id in request_ids}
+        rollouts = tuple(dropped.values())
+        kept = {name: rollout for name, rollout in self.finished.items() if name not in dropped}
+        # No calls from here on: an interrupt loses no rollout.
+        self.finished = kept
+        return rollouts
+
+    def take(self) -> StepResult:
+        """What was made final since the last time."""
+        result = StepResult(commits=tuple(self.commits), finished=tuple(reversed(self.finished.values())))
+        self.commits, self.finished = [], {}
+        return result
+
+    def commit(
+        self,
+        batch: Sequence[RunningRequest],
+        decoded: Decoded,
+        *,
+        plan: Plan,
+        version: int,
+        planner: PlanChooser | None,
+    ) -> None:
+        """Make the tokens of a step final and let finished requests leave."""
+        verdict, failed = decoded.verified.verdict, decoded.failed
+        num_drafts, committed = decoded.draft.num_drafts_B.tolist(), verdict.num_committed_B.tolist()
+        tokens, is_draft, policy, behavior = (
+            column.tolist()
+            for column in (
+                verdict.token_ids_BL,
+                verdict.is_draft_BL,
+                decoded.policy_logprobs_BL,
+                verdict.behavior_logprobs_BL,
+            )
+        )
+        for slot, (num_before, _) in failed.items():
+            committed[slot] = num_before
+        # The rows of the anchor and of all new tokens but the last, which is the next anchor.
+        rows = [
+            (running.anchor, *tokens[slot][: kept - 1]) if kept else ()
+            for slot, (running, kept) in enumerate(zip(batch, committed, strict=True))
+        ]
+        self._cache.commit(0, rows)
+        num_commits = len(self.commits)
+        for slot in reversed(range(len(batch))):  # from the last slot, so that moves touch none still to come
+            running, kept = batch[slot], committed[slot]
+            error = None
+            try:
+                commit = running.commit(
+                    tokens[slot][:kept],
+                    is_draft[slot][:kept],
+                    policy[slot][:kept],
+                    behavior[slot][:kept],
+                    version,
+                    plan=plan,
+                    num_drafts=num_drafts[slot],
+                    proposal=decoded.proposals[slot],
+                )
+            except RequestFailed as refusal:
+                error = f"{RequestFailed.__name__}: {refusal}"
+            else:
+                # No call: no interrupt comes between the text and what the step says of it.
+                self.commits[num_commits:num_commits] = [commit] if kept else []
+                if slot in failed and running.is_running:
+                    error = failed[slot][1]
+            if error is not None:
+                running.fail(error)
+                if not kept:
+                    self._cache.scrub(slot)
+            if not running.is_running:
+                speedups = planner.speedups if planner is not None else None
+                self.finished[running.request.request_id] = running.rollout(speedups)
+                self._leave(running.request.request_id)
+
+    def _leave(self, request_id: str) -> None:
+        """A request is served no more; the rows of its text may be taken over."""
+        slot = self._scheduler.drop(request_id)
+        if slot is not None and slot < self._cache.num_open:
+            self._cache.keep(slot, self.requests[request_id].num_tokens - 1)
+            self._cache.release(slot)
+        del self.requests[request_id]
+
+    def restore(self) -> None:
+        """Put right what an exception has left half done.
+
+        Requests say what was committed: all else follows from them.
+        """
+        self._cache.repair()
+        for request_id, running in tuple(self.requests.items()):
+            if not running.is_running:
+                self.finished[request_id] = running.rollout()
+            elif request_id not in self.finished:
+                self._restart(running)
+            if request_id in self.finished:
+                self._scheduler.drop(request_id)
+                del self.requests[request_id]
+        scheduled = {*self._scheduler.running, *self._scheduler.waiting}
+        for request_id, running in self.requests.items():
+            if request_id not in scheduled:
+                self._scheduler.submit(request_id, running.num_tokens - 1)
+        for slot, request_id in enumerate(self._scheduler.running):
+            cached = self.requests[request_id].token_ids[:-1]
+            if slot >= self._cache.num_open or tuple(self._cache.tokens(slot)[: len(cached)]) != cached:
+                self._cache.close(slot)
+                break
+            self._cache.keep(slot, len(cached))
+        self._cache.close(len(self._scheduler.running))
+
+    def _restart(self, running: RunningRequest) -> None:
+        """Walk its constraint anew: an interrupt may have stopped it anywhere."""
+        try:
+            running.restart(self._starter.guide(running.request))
+        except Exception as error:  # noqa: BLE001 - what a request brings along ends that request alone
+            running.fail(f"{RequestFailed.__name__}: its constraint raised {error!r}")
+            self.finished[running.request.request_id] = running.rollout()
+
+    def check_integrity(self, *, is_whole: bool) -> None:
+        """Raise AssertionError where requests, slots and cache contradict each other.
+
+        If they are not whole, as behind an exception, only what `restore` builds on is checked.
+        """
+        self._scheduler.check_integrity()
+        running = self._scheduler.running
+        assert self.requests.keys() == {*running, *self._scheduler.waiting}, "a request is nowhere scheduled"
+        if not is_whole:
+            return
+        self._cache.check_integrity()
+        assert self._cache.num_open == len(running), f"{self._cache.num_open} slots, not {len(running)}"
+        for slot, request_id in enumerate(running):
+            is_held = tuple(self._cache.tokens(slot)) == self.requests[request_id].token_ids[:-1]
+            assert is_held, f"slot {slot} does not hold the text of request {request_id!r}"
