@@ -20,10 +20,10 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from blockroll.errors import AdapterMismatch
+from blockroll.kernels.lowrank_linear import lowrank_linear
 
 ADAPTER_CONFIG = "draft_adapter.json"
 ADAPTER_WEIGHTS = "draft_adapter.safetensors"
@@ -45,7 +45,10 @@ class AdapterConfig:
 
 
 class LowRank(nn.Module):
-    """x -> up(down(x)); zero at the start, so that an untrained adapter changes nothing but the embedding."""
+    """Adds up(down(x)) to what a module gives for x.
+
+    Zero at the start, so that an untrained adapter changes nothing but the embedding.
+    """
 
     def __init__(self, in_features: int, out_features: int, rank: int) -> None:
         super().__init__()
@@ -53,9 +56,9 @@ class LowRank(nn.Module):
         self.up = nn.Parameter(torch.zeros(out_features, rank))
         nn.init.normal_(self.down, std=in_features**-0.5)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Update (..., out_features) in the dtype of x."""
-        return F.linear(F.linear(x, self.down.to(x.dtype)), self.up.to(x.dtype))
+    def forward(self, x_BRI: Tensor, base_BRO: Tensor, first_row: int) -> Tensor:
+        """What a module gives for `x_BRI`, with the update on rows `first_row`..; the rest stays."""
+        return lowrank_linear(base_BRO, x_BRI, self.down, self.up, first_row=first_row)
 
 
 class DraftAdapter(nn.Module):
@@ -151,15 +154,10 @@ class DraftAdapter(nn.Module):
 
     def _hook(self, update: LowRank) -> Any:
         def add_update(module: nn.Module, inputs: Sequence[Tensor], output: Tensor) -> Tensor:
-            first = self._first_row
-            if first is None:
+            if self._first_row is None:
                 return output
-            change = update(inputs[0][:, first:])
-            if not torch.is_grad_enabled():
-                output[:, first:].add_(change)
-                return output
-            changed = output[:, first:] + change
-            return changed if first == 0 else torch.cat([output[:, :first], changed], dim=1)
+            updated: Tensor = update(inputs[0], output, self._first_row)
+            return updated
 
         return add_update
 

@@ -113,7 +113,7 @@ class HFPolicy:
         self._layer_types: tuple[str, ...] = ()
         if FAMILIES[model.config.model_type] == "by_layer_type":
             self._layer_types = tuple(sorted(set(model.config.layer_types)))
-        self._final_softcap: float | None = getattr(model.config, "final_logit_softcapping", None)
+        self.final_softcap: float | None = getattr(model.config, "final_logit_softcapping", None)
         self.least_saved_rows = least_saved_rows(model, model.config.num_hidden_layers)
         self.packed = PackedLinears(model, prepack, self._probe_logits)
         self.compiled = CompiledLayers(
@@ -360,8 +360,8 @@ class HFPolicy:
         if logits is None:
             # A head that is kept in higher precision than the layers takes its input in that precision.
             logits = self.output_head(hidden.to(self.output_head.weight.dtype))
-        if self._final_softcap is not None:
-            logits = torch.tanh(logits / self._final_softcap) * self._final_softcap
+        if self.final_softcap is not None:
+            logits = torch.tanh(logits / self.final_softcap) * self.final_softcap
         return logits.float()
 
     def _probe_rows(self, num_masks: int = 0) -> Tensor:

@@ -19,11 +19,11 @@ from torch import Tensor
 
 from blockroll.config import TrainConfig
 from blockroll.errors import CheckpointError, InvalidInput
+from blockroll.kernels.selective_logprob import OutputHead, TokenLaws, selective_logprob
 from blockroll.policies.hf import HFPolicy
 from blockroll.rl_loops.advantages import Advantages
 from blockroll.rl_loops.algorithms import Algorithm
 from blockroll.rl_loops.losses import LossTokens, TokenLoss, behavior_correction
-from blockroll.rl_loops.token_laws import TokenLaws, token_laws
 from blockroll.rollout.pool.weight_sync import named_weights
 from blockroll.types import Rollout
 
@@ -40,7 +40,7 @@ class Learner:
     def __init__(self, policy: HFPolicy, config: TrainConfig, algorithm: Algorithm) -> None:
         """Take over the policy's model, which must be float32: smaller types lose small updates.
 
-        InvalidInput for another type, and for a model whose own logits are not `policy.logits` of its states.
+        InvalidInput for another type, and for a model whose own logits are not what its head makes of states.
         """
         dtypes = {parameter.dtype for parameter in policy.model.parameters()}
         if dtypes != {torch.float32}:
@@ -72,12 +72,12 @@ class Learner:
         return named_weights(self.model)
 
     def logprobs(self, rollouts: Sequence[Rollout]) -> TokenLaws:
-        """Teacher-forced law of every completion token, without gradient."""
+        """Teacher-forced law of every completion token, and its entropy, without gradient."""
         empty = torch.empty(0, device=self.policy.device)
         logprobs_B, entropies_B = [empty] * len(rollouts), [empty] * len(rollouts)
         with torch.no_grad(), self._threads():
             for indices in length_chunks(rollouts):
-                chunk = self._forward([rollouts[i] for i in indices])
+                chunk = self._forward([rollouts[i] for i in indices], with_entropy=True)
                 sizes = [len(rollouts[i].token_ids) for i in indices]
                 logprobs, entropies = (
                     torch.split(chunk.logprobs_N, sizes),
@@ -231,7 +231,7 @@ class Learner:
             num_dropped=sum(each.num_dropped for each in results),
         )
 
-    def _forward(self, rollouts: Sequence[Rollout]) -> TokenLaws:
+    def _forward(self, rollouts: Sequence[Rollout], *, with_entropy: bool = False) -> TokenLaws:
         """One right-padded forward; the output head sees only rows that predict completion tokens."""
         device = self.policy.device
         rows = [torch.tensor(r.request.prompt_ids + r.token_ids[:-1], device=device) for r in rollouts]
@@ -254,14 +254,13 @@ class Learner:
         temperatures = torch.tensor([r.request.sampling.logprob_temperature for r in rollouts], device=device)
         sizes = torch.tensor([len(rollout.token_ids) for rollout in rollouts], device=device)
         tokens_N = torch.tensor([token for rollout in rollouts for token in rollout.token_ids], device=device)
-        return token_laws(
-            self.policy.logits,
+        return selective_logprob(
             hidden_NW,
+            _head(self.policy),
             tokens_N,
             temperatures.repeat_interleave(sizes),
-            parameters=tuple(self.policy.output_head.parameters()),
-            vocab_size=self.policy.vocab_size,
             memory_bytes=self.config.logits_memory_mb << 20,
+            with_entropy=with_entropy,
         )
 
     @contextlib.contextmanager
@@ -284,6 +283,11 @@ class _StepResult:
     num_dropped: int
 
 
+def _head(policy: HFPolicy) -> OutputHead:
+    head = policy.output_head
+    return OutputHead(weight_VW=head.weight, bias_V=head.bias, softcap=policy.final_softcap)
+
+
 def _check_head(policy: HFPolicy) -> None:
     """The learner takes logits from states, piece by piece: they must be those of the model's own forward."""
     ids_1S = torch.arange(min(4, policy.vocab_size), device=policy.device)[None]
@@ -291,7 +295,7 @@ def _check_head(policy: HFPolicy) -> None:
         own_1SV = policy.model(input_ids=ids_1S, use_cache=False).logits.float()
         states_1SW = policy.model.base_model(input_ids=ids_1S, use_cache=False).last_hidden_state
         difference = float(
-            (policy.logits(states_1SW) - own_1SV).abs().max() / own_1SV.abs().max().clamp(min=1)
+            (_head(policy).logits(states_1SW[0]) - own_1SV[0]).abs().max() / own_1SV.abs().max().clamp(min=1)
         )
     if not difference < MAX_HEAD_DIFFERENCE:
         raise InvalidInput(

@@ -240,7 +240,7 @@ def test_masks_of_another_law_go_through_the_modules_and_it_is_said(begins_at_ze
 
 def _hooked(policy):
     update = policy.adapter.updates["layers_0_mlp_up_proj"]
-    update.register_forward_hook(lambda module, inputs, output: 2 * output)
+    update.register_forward_hook(lambda module, inputs, output: 2 * output - inputs[1])
 
 
 def _without_a_hook(policy):
@@ -248,8 +248,8 @@ def _without_a_hook(policy):
 
 
 class _Doubled(LowRank):
-    def forward(self, x):
-        return 2 * super().forward(x)
+    def forward(self, x, base, first_row):
+        return super().forward(x, super().forward(x, base, first_row), first_row)
 
 
 def _of_another_kind(policy):

@@ -259,7 +259,7 @@ def test_a_soft_cap_that_is_ignored_fails(broken_attention, cap):
         broken_attention(lambda *args, softcap=None, **kwargs: real(*args, **kwargs))
     policy = adapted_policy("gemma2")
     if cap == "final":
-        policy._final_softcap = None
+        policy.final_softcap = None
     assert {VERIFY, FUSED} <= set(check_policy(policy).failures)
 
 

@@ -187,7 +187,9 @@ def test_rollouts_of_no_advantage_count_in_the_mean_but_cost_no_forward(monkeypa
     subject, forwards = learner(), []
     forward = Learner._forward
     monkeypatch.setattr(
-        Learner, "_forward", lambda self, rollouts: forwards.append(rollouts) or forward(self, rollouts)
+        Learner,
+        "_forward",
+        lambda self, rollouts, **asked: forwards.append(rollouts) or forward(self, rollouts, **asked),
     )
     batch = on_policy(subject, BATCH)
     forwards.clear()

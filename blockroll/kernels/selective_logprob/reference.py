@@ -1,0 +1,131 @@
+"""The definition of `selective_logprob`, and how it runs on a CPU: piece by piece, logits made twice.
+
+Shapes: N tokens, W hidden width, V vocabulary.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+# Numbers per token and vocabulary entry that are there at once, forward and backward: logits, their soft cap,
+# over temperature, log-softmax, and the gradients of two of these.
+NUMBERS_PER_LOGIT = 6
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OutputHead:
+    """What makes logits of hidden states, each row by itself."""
+
+    weight_VW: Tensor
+    bias_V: Tensor | None = None
+    softcap: float | None = None  # c bends logits to c * tanh(logit / c)
+
+    def logits(self, states_NW: Tensor) -> Tensor:
+        """Logits (N, V) as the head multiplies, in its own precision or autocast's; float32 at least."""
+        logits_NV = F.linear(states_NW.to(self.weight_VW.dtype), self.weight_VW, self.bias_V)
+        if self.softcap is not None:
+            logits_NV = torch.tanh(logits_NV / self.softcap) * self.softcap
+        return logits_NV if logits_NV.dtype == torch.float64 else logits_NV.float()
+
+
+class TokenLaws(NamedTuple):
+    """Of each token, in nats: what carries a gradient, and what does not."""
+
+    logprobs_N: Tensor
+    entropies_N: Tensor  # of the law it was given by, without gradient; (0,) where not asked for
+
+
+def laws_of_logits(
+    logits_NV: Tensor, tokens_N: Tensor, temperature_N: Tensor, with_entropy: bool
+) -> TokenLaws:
+    """log softmax(logits / temperature) at the tokens: the definition."""
+    logprobs_NV = (logits_NV / temperature_N[:, None]).log_softmax(dim=-1)
+    with torch.no_grad():
+        asked_NV = logprobs_NV if with_entropy else logprobs_NV[:0]
+        entropies_N = -(asked_NV.exp() * asked_NV).sum(dim=-1)
+    return TokenLaws(logprobs_NV.gather(-1, tokens_N[:, None]).squeeze(-1), entropies_N)
+
+
+def laws_of_states(
+    states_NW: Tensor,
+    head: OutputHead,
+    tokens_N: Tensor,
+    temperature_N: Tensor,
+    with_entropy: bool,
+    num_rows: int,
+) -> TokenLaws:
+    """The same of logits that are made for `num_rows` tokens at a time, and for the gradient once more."""
+    if len(tokens_N) <= num_rows:
+        return laws_of_logits(head.logits(states_NW), tokens_N, temperature_N, with_entropy)
+    logprobs_N, entropies_N = _Pieces.apply(  # type: ignore[no-untyped-call]
+        num_rows,
+        with_entropy,
+        head.softcap,
+        tokens_N,
+        temperature_N,
+        states_NW,
+        head.weight_VW,
+        head.bias_V,
+    )
+    return TokenLaws(logprobs_N, entropies_N)
+
+
+class _Pieces(torch.autograd.Function):
+    """`torch.utils.checkpoint` would hold what it computed in cycles, until garbage is collected."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        num_rows: int,
+        with_entropy: bool,
+        softcap: float | None,
+        tokens_N: Tensor,
+        temperature_N: Tensor,
+        states_NW: Tensor,
+        weight_VW: Tensor,
+        bias_V: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        kind = states_NW.device.type
+        ctx.num_rows, ctx.softcap, ctx.kind = num_rows, softcap, kind
+        ctx.autocast = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+        ctx.save_for_backward(tokens_N, temperature_N, states_NW, weight_VW, bias_V)
+        head = OutputHead(weight_VW=weight_VW, bias_V=bias_V, softcap=softcap)
+        found = [
+            laws_of_logits(head.logits(states_NW[piece]), tokens_N[piece], temperature_N[piece], with_entropy)
+            for piece in _pieces(len(tokens_N), num_rows)
+        ]
+        logprobs_N = torch.cat([each.logprobs_N for each in found])
+        entropies_N = torch.cat([each.entropies_N for each in found])
+        ctx.mark_non_differentiable(entropies_N)
+        return logprobs_N, entropies_N
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        tokens_N, temperature_N, states_NW, *weights = ctx.saved_tensors
+        gradient_N = gradients[0]
+        is_autocast, dtype = ctx.autocast
+        trained = [each for each in weights if each is not None and each.requires_grad]
+        sums: list[Tensor] = []
+        states_gradient_NW = torch.empty_like(states_NW)
+        for piece in _pieces(len(tokens_N), ctx.num_rows):
+            with torch.enable_grad(), torch.autocast(ctx.kind, dtype=dtype, enabled=is_autocast):
+                states = states_NW[piece].detach().requires_grad_()
+                head = OutputHead(weight_VW=weights[0], bias_V=weights[1], softcap=ctx.softcap)
+                laws = laws_of_logits(head.logits(states), tokens_N[piece], temperature_N[piece], False)
+            found = torch.autograd.grad(laws.logprobs_N, [states, *trained], gradient_N[piece])
+            states_gradient_NW[piece] = found[0]
+            if not sums:
+                sums = [*found[1:]]
+            else:
+                sums = [total.add_(each) for total, each in zip(sums, found[1:], strict=True)]
+        by_weight = iter(sums)
+        of_head = [next(by_weight) if each is not None and each.requires_grad else None for each in weights]
+        return (*[None] * 5, states_gradient_NW, *of_head)
+
+
+def _pieces(count: int, num_rows: int) -> Iterator[slice]:
+    return (slice(start, start + num_rows) for start in range(0, count, num_rows))
