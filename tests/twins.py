@@ -5,7 +5,7 @@ import copy
 import torch
 
 from blockroll.policies.hf import HFPolicy
-from blockroll.rollout.engine.cache import SlotCache
+from blockroll.rollout.engine.cache.slots import SlotCache
 from tests.models import VOCAB_SIZE, random_adapter, random_model
 
 

@@ -20,7 +20,7 @@ from blockroll.errors import InvalidInput
 from blockroll.policies.adapter import DraftAdapter
 from blockroll.policies.hf import HFPolicy
 from blockroll.policies.rounding import nudged_inputs
-from blockroll.rollout.engine.cache import SlotCache
+from blockroll.rollout.engine.cache.slots import SlotCache
 
 LONGEST_WINDOW = 256  # sliding windows up to this are filled; beyond, prompts would cost too much
 MOST_PROMPTS = 6  # of those given

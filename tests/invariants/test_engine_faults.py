@@ -11,7 +11,7 @@ import torch
 
 from blockroll.rollout import engine as engine_package
 from blockroll.rollout.drafters.engine import Engine
-from blockroll.rollout.engine.cache import SlotCache
+from blockroll.rollout.engine.cache.slots import SlotCache
 from blockroll.rollout.engine.running import RunningRequest
 from blockroll.rollout.engine.served import ServedRequests
 from blockroll.types import Plan, Request, Sampling
@@ -307,8 +307,8 @@ def test_memory_that_cannot_be_had_changes_nothing(policy, expected, monkeypatch
 
             def scarce(*arguments, real=real[name], number=number, **options):
                 nonlocal count
-                count += sys._getframe(1).f_code.co_filename.endswith("cache.py") or (
-                    sys._getframe(2).f_code.co_filename.endswith("cache.py")
+                count += sys._getframe(1).f_code.co_filename.endswith("slots.py") or (
+                    sys._getframe(2).f_code.co_filename.endswith("slots.py")
                 )
                 if count == number:
                     count += 1

@@ -10,8 +10,9 @@ import torch
 
 from blockroll.errors import ReplicaError
 from blockroll.rollout.drafters.engine import Engine
-from blockroll.rollout.engine import cache, held, served
-from blockroll.rollout.engine.cache import SlotCache
+from blockroll.rollout.engine import served
+from blockroll.rollout.engine.cache import held, slots
+from blockroll.rollout.engine.cache.slots import SlotCache
 from blockroll.rollout.engine.served import ServedRequests
 from blockroll.rollout.pool import replica as replica_module
 from blockroll.types import Plan, Sampling
@@ -64,7 +65,7 @@ def serve(engine: Engine, interrupted: InterruptedIn) -> dict:
     return finished
 
 
-def interrupt_the_bookkeeping(policy, plan, *, count: int, modules=(cache, held)) -> None:
+def interrupt_the_bookkeeping(policy, plan, *, count: int, modules=(slots, held)) -> None:
     first = finish(make_engine(policy, plan), first_requests())
     later = finish(make_engine(policy, plan), later_requests(first))
     counting = InterruptedIn(0, *modules)
@@ -120,7 +121,7 @@ def interrupt_the_release_of_memory(policy) -> None:
     number, is_over = 0, False
     while not is_over:
         number += 1
-        engine, interrupted = make_engine(policy, PLANS[0]), InterruptedIn(number, cache, held)
+        engine, interrupted = make_engine(policy, PLANS[0]), InterruptedIn(number, slots, held)
         finish(engine, requests)
         sys.setprofile(interrupted)
         try:
@@ -144,7 +145,7 @@ def test_planted_rows_whose_memory_is_gone_are_noticed(policy, monkeypatch):
         self._texts, self._missing = held.SlotTexts(), []
         self.num_open = self.capacity = 0
 
-    memory_first.__code__ = memory_first.__code__.replace(co_filename=cache.__file__)
+    memory_first.__code__ = memory_first.__code__.replace(co_filename=slots.__file__)
     monkeypatch.setattr(SlotCache, "clear", memory_first)
     with pytest.raises(AssertionError):
         interrupt_the_release_of_memory(policy)
@@ -164,7 +165,7 @@ def interrupt_a_change_of_weights() -> set[str]:
         finish(replica.engine, later)
         replica.submit(running)
         replica.engine.step()
-        interrupted = InterruptedIn(number, replica_module, cache, held)
+        interrupted = InterruptedIn(number, replica_module, slots, held)
         load = replica_module.load_update
 
         def loaded_and_then(update, own, *, load=load, interrupted=interrupted):

@@ -7,7 +7,8 @@ import torch
 
 from blockroll.rollout.drafters.engine import Engine
 from blockroll.rollout.engine import engine as engine_module
-from blockroll.rollout.engine.cache import ROW_STEP, SlotCache
+from blockroll.rollout.engine.cache.contract import ROW_STEP
+from blockroll.rollout.engine.cache.slots import SlotCache
 from blockroll.rollout.engine.prefill import prefill
 from blockroll.types import Plan, Request, Sampling
 from tests.engines import make_requests

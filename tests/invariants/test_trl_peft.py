@@ -20,7 +20,7 @@ from blockroll.errors import InvalidInput, WeightSyncError
 from blockroll.policies.loading import load_tokenizer
 from blockroll.rl_loops.trl import placement
 from blockroll.rl_loops.trl.weights import full_weights
-from blockroll.rollout.engine.cache import SlotCache
+from blockroll.rollout.engine.cache.slots import SlotCache
 from blockroll.rollout.pool.pool import RolloutPool
 from tests.models import FAMILIES, SHAPE
 from tests.trl_trainers import even_share, logs, trainer

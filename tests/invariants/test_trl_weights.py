@@ -11,7 +11,7 @@ from blockroll.errors import WeightSyncError
 from blockroll.rl_loops.trl import make_rollout_func
 from blockroll.rl_loops.trl.fingerprint import fingerprint
 from blockroll.rl_loops.trl.weights import sharing_policy
-from blockroll.rollout.engine.cache import SlotCache
+from blockroll.rollout.engine.cache.slots import SlotCache
 from blockroll.rollout.pool.pool import RolloutPool
 from tests.models import FAMILIES, random_model
 from tests.trl_trainers import BEST_OF_EVERY_STEP, ROWS, even_share, logs, trainer

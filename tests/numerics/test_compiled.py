@@ -234,7 +234,7 @@ def test_weights_that_are_not_looked_at_are_caught(monkeypatch):
 
 def test_stale_keys_and_values_are_not_read():
     """Beyond what a row sees may stand anything but NaN; behind the last that any row sees, that too."""
-    from blockroll.rollout.engine.cache import SlotCache
+    from blockroll.rollout.engine.cache.slots import SlotCache
 
     quick, _ = policies()
     ids_B1 = torch.tensor([[5], [7]])

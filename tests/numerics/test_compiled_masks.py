@@ -13,7 +13,7 @@ from blockroll.policies.growing_window import GrowingWindow
 from blockroll.policies.hf import HFPolicy
 from blockroll.policies.layout import two_forward_rows
 from blockroll.policies.prepacked import law_gap
-from blockroll.rollout.engine.cache import SlotCache
+from blockroll.rollout.engine.cache.slots import SlotCache
 from blockroll.types import Plan, Sampling
 from tests.engines import make_requests, run
 from tests.equality import assert_same_rollouts

@@ -11,7 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from blockroll.rollout.drafters.engine import Engine
-from blockroll.rollout.engine.cache import SlotCache
+from blockroll.rollout.engine.cache.slots import SlotCache
 from blockroll.types import Plan, Request, Sampling
 from tests.engines import make_requests, run
 from tests.models import FAMILIES, MASK_ID, VOCAB_SIZE, prompts, random_policy

@@ -13,7 +13,7 @@ from blockroll.policies.adapter import parent_hash
 from blockroll.policies.hf import HFPolicy
 from blockroll.policies.layout import RowLayout, causal_rows, two_forward_rows
 from blockroll.policy_check.check import CheckResult, check_policy
-from blockroll.rollout.engine.cache import SlotWindow
+from blockroll.rollout.engine.cache.slots import SlotWindow
 from tests.models import FAMILIES, MASK_ID, VOCAB_SIZE, adapted_policy, random_model, random_policy
 
 VERIFY = "verify rows equal the stock forward"

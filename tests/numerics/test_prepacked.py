@@ -13,7 +13,7 @@ from blockroll.policies.hf import HFPolicy
 from blockroll.policies.prepacked import PackedLinears, can_pack
 from blockroll.policy_check.check import check_policy
 from blockroll.rollout.drafters.engine import Engine
-from blockroll.rollout.engine.cache import SlotCache
+from blockroll.rollout.engine.cache.slots import SlotCache
 from blockroll.rollout.pool.replica import LocalReplica
 from blockroll.rollout.pool.weight_sync import make_update, named_weights
 from blockroll.rollout.pool.weight_sync.buckets import weights_checksum

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from blockroll.errors import WeightSyncError
 from blockroll.policies.hf import HFPolicy
-from blockroll.rollout.engine.cache import SlotCache
+from blockroll.rollout.engine.cache.slots import SlotCache
 from blockroll.rollout.pool.pool import RolloutPool
 from blockroll.types import Request, Sampling
 

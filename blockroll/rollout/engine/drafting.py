@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from blockroll.policies.base import Policy, VerifiesPacked
-from blockroll.rollout.engine.cache import SlotCache, SlotWindow
+from blockroll.rollout.engine.cache.contract import Cache, Window
 from blockroll.rollout.engine.running import RunningRequest
 from blockroll.samplers import Logits, PackedLogits
 from blockroll.types import Draft, Plan, Rollout, Verdict
@@ -27,7 +27,7 @@ class DraftStep:
     plan: Plan
     batch: Sequence[RunningRequest]
     policy: Policy
-    cache: SlotCache
+    cache: Cache
     first_logits: Tensor | None  # float32 (B, K + 1, V), where the prefill brought them along
     lengths: Sequence[int] | None = None  # most drafts of each request, by its outlook; None: K
 
@@ -115,7 +115,7 @@ class Drafter(ABC):
         Of width 0 it makes the step a plain one.
         """
 
-    def verify(self, step: DraftStep, ids_BL: Tensor, window: SlotWindow) -> Verifying:
+    def verify(self, step: DraftStep, ids_BL: Tensor, window: Window) -> Verifying:
         """The forward over anchors and drafts; one that drafts in the same forward leaves something over.
 
         A packed window lets a policy leave out the rows behind a request's drafts; one that computes them

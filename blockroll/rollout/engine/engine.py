@@ -13,7 +13,7 @@ from torch import Tensor
 
 from blockroll.errors import InvalidInput
 from blockroll.policies.base import Policy
-from blockroll.rollout.engine.cache import SlotCache
+from blockroll.rollout.engine.cache.slots import SlotCache
 from blockroll.rollout.engine.drafting import Drafter
 from blockroll.rollout.engine.ends import Decode
 from blockroll.rollout.engine.plans import PlanChooser, Planning, at_hand, check_plan, drafters_of

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from blockroll.policies.base import Policy
-from blockroll.rollout.engine.cache import ROW_STEP, SlotCache
+from blockroll.rollout.engine.cache.contract import ROW_STEP, Cache
 
 Text = tuple[int, ...]
 
 
 def prefill(
-    policy: Policy, cache: SlotCache, start: int, texts: Sequence[Text], *, num_drafts: int | None = None
+    policy: Policy, cache: Cache, start: int, texts: Sequence[Text], *, num_drafts: int | None = None
 ) -> tuple[list[int], Tensor | None]:
     """Commit the rows of `texts` before their last tokens, the anchors, to slots start.., in their order.
 
@@ -54,7 +54,7 @@ def _is_one_forward(prefixes: dict[Text, tuple[int, int]], num_texts: int, num_d
 
 def _fill(
     policy: Policy,
-    cache: SlotCache,
+    cache: Cache,
     start: int,
     found: dict[Text, tuple[int, int]],
     num_drafts: int | None,

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from blockroll.rollout.engine.cache import ROW_STEP
+from blockroll.rollout.engine.cache.contract import ROW_STEP
 from blockroll.types import Request
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from blockroll.errors import RequestFailed
-from blockroll.rollout.engine.cache import SlotCache
+from blockroll.rollout.engine.cache.contract import Cache
 from blockroll.rollout.engine.plans import PlanChooser
 from blockroll.rollout.engine.running import RunningRequest
 from blockroll.rollout.engine.scheduler import Scheduler
@@ -28,7 +28,7 @@ class StepResult:
 class ServedRequests:
     """Joins requests, scheduler and cache, so that the three never contradict each other between calls."""
 
-    def __init__(self, scheduler: Scheduler, cache: SlotCache, starter: Starter) -> None:
+    def __init__(self, scheduler: Scheduler, cache: Cache, starter: Starter) -> None:
         self.requests: dict[str, RunningRequest] = {}
         self.commits: list[Commit] = []
         self.finished: dict[str, Rollout] = {}

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from blockroll.errors import EmptySupport, NonFiniteLogits
 from blockroll.policies.base import Policy
-from blockroll.rollout.engine.cache import SlotCache
+from blockroll.rollout.engine.cache.contract import Cache
 from blockroll.rollout.engine.drafted import check_drafted, check_kept, check_verifying
 from blockroll.rollout.engine.drafting import Drafter, DraftRows, DraftStep
 from blockroll.rollout.engine.ragged import packing_of
@@ -107,7 +107,7 @@ class Decoder:
     def __init__(
         self,
         policy: Policy,
-        cache: SlotCache,
+        cache: Cache,
         drafters: Mapping[str, Drafter],
         clock: Callable[[], float],
     ) -> None:

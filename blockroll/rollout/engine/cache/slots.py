@@ -1,22 +1,4 @@
-"""Keys and values of texts, one slot each: the one owner of what a slot holds.
-
-Contract:
-
-1. A row is *valid* once the forward that wrote it has returned and `commit` has named its token. Only valid
-   rows are read as keys by a later step, or taken over by another text. A forward that raises has committed
-   nothing: its slots hold what they held before.
-2. Slots 0..`num_open`-1 belong to running texts. Only they have windows, and a window writes behind the valid
-   rows of its slots alone. The others keep the rows of texts that have ended, until `share` opens them for
-   another text.
-3. Every row holds causal keys of a token behind exactly the tokens before it. So whoever begins with the same
-   tokens may read them (`longest_prefix`, `share`), until the weights change (`close(0)` and `forget`).
-4. `tokens(slot)` is the only answer to what a slot holds. Callers keep no second copy.
-
-`check_integrity` says whether this still holds as far as counts and indices can tell. It runs whenever an
-engine becomes idle.
-
-Life of a slot: `reserve` (memory) - `share` (open, with the rows of another slot or none) - `window` and
-`commit` (each step) - `release` (closed; its rows may be shared).
+"""A slot of memory for each text, as long as the longest text may become: keys in one piece, read in place.
 
 Shapes: N slots, B slots of one window, H key-value heads, R new rows, S keys, D head width; of a packed
 window N rows.
@@ -30,13 +12,12 @@ from torch.nn import functional as F
 
 from blockroll.policies.base import Policy
 from blockroll.policies.packing import Packing
-from blockroll.rollout.engine.held import SlotTexts
+from blockroll.rollout.engine.cache.contract import ROW_STEP, Cache
+from blockroll.rollout.engine.cache.held import SlotTexts
 
-ROW_STEP = 16  # keys handed to attention come in multiples of this, so that few shapes occur
 
-
-class SlotCache:
-    """Keys and values by slot, under the contract above. Not thread-safe."""
+class SlotCache(Cache):
+    """Texts that have ended stay in the slots behind the open ones, until `share` opens these for others."""
 
     def __init__(self, policy: Policy, *, num_slots: int = 0, capacity: int = 0) -> None:
         """So many slots, all of them open and empty, with room for `capacity` rows each."""
