@@ -34,6 +34,7 @@ EXAMPLES = {
     "doctor": (
         "blockroll doctor",
         "blockroll doctor --model DIR --adapter ADAPTER",
+        "blockroll doctor --model DIR policy.dtype=bfloat16 rollout.max_batch_size=256",
         "blockroll doctor --model DIR --prompts prompts.jsonl --json",
     ),
     "audit show": ("blockroll audit show runs/demo", 'blockroll audit show runs/demo "train step 1/0/0"'),

@@ -18,6 +18,7 @@ from rich.text import Text
 
 import blockroll
 from blockroll.cli.errors import FAILED
+from blockroll.cli.memory import config_of, show_memory
 from blockroll.cli.options import AdapterOption, DeviceOption, JsonOption, load_policy
 from blockroll.cli.plans import show_plans
 from blockroll.cli.prompts import PromptsOption, prompts_from
@@ -38,10 +39,18 @@ EXTRAS = {  # optional package: what it gives
 
 
 def doctor(
+    options: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[section.field=value ...]",
+            help="Options of `policy` and `rollout`, as train takes them, that memory is told for.",
+        ),
+    ] = None,
     model: Annotated[
         str | None,
         typer.Option(
-            help="A checkpoint to check (a folder or Hub id): are its rollouts lossless? Loaded in float32."
+            help="A checkpoint to check (a folder or Hub id): does it fit, and are its rollouts lossless? "
+            "Loaded in float32."
         ),
     ] = None,
     adapter: AdapterOption = None,
@@ -51,12 +60,14 @@ def doctor(
 ) -> None:
     """Say what this machine has, or check a checkpoint by --model.
 
-    The tiny policy generates once. With --model it also measures what the checkpoint's plans cost here. With
+    The tiny policy generates once. With --model it says first, before anything is loaded, what the checkpoint
+    takes of memory and how many requests that serves, and at last measures what its plans cost here. With
     --prompts the check runs on texts of yours: long ones reach sliding windows and scaled positions.
     """
-    for option, given in (("--adapter", adapter), ("--prompts", prompts)):
+    for given in (adapter and f"--adapter {adapter}", prompts and f"--prompts {prompts}", *(options or ())):
         if given is not None and model is None:
-            raise InvalidInput(f"{option} {given} is for the check of a checkpoint: give --model too")
+            raise InvalidInput(f"{given} is for the check of a checkpoint: give --model too")
+    config = config_of(options or ())
     console = Console(highlight=False, soft_wrap=True, quiet=as_json)
     facts: dict[str, Any] = {"machine": dict(_machine()), "versions": dict(_versions())}
     table = Table(show_header=False, box=None)
@@ -70,6 +81,7 @@ def doctor(
     facts["tiny_policy"] = _trial_in_words(console)
     passed = facts["tiny_policy"]["works"]
     if passed and model is not None:
+        facts["memory"] = show_memory(model, adapter, device, config, console)
         policy, report = _check(model, adapter, prompts, device)
         _print_report(model, report, console)
         facts["check"] = _report_fields(report)

@@ -71,6 +71,13 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep=deep)
 
 
+# `on` and `off` are words, as options such as `policy.prepack` take them, and no other way to say true.
+_Loader.yaml_implicit_resolvers = {
+    first: [each for each in resolvers if not (first in "oO" and each[0].endswith(":bool"))]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
+
 def _parse(text: str, what: str) -> Any:
     """The value of a YAML text; ConfigError that names `what` and the line."""
     try:

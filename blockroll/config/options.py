@@ -75,7 +75,10 @@ class RolloutConfig(SamplingOptions):
     group_order: Literal["together", "sibling_by_sibling"] = "together"
     max_batch_size: Positive = 64  # requests that one replica decodes together
     max_length: Count = 0  # tokens of prompt and completion; 0: what the policy was built for
-    memory_fraction: Share = 0.3  # of the device's memory that keys and values may take, per replica
+    # Of the device's memory that keys and values may take, per replica, as far as it is free behind the
+    # weights; on a CPU, of the machine's or of what its process may have.
+    memory_fraction: Share = 0.3
+    max_cache_rows: Count = 0  # tokens with keys and values, per replica; 0: as memory_fraction says
     mix_weight: Weight = 1.0  # of the policy in the law: 1 is lossless, below 1 mixes draft rows in
     max_tokens: Positive = 64  # completion length at most
     # Of a TRL trainer: at which weights the generating policy's law is compared with the trained one's.

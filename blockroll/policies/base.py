@@ -5,7 +5,7 @@ W hidden width, V vocabulary, N rows where requests differ in their number of ro
 """
 
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, Self, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -21,6 +21,16 @@ class KVShape:
     num_heads: int  # key-value heads
     width: int  # of a head
     dtype: torch.dtype
+
+    @classmethod
+    def of(cls, config: Any, dtype: torch.dtype) -> Self:
+        """Of a causal LM with this config of transformers."""
+        return cls(
+            num_layers=config.num_hidden_layers,
+            num_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
+            width=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+            dtype=dtype,
+        )
 
     @property
     def num_bytes(self) -> int:

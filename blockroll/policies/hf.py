@@ -132,14 +132,10 @@ class HFPolicy:
     @property
     def kv_shape(self) -> KVShape:
         """What a cache must hold of every token, in the precision that forwards multiply in now."""
-        config, kind = self.model.config, self.device.type
-        is_autocast = torch.is_autocast_enabled(kind)
-        return KVShape(
-            num_layers=config.num_hidden_layers,
-            num_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
-            width=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
-            dtype=torch.get_autocast_dtype(kind) if is_autocast else self.model.dtype,
-        )
+        kind = self.device.type
+        is_autocast = kind != "meta" and torch.is_autocast_enabled(kind)
+        dtype = torch.get_autocast_dtype(kind) if is_autocast else self.model.dtype
+        return KVShape.of(self.model.config, dtype)
 
     @property
     def stock_attention(self) -> str:

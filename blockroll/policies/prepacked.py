@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 Prepack = Literal["auto", "on", "off"]
 
-_DTYPES = (torch.float32, torch.bfloat16)
+PACKED_DTYPES = (torch.float32, torch.bfloat16)
 # Modules of one parent that every family gives the same input: one product serves all of them.
 _SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 _LEAST_NUMBERS = 1 << 18  # of a weight under `auto`: below, calling costs more than multiplying
@@ -280,7 +280,7 @@ def _is_packable_weight(weight: Tensor | None) -> bool:
     return (
         type(weight) is nn.Parameter  # no shard, and nothing that is computed of others
         and weight.device.type == "cpu"
-        and weight.dtype in _DTYPES
+        and weight.dtype in PACKED_DTYPES
         and can_pack(weight.dtype)
         and not weight.is_inference()  # their writes are not counted
         and weight.numel() > 0

@@ -330,6 +330,9 @@ def test_doctor_prints_json_of_a_machine_and_of_a_check(policy_path):
     assert found["tiny_policy"]["works"]
     assert found["versions"]["torch"]
     assert len(found["check"]["checks"]) == 11
+    memory = found["memory"]
+    assert memory["cache"] == memory["cache_rows"] * memory["keys_and_values_of_a_token"] > 0
+    assert memory["weights"] >= sum(memory["stored"].values()) > 0
     assert all(check["measured"] is not None for check in found["check"]["checks"])
 
 

@@ -206,6 +206,11 @@ doctor --model POLICY --prompts chat.jsonl           | no chat template
 doctor --model notokenizer --prompts long.txt        | no tokenizer
 doctor --adapter nowhere                             | give --model too
 doctor --prompts long.txt                            | give --model too
+doctor policy.dtype=bfloat16                         | give --model too
+doctor --model POLICY policy.path=nowhere            | here it is --model
+doctor --model POLICY train.steps=3                  | options of policy and rollout alone
+doctor --model POLICY rollout.memory_fraction=2      | at most 1
+doctor --model POLICY rollout.max_cache_rows=3       | takes 32 rows
 audit show nowhere                                   | no folder
 audit show folder                                    | no audit in folder
 audit check nowhere                                  | no folder

@@ -7,9 +7,7 @@ import pytest
 
 from blockroll import RolloutPool
 from blockroll.errors import InvalidInput
-from blockroll.policies.hf import HFPolicy
 from blockroll.rollout.pool import router
-from blockroll.rollout.pool.makers import cache_rows
 from blockroll.types import Sampling
 from tests.engines import make_requests
 from tests.invariants.test_calls import asked, check_complete, is_idle
@@ -83,9 +81,7 @@ def test_where_groups_were_is_remembered_of_so_many_and_no_more(monkeypatch):
 
 
 def test_a_text_that_the_cache_has_no_room_for_is_refused_before_anything_starts():
-    policy = HFPolicy.from_pretrained("tiny")
-    share = 96 / cache_rows(policy, 1.0)  # of this machine's memory: 96 rows
-    with RolloutPool.from_pretrained("tiny", device="cpu", plan="plain", memory_fraction=share) as pool:
+    with RolloutPool.from_pretrained("tiny", device="cpu", plan="plain", max_cache_rows=96) as pool:
         fits = pool.requests(["1+1="], Sampling(max_tokens=16))
         too_long = [dataclasses.replace(fits[0], request_id="long", sampling=Sampling(max_tokens=200))]
         with pytest.raises(InvalidInput, match=r"may become a text of \d+ tokens, .*memory_fraction"):

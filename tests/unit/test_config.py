@@ -56,6 +56,12 @@ def test_overrides_read_booleans_numbers_and_text_as_yaml_does():
     assert (config.rollout.plan, config.name) == ("two_forward(4)", "spaced")
 
 
+def test_on_and_off_are_words_as_options_take_them(tmp_path):
+    config = load_config(None, ["policy.prepack=off", "policy.compile=on", "rollout.audit=off", "wandb=yes"])
+    assert (config.policy.prepack, config.policy.compile, config.rollout.audit) == ("off", "on", "off")
+    assert config.wandb is True
+
+
 def test_an_override_keeps_equals_signs_that_belong_to_its_value():
     assert load_config(None, ["task=module:a=b"]).task == "module:a=b"
 

@@ -27,7 +27,13 @@ class CacheRoom:
     def make(self, requests: Iterable[Request]) -> int:
         """Have room for requests that join, none longer than `max_text`; how many slots that leaves."""
         lengths = [len(request.prompt_ids) + request.sampling.max_tokens for request in requests]
-        longest = min(max(lengths, default=0), self.max_length)
-        rows = max(-(-(longest + self.block_rows) // ROW_STEP) * ROW_STEP, self.rows_per_slot)
-        self.rows_per_slot = rows
-        return min(self.max_slots, self.max_rows // rows) if self.max_rows else self.max_slots
+        self.rows_per_slot = max(self.rows_of(max(lengths, default=0)), self.rows_per_slot)
+        return self.num_slots(self.rows_per_slot)
+
+    def rows_of(self, num_tokens: int) -> int:
+        """Rows of a slot for texts of so many tokens, with what a step writes behind them."""
+        return -(-(min(num_tokens, self.max_length) + self.block_rows) // ROW_STEP) * ROW_STEP
+
+    def num_slots(self, num_rows: int) -> int:
+        """Slots of so many rows that there is room for, and use."""
+        return min(self.max_slots, self.max_rows // num_rows) if self.max_rows else self.max_slots

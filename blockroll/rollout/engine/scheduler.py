@@ -8,6 +8,7 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from itertools import islice
 
+MAX_PREFILL_TOKENS = 16384  # padded prompt tokens of one prefill, where one request has no more alone
 _SLOTS_PER_JOINING = 8  # requests join when one slot in so many is free
 
 
@@ -22,7 +23,7 @@ class Move:
 class Scheduler:
     """First come, first served, into at most `max_batch_size` slots."""
 
-    def __init__(self, *, max_batch_size: int, max_prefill_tokens: int = 16384) -> None:
+    def __init__(self, *, max_batch_size: int, max_prefill_tokens: int = MAX_PREFILL_TOKENS) -> None:
         """`max_prefill_tokens` bounds the padded prompt tokens of one prefill; one request always fits."""
         self.max_batch_size = max_batch_size
         self.max_prefill_tokens = max_prefill_tokens

@@ -18,7 +18,7 @@ from blockroll.policies.loading import load_tokenizer, resolve_checkpoint, resol
 from blockroll.rollout.audit.writer import AuditWriter
 from blockroll.rollout.drafters.engine import Engine
 from blockroll.rollout.drafters.history import HistoryDrafts
-from blockroll.rollout.planning.reading import read_plan
+from blockroll.rollout.pool.memory import CachePlan, DeviceMemory, num_sharing, plan_of
 from blockroll.rollout.pool.pool import RolloutPool
 from blockroll.rollout.pool.replica import LocalReplica, Replica
 from blockroll.rollout.pool.weight_sync.buckets import dtype_name
@@ -157,29 +157,35 @@ def build_replica(
         prepack=policy.prepack,
         compile=policy.compile,
     )
-    return replica_around(loaded, config, replica_id=replica_id, pool_id=pool_id)
+    num_engines = num_sharing(config, loaded.device)
+    return replica_around(loaded, config, replica_id=replica_id, pool_id=pool_id, num_engines=num_engines)
 
 
 def replica_around(
-    policy: HFPolicy, config: RolloutConfig, *, replica_id: int = 0, pool_id: str | None = None
+    policy: HFPolicy,
+    config: RolloutConfig,
+    *,
+    replica_id: int = 0,
+    pool_id: str | None = None,
+    num_engines: int = 1,
 ) -> LocalReplica:
     """Put an engine around a policy that is there already.
 
-    `pool_id` is the same for all replicas of a pool, and no other's: the audit tells pools apart by it.
+    `pool_id` is the same for all replicas of a pool, and no other's: the audit tells pools apart by it. The
+    memory that is free is shared by so many engines.
     """
     audit = _audit(config, replica_id, pool_id)
+    plan = plan_of(policy, config)
+    cache = CachePlan.of(policy, config, plan, DeviceMemory.of(policy.device), num_engines=num_engines)
+    if cache.budget.is_scarce:
+        logger.warning(cache.notice)
     engine = Engine(
         policy,
-        plan=read_plan(
-            config.plan,
-            policy,
-            with_mask_rows=not config.reproducible or config.sampling().is_plan_free,
-            with_history=config.history_tokens > 0,
-        ),
+        plan=plan,
         reproducible=config.reproducible,
         max_batch_size=config.max_batch_size,
         max_length=config.max_length,
-        max_cache_rows=cache_rows(policy, config.memory_fraction),
+        max_cache_rows=cache.budget.rows,
         observers=() if audit is None else (audit,),
         drafters=[HistoryDrafts(max_tokens=config.history_tokens)] if config.history_tokens else (),
     )
@@ -197,15 +203,6 @@ def replica_around(
             "convert` teaches it some without changing its weights, and they are given as `adapter`"
         )
     return replica
-
-
-def cache_rows(policy: HFPolicy, memory_fraction: float) -> int:
-    """Rows of keys and values that this share of the device's memory holds; of the machine's on a CPU."""
-    if policy.device.type == "cuda":
-        memory = torch.cuda.get_device_properties(policy.device).total_memory
-    else:
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return int(memory * memory_fraction / policy.kv_shape.num_bytes)
 
 
 def _pool(

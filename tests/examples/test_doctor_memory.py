@@ -1,0 +1,61 @@
+"""What doctor says of a checkpoint's memory, before anything of it is loaded."""
+
+import shutil
+
+import pytest
+
+from blockroll.policies.hf import HFPolicy
+from blockroll.policies.loading import TINY_POLICY_DIR
+from blockroll.rollout.engine.budget import size
+from blockroll.rollout.pool.memory import DeviceMemory
+from tests.command_line import blockroll
+
+pytestmark = pytest.mark.skipif(
+    not (TINY_POLICY_DIR / "tokenizer.json").is_file(), reason="needs the shipped policy's tokenizer"
+)
+
+
+def test_doctor_says_what_a_checkpoint_takes_before_it_is_loaded(policy_path, tmp_path):
+    """The folder holds no weights: memory is told before the error that they are missing."""
+    folder = tmp_path / "policy"
+    shutil.copytree(policy_path, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    options = (
+        "policy.dtype=bfloat16",
+        "policy.prepack=off",
+        "rollout.max_batch_size=3",
+        "rollout.plan=plain",
+    )
+
+    result = blockroll("doctor", "--model", folder, *options, "rollout.max_cache_rows=300")
+
+    assert result.exit_code == 2, result.output
+    assert "the weights of the checkpoint" in result.stderr
+    policy = HFPolicy.from_pretrained(policy_path, device="cpu", dtype="bfloat16", with_tokenizer=False)
+    weights = sum(
+        each.numel() * each.itemsize for each in (*policy.model.parameters(), *policy.model.buffers())
+    )
+    row, longest = policy.kv_shape.num_bytes, policy.max_length
+    num_rows = -(-(longest + 1) // 16) * 16
+    together = min(300 // num_rows, 3)
+    assert 0 < together < 3
+    for words in (
+        f"weights {size(weights)}",
+        f"keys and values of a token {size(row)}",
+        f"keys and values in all: 300 tokens {size(300 * row)}",
+        f"of them {together} requests of {longest:,} tokens at once {size(together * num_rows * row)}",
+        "rollout.max_cache_rows bounds keys and values",
+    ):
+        assert words in " ".join(result.stdout.split())
+
+
+def test_doctor_says_what_does_not_fit_and_what_there_is(policy_path, monkeypatch):
+    monkeypatch.setattr(DeviceMemory, "of", lambda device: DeviceMemory(total=64_000_000, free=20_000))
+    result = blockroll("doctor", "--model", policy_path, "--device", "cpu", "rollout.num_replicas=2")
+    assert result.exit_code == 2
+    for words in (
+        "2 replicas take",
+        "of weights in float32",
+        "20 kB of 64 MB are free on cpu",
+        "policy.dtype=bfloat16",
+    ):
+        assert words in result.stderr
