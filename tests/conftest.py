@@ -9,6 +9,10 @@ import pytest
 import torch
 
 from blockroll.config import cache_dir
+from blockroll.policies.base import Policy
+from blockroll.rollout.engine import engine
+from blockroll.rollout.engine.cache.contract import Cache
+from blockroll.rollout.engine.cache.layouts import PAGE_SIZE, Layout, make_cache
 from tests import machines, rounding
 
 torch.set_num_threads(int(os.environ.get(machines.THREADS, "1")))
@@ -54,6 +58,19 @@ def cache_folder(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.M
     (folder / KERNELS.name).symlink_to(KERNELS)
     monkeypatch.setenv("BLOCKROLL_CACHE", str(folder))
     return folder
+
+
+@pytest.fixture(params=["slots", "pages"])
+def layout(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """How caches lie in memory where nobody says; pages are small, so that there are many."""
+    if request.param == "pages":
+        monkeypatch.setattr(engine, "make_cache", in_small_pages)
+    return str(request.param)
+
+
+def in_small_pages(policy: Policy, layout: Layout, *, page_size: int, max_rows: int) -> Cache:
+    assert (layout, page_size) == ("auto", PAGE_SIZE), "the test says itself how its cache lies"
+    return make_cache(policy, "pages", page_size=4, max_rows=max_rows)
 
 
 @pytest.fixture(scope="session")

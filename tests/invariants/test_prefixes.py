@@ -8,6 +8,7 @@ import torch
 from blockroll.rollout.drafters.engine import Engine
 from blockroll.rollout.engine import engine as engine_module
 from blockroll.rollout.engine.cache.contract import ROW_STEP
+from blockroll.rollout.engine.cache.pages import PagedCache
 from blockroll.rollout.engine.cache.slots import SlotCache
 from blockroll.rollout.engine.prefill import prefill
 from blockroll.types import Plan, Request, Sampling
@@ -18,6 +19,7 @@ from tests.models import EOS_ID, FAMILIES, adapted_policy
 PLANS = pytest.mark.parametrize(
     "plan", [Plan(0), Plan(4), Plan(4, (0, 2, 4))], ids=["plain", "two_forward", "fused"]
 )
+IN_BOTH = pytest.mark.usefixtures("layout")
 SAMPLING = Sampling(max_tokens=12, ignore_eos=True)
 
 
@@ -57,18 +59,28 @@ def finish(engine, requests):
 
 
 def assert_cache_is_cold(policy, engine):
-    """What every slot holds equals a fresh prefill of the same tokens."""
+    """What is held of every text equals a fresh prefill of the same tokens."""
     cache = engine._cache
-    for slot in range(cache.num_slots):
-        ids = torch.tensor(cache.tokens(slot))
+    cache.check_integrity()
+    for source in sources_of(cache):
+        ids = torch.tensor(cache.tokens(source))
         if not len(ids):
             continue
         fresh = SlotCache(policy, num_slots=1, capacity=len(ids))
         policy.prefill(ids[None], fresh.window(0, 1, len(ids)))
-        for mine, cold in zip((*cache._keys, *cache._values), (*fresh._keys, *fresh._values), strict=True):
-            torch.testing.assert_close(mine[slot, :, : len(ids)], cold[0], atol=1e-4, rtol=1e-4)
+        fresh.commit(0, [ids.tolist()])
+        for mine, cold in zip(cache.committed(source), fresh.committed(0), strict=True):
+            torch.testing.assert_close(mine, cold, atol=1e-4, rtol=1e-4)
 
 
+def sources_of(cache):
+    """Open slots, and all texts that are kept."""
+    if isinstance(cache, PagedCache):
+        return [*range(cache.num_open), *cache._kept]
+    return range(cache.num_slots)
+
+
+@IN_BOTH
 def test_a_group_computes_its_prompt_and_its_first_draft_rows_once(policy, forwards):
     prompts = [text(30, seed=1)] * 4 + [text(21, seed=2)] * 4
     finished = finish(Engine(policy, plan=Plan(4)), make_requests(prompts, SAMPLING))
@@ -79,6 +91,7 @@ def test_a_group_computes_its_prompt_and_its_first_draft_rows_once(policy, forwa
     assert [each.num_reused for each in stats] == [0, 29, 29, 29, 0, 20, 20, 20]
 
 
+@IN_BOTH
 @PLANS
 def test_the_next_turn_of_a_text_computes_only_what_is_new(policy, forwards, plan):
     engine = Engine(policy, plan=plan)
@@ -114,6 +127,7 @@ def apart(policy, cache, start, texts, *, num_drafts):
     return prefill(policy, cache, start, texts)
 
 
+@IN_BOTH
 def test_a_long_text_among_held_ones_is_computed_alone(policy, forwards):
     """One forward for all would give each of them as many rows as it needs."""
     engine = Engine(policy, plan=Plan(4))
@@ -127,11 +141,21 @@ def test_a_long_text_among_held_ones_is_computed_alone(policy, forwards):
 @PLANS
 @pytest.mark.parametrize("family", FAMILIES)
 def test_whatever_comes_and_goes_held_rows_equal_a_cold_prefill(family, plan):
+    come_and_go(family, plan)
+
+
+@PLANS
+@pytest.mark.parametrize("layout", ["pages"], indirect=True)
+def test_in_pages_too_whatever_comes_and_goes_held_rows_equal_a_cold_prefill(layout, plan):
+    come_and_go("llama", plan, num_turns=20)
+
+
+def come_and_go(family, plan, *, num_turns=40):
     policy, rng = adapted_policy(family), random.Random(0)
     engine = Engine(policy, plan=plan, max_batch_size=5)
     roots, known = [text(20, seed=seed) for seed in range(3)], []
     num_reused = 0
-    for turn in range(40):
+    for turn in range(num_turns):
         parent = rng.choice([*roots, *known[-6:]])
         kept = rng.choice([len(parent), rng.randrange(len(parent))])
         prompt = (*parent[:kept], *text(1 + rng.randrange(8), seed=100 + turn))[:70]
@@ -148,9 +172,10 @@ def test_whatever_comes_and_goes_held_rows_equal_a_cold_prefill(family, plan):
             known.append((*rollout.request.prompt_ids, *rollout.token_ids))
             num_reused += rollout.stats.num_reused
         assert_cache_is_cold(policy, engine)
-    assert num_reused > 5 * ROW_STEP
+    assert num_reused > num_turns * ROW_STEP // 8
 
 
+@IN_BOTH
 def test_nothing_is_taken_over_from_weights_that_have_changed():
     policy = adapted_policy()
     engine = Engine(policy, plan=Plan(4))
@@ -173,6 +198,7 @@ def test_rows_of_old_weights_would_be_noticed(monkeypatch):
         test_nothing_is_taken_over_from_weights_that_have_changed()
 
 
+@IN_BOTH
 def test_rows_of_a_failed_request_are_never_taken_over(policy):
     engine = Engine(policy, plan=Plan(0))
     weight = policy.model.get_input_embeddings().weight
@@ -188,6 +214,7 @@ def test_rows_of_a_failed_request_are_never_taken_over(policy):
     assert whole.stats.num_reused == 0
 
 
+@IN_BOTH
 def test_a_long_text_beside_a_reused_one_finds_room(policy):
     """Every text gets as many new rows as the one that lacks most: a long prefix must leave room for them."""
     engine = Engine(policy, plan=Plan(0))
@@ -200,6 +227,7 @@ def test_a_long_text_beside_a_reused_one_finds_room(policy):
     assert_cache_is_cold(policy, engine)
 
 
+@IN_BOTH
 def test_an_end_token_inside_a_block_ends_what_is_held(policy):
     engine = Engine(policy, plan=Plan(4, (0, 2, 4)), max_batch_size=8)
     finished = finish(engine, make_requests([text(20, seed=seed) for seed in range(24)], Sampling()))
@@ -207,6 +235,7 @@ def test_an_end_token_inside_a_block_ends_what_is_held(policy):
     assert_cache_is_cold(policy, engine)
 
 
+@IN_BOTH
 def test_memory_that_is_given_back_holds_nothing(policy, forwards):
     engine = Engine(policy, plan=Plan(0))
     for _ in range(2):

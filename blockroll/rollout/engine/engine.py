@@ -13,7 +13,7 @@ from torch import Tensor
 
 from blockroll.errors import InvalidInput
 from blockroll.policies.base import Policy
-from blockroll.rollout.engine.cache.slots import SlotCache
+from blockroll.rollout.engine.cache.layouts import PAGE_SIZE, Layout, make_cache
 from blockroll.rollout.engine.drafting import Drafter
 from blockroll.rollout.engine.ends import Decode
 from blockroll.rollout.engine.plans import PlanChooser, Planning, at_hand, check_plan, drafters_of
@@ -42,6 +42,8 @@ class BareEngine:
         max_batch_size: int = 64,
         max_length: int = 0,
         max_cache_rows: int = 0,
+        cache: Layout = "auto",
+        page_size: int = PAGE_SIZE,
         decode: Decode | None = None,
         policy_version: int = 0,
         observers: Iterable[Observer] = (),
@@ -56,7 +58,8 @@ class BareEngine:
         the plans that name them; one of the class of an own one takes its place. `reproducible` refuses
         requests whose text would depend on the plans that a planner chooses. The cache has room for the
         longest text that the requests at hand can become. `max_cache_rows` bounds its rows over all slots:
-        then fewer than `max_batch_size` requests run together. 0: no bound.
+        then fewer than `max_batch_size` requests run together. 0: no bound. `cache` is how its rows lie: in
+        slots as long as the longest text, or in pages of `page_size` rows, taken as texts grow.
         """
         self.planner = None if isinstance(plan, Plan) else plan
         plans = (plan,) if isinstance(plan, Plan) else plan.candidates
@@ -84,7 +87,7 @@ class BareEngine:
             is_plan_free=reproducible and len(plans) > 1 and any(each.layout for each in plans),
         )
         self._scheduler = Scheduler(max_batch_size=max_batch_size)
-        self._cache = SlotCache(policy)
+        self._cache = make_cache(policy, cache, page_size=page_size, max_rows=max_cache_rows)
         self._decoder = Decoder(policy, self._cache, self._drafters, clock)
         self._starter = Starter(policy, self.limits, decode, numbers_servings=len(drafters_of(plans)) > 1)
         self._served = ServedRequests(self._scheduler, self._cache, self._starter)

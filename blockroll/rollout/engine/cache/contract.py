@@ -23,6 +23,7 @@ Life of a slot: `reserve` (memory) - `share` (open, with the rows of a source or
 Shapes: B slots of one window, H key-value heads, R new rows, S keys, D head width; of a packed window N rows.
 """
 
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Protocol
@@ -44,7 +45,10 @@ class Window(KVWindow, Protocol):
 class Cache(ABC):
     """Keys and values by slot, under the contract above. Not thread-safe."""
 
-    num_open: int
+    @property
+    @abstractmethod
+    def num_open(self) -> int:
+        """Slots of running texts."""
 
     @property
     @abstractmethod
@@ -84,6 +88,20 @@ class Cache(ABC):
     @abstractmethod
     def reserve(self, *, num_slots: int, capacity: int) -> None:
         """Have so many slots, with room for so many rows each; what the first of them hold stays."""
+
+    def spare(self, num_rows: int) -> int:
+        """Pages left once every open slot has so many rows behind its valid ones; below 0, so many lack.
+
+        Texts that have ended count for nothing. A layout that has reserved all memory always has some.
+        """
+        return sys.maxsize
+
+    def cost(self, token_ids: Sequence[int], num_rows: int, *, is_repeated: bool = False) -> int:
+        """Pages for these tokens and so many rows behind them, beyond those that running texts have.
+
+        `is_repeated` says that a text of the same tokens joins before.
+        """
+        return 0
 
     @abstractmethod
     def longest_prefix(self, token_ids: Sequence[int]) -> tuple[int, int]:
@@ -129,6 +147,11 @@ class Cache(ABC):
     @abstractmethod
     def clear(self) -> None:
         """Give the memory back and forget everything; a window after the next `reserve` allocates anew."""
+
+    @property
+    @abstractmethod
+    def num_bytes(self) -> int:
+        """Bytes of memory that it has taken."""
 
     @abstractmethod
     def committed(self, source: int) -> tuple[Tensor, ...]:

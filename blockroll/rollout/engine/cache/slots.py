@@ -19,6 +19,8 @@ from blockroll.rollout.engine.cache.held import SlotTexts
 class SlotCache(Cache):
     """Texts that have ended stay in the slots behind the open ones, until `share` opens these for others."""
 
+    num_open = 0
+
     def __init__(self, policy: Policy, *, num_slots: int = 0, capacity: int = 0) -> None:
         """So many slots, all of them open and empty, with room for `capacity` rows each."""
         self._policy = policy
@@ -198,6 +200,11 @@ class SlotCache(Cache):
                 for _ in range(2 * row.num_layers)
             ]
         self._keys, self._values = tensors[: row.num_layers], tensors[row.num_layers :]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of memory that it has taken."""
+        return sum(tensor.nbytes for tensor in (*self._keys, *self._values))
 
     def committed(self, slot: int) -> tuple[Tensor, ...]:
         """Keys and then values of a slot's valid rows (H, S, D), layer by layer."""

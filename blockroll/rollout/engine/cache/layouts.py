@@ -1,0 +1,47 @@
+"""Which layout a cache has."""
+
+from typing import Literal
+
+from blockroll.errors import InvalidInput
+from blockroll.policies.base import Policy
+from blockroll.rollout.engine.cache.contract import Cache
+from blockroll.rollout.engine.cache.pages import PagedCache
+from blockroll.rollout.engine.cache.slots import SlotCache
+
+Layout = Literal["auto", "slots", "pages"]
+
+PAGE_SIZE = 16
+MAX_PAGE_SIZE = 1024
+
+
+def layout_of(policy: Policy, layout: Layout) -> Layout:
+    """`auto` is slots on a CPU, where attention reads keys in place, and pages elsewhere."""
+    if layout == "auto":
+        return "slots" if policy.device.type == "cpu" else "pages"
+    return layout
+
+
+def make_cache(policy: Policy, layout: Layout, *, page_size: int, max_rows: int) -> Cache:
+    """A cache for a policy, its pages of so many rows; `max_rows` bounds those of all pages, 0 does not."""
+    check_page_size(page_size)
+    match layout_of(policy, layout):
+        case "slots":
+            return SlotCache(policy)
+        case "pages":
+            if max_rows and max_rows < page_size:
+                raise InvalidInput(
+                    f"the cache may have {max_rows} rows, less than a page of {page_size}; give it more "
+                    "memory (memory_fraction), or smaller pages (page_size)"
+                )
+            return PagedCache(policy, page_size=page_size, max_rows=max_rows)
+        case other:
+            raise InvalidInput(f"cache is {other!r}; allowed are 'auto', 'slots' and 'pages'")
+
+
+def check_page_size(page_size: int) -> None:
+    """Raise InvalidInput unless it is a power of two in bounds."""
+    if not 1 <= page_size <= MAX_PAGE_SIZE or page_size & (page_size - 1):
+        raise InvalidInput(
+            f"page_size is {page_size}; it must be a power of two from 1 to {MAX_PAGE_SIZE}, and "
+            f"{PAGE_SIZE} where nothing speaks for another"
+        )
