@@ -28,6 +28,7 @@ Amount = Annotated[float, Ge(0)]
 Share = Annotated[float, Gt(0), Le(1)]
 Weight = Annotated[float, Ge(0), Le(1)]
 Backend = Literal["ray", "local"]  # kinds of replica: Ray actors, or in this process
+PageSize = Annotated[int, Ge(1), Le(1024)]
 Several = Annotated[tuple[T, ...], MinLen(1), Strict(False)]
 
 
@@ -79,6 +80,10 @@ class RolloutConfig(SamplingOptions):
     # weights; on a CPU, of the machine's or of what its process may have.
     memory_fraction: Share = 0.3
     max_cache_rows: Count = 0  # tokens with keys and values, per replica; 0: as memory_fraction says
+    # How keys and values lie in memory: in slots as long as the longest text, or in pages, taken as texts
+    # grow; "auto": slots on a CPU, pages elsewhere.
+    cache: Literal["auto", "slots", "pages"] = "auto"
+    page_size: PageSize = 16  # rows of a page, a power of two
     mix_weight: Weight = 1.0  # of the policy in the law: 1 is lossless, below 1 mixes draft rows in
     max_tokens: Positive = 64  # completion length at most
     # Of a TRL trainer: at which weights the generating policy's law is compared with the trained one's.
@@ -89,6 +94,11 @@ class RolloutConfig(SamplingOptions):
     audit_dir: PathText = ""  # where; a run writes to its own folder unless this says otherwise
 
     def __post_init__(self) -> None:
+        if self.page_size & (self.page_size - 1):
+            lower = 1 << (self.page_size.bit_length() - 1)
+            raise ConfigError(
+                f"page_size is {self.page_size}, and must be a power of two: {lower} or {2 * lower}"
+            )
         if self.share_history and not self.history_tokens:
             raise ConfigError("share_history=True shares nothing where history_tokens is 0: leave one out")
         if self.plan.strip() != "auto":

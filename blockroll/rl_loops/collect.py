@@ -151,6 +151,7 @@ def rollout_rates(rollouts: Sequence[Rollout], duration_s: float) -> dict[str, t
             sum(rollout.stats.num_reused for rollout in rollouts),
             sum(rollout.stats.num_prefilled + rollout.stats.num_reused for rollout in rollouts),
         ),
+        "rollout/preempted": (sum(rollout.stats.num_preempted for rollout in rollouts), len(rollouts)),
         "rollout/log_ratio_mean": (sum(rollout.log_ratio for rollout in rollouts), len(rollouts)),
         "rollout/effective_sample_size": (sum(effective), len(effective)),
         "completions/mean_length": (num_tokens, len(rollouts)),

@@ -20,6 +20,7 @@ class RolloutStats:
 
     num_prefilled: int = 0  # rows of its prefill that were computed,
     num_reused: int = 0  # and that were taken over from a text with the same beginning
+    num_preempted: int = 0  # times that it gave its place up to others, and was prefilled anew
     num_forwards: int = 0  # request-forwards: both forwards of two-forward count
     num_verify_steps: int = 0  # steps that checked drafts
     num_drafted: int = 0  # drafts submitted to verify

@@ -72,6 +72,8 @@ class MaskRows(Drafter):
         if rows is None:
             window = step.cache.window(first, len(batch), num_drafts + 1)
             rows = step.policy.draft_logits(step.anchors(first), num_drafts, window)
+        else:
+            rows = rows[first:]
         for logits_KV, running in zip(rows[:, 1:], late, strict=True):
             if _proposal(running) is None:
                 origin = (running.num_tokens, 0, num_drafts)

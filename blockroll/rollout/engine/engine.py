@@ -19,7 +19,7 @@ from blockroll.rollout.engine.ends import Decode
 from blockroll.rollout.engine.plans import PlanChooser, Planning, at_hand, check_plan, drafters_of
 from blockroll.rollout.engine.prefill import prefill
 from blockroll.rollout.engine.requests import Limits, check_request
-from blockroll.rollout.engine.room import CacheRoom
+from blockroll.rollout.engine.room import CacheRoom, SparePages
 from blockroll.rollout.engine.running import RunningRequest
 from blockroll.rollout.engine.scheduler import Scheduler
 from blockroll.rollout.engine.served import ServedRequests, StepResult
@@ -73,7 +73,9 @@ class BareEngine:
         self.policy = policy
         self.plan = plans[0]  # of the latest step
         self.policy_version = policy_version
+        self._cache = make_cache(policy, cache, page_size=page_size, max_rows=max_cache_rows)
         self._room = CacheRoom(
+            page_size=self._cache.page_size,
             max_slots=max_batch_size,
             max_rows=max_cache_rows,
             block_rows=max(each.rows_per_forward for each in plans),
@@ -87,7 +89,6 @@ class BareEngine:
             is_plan_free=reproducible and len(plans) > 1 and any(each.layout for each in plans),
         )
         self._scheduler = Scheduler(max_batch_size=max_batch_size)
-        self._cache = make_cache(policy, cache, page_size=page_size, max_rows=max_cache_rows)
         self._decoder = Decoder(policy, self._cache, self._drafters, clock)
         self._starter = Starter(policy, self.limits, decode, numbers_servings=len(drafters_of(plans)) > 1)
         self._served = ServedRequests(self._scheduler, self._cache, self._starter)
@@ -172,6 +173,7 @@ class BareEngine:
         """
         with self._change():
             self._cache.invalidate()
+            self._preempt()
             self._prefill_missing()
 
     def step(self) -> StepResult:
@@ -181,11 +183,12 @@ class BareEngine:
         was before. Call it again, or abort requests.
         """
         with self._change():
+            self._preempt()
             self._prefill_missing()
             num_running = len(self._scheduler.running)
             batch = [
                 self._served.requests[request_id]
-                for request_id in (*self._scheduler.running, *self._scheduler.joining())
+                for request_id in (*self._scheduler.running, *self._joining())
             ]
             if batch:
                 self._decode_batch(batch, num_running)
@@ -228,7 +231,7 @@ class BareEngine:
             )
             num_masks = None if num_running else self._decoder.num_masks_at_start(self.plan)
             first_logits = self._prefill(num_running, batch[num_running:], num_masks)
-            self._scheduler.admit()
+            self._scheduler.admit([running.request.request_id for running in batch[num_running:]])
         started, start_s, num_commits = self._clock(), self.times.start_s, len(self._served.commits)
         self._settle(batch, self._decoder.decode(batch, self.plan, first_logits, lengths))
         seconds = self._clock() - started
@@ -264,6 +267,23 @@ class BareEngine:
         )
         for observer in self._observers:
             observer(trace)
+
+    def _preempt(self) -> None:
+        """Let the youngest wait again until all others that run have the pages of a step; one always has."""
+        while len(self._scheduler.running) > 1:
+            spare = SparePages(self._cache, self._room.block_rows)
+            for request_id in self._scheduler.running[self._cache.num_open :]:
+                spare.take(self._served.requests[request_id].token_ids)
+            if not spare.is_short:
+                return
+            # Under a planner other plans may have come before it runs again.
+            self._served.preempt(keeps_proposal=self._planning is None)
+
+    def _joining(self) -> tuple[str, ...]:
+        """Those that wait and may join now, as far as slots and pages go."""
+        spare = SparePages(self._cache, self._room.block_rows)
+        requests = self._served.requests
+        return self._scheduler.joining(lambda each: spare.take(requests[each].token_ids))
 
     def _prefill_missing(self) -> None:
         """Rows of running texts that the cache does not hold: weights have changed, or a step raised."""

@@ -1,20 +1,24 @@
-"""How much of a cache a batch may have: rows of a slot, and slots."""
+"""How much of a cache a batch may have: rows of a slot and slots, or pages."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from blockroll.rollout.engine.cache.contract import ROW_STEP
+from blockroll.rollout.engine.cache.contract import ROW_STEP, Cache
 from blockroll.types import Request
 
 
 @dataclass(slots=True, kw_only=True)
 class CacheRoom:
-    """Room for the longest text that the requests at hand can become; it grows as they join."""
+    """Room for the longest text that the requests at hand can become; it grows as they join.
+
+    Slots are bounded by it beforehand, since each is as long; of pages every text has only those of its rows.
+    """
 
     max_slots: int
     max_rows: int  # over all slots; 0: no bound
     block_rows: int  # that a step writes behind a text
     max_length: int  # tokens of a text
+    page_size: int = 0  # 0: there are no pages
     rows_per_slot: int = 0
 
     @property
@@ -22,7 +26,8 @@ class CacheRoom:
         """Tokens of the longest text that there may be room for."""
         if not self.max_rows:
             return self.max_length
-        return min(self.max_length, self.max_rows // ROW_STEP * ROW_STEP - self.block_rows)
+        step = self.page_size or ROW_STEP
+        return min(self.max_length, self.max_rows // step * step - self.block_rows)
 
     def make(self, requests: Iterable[Request]) -> int:
         """Have room for requests that join, none longer than `max_text`; how many slots that leaves."""
@@ -36,4 +41,28 @@ class CacheRoom:
 
     def num_slots(self, num_rows: int) -> int:
         """Slots of so many rows that there is room for, and use."""
-        return min(self.max_slots, self.max_rows // num_rows) if self.max_rows else self.max_slots
+        if self.page_size or not self.max_rows:
+            return self.max_slots
+        return min(self.max_slots, self.max_rows // num_rows)
+
+
+class SparePages:
+    """What is left of a cache's pages behind those that its open slots need for one step more."""
+
+    def __init__(self, cache: Cache, num_rows: int) -> None:
+        """A step writes so many rows behind each text."""
+        self._cache, self._num_rows = cache, num_rows
+        self._left = cache.spare(num_rows)
+        self._taken: set[Sequence[int]] = set()  # texts
+
+    @property
+    def is_short(self) -> bool:
+        """Whether open slots, and those that took some, lack any."""
+        return self._left < 0
+
+    def take(self, token_ids: Sequence[int]) -> bool:
+        """Take what a text needs that joins, with rows for all but its anchor; whether it was there."""
+        is_repeated = token_ids in self._taken
+        self._left -= self._cache.cost(token_ids[:-1], self._num_rows, is_repeated=is_repeated)
+        self._taken.add(token_ids)
+        return not self.is_short

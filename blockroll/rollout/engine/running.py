@@ -30,6 +30,7 @@ class RunningRequest:
         stats = prefix.stats if prefix else RolloutStats()
         self._num_prefilled, self._num_reused = stats.num_prefilled, stats.num_reused
         self._num_forwards = stats.num_forwards
+        self._num_preempted = stats.num_preempted
         self.first_attempt = 0  # attempts count on from here; it may be set before the first step
         self._num_verify_steps = stats.num_verify_steps
         self._num_drafted = stats.num_drafted
@@ -72,6 +73,12 @@ class RunningRequest:
         """So many rows before its anchor were computed, and so many taken over from other texts."""
         self._num_prefilled += num_prefilled
         self._num_reused += num_reused
+
+    def count_preemption(self, *, keeps_proposal: bool) -> None:
+        """It gave its slot up, and keeps its text; its drafts only if the plan stays that they fit."""
+        self._num_preempted += 1
+        if not keeps_proposal:
+            self.proposal = None
 
     def start_proposal(self, proposal: object) -> None:
         """Take the drafts of a draft forward of its own, which counts."""
@@ -138,6 +145,7 @@ class RunningRequest:
             stats=RolloutStats(
                 num_prefilled=self._num_prefilled,
                 num_reused=self._num_reused,
+                num_preempted=self._num_preempted,
                 num_forwards=self._num_forwards,
                 num_verify_steps=self._num_verify_steps,
                 num_drafted=self._num_drafted,

@@ -5,6 +5,7 @@ cache: when a request leaves, the last one moves into its slot.
 """
 
 from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -47,8 +48,10 @@ class Scheduler:
         """Queue a request whose prefill has `num_tokens` tokens."""
         self._waiting[request_id] = num_tokens
 
-    def joining(self) -> tuple[str, ...]:
+    def joining(self, has_room: Callable[[str], bool] = lambda _: True) -> tuple[str, ...]:
         """Waiting requests that fit behind the running ones now, in slot order; they go on waiting.
+
+        The first that `has_room` says no of, and those behind it, do not fit.
 
         Few at a time would each cost a forward of their own, so they wait until a share of the slots is free.
         """
@@ -62,12 +65,14 @@ class Scheduler:
             widest = max(widest, num_tokens)
             if joining and widest * (len(joining) + 1) > self.max_prefill_tokens:
                 break
+            if not has_room(request_id):
+                break
             joining.append(request_id)
         return tuple(joining)
 
-    def admit(self) -> tuple[str, ...]:
-        """Those that join run from now on, in the slots behind the running ones."""
-        joining = self.joining()
+    def admit(self, joining: Sequence[str] | None = None) -> tuple[str, ...]:
+        """Those that join run from now on, in the slots behind the running ones; None: all that may."""
+        joining = self.joining() if joining is None else tuple(joining)
         self._running = [*self._running, *joining]  # at once: an interrupt finds all of them, or none
         self._forget_admitted()
         return joining
@@ -76,6 +81,15 @@ class Scheduler:
         """What runs waits no more."""
         while self._waiting and next(iter(self._waiting)) in self._running:
             self._waiting.popitem(last=False)
+
+    def preempt(self, request_id: str, num_tokens: int) -> int:
+        """A running request waits again, before all others; the last one has the slot that it ran in."""
+        # First: an interrupt finds it in both places, where it counts as running.
+        self._waiting[request_id] = num_tokens
+        self._waiting.move_to_end(request_id, last=False)
+        slot = self._running.index(request_id)
+        self.release(slot)
+        return slot
 
     def release(self, slot: int) -> Move | None:
         """Free a slot; the move that closes the hole, if there is one."""

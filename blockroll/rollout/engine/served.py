@@ -129,6 +129,15 @@ class ServedRequests:
                 self.finished[running.request.request_id] = running.rollout(speedups)
                 self._leave(running.request.request_id)
 
+    def preempt(self, *, keeps_proposal: bool) -> None:
+        """The youngest of those that run waits again, before all others, and loses nothing but its rows."""
+        running = {*self._scheduler.running}
+        request_id = next(each for each in reversed(self.requests) if each in running)
+        slot = self._scheduler.preempt(request_id, self.requests[request_id].num_tokens - 1)
+        if slot < self._cache.num_open:
+            self._cache.release(slot)
+        self.requests[request_id].count_preemption(keeps_proposal=keeps_proposal)
+
     def _leave(self, request_id: str) -> None:
         """A request is served no more; the rows of its text may be taken over."""
         slot = self._scheduler.drop(request_id)

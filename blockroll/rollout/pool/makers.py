@@ -186,6 +186,8 @@ def replica_around(
         max_batch_size=config.max_batch_size,
         max_length=config.max_length,
         max_cache_rows=cache.budget.rows,
+        cache=config.cache,
+        page_size=config.page_size,
         observers=() if audit is None else (audit,),
         drafters=[HistoryDrafts(max_tokens=config.history_tokens)] if config.history_tokens else (),
     )

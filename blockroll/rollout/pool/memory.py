@@ -13,6 +13,7 @@ from blockroll.config import RolloutConfig
 from blockroll.errors import InvalidInput
 from blockroll.policies.footprint import Footprint
 from blockroll.rollout.engine.budget import CacheBudget, size
+from blockroll.rollout.engine.cache.layouts import layout_of
 from blockroll.rollout.engine.room import CacheRoom
 from blockroll.rollout.engine.scheduler import MAX_PREFILL_TOKENS
 from blockroll.rollout.planning.planner import Planner
@@ -91,6 +92,7 @@ class CachePlan:
             max_slots=config.max_batch_size,
             max_rows=budget.rows,
             block_rows=max(each.rows_per_forward for each in plans),
+            page_size=config.page_size if layout_of(device or policy.device, config.cache) == "pages" else 0,
             max_length=config.max_length or policy.max_length,
         )
         budget.check(room.rows_of(1))

@@ -47,6 +47,11 @@ class Cache(ABC):
 
     @property
     @abstractmethod
+    def page_size(self) -> int:
+        """Rows of a page; 0: each slot has one piece of memory."""
+
+    @property
+    @abstractmethod
     def num_open(self) -> int:
         """Slots of running texts."""
 
@@ -97,7 +102,7 @@ class Cache(ABC):
         return sys.maxsize
 
     def cost(self, token_ids: Sequence[int], num_rows: int, *, is_repeated: bool = False) -> int:
-        """Pages for these tokens and so many rows behind them, beyond those that running texts have.
+        """Pages for these tokens and so many rows behind them, but for those of a running text that has them.
 
         `is_repeated` says that a text of the same tokens joins before.
         """
@@ -119,6 +124,10 @@ class Cache(ABC):
         As many as `num_pending` rows that a forward of this step wrote behind them come along. A number of
         rows below 0 is of a text that begins so many rows later.
         """
+
+    @abstractmethod
+    def exchange(self, first: int, second: int) -> None:
+        """Two open slots change places; if that fails half-way, neither holds anything."""
 
     @abstractmethod
     def release(self, slot: int) -> None:

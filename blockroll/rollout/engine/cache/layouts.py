@@ -2,6 +2,8 @@
 
 from typing import Literal
 
+import torch
+
 from blockroll.errors import InvalidInput
 from blockroll.policies.base import Policy
 from blockroll.rollout.engine.cache.contract import Cache
@@ -14,17 +16,17 @@ PAGE_SIZE = 16
 MAX_PAGE_SIZE = 1024
 
 
-def layout_of(policy: Policy, layout: Layout) -> Layout:
+def layout_of(device: torch.device, layout: Layout) -> Layout:
     """`auto` is slots on a CPU, where attention reads keys in place, and pages elsewhere."""
     if layout == "auto":
-        return "slots" if policy.device.type == "cpu" else "pages"
+        return "slots" if device.type == "cpu" else "pages"
     return layout
 
 
 def make_cache(policy: Policy, layout: Layout, *, page_size: int, max_rows: int) -> Cache:
     """A cache for a policy, its pages of so many rows; `max_rows` bounds those of all pages, 0 does not."""
     check_page_size(page_size)
-    match layout_of(policy, layout):
+    match layout_of(policy.device, layout):
         case "slots":
             return SlotCache(policy)
         case "pages":

@@ -26,17 +26,13 @@ class PagePool:
         """Pages that no text names."""
         return len(self._free)
 
-    def is_shared(self, page: int) -> bool:
-        """Whether more than one text names it, so that none may write there."""
-        return self._open[page] + self._kept[page] > 1
+    def num_texts(self, page: int) -> int:
+        """Texts that name it; if there is more than one, none may write there."""
+        return self._open[page] + self._kept[page]
 
-    def is_shared_by_open(self, page: int) -> bool:
-        """Whether more than one running text names it."""
-        return self._open[page] > 1
-
-    def is_open(self, page: int) -> bool:
-        """Whether a running text names it."""
-        return self._open[page] > 0
+    def num_running(self, page: int) -> int:
+        """Running texts that name it."""
+        return self._open[page]
 
     def next_free(self, num_pages: int) -> Sequence[int]:
         """So many free pages, which stay free until they are opened."""

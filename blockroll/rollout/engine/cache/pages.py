@@ -19,28 +19,19 @@ from torch import Tensor
 from blockroll.policies.base import Policy
 from blockroll.policies.packing import Packing
 from blockroll.rollout.engine.cache.contract import Cache
-from blockroll.rollout.engine.cache.held import HeldText, TextIndex
+from blockroll.rollout.engine.cache.held import TextIndex
 from blockroll.rollout.engine.cache.page_memory import PageMemory
 from blockroll.rollout.engine.cache.page_pool import PagePool
+from blockroll.rollout.engine.cache.paged_text import PagedText, TableWrites
 from blockroll.rollout.engine.cache.paged_window import PagedWindow
 
 _LEAST_PAGES = 64  # that memory is taken for at first, where it is not bounded
 
 
-class PagedText(HeldText):
-    """The tokens of a text, and the pages of their rows in order."""
-
-    __slots__ = ("missing", "pages", "source")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.pages: list[int] = []
-        self.missing = 0  # rows by which it begins later than its slot's first column
-        self.source = 0  # its name once it has ended, below 0
-
-
 class PagedCache(Cache):
     """Texts in pages; those that have ended are named by numbers below 0."""
+
+    page_size = 0
 
     def __init__(self, policy: Policy, *, page_size: int, num_slots: int = 0, max_rows: int = 0) -> None:
         """So many slots, all of them open and empty; `max_rows` bounds the rows of all pages, 0 does not."""
@@ -117,41 +108,20 @@ class PagedCache(Cache):
             self.memory.allocate(num_pages + 1)
             self._pool = PagePool(num_pages + 1)
         spans = [(max(length, 0), length + count) for length, count in zip(lengths, num_rows, strict=True)]
-        if not self._lacking(texts, spans):
-            return
-        while (lacking := self._lacking(texts, spans) - self._pool.num_free) > 0:
+        writes = TableWrites(texts, spans, self.page_size)
+        while (lacking := writes.num_pages(self._pool.num_texts) - self._pool.num_free) > 0:
             self._make_free(lacking)
-        new = list(self._pool.next_free(self._lacking(texts, spans)))
-        sources: list[int] = []
-        tables: list[list[int]] = []
-        # A page that two of them share is copied for both, and free behind that if nobody else has it.
-        for text, (first, stop) in zip(texts, spans, strict=True):
-            table = text.pages[: first // self.page_size]
-            for page in text.pages[len(table) :]:
-                shared = len(table) * self.page_size < stop and self._pool.is_shared(page)
-                sources += [page] if shared else []
-                table.append(new[len(sources) - 1] if shared else page)
-            tables.append(table)
+        new = list(self._pool.next_free(writes.num_pages(self._pool.num_texts)))
+        if not new:
+            return
+        sources, tables = writes.with_pages(new, self._pool.num_texts)
         if sources:
             self.memory.copy(sources, new[: len(sources)])
-        rest = iter(new[len(sources) :])
-        for table, (_, stop) in zip(tables, spans, strict=True):
-            table += [next(rest) for _ in range(len(table), -(-stop // self.page_size))]
         # Memory is there and written: what is left are integers, which `repair` counts anew.
         for text, table in zip(texts, tables, strict=True):
             text.pages = table
         self._pool.open_new(len(new))
         self._pool.close(sources)
-
-    def _lacking(self, texts: Sequence[PagedText], spans: Sequence[tuple[int, int]]) -> int:
-        """Pages that these texts need before they may write these rows."""
-        number, size, is_shared = 0, self.page_size, self._pool.is_shared
-        for text, (first, stop) in zip(texts, spans, strict=True):
-            num_pages = -(-stop // size)
-            number += max(num_pages - len(text.pages), 0)
-            for page in text.pages[first // size : num_pages]:
-                number += is_shared(page)
-        return number
 
     def _make_free(self, num_pages: int) -> None:
         """Have so many free pages more, or some of them: by more memory, or by what an ended text had."""
@@ -176,30 +146,26 @@ class PagedCache(Cache):
         """Pages left once every open slot has so many rows behind its valid ones; below 0, so many lack."""
         if not self._most_pages:
             return sys.maxsize
-        size, lacking = self.page_size, 0
-        for text in self._open:
-            length = len(text.tokens)
-            num_pages = -(-(length + num_rows) // size)
-            lacking += max(num_pages - len(text.pages), 0)
-            for page in text.pages[length // size : num_pages]:
-                lacking += self._pool.is_shared_by_open(page)
+        spans = [(len(text.tokens), len(text.tokens) + num_rows) for text in self._open]
+        lacking = TableWrites(self._open, spans, self.page_size).num_pages(self._pool.num_running)
         return self._most_pages - self._pool.num_open - lacking
 
     def cost(self, token_ids: Sequence[int], num_rows: int, *, is_repeated: bool = False) -> int:
-        """Pages for these tokens and so many rows behind them, beyond those that running texts have.
+        """Pages for these tokens and so many rows behind them, but for those of a running text that has them.
 
         `is_repeated` says that a text of the same tokens joins before.
         """
         if not self._most_pages:
             return 0
         num_pages = -(-(len(token_ids) + num_rows) // self.page_size)
+        num_whole = len(token_ids) // self.page_size
         if is_repeated:
-            return num_pages - len(token_ids) // self.page_size
+            return num_pages - num_whole
         source, num_shared = self.longest_prefix(token_ids)
-        if not num_shared:
+        if num_shared < len(token_ids):  # beside others that lack more, all of it may be computed
             return num_pages
-        shared = self._text(source).pages[: num_shared // self.page_size]
-        return num_pages - sum(map(self._pool.is_open, shared))
+        shared = self._text(source).pages[:num_whole] if num_shared else ()
+        return num_pages - sum(self._pool.num_running(page) > 0 for page in shared)
 
     def commit(self, start: int, token_ids: Sequence[Sequence[int]]) -> None:
         """The rows behind those of slots start.. are these tokens': the forwards that wrote them are done."""
@@ -265,6 +231,12 @@ class PagedCache(Cache):
             if id(text) not in moved:
                 self._end(text)
 
+    def exchange(self, first: int, second: int) -> None:
+        """Two open slots change places."""
+        opened = [*self._open]
+        opened[first], opened[second] = opened[second], opened[first]
+        self._open = opened
+
     def release(self, slot: int) -> None:
         """Close a slot: the last open one takes its place, and its rows may be taken over."""
         text, last = self._open[slot], self._open[-1]
@@ -285,7 +257,7 @@ class PagedCache(Cache):
     def _end(self, text: PagedText) -> None:
         """A text that ran has ended: it keeps the pages of its rows, if others do not have them all."""
         num_pages, pages = -(-len(text.tokens) // self.page_size), text.pages
-        if not all(map(self._pool.is_shared, pages[:num_pages])):
+        if any(self._pool.num_texts(page) == 1 for page in pages[:num_pages]):
             self._num_ended += 1
             text.pages, text.source = pages[:num_pages], -self._num_ended
             self._kept[text.source] = text
@@ -303,7 +275,7 @@ class PagedCache(Cache):
         pages = set(text.pages)
         for source in [each for each, kept in self._kept.items() if not pages.isdisjoint(kept.pages)]:
             self._drop(source)
-        own = [page for page in text.pages if not self._pool.is_shared(page)]
+        own = [page for page in text.pages if self._pool.num_texts(page) == 1]
         self.memory.fill(own, 0.0)
         self._index.cut(text, 0)
         pages_before, text.pages = text.pages, []

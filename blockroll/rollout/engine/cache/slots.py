@@ -19,6 +19,7 @@ from blockroll.rollout.engine.cache.held import SlotTexts
 class SlotCache(Cache):
     """Texts that have ended stay in the slots behind the open ones, until `share` opens these for others."""
 
+    page_size = 0
     num_open = 0
 
     def __init__(self, policy: Policy, *, num_slots: int = 0, capacity: int = 0) -> None:
@@ -157,11 +158,11 @@ class SlotCache(Cache):
         """Close a slot: the last open one takes its place, and its rows may be taken over."""
         last = self.num_open - 1
         if slot != last:
-            self._exchange(slot, last)
+            self.exchange(slot, last)
         self.num_open = last
 
-    def _exchange(self, first: int, second: int) -> None:
-        """Two slots change places; if that fails half-way, neither holds anything."""
+    def exchange(self, first: int, second: int) -> None:
+        """Two open slots change places; if that fails half-way, neither holds anything."""
         pair = torch.tensor([first, second], device=self._policy.device)
         rows = max(len(self.tokens(slot)) for slot in (first, second))
         try:
