@@ -18,6 +18,7 @@ from blockroll.rollout.engine.drafting import Drafter
 from blockroll.rollout.engine.ends import Decode
 from blockroll.rollout.engine.plans import PlanChooser, Planning, at_hand, check_plan, drafters_of
 from blockroll.rollout.engine.prefill import prefill
+from blockroll.rollout.engine.repeated import Graphs, RepeatedPolicy, forwards_of
 from blockroll.rollout.engine.requests import Limits, check_request
 from blockroll.rollout.engine.room import CacheRoom, SparePages
 from blockroll.rollout.engine.running import RunningRequest
@@ -44,6 +45,7 @@ class BareEngine:
         max_cache_rows: int = 0,
         cache: Layout = "auto",
         page_size: int = PAGE_SIZE,
+        graphs: Graphs = "auto",
         decode: Decode | None = None,
         policy_version: int = 0,
         observers: Iterable[Observer] = (),
@@ -59,7 +61,8 @@ class BareEngine:
         requests whose text would depend on the plans that a planner chooses. The cache has room for the
         longest text that the requests at hand can become. `max_cache_rows` bounds its rows over all slots:
         then fewer than `max_batch_size` requests run together. 0: no bound. `cache` is how its rows lie: in
-        slots as long as the longest text, or in pages of `page_size` rows, taken as texts grow.
+        slots as long as the longest text, or in pages of `page_size` rows, taken as texts grow. `graphs` says
+        whether forwards over pages run in few shapes, captured as graphs on a GPU (`repeated.py`).
         """
         self.planner = None if isinstance(plan, Plan) else plan
         plans = (plan,) if isinstance(plan, Plan) else plan.candidates
@@ -89,7 +92,8 @@ class BareEngine:
             is_plan_free=reproducible and len(plans) > 1 and any(each.layout for each in plans),
         )
         self._scheduler = Scheduler(max_batch_size=max_batch_size)
-        self._decoder = Decoder(policy, self._cache, self._drafters, clock)
+        self._forwards = forwards_of(policy, self._cache, graphs)
+        self._decoder = Decoder(self._forwards, self._cache, self._drafters, clock)
         self._starter = Starter(policy, self.limits, decode, numbers_servings=len(drafters_of(plans)) > 1)
         self._served = ServedRequests(self._scheduler, self._cache, self._starter)
         self._is_interrupted = False  # a change of what runs has begun and not ended
@@ -152,6 +156,8 @@ class BareEngine:
             raise InvalidInput(f"{self.num_requests} requests are being served: their cache is in use")
         with self._change():
             self._cache.clear()
+            if isinstance(self._forwards, RepeatedPolicy):
+                self._forwards.release_memory()
             self._room.rows_per_slot = 0
 
     def forget_prefixes(self) -> None:
@@ -163,7 +169,7 @@ class BareEngine:
         """The policy's weights are those of this version, wholly or not at all; no row of others is read."""
         with self._change():
             self._cache.invalidate()
-            self.policy.weights_changed()
+            self._forwards.weights_changed()
             self.policy_version = policy_version
 
     def recompute_cache(self) -> None:

@@ -18,6 +18,7 @@ class PageMemory:
     def __init__(self, policy: Policy, page_size: int) -> None:
         self._policy, self.page_size = policy, page_size
         self.tensors: list[Tensor] = []
+        self.times_taken = 0  # how often its tensors were made anew
 
     def __len__(self) -> int:
         """Pages."""
@@ -51,6 +52,7 @@ class PageMemory:
         """Take memory for so many pages, zeroed."""
         row = self._policy.kv_shape
         shape = (num_pages, row.num_heads, self.page_size, row.width)
+        self.times_taken += 1
         with torch.inference_mode(False):  # ordinary tensors, for code in that mode and outside of it
             self.tensors = [
                 torch.zeros(shape, dtype=row.dtype, device=self._policy.device)
@@ -60,6 +62,7 @@ class PageMemory:
     def grow(self, num_pages: int) -> None:
         """Have so many pages; what the first of them hold stays."""
         more = num_pages - len(self)
+        self.times_taken += 1
         with torch.inference_mode(False):
             self.tensors = [F.pad(each, (0, 0, 0, 0, 0, 0, 0, more)) for each in self.tensors]
 

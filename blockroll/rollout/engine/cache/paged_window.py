@@ -7,6 +7,7 @@ page_size keys, D head width; of a packed window N rows.
 """
 
 from collections.abc import Sequence
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -17,40 +18,80 @@ from blockroll.rollout.engine.cache.page_memory import PageMemory
 
 
 class PagedWindow:
-    """What one forward sees of the cache; stands in for transformers' cache object."""
+    """What one forward sees of the cache; stands in for transformers' cache object.
+
+    Made from tensors alone, it reads nothing on the host: a graph of the forward can hold its making.
+    """
 
     def __init__(
         self,
+        memory: PageMemory,
+        table_BT: Tensor,
+        lengths_B: Tensor,
+        num_rows: int,
+        *,
+        packing: Packing | None = None,
+        picked: tuple[Tensor, Tensor] | None = None,
+        has_empty: bool = False,
+    ) -> None:
+        """`num_rows` new rows each, behind those at `lengths_B`, in the pages of a table that holds both.
+
+        `picked` names requests and rows (N,) that are written, where these are not all of a rectangle. Where
+        the table `has_empty` requests, of page 0 alone, nothing but zeros is written there.
+        """
+        self.memory, size = memory, memory.page_size
+        self.table_BT, self.lengths_B = table_BT, lengths_B  # int64; page 0 where a request has fewer
+        self.packing, self.picked = packing, picked
+        self._is_empty: Tensor | None = None
+        self.extent = table_BT.shape[1] * size
+        heads_H1 = torch.arange(memory.num_heads, device=table_BT.device)[:, None]
+        self._read_N = (table_BT[:, None] * memory.num_heads + heads_H1).flatten()
+        if packing is not None:
+            picked = packing.request_N, packing.offset_N
+        if picked is not None:
+            request_N, row_N = picked
+            index_N = lengths_B[request_N] + row_N
+            self._pages, self._rows = table_BT[request_N, index_N // size], index_N % size
+            return
+        index_BR = lengths_B[:, None] + torch.arange(num_rows, device=table_BT.device)
+        self._pages, self._rows = table_BT.gather(1, index_BR // size), index_BR % size
+        if has_empty:
+            self._is_empty = (self._pages == 0)[..., None, None]
+
+    @classmethod
+    def of(
+        cls,
         memory: PageMemory,
         tables: Sequence[Sequence[int]],
         lengths: Sequence[int],
         num_rows: Sequence[int],
         packing: Packing | None = None,
-    ) -> None:
-        """For requests with these pages, so many rows there, and so many new ones behind them."""
-        device, size, self.packing, self._memory = memory.device, memory.page_size, packing, memory
+    ) -> Self:
+        """For requests with these pages, so many rows there, and so many new ones behind them.
+
+        Rows before a text, of a length below 0, are nobody's.
+        """
+        device, size = memory.device, memory.page_size
         needed, step = max(map(sum, zip(lengths, num_rows, strict=True))), max(ROW_STEP, size)
-        self.extent = -(-needed // step) * step
-        self.lengths_B = torch.tensor(lengths, device=device)
-        width = self.extent // size
+        width = -(-needed // step) * step // size
         rows = [[*table[:width], *[0] * (width - len(table))] for table in tables]
-        self.table_BT = torch.tensor(rows, device=device)  # int64; page 0 where a request has fewer
-        heads_H1 = torch.arange(memory.num_heads, device=device)[:, None]
-        self._read_N = (self.table_BT[:, None] * memory.num_heads + heads_H1).flatten()
-        # Rows of requests that are written, where these are not all of a rectangle.
-        self._picked: tuple[Tensor, Tensor] | None = None
-        if packing is not None:
-            request_N, index_N = packing.request_N, self.lengths_B[packing.request_N] + packing.offset_N
-            self._pages, self._rows = self.table_BT[request_N, index_N // size], index_N % size
-            return
-        index_BR = self.lengths_B[:, None] + torch.arange(num_rows[0], device=device)
-        if min(lengths) < 0:  # rows before a text are nobody's
-            request_N, row_N = (index_BR >= 0).nonzero(as_tuple=True)
-            self._picked = request_N, row_N
-            index_N = index_BR[self._picked]
-            self._pages, self._rows = self.table_BT[request_N, index_N // size], index_N % size
-            return
-        self._pages, self._rows = self.table_BT.gather(1, index_BR // size), index_BR % size
+        picked = None
+        if packing is None and min(lengths) < 0:
+            places = [
+                (request, row)
+                for request, (length, count) in enumerate(zip(lengths, num_rows, strict=True))
+                for row in range(max(-length, 0), count)
+            ]
+            request_N, row_N = torch.tensor(places, device=device).T
+            picked = request_N, row_N
+        return cls(
+            memory,
+            torch.tensor(rows, device=device),
+            torch.tensor(lengths, device=device),
+            num_rows[0],
+            packing=packing,
+            picked=picked,
+        )
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object
@@ -59,15 +100,17 @@ class PagedWindow:
 
         A packed window takes packed rows (1, H, N, D), and of a rectangle the rows that are a request's.
         """
-        keys, values = self._memory.layer(layer_idx)
+        keys, values = self.memory.layer(layer_idx)
         return self._updated(keys, key_states), self._updated(values, value_states)
 
     def _updated(self, held: Tensor, states: Tensor) -> Tensor:
         rows = states.transpose(1, 2)
         if self.packing is not None:
             rows = (rows if len(rows) == 1 else self.packing.pack(rows))[0]
-        elif self._picked is not None:
-            rows = rows[self._picked]
+        elif self.picked is not None:
+            rows = rows[self.picked]
+        if self._is_empty is not None:
+            rows = rows.masked_fill(self._is_empty, 0)
         # Under autocast some norms give float32; attention would round it likewise.
         held.transpose(1, 2)[self._pages, self._rows] = rows.to(held.dtype)
         _, heads, size, width = held.shape

@@ -98,7 +98,7 @@ class PagedCache(Cache):
     ) -> PagedWindow:
         texts = self._open[start : start + len(lengths)]
         self._take(texts, lengths, num_rows)
-        return PagedWindow(self.memory, self._tables(texts), lengths, num_rows, packing)
+        return PagedWindow.of(self.memory, self._tables(texts), lengths, num_rows, packing)
 
     def _take(self, texts: Sequence[PagedText], lengths: Sequence[int], num_rows: Sequence[int]) -> None:
         """Give texts pages to write so many rows behind so many, or raise before anything has changed."""

@@ -1,0 +1,214 @@
+"""Forwards of few shapes, each in buffers of its own: what a device needs to run them as graphs.
+
+A forward over a window of pages is widened to the next number of requests and of pages that this module
+knows. Its inputs are copied into the buffers of that shape, and the policy runs on them; on a GPU that run is
+captured once, and repeated from then on without a word from the host. Requests that only fill a shape have no
+rows of their own: they read page 0, which no text has, and leave it as it is.
+
+Law: a request's logits do not depend on what else stands in a shape. Whether a step runs in one changes them
+by rounding alone.
+
+Shapes: B requests, C tokens of each, T pages of a table, K drafted tokens, V vocabulary, W hidden width.
+"""
+
+import sys
+from collections.abc import Callable, Hashable
+from dataclasses import fields
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from blockroll.errors import InvalidInput
+from blockroll.policies.base import FusedRows, KVWindow, Policy
+from blockroll.rollout.engine.cache.contract import Cache
+from blockroll.rollout.engine.cache.page_memory import PageMemory
+from blockroll.rollout.engine.cache.paged_window import PagedWindow
+from blockroll.rollout.engine.cache.pages import PagedCache
+
+Graphs = Literal["auto", "on", "off", "buckets"]
+Forward = Callable[[Tensor, PagedWindow], Any]  # tokens and a window: logits, or rows with states
+
+_WARM_UPS = 2  # runs before one is captured: what is made at first use must not lie in the graph's memory
+
+
+def bucket(count: int) -> int:
+    """The least number at or above `count` that is a power of two, or half as much again."""
+    power = 1 << max(count - 1, 0).bit_length()
+    return power * 3 // 4 if power >= 4 and count <= power * 3 // 4 else power
+
+
+def forwards_of(policy: Policy, cache: Cache, graphs: Graphs) -> Policy:
+    """The policy, or one whose forwards run in few shapes. InvalidInput for graphs where there can be none."""
+    device, has_pages = policy.device.type, isinstance(cache, PagedCache)
+    if graphs not in ("auto", "on", "off", "buckets"):
+        raise InvalidInput(f"graphs is {graphs!r}; allowed are 'auto', 'on', 'off' and 'buckets'")
+    if graphs == "on" and device != "cuda":
+        raise InvalidInput(
+            f"graphs is 'on', but the policy is on {device!r}, where no graph can be captured; use 'auto', "
+            "which captures them on a GPU"
+        )
+    if graphs in ("on", "buckets") and not has_pages:
+        raise InvalidInput(f"graphs is {graphs!r}, which needs the cache in pages; set cache to 'pages'")
+    repeats = graphs in ("on", "buckets") or (graphs == "auto" and device == "cuda" and has_pages)
+    return RepeatedPolicy(policy) if repeats else policy
+
+
+class RepeatedPolicy:
+    """A policy whose forwards over pages run in few shapes; everything else of it is the policy's own."""
+
+    least_saved_rows = sys.maxsize  # rows are never packed: that would be a shape of its own for each step
+
+    def __init__(self, policy: Policy) -> None:
+        self._policy = policy
+        self._runs: dict[Hashable, _Run] = {}
+        self._memory_taken = 0  # as `PageMemory.times_taken`
+        self._pool: Any = None  # memory that all graphs share: one runs at a time
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._policy, name)
+
+    @property
+    def num_shapes(self) -> int:
+        """Shapes that have buffers now."""
+        return len(self._runs)
+
+    def weights_changed(self) -> None:
+        """Tell the policy; graphs that were captured read other memory, so they are made anew."""
+        self._policy.weights_changed()
+        self._runs.clear()
+
+    def release_memory(self) -> None:
+        """Give buffers and graphs back; the next forwards make them anew."""
+        self._runs.clear()
+        self._pool = None
+
+    def verify_logits(self, ids_BR: Tensor, window: KVWindow) -> Tensor:
+        """As the policy's."""
+        if not isinstance(window, PagedWindow):
+            return self._policy.verify_logits(ids_BR, window)
+        num_rows = ids_BR.shape[1]
+        logits_BRV: Tensor = self._over_pages("verify", ids_BR, num_rows, window, self._policy.verify_logits)
+        return logits_BRV
+
+    def draft_logits(self, ids_BC: Tensor, num_drafts: int, window: KVWindow) -> Tensor:
+        """As the policy's."""
+        if not isinstance(window, PagedWindow):
+            return self._policy.draft_logits(ids_BC, num_drafts, window)
+
+        def forward(ids_BC: Tensor, window: PagedWindow) -> Tensor:
+            return self._policy.draft_logits(ids_BC, num_drafts, window)
+
+        num_rows = ids_BC.shape[1] + num_drafts
+        logits: Tensor = self._over_pages(("draft", num_drafts), ids_BC, num_rows, window, forward)
+        return logits
+
+    def fused_rows(self, ids_BL: Tensor, levels: tuple[int, ...], window: KVWindow) -> FusedRows:
+        """As the policy's."""
+        if not isinstance(window, PagedWindow):
+            return self._policy.fused_rows(ids_BL, levels, window)
+
+        def forward(ids_BL: Tensor, window: PagedWindow) -> FusedRows:
+            return self._policy.fused_rows(ids_BL, levels, window)
+
+        num_rows = ids_BL.shape[1] * (len(levels) + 1)
+        rows: FusedRows = self._over_pages(("fused", levels), ids_BL, num_rows, window, forward)
+        return rows
+
+    def _over_pages(
+        self,
+        kind: Hashable,
+        ids_BC: Tensor,
+        num_rows: int,
+        window: PagedWindow,
+        forward: Forward,
+    ) -> Any:
+        """One forward in the least shape that holds it; what it gives is of these requests alone."""
+        memory, (size, num_tokens) = window.memory, ids_BC.shape
+        if window.packing is not None or window.picked is not None:
+            return forward(ids_BC, window)
+        if self._memory_taken != memory.times_taken:  # what was captured reads memory that is gone
+            self._runs.clear()
+            self._memory_taken = memory.times_taken
+        shape = bucket(size), bucket(window.table_BT.shape[1])
+        key = (kind, num_tokens, shape)
+        run = self._runs.get(key)
+        if run is None:
+            run = self._runs[key] = _Run(memory, shape, num_tokens, num_rows, forward)
+        run.fill(ids_BC, window)
+        if memory.device.type == "cuda":
+            self._pool = self._pool or torch.cuda.graph_pool_handle()
+            run.capture(self._pool)
+        return _first(run(), size, copies=run.is_captured)
+
+
+class _Run:
+    """One forward on buffers of one shape, captured if it is told to be."""
+
+    def __init__(
+        self,
+        memory: PageMemory,
+        shape: tuple[int, int],
+        num_tokens: int,
+        num_rows: int,
+        forward: Forward,
+    ) -> None:
+        """`shape` is requests and pages of each; of `num_rows` rows a request, `num_tokens` have tokens."""
+        size, num_pages = shape
+        self._memory, self._num_rows, self._forward = memory, num_rows, forward
+        with torch.inference_mode(False):
+            self._ids_BC, self._table_BT, self._lengths_B = (
+                torch.zeros(shape, dtype=torch.int64, device=memory.device)
+                for shape in ((size, num_tokens), (size, num_pages), (size,))
+            )
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._output: Any = None
+
+    def fill(self, ids_BC: Tensor, window: PagedWindow) -> None:
+        """Take these requests; those behind them are empty, in page 0."""
+        size, num_pages = window.table_BT.shape
+        for buffer, values in ((self._ids_BC, ids_BC), (self._lengths_B, window.lengths_B)):
+            buffer[:size] = values
+            buffer[size:] = 0
+        self._table_BT[:size, :num_pages] = window.table_BT
+        self._table_BT[:size, num_pages:] = 0
+        self._table_BT[size:] = 0
+
+    def capture(self, pool: Any) -> None:
+        """Have a graph of the forward, in memory of this pool; once."""
+        if self._graph is not None:
+            return
+        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(_WARM_UPS):
+                self._run()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool):
+            self._output = self._run()
+        self._graph = graph
+
+    def __call__(self) -> Any:
+        """What the forward gives for all requests of the shape; of a graph, memory that it writes again."""
+        if self._graph is None:
+            return self._run()
+        self._graph.replay()
+        return self._output
+
+    @property
+    def is_captured(self) -> bool:
+        """Whether it is a graph by now."""
+        return self._graph is not None
+
+    def _run(self) -> Any:
+        window = PagedWindow(self._memory, self._table_BT, self._lengths_B, self._num_rows, has_empty=True)
+        return self._forward(self._ids_BC, window)
+
+
+def _first(output: Any, size: int, *, copies: bool) -> Any:
+    """Of the first requests, so many; copies where the next run writes into the same memory."""
+    if isinstance(output, FusedRows):
+        parts = {each.name: getattr(output, each.name) for each in fields(output)}
+        return FusedRows(**{name: _first(part, size, copies=copies) for name, part in parts.items()})
+    return output[:size].clone() if copies else output[:size]
