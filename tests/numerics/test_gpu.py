@@ -18,3 +18,14 @@ def test_a_gpu_draws_what_the_cpu_draws(plan):
     requests = make_requests(prompts(16), Sampling(max_tokens=16))
     drawn = run(HFPolicy(random_model().to("cuda")), requests, plan)
     assert_same_rollouts(run(policy, requests, plan), drawn, policy)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "plan", [Plan(0), Plan(4), Plan(4, (0, 2, 4))], ids=["plain", "two_forward", "fused"]
+)
+def test_captured_graphs_draw_what_forwards_do(plan):
+    policy = HFPolicy(random_model().to("cuda"))
+    requests = make_requests(prompts(16), Sampling(max_tokens=16))
+    captured = run(policy, requests, plan, max_batch_size=6, graphs="on")
+    assert_same_rollouts(run(policy, requests, plan, max_batch_size=6, graphs="off"), captured, policy)
