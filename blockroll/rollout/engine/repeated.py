@@ -39,7 +39,7 @@ def bucket(count: int) -> int:
 
 
 def forwards_of(policy: Policy, cache: Cache, graphs: Graphs) -> Policy:
-    """The policy, or one whose forwards run in few shapes. InvalidInput for graphs where there can be none."""
+    """The policy, or one whose forwards run in few shapes. InvalidInput where there can be no graphs."""
     device, has_pages = policy.device.type, isinstance(cache, PagedCache)
     if graphs not in ("auto", "on", "off", "buckets"):
         raise InvalidInput(f"graphs is {graphs!r}; allowed are 'auto', 'on', 'off' and 'buckets'")
