@@ -1,9 +1,11 @@
 """What the engine asks of a policy and of the key-value window it writes to.
 
 Shapes: B requests, R rows (new tokens) per request, K drafted tokens, L = K + 1 rows to verify, P levels,
-W hidden width, V vocabulary, N rows where requests differ in their number of rows.
+W hidden width, V vocabulary, N rows where requests differ in their number of rows, C rows of each request
+whose states are asked for.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any, Protocol, Self, runtime_checkable
 
@@ -38,6 +40,40 @@ class KVShape:
         return 2 * self.num_layers * self.num_heads * self.width * self.dtype.itemsize
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StatePart:
+    """One tensor that recurrent layers carry from row to row; zeros before a text's first row."""
+
+    name: str
+    num_layers: int  # that carry it, counted from 0 among themselves
+    shape: tuple[int, ...]  # in one layer, of one text
+    dtype: torch.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        """Of one text, over all layers."""
+        return self.num_layers * math.prod(self.shape) * self.dtype.itemsize
+
+
+class StateWindow(Protocol):
+    """The states behind which the rows of one forward stand, and room for those that they leave.
+
+    Rows that hold tokens leave states, masks none. Which state becomes the text's is decided later, by how
+    many of its tokens are committed.
+    """
+
+    # int64 (B, C), the rows of each request whose states are asked for; None: all rows that hold tokens.
+    rows_BC: Tensor | None
+
+    def seed(self, name: str, layer_idx: int) -> Tensor:
+        """The state before the first new row (B, ...), in the shape of that part; not to be changed."""
+        ...
+
+    def leave(self, name: str, layer_idx: int, states_BC: Tensor) -> None:
+        """The states behind the rows that are asked for (B, C, ...)."""
+        ...
+
+
 class KVWindow(Protocol):
     """The rows of a cache that one forward reads and extends; hands every layer its keys and values."""
 
@@ -45,6 +81,11 @@ class KVWindow(Protocol):
     # begins so many rows later: what stands before it is computed, and seen by nothing.
     lengths_B: Tensor
     extent: int  # keys each layer returns
+
+    @property
+    def states(self) -> StateWindow | None:
+        """Recurrent states, beside the keys and values; None: of a policy that has none."""
+        ...
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object
@@ -86,6 +127,11 @@ class Policy(Protocol):
     @property
     def kv_shape(self) -> KVShape:
         """What a cache must hold of every token, in the precision that forwards multiply in now."""
+        ...
+
+    @property
+    def state_shape(self) -> tuple[StatePart, ...]:
+        """What a cache must hold of every text besides keys and values; (): attention is all there is."""
         ...
 
     def weights_changed(self) -> None:

@@ -243,6 +243,8 @@ def mask_pass(policy: HFPolicy, blocks: MaskBlocks, keys: "TextKeys", lengths_B:
 class TextKeys:
     """Keys and values of one pass, behind those of clean rows from an earlier one; nothing is cached."""
 
+    states = None
+
     def __init__(self, before: Sequence[tuple[Tensor, Tensor]] = ()) -> None:
         self.before = before
         self.layers: list[tuple[Tensor, Tensor]] = []

@@ -7,6 +7,8 @@ from torch import Tensor
 class GrowingWindow:
     """Texts from their first token on, for forwards one after another."""
 
+    states = None
+
     def __init__(self, num_texts: int) -> None:
         self.lengths_B = torch.zeros(num_texts, dtype=torch.int64)
         self.extent = 0

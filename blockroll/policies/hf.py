@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from blockroll.errors import InvalidInput
 from blockroll.policies import attention
 from blockroll.policies.adapter import DraftAdapter, chat_template_hash, has_adapter
-from blockroll.policies.base import FusedRows, KVShape, KVWindow
+from blockroll.policies.base import FusedRows, KVShape, KVWindow, StatePart
 from blockroll.policies.compiled import Compile, CompiledLayers
 from blockroll.policies.ends import end_token_ids
 from blockroll.policies.growing_window import GrowingWindow
@@ -68,6 +68,8 @@ def _without_gradients(
 
 class HFPolicy:
     """A causal LM on one device that drafts with an adapter, or when its config says it was trained to."""
+
+    state_shape: tuple[StatePart, ...] = ()  # in the families that are served attention alone looks back
 
     def __init__(
         self,

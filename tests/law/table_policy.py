@@ -29,6 +29,7 @@ class TablePolicy:
         self.trained_layouts = ("two_forward", "fused")
         self.length_boundaries = ()
         self.device = torch.device("cpu")
+        self.state_shape = ()
         self.kv_shape = KVShape(num_layers=1, num_heads=1, width=1, dtype=torch.float64)
 
     def weights_changed(self):

@@ -7,6 +7,7 @@ Shapes: B texts, C columns, K drafted tokens, V vocabulary.
 """
 
 from collections.abc import Sequence
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -27,6 +28,8 @@ def prefill(
     With `num_drafts`, it returns `Policy.draft_logits` of anchors and as many masks as well, (B, K + 1, V),
     where one forward for all of it has no more rows than two: then the anchors' rows are there, uncommitted.
     """
+    if policy.state_shape:
+        num_drafts = None  # a state goes with a text to another slot, those of its pending rows do not
     # Where rotary factors depend on a text's length, so do the rows of its beginning.
     is_shared = not policy.length_boundaries
     prefixes = {text: cache.longest_prefix(text[:-1]) if is_shared else (start, 0) for text in texts}
@@ -67,29 +70,42 @@ def _fill(
     num_anchors = int(num_drafts is not None)
     longest = max(map(len, found))
     widest = max(len(text) - num_rows for text, (_, num_rows) in found.items())
-    texts = sorted(found, key=lambda text: found[text][1] == len(text))  # those that lack rows come first
-    num_computed = sum(found[text][1] < len(text) for text in texts)
-    if longest - widest < ROW_STEP and num_computed == len(texts):  # copies would save no forward worth them
-        found, widest = dict.fromkeys(found, (start, 0)), longest
-    # In one forward all get as many rows as the text that lacks most: where a text is shorter than that, rows
-    # before its first token, behind a length below 0.
-    begins = [len(text) - widest if row < num_computed else len(text) for row, text in enumerate(texts)]
+    lacks_all = all(num_rows < len(text) for text, (_, num_rows) in found.items())
+    if longest - widest < ROW_STEP and lacks_all:  # copies would save no forward worth them
+        found = dict.fromkeys(found, (start, 0))
+    widths = _widths(found, is_recurrent=bool(policy.state_shape))
+    texts = sorted(found, key=lambda text: widths[text] or longest + 1)  # those that lack no row come last
+    # All of one forward get as many rows: where a text is shorter than that, rows before its first token,
+    # behind a length below 0.
+    begins = [len(text) - widths[text] for text in texts]
     cache.share(start, [found[text][0] for text in texts], begins)
-    logits = None
-    if num_computed:
-        slots = (start, start + num_computed)
-        columns = [[*[0] * (widest - len(text)), *text[-widest:]] for text in texts[:num_computed]]
+    logits, first = None, start
+    for width, alike in groupby(texts, key=widths.__getitem__):
+        if not width:
+            break
+        rows = list(alike)
+        columns = [[*[0] * (width - len(text)), *text[-width:]] for text in rows]
         ids_BC = torch.tensor(columns, device=policy.device)
-        window = cache.window(*slots, widest + (num_drafts or 0))
+        stop = first + len(rows)
         if num_drafts is None:
-            policy.prefill(ids_BC, window)
+            policy.prefill(ids_BC, cache.settled_window(first, stop, width))
         else:
-            logits = policy.draft_logits(ids_BC, num_drafts, window)
-        cache.commit(
-            start,
-            [
-                text[max(begin, 0) : len(text) - num_anchors]
-                for text, begin in zip(texts[:num_computed], begins, strict=False)
-            ],
-        )
+            logits = policy.draft_logits(ids_BC, num_drafts, cache.window(first, stop, width + num_drafts))
+        cache.commit(first, [text[max(len(text) - width, 0) : len(text) - num_anchors] for text in rows])
+        first = stop
     return {text: found[text][1] for text in texts}, logits
+
+
+def _widths(found: dict[Text, tuple[int, int]], *, is_recurrent: bool) -> dict[Text, int]:
+    """New rows of each text in its forward; 0 of those that lack none.
+
+    Through attention alone all go in one, with as many as the text that lacks most: a row that is computed
+    again is the same. A recurrent state stands where the rows that were found end, or before the first token.
+    """
+
+    def is_tied(text: Text) -> bool:
+        return is_recurrent and found[text][1] > 0
+
+    lacking = {text: len(text) - num_rows for text, (_, num_rows) in found.items()}
+    widest = max((number for text, number in lacking.items() if not is_tied(text)), default=0)
+    return {text: number if is_tied(text) or not number else widest for text, number in lacking.items()}

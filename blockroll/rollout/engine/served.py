@@ -166,10 +166,12 @@ class ServedRequests:
                 self._scheduler.submit(request_id, running.num_tokens - 1)
         for slot, request_id in enumerate(self._scheduler.running):
             cached = self.requests[request_id].token_ids[:-1]
-            if slot >= self._cache.num_open or tuple(self._cache.tokens(slot)[: len(cached)]) != cached:
+            is_open = slot < self._cache.num_open
+            if is_open:
+                self._cache.keep(slot, len(cached))
+            if not is_open or tuple(self._cache.tokens(slot)) != cached:
                 self._cache.close(slot)
                 break
-            self._cache.keep(slot, len(cached))
         self._cache.close(len(self._scheduler.running))
 
     def _restart(self, running: RunningRequest) -> None:

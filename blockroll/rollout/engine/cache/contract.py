@@ -30,7 +30,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from blockroll.policies.base import KVWindow
+from blockroll.policies.base import KVWindow, StateWindow
 from blockroll.policies.packing import Packing
 
 ROW_STEP = 16  # keys handed to attention come in multiples of this, so that few shapes occur
@@ -40,6 +40,7 @@ class Window(KVWindow, Protocol):
     """What one forward sees of a cache."""
 
     packing: Packing | None  # of its rows; None: all requests have as many
+    states: StateWindow | None
 
 
 class Cache(ABC):
@@ -74,6 +75,10 @@ class Cache(ABC):
 
         `num_pending` rows that an earlier forward of the same step wrote there stand before the new ones.
         """
+
+    def settled_window(self, start: int, stop: int, num_rows: int) -> Window:
+        """The same, for rows all of which will be committed: little is kept of recurrent states then."""
+        return self.window(start, stop, num_rows)
 
     @abstractmethod
     def packed_window(self, start: int, packing: Packing) -> Window:

@@ -8,6 +8,7 @@ from blockroll.errors import InvalidInput
 from blockroll.policies.base import Policy
 from blockroll.rollout.engine.cache.contract import Cache
 from blockroll.rollout.engine.cache.pages import PagedCache
+from blockroll.rollout.engine.cache.recurrent import RecurrentCache
 from blockroll.rollout.engine.cache.slots import SlotCache
 
 Layout = Literal["auto", "slots", "pages"]
@@ -25,6 +26,11 @@ def layout_of(device: torch.device, layout: Layout) -> Layout:
 
 def make_cache(policy: Policy, layout: Layout, *, page_size: int, max_rows: int) -> Cache:
     """A cache for a policy, its pages of so many rows; `max_rows` bounds those of all pages, 0 does not."""
+    rows = _rows(policy, layout, page_size=page_size, max_rows=max_rows)
+    return RecurrentCache(policy, rows) if policy.state_shape else rows
+
+
+def _rows(policy: Policy, layout: Layout, *, page_size: int, max_rows: int) -> Cache:
     check_page_size(page_size)
     match layout_of(policy.device, layout):
         case "slots":

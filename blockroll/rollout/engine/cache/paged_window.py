@@ -12,6 +12,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from blockroll.policies.base import StateWindow
 from blockroll.policies.packing import Packing
 from blockroll.rollout.engine.cache.contract import ROW_STEP
 from blockroll.rollout.engine.cache.page_memory import PageMemory
@@ -22,6 +23,8 @@ class PagedWindow:
 
     Made from tensors alone, it reads nothing on the host: a graph of the forward can hold its making.
     """
+
+    states: StateWindow | None = None
 
     def __init__(
         self,

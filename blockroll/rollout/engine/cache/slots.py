@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from blockroll.policies.base import Policy
+from blockroll.policies.base import Policy, StateWindow
 from blockroll.policies.packing import Packing
 from blockroll.rollout.engine.cache.contract import ROW_STEP, Cache
 from blockroll.rollout.engine.cache.held import SlotTexts
@@ -233,6 +233,8 @@ class SlotCache(Cache):
 
 class SlotWindow:
     """What one forward sees of the cache; stands in for transformers' cache object."""
+
+    states: StateWindow | None = None
 
     def __init__(
         self,
