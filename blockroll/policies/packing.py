@@ -10,8 +10,11 @@ Shapes: B requests, L rows of the request that has most, N rows in all, C cells 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+
+from blockroll.kernels.transfer import send
 
 # In rows of attention, of one request: what its keys and values cost to read, and what another call costs.
 _KEYS_COST = 4
@@ -62,39 +65,41 @@ class Packing:
 
     @classmethod
     def of(cls, num_rows: Sequence[int], width: int, device: torch.device) -> "Packing":
-        """For requests with so many rows, none with more than `width`."""
-        num_rows_B = torch.tensor(num_rows, device=device)
-        starts_B = num_rows_B.cumsum(0) - num_rows_B
-        request_N = torch.arange(len(num_rows), device=device).repeat_interleave(num_rows_B)
-        offset_N = torch.arange(len(request_N), device=device) - starts_B[request_N]
+        """For requests with so many rows, none with more than `width`: counted here, and sent at once."""
+        counts_B = np.array(num_rows, dtype=np.int64)
+        starts_B = counts_B.cumsum() - counts_B
+        request_N = np.arange(len(counts_B)).repeat(counts_B)
+        offset_N = np.arange(len(request_N)) - starts_B[request_N]
+        spans = _spans(num_rows)
+        members = [np.flatnonzero(counts_B > first) for first, _ in spans]
+        rows, cell_N, num_cells = [], np.empty_like(request_N), 0
+        for (first, stop), requests_b in zip(spans, members, strict=True):
+            counts_b1, offsets_l = counts_B[requests_b, None], np.arange(first, stop)
+            row_bl = starts_B[requests_b, None] + np.minimum(offsets_l, counts_b1 - 1)
+            cells = np.flatnonzero(offsets_l < counts_b1)
+            cell_N[row_bl.ravel()[cells]] = cells + num_cells
+            rows.append(row_bl.ravel())
+            num_cells += row_bl.size
+        sent = send([counts_B, starts_B, request_N, offset_N, np.concatenate(rows), cell_N, *members], device)
         bands = tuple(
             Band(
                 first=first,
                 width=stop - first,
-                requests_B=(num_rows_B > first).nonzero().squeeze(1) if first else None,
-                size=sum(count > first for count in num_rows),
+                requests_B=requests_B if first else None,
+                size=len(requests_B),
             )
-            for first, stop in _spans(num_rows)
+            for (first, stop), requests_B in zip(spans, sent[6:], strict=True)
         )
-        rows, cell_N, num_cells = [], torch.empty_like(request_N), 0
-        for band in bands:
-            counts_b1 = band.of(num_rows_B)[:, None]
-            offsets_l = torch.arange(band.first, band.first + band.width, device=device)
-            row_bl = band.of(starts_B)[:, None] + torch.minimum(offsets_l, counts_b1 - 1)
-            cells = (offsets_l < counts_b1).flatten().nonzero().squeeze(1)
-            cell_N[row_bl.flatten()[cells]] = cells + num_cells
-            rows.append(row_bl.flatten())
-            num_cells += band.size * band.width
         return cls(
             num_rows=tuple(num_rows),
-            num_rows_B=num_rows_B,
+            num_rows_B=sent[0],
             width=width,
-            starts_B=starts_B,
-            request_N=request_N,
-            offset_N=offset_N,
+            starts_B=sent[1],
+            request_N=sent[2],
+            offset_N=sent[3],
             bands=bands,
-            row_C=torch.cat(rows),
-            cell_N=cell_N,
+            row_C=sent[4],
+            cell_N=sent[5],
         )
 
     def pack(self, rectangle: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from blockroll.samplers.lossless import (
     settle_first,
     verify_block,
 )
-from blockroll.samplers.packed import Logits, PackedLogits
+from blockroll.samplers.packed import Logits, PackedLogits, without_non_finite
 from blockroll.samplers.processing import mixed_logits
 from blockroll.samplers.rows import LogitRows, target_probs
 from blockroll.samplers.uniforms import step_uniforms, token_uniforms
@@ -29,4 +29,5 @@ __all__ = [
     "target_probs",
     "token_uniforms",
     "verify_block",
+    "without_non_finite",
 ]

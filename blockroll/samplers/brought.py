@@ -13,20 +13,20 @@ from blockroll.errors import RequestFailed
 from blockroll.types import Guide, LogitsProcessor
 
 
-def allowed_rows(guide: Guide, drafts: Sequence[int], first: int, like_V: Tensor) -> Tensor:
-    """As `Guide.allowed`, on the device of a row of the vocabulary; RequestFailed where it gives no masks."""
+def allowed_rows(guide: Guide, drafts: Sequence[int], first: int, vocab_size: int) -> Tensor:
+    """As `Guide.allowed`; RequestFailed where it gives no masks."""
     try:
         allowed = guide.allowed(drafts, first)
     except Exception as error:
         raise RequestFailed(f"its constraint raised {error!r}") from error
-    num_rows, vocab_size = len(drafts) - first + 1, len(like_V)
+    num_rows = len(drafts) - first + 1
     is_mask = isinstance(allowed, Tensor) and allowed.dtype == torch.bool and allowed.ndim == 2
     if not is_mask or not 0 < len(allowed) <= num_rows or allowed.shape[1] != vocab_size:
         raise RequestFailed(
             f"its constraint gave {_form(allowed)} where masks of 1 to {num_rows} rows were asked: bool "
             f"({num_rows}, {vocab_size})"
         )
-    return allowed.to(like_V.device)
+    return allowed
 
 
 def processed(processors: Sequence[LogitsProcessor], ids_1T: Tensor, row_V: Tensor) -> Tensor:

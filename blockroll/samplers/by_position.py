@@ -11,6 +11,7 @@ Shapes: B requests, K drafted tokens, L target rows, N rows, W rows of a request
 import torch
 from torch import Tensor
 
+from blockroll.kernels import transfer
 from blockroll.kernels.rows import At
 from blockroll.samplers.rows import looked_at
 from blockroll.types import Draft, Evidence, Rows, Verdict
@@ -23,22 +24,26 @@ def draw_by_position(draft: Draft, target: Rows, uniforms_BL: Tensor) -> Verdict
     """Row by row the token that its coin draws, up to the first that is not the draft.
 
     No row behind that one is formed, if the vocabulary is large: each token that is committed takes one row.
+    Where a look at how far the drafts came is a wait, all rows are.
     """
     (size, width), num_drafts = uniforms_BL.shape, draft.token_ids_BK.shape[1]
     vocab_size, offsets_L = target.shape[-1], torch.arange(width, device=uniforms_BL.device)
     drafts_BL = draft.token_ids_BK.new_full((size, width), _NO_TOKEN)
     drafts_BL[:, :num_drafts] = draft.token_ids_BK
-    drafts_BL[offsets_L >= draft.num_drafts_B[:, None]] = _NO_TOKEN
+    drafts_BL.masked_fill_(offsets_L >= draft.num_drafts_B[:, None], _NO_TOKEN)
     tokens_BL, is_draft_BL = drafts_BL.clamp(min=0), torch.zeros_like(drafts_BL, dtype=torch.bool)
     figures_BL5 = uniforms_BL.new_full((size, width, 5), torch.nan)
     standing_N, first = torch.arange(size, device=offsets_L.device), 0
+    formed = _FORMED if transfer.is_free(offsets_L.device) else size * width * vocab_size
     while first < width and len(standing_N):
-        offsets_W = offsets_L[first : first + max(1, _FORMED // (len(standing_N) * vocab_size))]
+        offsets_W = offsets_L[first : first + max(1, formed // (len(standing_N) * vocab_size))]
         place = (standing_N[:, None], offsets_W)
         tokens_NW, figures_BL5[place] = _drawn(target, *place, drafts_BL[place], uniforms_BL[place])
         came_NW = (tokens_NW == drafts_BL[place]).long().cumprod(dim=1).bool()
         tokens_BL[place], is_draft_BL[place] = tokens_NW, came_NW
-        standing_N, first = standing_N[came_NW[:, -1]], first + len(offsets_W)
+        first += len(offsets_W)
+        if first < width:
+            standing_N = standing_N[came_NW[:, -1]]
     probs_BL, low_BL, high_BL, mass_BL, draft_probs_BL = figures_BL5.unbind(dim=-1)
     return Verdict(
         token_ids_BL=tokens_BL,

@@ -11,24 +11,28 @@ recorded, and any draft law is verified exactly.
 Shapes: B requests, K drafted tokens, L target rows, N tokens behind the committed text, V vocabulary.
 """
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from blockroll.errors import RequestFailed
+from blockroll.kernels.transfer import fetch
 from blockroll.samplers.brought import allowed_rows, processed
 from blockroll.samplers.edits import Mix
+from blockroll.samplers.forbidden import Forbidden
 from blockroll.samplers.lossless import chosen_logprobs, draw_draft
 from blockroll.samplers.packed import Logits, PackedLogits, PackedRows, rectangle
 from blockroll.samplers.processing import Cut, even_where_empty
 from blockroll.samplers.rows import LogitRows, held
-from blockroll.samplers.text import Text, edits_of, is_touched
-from blockroll.types import POINT_MASS, Draft, Rows, Verdict
+from blockroll.samplers.text import Text, Touched, is_touched
+from blockroll.types import POINT_MASS, Draft, Guide, Rows, Verdict
 
 
 class TargetRows(NamedTuple):
@@ -77,7 +81,7 @@ class Laws:
             failed=failed,
             is_policy_B=None
             if all(text.is_policy for text in texts)
-            else torch.tensor([text.is_policy for text in texts], device=device),
+            else _flags(tuple([text.is_policy for text in texts]), device),
         )
 
     def draw(self, logits_BKV: Tensor, uniforms_BK: Tensor, num_drafts_B: Tensor) -> Draft:
@@ -116,6 +120,13 @@ class Laws:
             return TargetRows(held(rows), None)
         return self.processing.target_rows(rows, between_BN, num_drafts_B)
 
+    def note_empty(self, is_empty_B: Tensor, why: str) -> None:
+        """What was settled there is no token that a guide or a processor may be asked to go by."""
+        if self.processing is not None and self.processing.is_edited_by_host:
+            (is_empty,) = fetch([is_empty_B])
+            for slot in np.flatnonzero(is_empty).tolist():
+                self.failed.setdefault(slot, why)
+
     def policy_logprobs(self, logits: Sequence[Logits], verdict: Verdict) -> Tensor:
         """Of every committed token under the policy, float64 (B, L); `logits` are all rows, in parts.
 
@@ -136,9 +147,11 @@ class _Processing:
     """Edits and truncation of a batch; per request, float64 (B,)."""
 
     texts: Sequence[Text]
-    cut: Cut | None  # None: no request is truncated
-    is_touched: bool  # whether biases or penalties change any logit
-    is_edited_by_row: bool  # whether any request's rows are edited one at a time
+    cut: Cut | None  # None: no request is truncated,
+    touched: Touched | None  # no bias or penalty changes any logit,
+    forbidden: Forbidden | None  # and no token is forbidden
+    is_edited_by_host: bool  # whether any request's rows are edited one at a time
+    may_be_empty: bool  # whether a row may have no token left
     failed: dict[int, str]
 
     @classmethod
@@ -147,15 +160,17 @@ class _Processing:
     ) -> "_Processing":
         samplings = [text.sampling for text in texts]
         cuts = [(each.top_k, each.top_p, each.min_p) for each in samplings]
-        # As many biases as tokens may leave none, and whole rows are looked at for that.
-        is_by_row = any(
-            text.is_edited_by_row or len(text.sampling.logit_bias) >= vocab_size for text in texts
-        )
+        is_forbidding = any(text.is_forbidding for text in texts)
+        is_edited_by_host = any(text.is_edited_by_host for text in texts)
+        # As many biases as tokens may leave none.
+        is_biased = any(len(sampling.logit_bias) >= vocab_size for sampling in samplings)
         return cls(
             texts=texts,
-            cut=_cut(tuple(cuts), device) if any(each != (0, 1, 0) for each in cuts) else None,
-            is_touched=is_touched(texts),
-            is_edited_by_row=is_by_row,
+            cut=_cut(tuple(cuts), device) if any(each != _UNCUT for each in cuts) else None,
+            touched=Touched.of(texts, device) if is_touched(texts) else None,
+            forbidden=Forbidden.of(texts, device) if is_forbidding else None,
+            is_edited_by_host=is_edited_by_host,
+            may_be_empty=is_forbidding or is_edited_by_host or is_biased,
             failed=failed,
         )
 
@@ -163,33 +178,41 @@ class _Processing:
         self, law: LogitRows, uniforms_BK: Tensor, num_drafts_B: Tensor, is_certain: Tensor | bool
     ) -> Draft:
         """As `Laws.draw`, by the law of these logits."""
-        if self.is_touched:
-            no_tokens_B0 = torch.empty((len(self.texts), 0), dtype=torch.int64, device=uniforms_BK.device)
-            law = replace(law, edits=edits_of(self.texts, law, no_tokens_B0))
-        if not self.is_edited_by_row or not law.shape[1]:
+        no_tokens_B0 = torch.empty((len(self.texts), 0), dtype=torch.int64, device=uniforms_BK.device)
+        if self.touched is not None:
+            law = replace(law, edits=self.touched.edits(law, no_tokens_B0))
+        if not self.may_be_empty or not law.shape[1]:
             token_ids_BK, drawn_law = held(law).drawn(uniforms_BK)
             return self._draft(token_ids_BK, drawn_law, num_drafts_B, is_certain)
         # One position after another: masks depend on the drafts before.
         rows, law = law.editable(), law.as_they_are()
-        paths = [
-            (row, _DraftPath(text, num_drafts))
-            for row, (text, num_drafts) in enumerate(zip(self.texts, num_drafts_B.tolist(), strict=True))
-            if text.is_edited_by_row
-        ]
-        tokens: list[Tensor] = []
+        paths = self._paths(num_drafts_B) if self.is_edited_by_host else []
+        tokens_BK = no_tokens_B0
         for place in range(rows.shape[1]):
             span = slice(place, place + 1)
             for row, path in paths:
                 if row not in self.failed:
                     with self._request(row):
                         path.mask(rows[row, span])
+            if self.forbidden is not None:
+                self.forbidden.mask_unless_empty(rows[:, span], tokens_BK)
             even_where_empty(rows[:, span])
-            tokens.append(held(replace(law, logits_BLV=rows[:, span])).drawn(uniforms_BK[:, span])[0])
-            drawn = tokens[-1].tolist()
-            for row, path in paths:
-                path.extend(drawn[row])
-        drawn_law = held(replace(law, logits_BLV=rows))
-        return self._draft(torch.cat(tokens, dim=1), drawn_law, num_drafts_B, is_certain)
+            drawn_B1 = held(replace(law, logits_BLV=rows[:, span])).drawn(uniforms_BK[:, span])[0]
+            tokens_BK = torch.cat([tokens_BK, drawn_B1], dim=1)
+            if paths:
+                (drawn,) = fetch([drawn_B1])
+                for row, path in paths:
+                    path.extend(int(drawn[row, 0]))
+        return self._draft(tokens_BK, held(replace(law, logits_BLV=rows)), num_drafts_B, is_certain)
+
+    def _paths(self, num_drafts_B: Tensor) -> list[tuple[int, "_DraftPath"]]:
+        """Of the requests whose guides go along with their drafts."""
+        (num_drafts,) = fetch([num_drafts_B])
+        return [
+            (row, _DraftPath(text.guide, int(num_drafts[row])))
+            for row, text in enumerate(self.texts)
+            if text.guide is not None
+        ]
 
     @staticmethod
     def _draft(token_ids_BK: Tensor, law: Rows, num_drafts_B: Tensor, is_certain: Tensor | bool) -> Draft:
@@ -204,25 +227,35 @@ class _Processing:
         self, law: LogitRows | PackedRows, between_BN: Tensor, num_drafts_B: Tensor
     ) -> TargetRows:
         """As `Laws.target_rows`, of rows that are still to be edited."""
-        if self.is_touched:
-            law = replace(law, edits=edits_of(self.texts, law, between_BN))
-        if not self.is_edited_by_row:
+        if self.touched is not None:
+            law = replace(law, edits=self.touched.edits(law, between_BN))
+        if not self.may_be_empty:
             return TargetRows(held(law), None)
         law = law.padded() if isinstance(law, PackedRows) else law
         rows = law.editable()
-        behind = zip(between_BN.tolist(), (num_drafts_B + 1).tolist(), strict=True)
-        for row, (rows_LV, text, (between, num_reached)) in enumerate(
-            zip(rows, self.texts, behind, strict=True)
+        if self.forbidden is not None:
+            self.forbidden.mask(rows, between_BN)
+        if self.is_edited_by_host:
+            self._edit_by_host(rows, between_BN, num_drafts_B)
+        is_empty_BL = even_where_empty(rows)
+        return TargetRows(held(replace(law.as_they_are(), logits_BLV=rows)), is_empty_BL)
+
+    def _edit_by_host(self, rows: Tensor, between_BN: Tensor, num_drafts_B: Tensor) -> None:
+        """Edit, in place, what guides and processors say; where there are drafts, these are waited for."""
+        behind: Iterable[tuple[list[int], int]] = itertools.repeat(([], 1))
+        if between_BN.shape[1]:
+            between, num_drafts = fetch([between_BN, num_drafts_B])
+            behind = zip(between.tolist(), (num_drafts + 1).tolist(), strict=True)
+        for row, (rows_LV, text, (between_N, num_reached)) in enumerate(
+            zip(rows, self.texts, behind, strict=False)
         ):
             if row in self.failed:
                 rows_LV[0] = -torch.inf
-            elif text.is_edited_by_row:
+            elif text.is_edited_by_host:
                 reached_LV = rows_LV[:num_reached]
-                num_between = len(between) - (len(rows_LV) - len(reached_LV))
+                num_between = len(between_N) - (len(rows_LV) - len(reached_LV))
                 with self._request(row):
-                    _edit_rows(reached_LV, text, between[:num_between])
-        is_empty_BL = even_where_empty(rows)
-        return TargetRows(held(replace(law.as_they_are(), logits_BLV=rows)), is_empty_BL)
+                    _edit_rows(reached_LV, text, between_N[:num_between])
 
     @contextmanager
     def _request(self, row: int) -> Iterator[None]:
@@ -240,66 +273,64 @@ def _columns(scales: tuple[tuple[float, float, float], ...], device: torch.devic
 
 
 @lru_cache(maxsize=256)
+def _flags(flags: tuple[bool, ...], device: torch.device) -> Tensor:
+    """Bool (B,)."""
+    return torch.tensor(flags, device=device)
+
+
+_UNCUT = (0, 1, 0)  # top-k, top-p and min-p that are off
+
+
+@lru_cache(maxsize=256)
 def _cut(cuts: tuple[tuple[float, float, float], ...], device: torch.device) -> Cut:
     """That of the batch."""
-    return Cut(*torch.tensor(cuts, dtype=torch.float64, device=device).T.contiguous())
+    top_k, top_p, min_p = torch.tensor(cuts, dtype=torch.float64, device=device).T.contiguous()
+    return Cut(top_k, top_p, min_p, is_everywhere=_UNCUT not in cuts)
 
 
 def _edit_rows(rows_LV: Tensor, text: Text, between: Sequence[int]) -> None:
     """Edit, in place, the rows of one request that can be reached, the last one behind all of `between`."""
-    sampling = text.sampling
     first = len(between) - (len(rows_LV) - 1)
     if text.guide is not None:
         try:
-            allowed_NV = allowed_rows(text.guide, between, first, rows_LV[0])
+            allowed_NV = allowed_rows(text.guide, between, first, rows_LV.shape[1])
         except RequestFailed:
             rows_LV[0] = -torch.inf
             raise
         # Rows behind a draft that is not allowed are never reached: that draft is rejected.
         rows_LV = rows_LV[: len(allowed_NV)]
-        rows_LV.masked_fill_(~allowed_NV, -torch.inf)
+        rows_LV.masked_fill_(~allowed_NV.to(rows_LV.device, non_blocking=True), -torch.inf)
+    if not text.sampling.logits_processors:
+        return
     for num_drafts, row_V in enumerate(rows_LV, start=first):
-        drafts = between[:num_drafts]
-        if len(text.token_ids) + num_drafts < sampling.min_tokens:
-            row_V[list(text.end_token_ids)] = -torch.inf
-        row_V[text.completed_by(drafts)] = -torch.inf
-        if sampling.logits_processors:
-            try:
-                ids_1T = text.ids(drafts, row_V.device)
-                row_V.copy_(processed(sampling.logits_processors, ids_1T, row_V))
-            except RequestFailed:
-                row_V.fill_(-torch.inf)  # a row behind a draft that is rejected fails nobody
-                raise
+        try:
+            ids_1T = text.ids(between[:num_drafts], row_V.device)
+            row_V.copy_(processed(text.sampling.logits_processors, ids_1T, row_V))
+        except RequestFailed:
+            row_V.fill_(-torch.inf)  # a row behind a draft that is rejected fails nobody
+            raise
 
 
 class _DraftPath:
-    """The drafts of one request as they are drawn: each is masked by the text and the drafts before it."""
+    """The drafts of one request as they are drawn: its guide goes along with them."""
 
-    def __init__(self, text: Text, num_drafts: int) -> None:
-        self._text = text
+    def __init__(self, guide: Guide, num_drafts: int) -> None:
+        self._guide = guide
         self._num_drafts = num_drafts  # rows behind them hold no meaning
         self._drafts: list[int] = []
         self._allowed_V: Tensor | None = None  # behind the drafts so far
-        self._is_allowed = text.guide is not None  # whether the guide allows all of them
+        self._is_allowed = True  # whether the guide allows all of them
 
     def mask(self, row_1V: Tensor) -> None:
         """Leave out, in place, what is certain to be rejected; of a row that would be empty, nothing."""
-        if len(self._drafts) >= self._num_drafts:
+        if len(self._drafts) >= self._num_drafts or not self._is_allowed:
             return
-        text, sampling = self._text, self._text.sampling
-        mask_V = torch.zeros_like(row_1V[0], dtype=torch.bool)
-        if self._is_allowed and text.guide is not None:
-            self._allowed_V = allowed_rows(text.guide, self._drafts, len(self._drafts), mask_V)[0]
-            mask_V |= ~self._allowed_V
-        mask_V[text.completed_by(self._drafts)] = True
-        if len(text.token_ids) + len(self._drafts) < sampling.min_tokens:
-            mask_V[list(text.end_token_ids)] = True
-        if not mask_V.all():
-            row_1V.masked_fill_(mask_V, -torch.inf)
+        self._allowed_V = allowed_rows(self._guide, self._drafts, len(self._drafts), row_1V.shape[1])[0]
+        if self._allowed_V.any():
+            row_1V.masked_fill_(~self._allowed_V.to(row_1V.device, non_blocking=True), -torch.inf)
 
-    def extend(self, token_ids: Sequence[int]) -> None:
-        """These drafts were drawn: one, or none."""
-        for token_id in token_ids:
-            if self._allowed_V is not None:
-                self._is_allowed = self._is_allowed and bool(self._allowed_V[token_id])
-            self._drafts.append(token_id)
+    def extend(self, token_id: int) -> None:
+        """This draft was drawn."""
+        if self._allowed_V is not None:
+            self._is_allowed = self._is_allowed and bool(self._allowed_V[token_id])
+        self._drafts.append(token_id)

@@ -18,9 +18,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from blockroll.kernels import transfer
 from blockroll.kernels.rows import At, Judged, Looked
 from blockroll.samplers.by_position import draw_by_position
-from blockroll.samplers.packed import Logits, PackedLogits, PackedRows
+from blockroll.samplers.packed import Logits, PackedLogits, PackedRows, cells
 from blockroll.samplers.rows import (
     DenseRows,
     LogitRows,
@@ -118,6 +119,7 @@ def settle_first(draft: Draft, target: Rows | Tensor, uniforms_B2: Tensor) -> Ve
         draft,
         token_ids_BK=draft.token_ids_BK[:, :1],
         num_drafts_B=draft.num_drafts_B.clamp(max=1),
+        num_drafts=None,
     )
     if is_certain is True:
         return _settle_certain(first, target, uniforms_B2[:, :1])
@@ -235,19 +237,17 @@ def _draw_final(
 ) -> Looked:
     """The token at an offset of each request: from a rejected draft's residual, or from the target."""
     requests_B = torch.arange(len(offset_B), device=offset_B.device)
-    found: list[tuple[Tensor, Looked]] = []
-    for is_rejected in (True, False):
-        requests_N = requests_B[is_rejected_B == is_rejected]
-        for span in spans_of_rows(len(requests_N), target.shape[-1]):
-            requests_M = requests_N[span]
-            place, uniforms_M = At(requests_M, offset_B[requests_M]), uniforms_B[requests_M]
-            weights = weights_at(target, *place)
-            drawable = _residual(weights, weights_at(law, *place), law.shape[-1]) if is_rejected else weights
-            found.append((requests_M, looked(weights, drawable.draw(uniforms_M))))
-    order_B = torch.cat([requests_M for requests_M, _ in found]).argsort()
-    return Looked(
-        *(torch.cat(each)[order_B] for each in zip(*(found_M for _, found_M in found), strict=True))
-    )
+    last_draft = law.shape[1] - 1
+    found: list[Looked] = []
+    for span in spans_of_rows(len(requests_B), target.shape[-1]):
+        requests_M, offset_M = requests_B[span], offset_B[span]
+        weights = weights_at(target, requests_M, offset_M)
+        drafted = weights_at(law, requests_M, offset_M.clamp(max=last_draft))
+        residual_MV = _residual(weights, drafted, law.shape[-1]).weights_NM
+        drawable_MV = torch.where(is_rejected_B[span, None], residual_MV, weights.dense(law.shape[-1]))
+        drawable = Weights(weights_NM=drawable_MV)
+        found.append(looked(weights, drawable.draw(uniforms_B[span])))
+    return found[0] if len(found) == 1 else Looked(*map(torch.cat, zip(*found, strict=True)))
 
 
 def _residual(target: Weights, draft: Weights, vocab_size: int) -> Weights:
@@ -255,10 +255,8 @@ def _residual(target: Weights, draft: Weights, vocab_size: int) -> Weights:
     target_NV = target.dense(vocab_size)
     residual_NV = (target_NV - draft.dense(vocab_size)).clamp_(min=0)
     # Rounding can reject a token and leave no mass: draft and target are then equal.
-    is_empty_N = residual_NV.amax(dim=-1) == 0
-    if is_empty_N.any():
-        residual_NV = torch.where(is_empty_N[:, None], target_NV, residual_NV)
-    return Weights(weights_NM=residual_NV)
+    is_empty_N1 = residual_NV.amax(dim=-1, keepdim=True) == 0
+    return Weights(weights_NM=torch.where(is_empty_N1, target_NV, residual_NV))
 
 
 def _evidence(
@@ -307,11 +305,14 @@ def chosen_logprobs(
     first = 0
     for part in parts:
         columns = slice(first, first + part.shape[1])
-        at = At(*is_chosen_BL[:, columns].nonzero().unbind(dim=1))
+        if transfer.is_free(token_ids_BL.device):
+            at = At(*is_chosen_BL[:, columns].nonzero().unbind(dim=1))
+        else:  # which are chosen only a look says
+            at = cells(is_chosen_BL[:, columns])
         token_ids_N = token_ids_BL[:, columns][at]
         logprobs_BL[:, columns][at] = _policy_rows(part, temperature_B).logprobs_at(at, token_ids_N)
         first = columns.stop
-    return logprobs_BL
+    return logprobs_BL if transfer.is_free(token_ids_BL.device) else logprobs_BL.where(is_chosen_BL, 0.0)
 
 
 def _policy_rows(logits_BLV: Logits, temperature_B: Tensor) -> LogitRows | PackedRows:

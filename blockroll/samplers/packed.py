@@ -14,6 +14,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from blockroll.kernels import transfer
 from blockroll.kernels.rows import At, RowTable
 from blockroll.samplers.edits import Edits
 from blockroll.samplers.processing import Cut
@@ -52,15 +53,37 @@ class PackedLogits:
 
     def without_non_finite(self) -> tuple[Self, Tensor | None]:
         """Rows that hold NaN or infinity are zeros then; and which requests had some (None if none did)."""
-        if math.isfinite(self.logits_NV.sum().item()):
+        if are_finite(self.logits_NV):
             return self, None
         is_bad_N = ~torch.isfinite(self.logits_NV).all(dim=-1)
         logits_NV = torch.where(is_bad_N[:, None], 0.0, self.logits_NV)
-        is_bad_B = is_bad_N[self.row_BL].any(dim=1)
-        return replace(self, logits_NV=logits_NV), is_bad_B if is_bad_B.any() else None
+        return replace(self, logits_NV=logits_NV), is_bad_N[self.row_BL].any(dim=1)
 
 
 Logits = Tensor | PackedLogits  # (B, L, V)
+
+
+def cells(of_BN: Tensor) -> At:
+    """All places of such a rectangle, one request after another."""
+    requests_B1 = torch.arange(len(of_BN), device=of_BN.device)[:, None]
+    offsets_N = torch.arange(of_BN.shape[1], device=of_BN.device)
+    return At(*(each.expand(of_BN.shape).flatten() for each in (requests_B1, offsets_N)))
+
+
+def are_finite(logits: Tensor) -> bool:
+    """Whether a look has shown that all of them are; False where a look would be a wait."""
+    # A sum is not finite if any entry is not: one pass clears them all.
+    return transfer.is_free(logits.device) and math.isfinite(logits.sum().item())
+
+
+def without_non_finite(logits_BLV: Logits) -> tuple[Logits, Tensor | None]:
+    """Logits fit for the sampler, and which requests held NaN or infinity (None if none did)."""
+    if isinstance(logits_BLV, PackedLogits):
+        return logits_BLV.without_non_finite()
+    if are_finite(logits_BLV):
+        return logits_BLV, None
+    is_bad_B = ~torch.isfinite(logits_BLV).all(dim=(1, 2))
+    return torch.where(is_bad_B[:, None, None], 0.0, logits_BLV), is_bad_B
 
 
 def rectangle(logits_BLV: Logits) -> Tensor:
@@ -84,12 +107,10 @@ class PackedRows(Rows):
 
     def probs_of(self, token_ids_BN: Tensor) -> Tensor:
         """As of other rows; 0 in cells that are no request's."""
-        has_row_BN = self.packed.has_row(token_ids_BN.shape[1])
-        index_R = self.packed.row_BL[:, : token_ids_BN.shape[1]][has_row_BN]
-        probs_BN = torch.zeros(token_ids_BN.shape, dtype=torch.float64, device=token_ids_BN.device)
-        rows = self._rows(index_R, *has_row_BN.nonzero().unbind(dim=1))
-        probs_BN[has_row_BN] = rows.probs_of(token_ids_BN[has_row_BN][:, None]).squeeze(1)
-        return probs_BN
+        at = cells(token_ids_BN)
+        index_R = self.packed.row_BL[:, : token_ids_BN.shape[1]].flatten()
+        probs_R1 = self._rows(index_R, *at).probs_of(token_ids_BN.reshape(-1, 1))
+        return torch.where(self.packed.has_row(token_ids_BN.shape[1]), probs_R1.view(token_ids_BN.shape), 0.0)
 
     def logprobs_at(self, at: At, token_ids_N: Tensor) -> Tensor:
         """Natural logarithms of the probability of a token of each of these rows: float64 (N,).

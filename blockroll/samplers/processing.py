@@ -7,13 +7,13 @@ those of transformers and vLLM, except that of equal probabilities at an edge th
 Shapes: B requests, N tokens behind the committed text, L rows, U tokens of each, V vocabulary.
 """
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from blockroll.kernels import transfer
 from blockroll.samplers.weights import Weights
 
 _FEW = 1 << 10  # tokens that are sorted faster than the best of them are found
@@ -30,10 +30,18 @@ class Cut(NamedTuple):
     top_k: Tensor
     top_p: Tensor
     min_p: Tensor
+    is_everywhere: bool = False  # known that every request is cut
 
     def of(self, requests: slice | Tensor) -> "Cut":
         """That of some requests."""
-        return Cut(*(option_B[requests] for option_B in self))
+        return Cut(
+            self.top_k[requests], self.top_p[requests], self.min_p[requests], is_everywhere=self.is_everywhere
+        )
+
+    def by_row(self, num_rows: int) -> "Cut":
+        """Of each row, where every request has so many, one request after another."""
+        top_k, top_p, min_p = (each.repeat_interleave(num_rows) for each in self[:3])
+        return Cut(top_k, top_p, min_p, is_everywhere=self.is_everywhere)
 
     @property
     def is_cut(self) -> Tensor:
@@ -98,7 +106,7 @@ def even_where_empty(rows_BLV: Tensor) -> Tensor | None:
     Of a draft row, whatever is drawn there is rejected.
     """
     is_empty_BL = ~rows_BLV.amax(dim=-1).isfinite()
-    if not is_empty_BL.any():
+    if transfer.is_free(rows_BLV.device) and not is_empty_BL.any():
         return None
     rows_BLV.masked_fill_(is_empty_BL[..., None], 0.0)
     return is_empty_BL
@@ -114,15 +122,18 @@ def truncate(probs_BLV: Tensor, cut_B: Cut) -> Tensor:
     kept_BLM /= kept_BLM.sum(dim=-1, keepdim=True)
     # Behind the last candidate of a row stands token 0, without weight: it is added, not written.
     kept_BLV = torch.zeros_like(probs_BLV).scatter_add_(-1, ids_BLM, kept_BLM)
-    is_cut_B = cut_B.is_cut
     # A row that is not truncated stays as it is, bit for bit.
-    return kept_BLV if is_cut_B.all() else torch.where(is_cut_B[:, None, None], kept_BLV, probs_BLV)
+    return kept_BLV if cut_B.is_everywhere else torch.where(cut_B.is_cut[:, None, None], kept_BLV, probs_BLV)
 
 
 def truncated(whole: Weights, cut_N: Cut) -> Weights:
     """As `truncate`, of the weights of a large vocabulary: where every row is cut, those that stay alone."""
     assert whole.mass_N is not None
     weights_NV, is_cut_N = whole.weights_NM, cut_N.is_cut
+    if not transfer.is_free(weights_NV.device):
+        kept_N1V, _ = _kept(weights_NV[:, None], whole.mass_N[:, None, None], cut_N)
+        kept_NV = kept_N1V[:, 0].to(weights_NV.dtype)
+        return Weights.normalized(torch.where(is_cut_N[:, None], kept_NV, weights_NV))
     if not is_cut_N.any():
         return whole
     is_flat_N = _is_flat(weights_NV, whole.mass_N, cut_N)
@@ -183,7 +194,8 @@ def _kept_of_flat(weights_V: Tensor, goal: float, min_p: float) -> Tensor:
 
 def _kept(probs_BLV: Tensor, mass_BL1: Tensor, cut_B: Cut) -> tuple[Tensor, Tensor]:
     """The tokens that stay, among few others that hold 0 now, float64 (B, L, M); and their ids, ascending."""
-    cut = Cut(*(option_B[:, None, None] for option_B in cut_B))
+    top_k, top_p, min_p = (option_B[:, None, None] for option_B in cut_B[:3])
+    cut = Cut(top_k, top_p, min_p)
     probs_BLM, ids_BLM = _candidates(probs_BLV, mass_BL1, cut)
     sorted_BLM, order_BLM = probs_BLM.sort(dim=-1, descending=True, stable=True)
     ranks_M = torch.arange(sorted_BLM.shape[-1], device=probs_BLV.device)
@@ -200,10 +212,11 @@ def _candidates(probs_BLV: Tensor, mass_BL1: Tensor, cut: Cut) -> tuple[Tensor, 
     """Of each row all tokens that may stay, float64 (B, L, M), in the order of their ids; and these.
 
     Rows with fewer of them than others end in weights of 0. Only these few are sorted: a row that is cut
-    tells beforehand which probability a token needs at least to stay.
+    tells beforehand which probability a token needs at least to stay. How many they are only a look says: a
+    device sorts them all.
     """
     vocab_size = probs_BLV.shape[-1]
-    if vocab_size <= _FEW or not probs_BLV.numel():
+    if vocab_size <= _FEW or not probs_BLV.numel() or not transfer.is_free(probs_BLV.device):
         ids_V = torch.arange(vocab_size, device=probs_BLV.device)
         return probs_BLV.double(), ids_V.expand(probs_BLV.shape)
     is_free = (cut.top_k == 0) & (cut.top_p < 1)  # top-p of all tokens
@@ -246,10 +259,8 @@ def _at_least(probs_BLV: Tensor, least_BL1: Tensor) -> tuple[Tensor, Tensor]:
     size, num_rows, vocab_size = probs_BLV.shape
     if probs_BLV.dtype == torch.float32:  # whose rows are compared as they are, by a bound a little lower
         least_BL1 = torch.nextafter(least_BL1.float(), torch.tensor(0.0)).clamp(min=_SMALLEST_FLOAT32)
-    if probs_BLV.is_cpu:  # NumPy compares, and looks through what comes of it, several times as fast
-        flat_N = torch.from_numpy(np.flatnonzero(probs_BLV.numpy() >= least_BL1.numpy()))
-    else:
-        flat_N = (probs_BLV >= least_BL1).flatten().nonzero().squeeze(-1)
+    # NumPy compares, and looks through what comes of it, several times as fast as torch.
+    flat_N = torch.from_numpy(np.flatnonzero(probs_BLV.numpy() >= least_BL1.numpy()))
     row_N = flat_N // vocab_size
     count_R = torch.bincount(row_N, minlength=size * num_rows)
     width = max(1, int(count_R.max()))
@@ -260,13 +271,3 @@ def _at_least(probs_BLV: Tensor, least_BL1: Tensor) -> tuple[Tensor, Tensor]:
     ids_BLM = torch.zeros(probs_BLM.shape, dtype=torch.int64, device=row_N.device)
     ids_BLM.view(-1)[place_N] = flat_N - row_N * vocab_size
     return probs_BLM, ids_BLM
-
-
-def completed_by(text: Sequence[int], sequences: Sequence[Sequence[int]]) -> list[int]:
-    """The tokens that would complete one of the sequences behind this text."""
-    return [
-        sequence[-1]
-        for sequence in sequences
-        if len(sequence) - 1 <= len(text)
-        and tuple(text[len(text) - len(sequence) + 1 :]) == tuple(sequence[:-1])
-    ]

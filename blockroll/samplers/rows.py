@@ -16,6 +16,7 @@ from typing import NamedTuple, Protocol, Self, TypeVar, runtime_checkable
 import torch
 from torch import Tensor
 
+from blockroll.kernels import transfer
 from blockroll.kernels.rows import At, Looked, RowTable, rows_library
 from blockroll.samplers.edits import Edits, Mix
 from blockroll.samplers.processing import Cut, truncate, truncated
@@ -55,7 +56,7 @@ def table_of(
     """Rows of logits for compiled code; None where it does not serve: see `kernels/rows`."""
     drafts = () if mix is None else (mix.draft_logits_BKV,)
     for each in (logits, *drafts):
-        if each.dtype != torch.float32 or not each.is_cpu or each.stride(-1) != 1:
+        if each.dtype != torch.float32 or not transfer.is_free(each.device) or each.stride(-1) != 1:
             return None
     library = rows_library() if is_wide(logits) else None
     if library is None:
@@ -65,7 +66,7 @@ def table_of(
         logits,
         temperature_B,
         packed=packed,
-        cut=cut,
+        cut=None if cut is None else cut[:3],
         mix=None if mix is None else (mix.draft_logits_BKV, mix.weight_B, mix.num_drafts_B),
         edits=edits,
     )
@@ -149,7 +150,7 @@ class LogitRows(Rows):
         return self.logits_BLV.shape
 
     def probs_of(self, token_ids_BN: Tensor) -> Tensor:
-        if self.known is not None and torch.equal(self.known.token_ids_BL, token_ids_BN):
+        if self.known is not None and _is_same(self.known.token_ids_BL, token_ids_BN):
             return self.known.probs_BL
         table = self.table()
         if table is not None:
@@ -284,8 +285,7 @@ class LogitRows(Rows):
             return Weights(weights_NM=probs_BLV.flatten(0, 1))
         if self.cut is None:
             return self._whole(logits_BLV, requests)
-        num_rows = logits_BLV.shape[1]
-        cut_N = Cut(*(option_B.repeat_interleave(num_rows) for option_B in self.cut.of(requests)))
+        cut_N = self.cut.of(requests).by_row(logits_BLV.shape[1])
         return truncated(self._whole(logits_BLV, requests), cut_N)
 
     def _whole(self, logits_BLV: Tensor, requests: slice | Tensor) -> Weights:
@@ -297,7 +297,7 @@ class LogitRows(Rows):
             best_BLV = torch.full_like(logits_BLV, -torch.inf).scatter_(-1, best_BL1, 0.0)
             logits_BLV = torch.where(is_greedy_B11, best_BLV, logits_BLV)
             temperature_B11 = torch.where(is_greedy_B11, 1.0, temperature_B11)
-        if (temperature_B11 != 1).any():
+        if not transfer.is_free(logits_BLV.device) or (temperature_B11 != 1).any():
             # Scaled from the best on: what rounding takes is least where weights are largest.
             logits_BLV = logits_BLV - logits_BLV.amax(dim=-1, keepdim=True)
             logits_BLV.div_(temperature_B11)
@@ -310,6 +310,11 @@ class LogitRows(Rows):
         for requests in _spans(size, max(1, _TILE // (vocab_size * width))):
             for rows in _spans(num_rows, width):
                 yield requests, rows
+
+
+def _is_same(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are the same memory, read in the same way."""
+    return (one.data_ptr(), one.shape, one.stride()) == (other.data_ptr(), other.shape, other.stride())
 
 
 def held(rows: _Rows) -> _Rows | DenseRows:

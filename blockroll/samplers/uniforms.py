@@ -16,7 +16,7 @@ a number of its own: a text that its seed drew before may come back as a draft, 
 come.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from enum import IntEnum
 from functools import lru_cache, partial
 from typing import Any
@@ -24,6 +24,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+
+from blockroll.kernels import transfer
 
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
@@ -45,7 +47,8 @@ def philox4x32(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Four 32-bit words (in int64) per element of the broadcast arguments."""
     # The products of words 0 and 2 are taken together: x = (c0, c2), y = (c1, c3).
-    if seed.device.type == "cpu":  # the same in NumPy, whose small operations cost a fraction of torch's
+    # On a CPU the same in NumPy, whose small operations cost a fraction of torch's.
+    if transfer.is_free(seed.device):
         seeds, *given = (
             word.numpy() if isinstance(word, Tensor) else np.int64(word) for word in (seed, c0, c1, c2, c3)
         )
@@ -58,12 +61,15 @@ def philox4x32(
         )
         x02, x13 = (torch.from_numpy(pair.copy()) for pair in words)
         return x02[0], x13[0], x02[1], x13[1]
-    counters = [torch.as_tensor(word, dtype=torch.int64, device=seed.device) for word in (c0, c1, c2, c3)]
+    counters = [
+        word if isinstance(word, Tensor) else seed.new_full((), word, dtype=torch.int64)
+        for word in (c0, c1, c2, c3)
+    ]
     seed, *counters = torch.broadcast_tensors(seed, *counters)  # type: ignore[no-untyped-call]
     key = torch.stack([seed & _MASK, (seed >> 32) & _MASK])
     x = torch.stack([counters[0], counters[2]]) & _MASK
     y = torch.stack([counters[1], counters[3]]) & _MASK
-    x, y = _rounds(x, y, key, constants=partial(torch.tensor, device=seed.device), swap=torch.flipud)
+    x, y = _rounds(x, y, key, constants=partial(_constants, device=seed.device), swap=torch.flipud)
     return x[0], y[0], x[1], y[1]
 
 
@@ -79,6 +85,12 @@ def _rounds(
         product = multiplier * x
         x, y = swap((product >> 32) & _MASK) ^ y ^ round_key, swap(product & _MASK)
     return x, y
+
+
+@lru_cache(maxsize=64)
+def _constants(values: Sequence[int], device: torch.device) -> Tensor:
+    """Sent there once."""
+    return torch.tensor(values, device=device)
 
 
 def u52(high: Tensor, low: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 Shapes: B requests, K drafted tokens, L = K + 1 target positions, V vocabulary.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Final
@@ -34,6 +35,7 @@ class Draft:
     law: "Rows | Tensor | PointMass"  # (B, K, V); as a tensor float64 probabilities; POINT_MASS: all certain
     num_drafts_B: "Tensor"  # int64, 0..K: how many drafts each request really has
     certain_B: "Tensor | None" = None  # bool: whose drafts were certain under a law of rows; None: nobody's
+    num_drafts: Sequence[int] | None = None  # num_drafts_B, where the host knows it without a look
 
     def __post_init__(self) -> None:
         if self.law is None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from blockroll.errors import InvalidDraft
+from blockroll.kernels import transfer
 from blockroll.rollout.drafters.engine import Engine
 from blockroll.rollout.engine.drafting import Drafter, DraftRows, Verifying
 from blockroll.types import POINT_MASS, Draft, Plan, Sampling
@@ -40,8 +41,8 @@ class Broken(Drafter):
         verifying = super().verify(step, ids_BL, window)
         return Verifying(logits_BLV=verifying.logits_BLV[:, :-1]) if self.verifies_short else verifying
 
-    def keep(self, step, leftover, verdict):
-        return [] if self.keeps_short else super().keep(step, leftover, verdict)
+    def keep(self, step, leftover, verdict, outcome):
+        return [] if self.keeps_short else super().keep(step, leftover, verdict, outcome)
 
 
 def changed(name, value, *, at=()):
@@ -81,6 +82,7 @@ SPOILED = {
     "ids as a list": (replaced(token_ids_BK=lambda ids: ids.tolist()), "token_ids_BK of list"),
     "counts too many": (changed("num_drafts_B", K + 1, at=2), "4 drafts for request 2"),
     "counts below 0": (changed("num_drafts_B", -1, at=2), "-1 drafts for request 2"),
+    "counts that differ": (replaced(num_drafts=lambda _: [K, K, 1, K]), r"num_drafts \[3, 3, 1, 3\] beside"),
     "counts of another batch": (replaced(num_drafts_B=lambda counts: counts[1:]), r"num_drafts_B of \(3,\)"),
     "law NaN": (changed("law", torch.nan, at=(1, 0, 0)), "NaN or infinity for draft 0 of request 1"),
     "law negative": (changed("law", -0.1, at=(1, 1, 0)), "a negative probability for draft 1"),
@@ -112,6 +114,14 @@ def finish(engine):
     return {rollout.request.request_id: rollout for rollout in rollouts}
 
 
+@pytest.fixture(params=["looked at", "riding along"])
+def looks(request, monkeypatch):
+    """Whether numbers of a draft are looked at when it is given, or with the results of its step."""
+    if request.param == "riding along":
+        monkeypatch.setattr(transfer, "is_free", lambda device: False)
+
+
+@pytest.mark.usefixtures("looks")
 @pytest.mark.parametrize(("spoil", "named"), SPOILED.values(), ids=SPOILED)
 def test_a_bad_draft_is_named_and_the_step_runs_again_without_loss(spoil, named):
     undisturbed, policy = engine_of(Broken())

@@ -128,7 +128,8 @@ def nothing_that_decodes_draws_from_another_stream():
 
 def forgets_what_has_run(monkeypatch):
     state = RunningRequest.state.fget
-    monkeypatch.setattr(RunningRequest, "state", property(lambda running: (*state(running)[:2], 1234)))
+    forgetful = property(lambda running: (*state(running)[:2], 1234, running.num_tokens))
+    monkeypatch.setattr(RunningRequest, "state", forgetful)
 
 
 @failure(51, forgets_what_has_run)

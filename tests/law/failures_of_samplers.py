@@ -141,7 +141,7 @@ def truncation_reaches_accepted_and_redrawn_tokens():
 
 
 def maps_what_is_not_finite_to_zero(monkeypatch):
-    monkeypatch.setattr(decoding, "_without_non_finite", lambda logits: (logits.nan_to_num(), None))
+    monkeypatch.setattr(decoding, "without_non_finite", lambda logits: (logits.nan_to_num(), None))
 
 
 def spoiled(rows: str):

@@ -94,8 +94,8 @@ def forgets_the_draft_temperature(logits, temperature, uniforms, num_drafts, **k
     return dataclasses.replace(draft, law=logits.double().softmax(-1))
 
 
-def keeps_a_slot_too_early(drafter, step, states, verdict):
-    return proposals_of(drafter, step, states.roll(1, dims=2), verdict)
+def keeps_a_slot_too_early(drafter, step, states, *decided):
+    return proposals_of(drafter, step, states.roll(1, dims=2), *decided)
 
 
 proposals_of = MaskRows.keep

@@ -14,10 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import NoRepeatNGramLogitsProcessor
 
-from blockroll.samplers import laws as laws_module
 from blockroll.samplers import processing as processing_module
 from blockroll.samplers import rows as rows_module
 from blockroll.samplers import text as text_module
+from blockroll.samplers.forbidden import Forbidden
 from blockroll.types import Plan
 from tests.law.engine_law import PROMPT, Processing, engine_law, processed_law
 from tests.law.integrate import Toy, max_difference, target_law
@@ -192,22 +192,22 @@ def test_under_truncation_the_weights_sum_to_the_mass_that_is_left(name):
     assert sum(left.values()) < 0.95
 
 
-def edits_the_last_row_only(rows_LV, text, between):
-    _edit_rows(rows_LV[-1:], text, between)
+def forbids_behind_the_last_row_only(forbidden, rows_BLV, between_BN):
+    forbid(forbidden, rows_BLV[:, -1:], between_BN)
 
 
 def counts_no_drafts(ids_BU, between_BN, num_rows):
     return torch.zeros(len(ids_BU), num_rows, ids_BU.shape[1]).double()
 
 
-_edit_rows = laws_module._edit_rows
+forbid = Forbidden.mask
 
 
 @pytest.mark.failure(38)
 @pytest.mark.parametrize(
     ("module", "attribute", "bug", "name"),
     [
-        (laws_module, "_edit_rows", edits_the_last_row_only, "bad_words"),
+        (Forbidden, "mask", forbids_behind_the_last_row_only, "bad_words"),
         (text_module, "added_by_row", counts_no_drafts, "presence_and_frequency"),
         (text_module, "added_by_row", counts_no_drafts, "repetition"),
     ],

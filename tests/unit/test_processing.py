@@ -23,7 +23,7 @@ from blockroll.policies.hf import HFPolicy
 from blockroll.rl_loops.run import rollout_sampling
 from blockroll.rollout.engine.requests import Limits, check_request
 from blockroll.samplers.laws import Laws
-from blockroll.samplers.processing import Cut, completed_by, truncate
+from blockroll.samplers.processing import Cut, truncate
 from blockroll.samplers.text import Text
 from blockroll.types import Law, Plan, Request, Sampling
 from tests.engines import make_requests, run
@@ -148,14 +148,6 @@ def test_logits_are_not_edited_in_place():
         before = logits_1LV.clone()
         law_of(Sampling(logit_bias={1: 5.0}, repetition_penalty=1.5, bad_words_ids=((9,),)), logits_1LV)
         assert torch.equal(logits_1LV, before)
-
-
-@pytest.mark.parametrize(
-    ("text", "sequences", "completed"),
-    [((1, 2), ((2, 3), (3,), (1, 2, 4), (9, 2, 5)), [3, 3, 4]), ((), ((2, 3), (3,)), [3]), ((2,), (), [])],
-)
-def test_what_would_complete_a_sequence(text, sequences, completed):
-    assert completed_by(text, sequences) == completed
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,7 @@ def cut_of(*options: tuple[float, float, float]) -> Cut:
 def by_a_whole_sort(probs_BLV: Tensor, cut: Cut) -> Tensor:
     """The rule, token by token: from the best on, of equals from the lowest id on."""
     kept = torch.zeros_like(probs_BLV)
-    for b, (top_k, top_p, min_p) in enumerate(zip(*(each.tolist() for each in cut), strict=True)):
+    for b, (top_k, top_p, min_p) in enumerate(zip(*(each.tolist() for each in cut[:3]), strict=True)):
         for probs_V, kept_V in zip(probs_BLV[b], kept[b], strict=True):
             ranked = sorted((-p, token) for token, p in enumerate(probs_V.tolist()))
             order = [token for _, token in ranked][: int(top_k) or len(ranked)]

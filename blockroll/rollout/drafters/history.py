@@ -12,9 +12,10 @@ from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import NamedTuple
 
-import torch
+import numpy as np
 
 from blockroll.errors import InvalidInput
+from blockroll.kernels.transfer import send
 from blockroll.policies.base import Policy
 from blockroll.rollout.drafters.history_index import HistoryIndex, Match, PromptTexts, Source
 from blockroll.rollout.engine.drafting import Drafter, DraftStep
@@ -188,12 +189,10 @@ class HistoryDrafts(Drafter):
                 self._look(followed, running, most, self.row_cost)
                 drafts.append(followed.drafts)
         device, width = step.policy.device, max(map(len, drafts))
-        padded = [each + [0] * (width - len(each)) for each in drafts]
-        return Draft(
-            token_ids_BK=torch.tensor(padded, dtype=torch.int64, device=device),
-            law=POINT_MASS,
-            num_drafts_B=torch.tensor([len(each) for each in drafts], device=device),
-        )
+        padded = np.array([each + [0] * (width - len(each)) for each in drafts], dtype=np.int64)
+        counts = [len(each) for each in drafts]
+        token_ids_BK, num_drafts_B = send([padded, np.array(counts)], device)
+        return Draft(token_ids_BK=token_ids_BK, law=POINT_MASS, num_drafts_B=num_drafts_B, num_drafts=counts)
 
     def _up_to_date(self, running: RunningRequest) -> _Followed:
         followed = self._follow_request(running)

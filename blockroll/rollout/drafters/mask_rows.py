@@ -10,13 +10,17 @@ Shapes: B running requests, K drafted tokens, P levels, W width, V vocabulary.
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from blockroll.errors import InvalidInput
+from blockroll.kernels.transfer import send
 from blockroll.policies.base import KVWindow, Policy
 from blockroll.rollout.engine.drafting import Drafter, DraftRows, DraftStep, Verifying
+from blockroll.rollout.engine.outcome import Outcome
 from blockroll.rollout.engine.running import RunningRequest
 from blockroll.types import MASK_ROWS, Plan, PlanKind, Verdict
 
@@ -86,10 +90,12 @@ class MaskRows(Drafter):
         if step.plan.kind is PlanKind.FUSED:
             held = [_proposal(running) for running in step.batch]
             proposals = [proposal for proposal in held if proposal is not None]
+            counts = [proposal.num_drafts for proposal in proposals]
             return DraftRows(
                 logits=torch.stack([proposal.logits_KV for proposal in proposals]),
-                num_drafts_B=torch.tensor([proposal.num_drafts for proposal in proposals], device=device),
+                num_drafts_B=send([np.array(counts)], device)[0],
                 origins=[proposal.origin for proposal in proposals],
+                num_drafts=counts,
             )
         rows = step.first_logits
         if rows is None:
@@ -99,6 +105,7 @@ class MaskRows(Drafter):
             logits=rows,
             num_drafts_B=torch.full((len(step.batch),), num_drafts, device=device),
             origins=[(running.num_tokens, 0, num_drafts) for running in step.batch],
+            num_drafts=[num_drafts] * len(step.batch),
         )
 
     def verify(self, step: DraftStep, ids_BL: Tensor, window: KVWindow) -> Verifying:
@@ -106,7 +113,9 @@ class MaskRows(Drafter):
         fused = step.policy.fused_rows(ids_BL, step.plan.levels, window)
         return Verifying(logits_BLV=fused.verify_logits_BLV, leftover=fused.proposal_states_BPLW)
 
-    def keep(self, step: DraftStep, leftover: object, verdict: Verdict) -> Sequence[Proposal | None]:
+    def keep(
+        self, step: DraftStep, leftover: object, verdict: Verdict, outcome: Outcome
+    ) -> Sequence[Proposal | None]:
         """The proposals made for what each request accepted.
 
         That is the one of the largest level p at or below the n accepted drafts. Its slot j stands p + 1 + j
@@ -116,14 +125,18 @@ class MaskRows(Drafter):
             return [None] * len(step.batch)
         assert isinstance(leftover, Tensor), "states (B, P, L, W) of a fused forward"
         num_drafts, device = step.plan.num_drafts, step.policy.device
-        levels_P = torch.tensor(step.plan.levels, device=device)
+        levels_P = _levels(step.plan.levels, device)
         accepted_B = verdict.num_accepted_B
         chosen_B = (levels_P <= accepted_B[:, None]).sum(dim=1) - 1
         shift_B = accepted_B - levels_P[chosen_B]
         slots_BK = (shift_B[:, None] + 1 + torch.arange(num_drafts, device=device)).clamp(max=num_drafts)
         rows_B1 = torch.arange(len(step.batch), device=device)[:, None]
         logits_BKV = step.policy.proposal_logits(leftover[rows_B1, chosen_B[:, None], slots_BK])
-        rows = zip(step.batch, logits_BKV, shift_B.tolist(), verdict.num_committed_B.tolist(), strict=True)
+        shifts = [
+            accepted - max(level for level in step.plan.levels if level <= accepted)
+            for accepted in outcome.num_accepted
+        ]
+        rows = zip(step.batch, logits_BKV, shifts, outcome.num_committed, strict=True)
         return [
             Proposal(
                 logits_KV=logits_KV,
@@ -133,6 +146,12 @@ class MaskRows(Drafter):
             )
             for running, logits_KV, shift, num_committed in rows
         ]
+
+
+@lru_cache(maxsize=64)
+def _levels(levels: tuple[int, ...], device: torch.device) -> Tensor:
+    """Sent there once."""
+    return torch.tensor(levels, device=device)
 
 
 def _proposal(running: RunningRequest) -> Proposal | None:

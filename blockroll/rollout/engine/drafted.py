@@ -4,11 +4,15 @@ Shapes: B running requests, K drafted tokens, L = K + 1 rows to verify, V vocabu
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from blockroll.errors import InvalidDraft
+from blockroll.kernels import transfer
+from blockroll.kernels.transfer import send
 from blockroll.rollout.engine.drafting import DraftRows, Verifying
 from blockroll.samplers import PackedLogits, as_rows
 from blockroll.types import Draft, Plan, PointMass, Rows
@@ -16,30 +20,66 @@ from blockroll.types import Draft, Plan, PointMass, Rows
 _LARGEST_ERROR = 1e-5  # of the sum of a law: what float32 rounding makes of a large vocabulary
 
 
-def check_drafted(drafted: DraftRows | Draft, plan: Plan, *, batch_size: int, vocab_size: int) -> None:
+def check_drafted(
+    drafted: DraftRows | Draft, plan: Plan, *, batch_size: int, vocab_size: int
+) -> Tensor | None:
     """Raise InvalidDraft unless these are drafts that a step of `plan` can verify.
 
     That is (B, K) in shape, 0..K drafts for each request, and of a Draft, which may be narrower: token ids of
     the vocabulary, drawn from laws that are laws and that could give them. Rows may hold NaN: that fails a
     request alone.
+
+    Where a look at numbers is a wait, whose are wrong comes as a tensor, bool (B,), to be looked at with the
+    step's results; `check_values` then says what is wrong. Until then only `fitted` drafts are fit for use.
+    None: nothing is left to look at.
     """
     width = _checked_width(drafted, plan, batch_size, vocab_size)
-    wrong = ((drafted.num_drafts_B < 0) | (drafted.num_drafts_B > width)).nonzero()
-    if len(wrong):
-        slot = int(wrong[0])
-        raise _invalid(
-            plan,
-            f"{int(drafted.num_drafts_B[slot])} drafts for request {slot} of the batch",
-            f"0 to {'K = ' if width == plan.num_drafts else ''}{width}, the width of its tensors",
-        )
     if isinstance(drafted, DraftRows):
         if len(drafted.origins) != batch_size:
             raise _invalid(plan, f"{len(drafted.origins)} origins", f"{batch_size}, one for each request")
-        return
-    tokens_BK, certain_B = drafted.token_ids_BK, drafted.certain_B
-    if certain_B is not None and (certain_B.shape, certain_B.dtype) != ((batch_size,), torch.bool):
+    elif (certain_B := drafted.certain_B) is not None and (certain_B.shape, certain_B.dtype) != (
+        (batch_size,),
+        torch.bool,
+    ):
         given = f"certain_B of {certain_B.dtype} {tuple(certain_B.shape)}"
         raise _invalid(plan, given, f"torch.bool ({batch_size},)")
+    if transfer.is_free(drafted.num_drafts_B.device):
+        check_values(drafted, plan, vocab_size=vocab_size)
+        return None
+    return _are_wrong(drafted, width, vocab_size)
+
+
+def fitted(drafted: DraftRows | Draft, *, vocab_size: int) -> DraftRows | Draft:
+    """The same, with no token id outside the vocabulary and no more drafts than there is room for."""
+    if isinstance(drafted, DraftRows):
+        return drafted
+    return replace(
+        drafted,
+        token_ids_BK=drafted.token_ids_BK.clamp(0, vocab_size - 1),
+        num_drafts_B=drafted.num_drafts_B.clamp(0, drafted.token_ids_BK.shape[1]),
+    )
+
+
+def check_values(drafted: DraftRows | Draft, plan: Plan, *, vocab_size: int) -> None:
+    """Raise InvalidDraft unless the numbers in tensors of the right shapes are right; looks at them."""
+    num_drafts = drafted.num_drafts_B.tolist()
+    width = plan.num_drafts if isinstance(drafted, DraftRows) else drafted.token_ids_BK.shape[1]
+    for slot, number in enumerate(num_drafts):
+        if not 0 <= number <= width:
+            raise _invalid(
+                plan,
+                f"{number} drafts for request {slot} of the batch",
+                f"0 to {'K = ' if width == plan.num_drafts else ''}{width}, the width of its tensors",
+            )
+    if drafted.num_drafts is not None and list(drafted.num_drafts) != num_drafts:
+        raise _invalid(
+            plan,
+            f"num_drafts {[*drafted.num_drafts]} beside num_drafts_B {num_drafts}",
+            "the same counts in both, or none in num_drafts",
+        )
+    if isinstance(drafted, DraftRows):
+        return
+    tokens_BK = drafted.token_ids_BK
     strange = tokens_BK[(tokens_BK < 0) | (tokens_BK >= vocab_size)]
     if len(strange):
         raise _invalid(
@@ -86,8 +126,26 @@ def _checked_width(drafted: DraftRows | Draft, plan: Plan, batch_size: int, voca
     return num_drafts
 
 
-def _check_laws(draft: Draft, law: Rows | Tensor, plan: Plan) -> None:
-    """Of the drafts that are meant: probabilities, of sum 1, above 0 where the draft is."""
+def _are_wrong(drafted: DraftRows | Draft, width: int, vocab_size: int) -> Tensor | None:
+    """Whose numbers `check_values` would refuse, bool (B,)."""
+    num_drafts_B = drafted.num_drafts_B
+    is_wrong_B = (num_drafts_B < 0) | (num_drafts_B > width)
+    if isinstance(drafted, DraftRows):
+        return is_wrong_B
+    tokens_BK = drafted.token_ids_BK
+    is_wrong_B |= ((tokens_BK < 0) | (tokens_BK >= vocab_size)).any(dim=1)
+    if drafted.num_drafts is not None:
+        is_wrong_B |= num_drafts_B != send([np.array(drafted.num_drafts)], num_drafts_B.device)[0]
+    if not isinstance(drafted.law, PointMass):
+        fit = fitted(drafted, vocab_size=vocab_size)
+        assert isinstance(fit, Draft)
+        for is_wrong_BK, _ in _wrong_laws(fit, drafted.law):
+            is_wrong_B |= is_wrong_BK.any(dim=1)
+    return is_wrong_B
+
+
+def _wrong_laws(draft: Draft, law: Rows | Tensor) -> list[tuple[Tensor, str]]:
+    """Of the drafts that are meant, what is no probability, not of sum 1, or 0 where the draft is."""
     own_BK = as_rows(law).probs_of(draft.token_ids_BK)
     is_meant_BK = torch.arange(own_BK.shape[1], device=own_BK.device) < draft.num_drafts_B[:, None]
     checks = [(own_BK > 0, "probability 0 for the very token it gave")]
@@ -99,8 +157,12 @@ def _check_laws(draft: Draft, law: Rows | Tensor, plan: Plan) -> None:
             (error_BK <= _LARGEST_ERROR, f"probabilities whose sum is not 1 within {_LARGEST_ERROR:g}"),
             *checks,
         ]
-    for is_right_BK, what in checks:
-        wrong = (is_meant_BK & ~is_right_BK).nonzero()
+    return [(is_meant_BK & ~is_right_BK, what) for is_right_BK, what in checks]
+
+
+def _check_laws(draft: Draft, law: Rows | Tensor, plan: Plan) -> None:
+    for is_wrong_BK, what in _wrong_laws(draft, law):
+        wrong = is_wrong_BK.nonzero()
         if len(wrong):
             slot, offset = wrong[0].tolist()
             raise _invalid(

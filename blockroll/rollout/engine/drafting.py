@@ -10,11 +10,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
+import numpy as np
 from torch import Tensor
 
+from blockroll.kernels.transfer import send
 from blockroll.policies.base import Policy, VerifiesPacked
 from blockroll.rollout.engine.cache.contract import Cache, Window
+from blockroll.rollout.engine.outcome import Outcome
 from blockroll.rollout.engine.running import RunningRequest
 from blockroll.samplers import Logits, PackedLogits
 from blockroll.types import Draft, Plan, Rollout, Verdict
@@ -30,10 +32,14 @@ class DraftStep:
     cache: Cache
     first_logits: Tensor | None  # float32 (B, K + 1, V), where the prefill brought them along
     lengths: Sequence[int] | None = None  # most drafts of each request, by its outlook; None: K
+    anchors_B: Tensor | None = None  # int64, where they are on the device already
 
     def anchors(self, first: int = 0) -> Tensor:
         """The last committed tokens of the requests from `first` on, int64 (B, 1)."""
-        return torch.tensor([[running.anchor] for running in self.batch[first:]], device=self.policy.device)
+        if self.anchors_B is not None:
+            return self.anchors_B[first:, None]
+        anchors = np.array([running.anchor for running in self.batch[first:]])
+        return send([anchors], self.policy.device)[0][:, None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +50,7 @@ class DraftRows:
     num_drafts_B: Tensor  # int64, 0..K
     # By request, for the audit: tokens of the text that its rows know, slot of the first, masks in the block.
     origins: Sequence[tuple[int, int, int]]
+    num_drafts: Sequence[int] | None = None  # num_drafts_B, where the host knows it without a look
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,7 +116,8 @@ class Drafter(ABC):
         drawn already, with the law that they were really drawn from (POINT_MASS for tokens that were looked
         up). Such a draft has no rows to mix, so a mixed law is the target's where it stands. A request may
         have fewer drafts than K, or none; behind them any token id of the vocabulary stands. InvalidDraft
-        comes out of the step for anything else, and then nothing was committed.
+        comes out of the step for anything else, and then nothing was committed. Whoever counts on the host
+        says the counts there too (`num_drafts`): only then are rows packed without a wait for a device.
 
         A Draft is as wide as its longest needs, K at most: what it is wider, the step may compute for all.
         Of width 0 it makes the step a plain one.
@@ -133,6 +141,11 @@ class Drafter(ABC):
             )
         )
 
-    def keep(self, step: DraftStep, leftover: object, verdict: Verdict) -> Sequence[object | None]:
-        """By request, what `RunningRequest.proposal` holds once the verdict is final; None: nothing."""
+    def keep(
+        self, step: DraftStep, leftover: object, verdict: Verdict, outcome: Outcome
+    ) -> Sequence[object | None]:
+        """By request, what `RunningRequest.proposal` holds once the verdict is final; None: nothing.
+
+        `outcome` is the verdict on the host: to ask a tensor would be one wait more.
+        """
         return [None] * len(step.batch)

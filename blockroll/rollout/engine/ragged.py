@@ -5,10 +5,11 @@ on fewer; the price is some copies in every layer, which a policy knows in rows 
 """
 
 import math
-from collections.abc import Sequence
 
+from blockroll.kernels import transfer
 from blockroll.policies.base import Policy
 from blockroll.policies.packing import Packing
+from blockroll.types import Draft
 
 
 def least_saved(policy: Policy) -> float:
@@ -18,8 +19,16 @@ def least_saved(policy: Policy) -> float:
     return saved
 
 
-def packing_of(num_drafts: Sequence[int], width: int, policy: Policy) -> Packing | None:
-    """The packing of anchors and so many drafts of each request, in L = `width` cells; None: padded."""
+def packing_of(draft: Draft, width: int, policy: Policy) -> Packing | None:
+    """The packing of anchors and their drafts, in L = `width` cells; None: padded.
+
+    Counts that only a device knows are not waited for.
+    """
+    num_drafts = draft.num_drafts
+    if num_drafts is None:
+        if not transfer.is_free(policy.device):
+            return None
+        num_drafts = draft.num_drafts_B.tolist()
     num_rows = [count + 1 for count in num_drafts]
     if len(num_rows) * width - sum(num_rows) < least_saved(policy):
         return None

@@ -59,9 +59,9 @@ class RunningRequest:
         return self._token_ids[-1] if self._token_ids else self.request.prompt_ids[-1]
 
     @property
-    def state(self) -> tuple[int, int, int]:
-        """Anchor, seed, attempt: what the next step needs besides the cache."""
-        return self.anchor, self.request.seed, self.first_attempt + self._num_forwards
+    def state(self) -> tuple[int, int, int, int]:
+        """Anchor, seed, attempt, position of the next token: what the next step needs besides the cache."""
+        return self.anchor, self.request.seed, self.first_attempt + self._num_forwards, self.num_tokens
 
     def restart(self, guide: Guide | None) -> None:
         """Go on with this guide, which stands before the first token, behind what was committed."""

@@ -79,17 +79,8 @@ class ServedRequests:
         planner: PlanChooser | None,
     ) -> None:
         """Make the tokens of a step final and let finished requests leave."""
-        verdict, failed = decoded.verified.verdict, decoded.failed
-        num_drafts, committed = decoded.draft.num_drafts_B.tolist(), verdict.num_committed_B.tolist()
-        tokens, is_draft, policy, behavior = (
-            column.tolist()
-            for column in (
-                verdict.token_ids_BL,
-                verdict.is_draft_BL,
-                decoded.policy_logprobs_BL,
-                verdict.behavior_logprobs_BL,
-            )
-        )
+        outcome = decoded.outcome
+        tokens, failed, committed = outcome.token_ids, outcome.failed, [*outcome.num_committed]
         for slot, (num_before, _) in failed.items():
             committed[slot] = num_before
         # The rows of the anchor and of all new tokens but the last, which is the next anchor.
@@ -105,12 +96,12 @@ class ServedRequests:
             try:
                 commit = running.commit(
                     tokens[slot][:kept],
-                    is_draft[slot][:kept],
-                    policy[slot][:kept],
-                    behavior[slot][:kept],
+                    outcome.is_draft[slot][:kept],
+                    outcome.policy_logprobs[slot][:kept],
+                    outcome.behavior_logprobs[slot][:kept],
                     version,
                     plan=plan,
-                    num_drafts=num_drafts[slot],
+                    num_drafts=outcome.num_drafts[slot],
                     proposal=decoded.proposals[slot],
                 )
             except RequestFailed as refusal:

@@ -12,29 +12,36 @@ law the text is then that of plain decoding, token for token.
 Shapes: B running requests, K drafted tokens, L = K + 1 verify rows, P proposals, W width, V vocabulary.
 """
 
-import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from blockroll.errors import EmptySupport, NonFiniteLogits
+from blockroll.kernels.transfer import send
 from blockroll.policies.base import Policy
 from blockroll.rollout.engine.cache.contract import Cache
-from blockroll.rollout.engine.drafted import check_drafted, check_kept, check_verifying
+from blockroll.rollout.engine.drafted import (
+    check_drafted,
+    check_kept,
+    check_values,
+    check_verifying,
+    fitted,
+)
 from blockroll.rollout.engine.drafting import Drafter, DraftRows, DraftStep
+from blockroll.rollout.engine.outcome import EMPTY, Flags, Outcome
 from blockroll.rollout.engine.ragged import packing_of
 from blockroll.rollout.engine.running import RunningRequest
 from blockroll.rollout.engine.trace import EngineTimes, ForwardRows, StepTrace
 from blockroll.samplers import (
     Laws,
     Logits,
-    PackedLogits,
     join_verdicts,
     settle_first,
     step_uniforms,
     verify_block,
+    without_non_finite,
 )
 from blockroll.types import POINT_MASS, Draft, Plan, PlanKind, Rows, Verdict
 
@@ -66,7 +73,7 @@ class Decoded:
     verify_uniforms: Tensor  # (B, L), and one column more where the first position was settled
     attempts_B: Tensor
     origins: Sequence[tuple[int, int, int]]  # of the draft rows: context, first slot and masks
-    failed: dict[int, tuple[int, str]]  # by slot: tokens before the first row that is wrong, and what is
+    outcome: Outcome
     proposals: Sequence[object | None]  # what the drafter keeps for each request; None: nothing
 
     def trace(
@@ -147,17 +154,20 @@ class Decoder:
         clock = self._clock()
         if plan.kind is not PlanKind.PLAIN and self._drafters[plan.drafter].start(step):
             self.times.start_s += self._charge("forward_s", clock) - clock
-        device = self._policy.device
-        state = torch.tensor([running.state for running in batch], device=device)
-        anchors_B, seeds_B, attempts_B = state.unbind(dim=1)
-        laws = Laws.of([running.text for running in batch], vocab_size=self._policy.vocab_size, device=device)
-        positions_B = torch.tensor([running.num_tokens for running in batch], device=device)
+        device, vocab_size = self._policy.device, self._policy.vocab_size
+        (state_4B,) = send([np.array([running.state for running in batch]).T], device)
+        anchors_B, seeds_B, attempts_B, positions_B = state_4B
+        step = replace(step, anchors_B=anchors_B)
+        laws = Laws.of([running.text for running in batch], vocab_size=vocab_size, device=device)
 
         clock = self._clock()
         settles = plan.settles_first
-        drafted = self._draft(step)
+        given = drafted = self._draft(step)
+        is_invalid_B = None
         if plan.kind is not PlanKind.PLAIN:
-            check_drafted(drafted, plan, batch_size=len(batch), vocab_size=self._policy.vocab_size)
+            is_invalid_B = check_drafted(given, plan, batch_size=len(batch), vocab_size=vocab_size)
+            if is_invalid_B is not None:
+                drafted = fitted(given, vocab_size=vocab_size)
         clock = self._charge("forward_s", clock)
         by_position = drafted.is_certain if isinstance(drafted, Draft) else laws.certain_draft
         draft_uniforms_BK, verify_uniforms = step_uniforms(
@@ -177,9 +187,20 @@ class Decoder:
         clock = self._clock()
         policy_logprobs_BL = laws.policy_logprobs(verified.logits, verified.verdict)
         clock = self._charge("sampler_s", clock)
+        flags = Flags(
+            drafts_B=bad_drafts_B,
+            targets_B=verified.bad_targets_B,
+            is_empty_BL=verified.is_empty_BL,
+            is_invalid_B=is_invalid_B,
+        )
+        outcome = Outcome.of(draft, verified.verdict, policy_logprobs_BL, flags, laws.failed)
+        clock = self._charge("wait_s", clock)
+        if outcome.is_invalid:
+            check_values(given, plan, vocab_size=vocab_size)
         proposals: Sequence[object | None] = [None] * len(batch)
         if plan.kind is not PlanKind.PLAIN:
-            proposals = self._drafters[plan.drafter].keep(step, verified.leftover, verified.verdict)
+            drafter = self._drafters[plan.drafter]
+            proposals = drafter.keep(step, verified.leftover, verified.verdict, outcome)
             check_kept(proposals, plan, batch_size=len(batch))
             self._charge("forward_s", clock)
         return Decoded(
@@ -190,7 +211,7 @@ class Decoder:
             verify_uniforms=verify_uniforms,
             attempts_B=attempts_B,
             origins=[_NO_ORIGIN] * len(batch) if isinstance(drafted, Draft) else drafted.origins,
-            failed=_failures(bad_drafts_B, verified, laws.failed),
+            outcome=outcome,
             proposals=proposals,
         )
 
@@ -212,7 +233,7 @@ class Decoder:
             case PlanKind.FUSED:
                 num_rows = step.plan.rows_per_forward
             case PlanKind.ONE_FORWARD:
-                packing = packing_of(draft.num_drafts_B.tolist(), width, self._policy)
+                packing = packing_of(draft, width, self._policy)
         if packing is None:
             window = self._cache.window(0, size, num_rows)
         else:
@@ -229,11 +250,7 @@ class Decoder:
         else:
             logits_BLV = self._policy.verify_logits(ids_BL, window)
         clock = self._charge("forward_s", clock)
-        bad_targets_B: Tensor | None
-        if isinstance(logits_BLV, PackedLogits):
-            logits_BLV, bad_targets_B = logits_BLV.without_non_finite()
-        else:
-            logits_BLV, bad_targets_B = _without_non_finite(logits_BLV)
+        logits_BLV, bad_targets_B = without_non_finite(logits_BLV)
         targets = laws.target_rows(logits_BLV, draft.token_ids_BK, draft_logits_BKV, draft.num_drafts_B)
         verdict = verify_block(draft, targets.law, uniforms_BL)
         self._charge("sampler_s", clock)
@@ -265,9 +282,8 @@ class Decoder:
         first = laws.target_rows(
             anchor_logits_B1V, draft.token_ids_BK[:, :0], draft_logits_BKV[:, :1], draft.num_drafts_B
         )
-        if first.is_empty_BL is not None:  # what is settled there is no token that the others may go by
-            for slot in first.is_empty_BL[:, 0].nonzero().flatten().tolist():
-                laws.failed.setdefault(slot, _EMPTY)
+        if first.is_empty_BL is not None:
+            laws.note_empty(first.is_empty_BL[:, 0], EMPTY)
         settled = settle_first(draft, first.law, uniforms[:, [0, -1]])
         rest = draft.behind_first()
         ids_BK = torch.cat([settled.token_ids_BL, rest.token_ids_BK], dim=1)
@@ -275,13 +291,13 @@ class Decoder:
         window = self._cache.window(0, size, num_drafts, num_pending=1)
         logits_BKV = self._policy.verify_logits(ids_BK, window)
         clock = self._charge("forward_s", clock)
-        logits_BKV, bad_targets_B = _without_non_finite(logits_BKV)
-        others = laws.target_rows(logits_BKV, ids_BK, draft_logits_BKV[:, 1:], rest.num_drafts_B)
+        finite_BKV, bad_targets_B = without_non_finite(logits_BKV)
+        others = laws.target_rows(finite_BKV, ids_BK, draft_logits_BKV[:, 1:], rest.num_drafts_B)
         verified = verify_block(rest, others.law, uniforms[:, 1 : num_drafts + 1])
         self._charge("sampler_s", clock)
         return Verified(
             verdict=join_verdicts(settled, verified),
-            logits=(anchor_logits_B1V, logits_BKV),
+            logits=(anchor_logits_B1V, finite_BKV),
             targets=(first.law, others.law),
             bad_targets_B=bad_targets_B,
             is_empty_BL=_joined(first.is_empty_BL, others.is_empty_BL, num_drafts),
@@ -303,7 +319,8 @@ class Decoder:
         """Drafts, the rows they were drawn from if they come from rows, and which requests' rows were bad."""
         if isinstance(drafted, Draft):
             return drafted, None, None
-        rows, bad_B = _without_non_finite(drafted.logits)
+        rows, bad_B = without_non_finite(drafted.logits)
+        assert isinstance(rows, Tensor), "draft rows are no packed ones"
         draft = laws.draw(rows[:, 1:] if settles else rows, uniforms_BK, drafted.num_drafts_B)
         return draft, rows, bad_B
 
@@ -329,17 +346,6 @@ def _of_width(
     return draft_BK[:, :num_drafts], first if by_position else with_last
 
 
-def _without_non_finite(logits: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Logits fit for the sampler, and which requests held NaN or infinity (None if none did)."""
-    # A sum is not finite if any entry is not: one pass clears them all.
-    if math.isfinite(logits.sum().item()):
-        return logits, None
-    bad_B = ~torch.isfinite(logits).all(dim=(1, 2))
-    if not bad_B.any():
-        return logits, None
-    return torch.where(bad_B[:, None, None], 0.0, logits), bad_B
-
-
 def _joined(first_B1: Tensor | None, others_BK: Tensor | None, num_others: int) -> Tensor | None:
     """Flags of all rows, from those of the first and of the others; None stands for no flag."""
     if first_B1 is None and others_BK is None:
@@ -350,23 +356,3 @@ def _joined(first_B1: Tensor | None, others_BK: Tensor | None, num_others: int) 
     if others_BK is None:
         others_BK = torch.zeros_like(first_B1).expand(-1, num_others)
     return torch.cat([first_B1, others_BK], dim=1)
-
-
-_EMPTY = f"{EmptySupport.__name__}: constraint, masks and logits processors leave no next token"
-
-
-def _failures(
-    bad_drafts_B: Tensor | None, verified: Verified, raised: Mapping[int, str]
-) -> dict[int, tuple[int, str]]:
-    """By slot, how many tokens stand before what went wrong, and what; `raised` is why rows may be empty."""
-    failed = {}
-    for name, bad_B in (("draft", bad_drafts_B), ("verify", verified.bad_targets_B)):
-        for slot in [] if bad_B is None else bad_B.nonzero().flatten().tolist():
-            failed[slot] = (0, f"{NonFiniteLogits.__name__}: {name} logits hold NaN or infinity")
-    if verified.is_empty_BL is not None:
-        # A row behind the last committed token decided nothing.
-        offsets_L = torch.arange(verified.is_empty_BL.shape[1], device=verified.is_empty_BL.device)
-        is_met_BL = verified.is_empty_BL & (offsets_L < verified.verdict.num_committed_B[:, None])
-        for slot in is_met_BL.any(dim=1).nonzero().flatten().tolist():
-            failed.setdefault(slot, (int(is_met_BL[slot].int().argmax()), raised.get(slot, _EMPTY)))
-    return failed

@@ -17,18 +17,22 @@ from blockroll.types import Draft, Plan, Request, Rows, Verdict
 
 @dataclass(slots=True)
 class EngineTimes:
-    """Seconds spent since the last reset, prefill excluded; host time is step minus forward and sampler."""
+    """Seconds spent since the last reset, prefill excluded; host time is what is left of the steps.
+
+    A device that works behind the host is waited for once a step: most of its time is in the wait.
+    """
 
     num_steps: int = 0
     step_s: float = 0.0
     forward_s: float = 0.0
     start_s: float = 0.0  # of forward_s: first proposals of a fused plan
     sampler_s: float = 0.0
+    wait_s: float = 0.0  # until the host had read what the step decided
 
     @property
     def host_s(self) -> float:
-        """Everything but the policy forward and the sampler."""
-        return self.step_s - self.forward_s - self.sampler_s
+        """Everything but the policy forward, the sampler and the wait for both."""
+        return self.step_s - self.forward_s - self.sampler_s - self.wait_s
 
 
 class ForwardRows(NamedTuple):

@@ -1,0 +1,100 @@
+"""What the host needs to know of a step: tokens, counts, log-probabilities and what went wrong.
+
+All of it comes over in one wait, when everything else of the step is queued.
+
+Shapes: B running requests, K drafted tokens, L = K + 1 target positions.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+
+from blockroll.errors import EmptySupport, NonFiniteLogits
+from blockroll.kernels.transfer import fetch
+from blockroll.types import Draft, Verdict
+
+EMPTY = f"{EmptySupport.__name__}: constraint, masks and logits processors leave no next token"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Flags:
+    """What may be wrong, by request; None: nothing is."""
+
+    drafts_B: Tensor | None  # bool, whose draft rows held NaN or infinity,
+    targets_B: Tensor | None  # bool, and whose target rows did
+    is_empty_BL: Tensor | None  # bool, rows that nothing may follow
+    is_invalid_B: Tensor | None  # bool, whose drafts are none that a step can verify
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """By request; behind its committed tokens columns hold no meaning."""
+
+    num_drafts: list[int]
+    num_committed: list[int]
+    num_accepted: list[int]
+    token_ids: list[list[int]]
+    is_draft: list[list[bool]]
+    policy_logprobs: list[list[float]]
+    behavior_logprobs: list[list[float]]
+    failed: dict[int, tuple[int, str]]  # by slot: tokens before the first row that is wrong, and what is
+    is_invalid: bool  # whether the drafts are none that a step can verify: nothing else has a meaning then
+
+    @classmethod
+    def of(
+        cls,
+        draft: Draft,
+        verdict: Verdict,
+        policy_logprobs_BL: Tensor,
+        flags: Flags,
+        raised: Mapping[int, str],
+    ) -> "Outcome":
+        """Waits for it. `raised` says, by slot, why rows may be empty."""
+        flagged = (flags.drafts_B, flags.targets_B, flags.is_empty_BL, flags.is_invalid_B)
+        num_drafts_B, num_committed_B, tokens_BL, is_draft_BL, policy_BL, behavior_BL, *found = fetch(
+            [
+                draft.num_drafts_B,
+                verdict.num_committed_B,
+                verdict.token_ids_BL,
+                verdict.is_draft_BL,
+                policy_logprobs_BL,
+                verdict.behavior_logprobs_BL,
+                *(each for each in flagged if each is not None),
+            ]
+        )
+        drafts_B, targets_B, is_empty_BL, is_invalid_B = (
+            None if each is None else found.pop(0) for each in flagged
+        )
+        return cls(
+            num_drafts=num_drafts_B.tolist(),
+            num_committed=num_committed_B.tolist(),
+            num_accepted=is_draft_BL.sum(axis=1).tolist(),
+            token_ids=tokens_BL.tolist(),
+            is_draft=is_draft_BL.tolist(),
+            policy_logprobs=policy_BL.tolist(),
+            behavior_logprobs=behavior_BL.tolist(),
+            failed=_failures(drafts_B, targets_B, is_empty_BL, num_committed_B, raised),
+            is_invalid=is_invalid_B is not None and bool(is_invalid_B.any()),
+        )
+
+
+def _failures(
+    drafts_B: np.ndarray | None,
+    targets_B: np.ndarray | None,
+    is_empty_BL: np.ndarray | None,
+    num_committed_B: np.ndarray,
+    raised: Mapping[int, str],
+) -> dict[int, tuple[int, str]]:
+    """By slot, how many tokens stand before what went wrong, and what."""
+    failed = {}
+    for name, bad_B in (("draft", drafts_B), ("verify", targets_B)):
+        for slot in [] if bad_B is None else np.flatnonzero(bad_B).tolist():
+            failed[slot] = (0, f"{NonFiniteLogits.__name__}: {name} logits hold NaN or infinity")
+    if is_empty_BL is not None:
+        # A row behind the last committed token decided nothing.
+        is_met_BL = is_empty_BL & (np.arange(is_empty_BL.shape[1]) < num_committed_B[:, None])
+        for slot in np.flatnonzero(is_met_BL.any(axis=1)).tolist():
+            failed.setdefault(slot, (int(is_met_BL[slot].argmax()), raised.get(slot, EMPTY)))
+    return failed
