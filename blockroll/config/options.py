@@ -84,6 +84,9 @@ class RolloutConfig(SamplingOptions):
     # grow; "auto": slots on a CPU, pages elsewhere.
     cache: Literal["auto", "slots", "pages"] = "auto"
     page_size: PageSize = 16  # rows of a page, a power of two
+    # Whether forwards over pages are captured as graphs, in few shapes; "auto": on a GPU. "buckets": the same
+    # shapes without graphs, anywhere.
+    graphs: Literal["auto", "on", "off", "buckets"] = "auto"
     mix_weight: Weight = 1.0  # of the policy in the law: 1 is lossless, below 1 mixes draft rows in
     max_tokens: Positive = 64  # completion length at most
     # Of a TRL trainer: at which weights the generating policy's law is compared with the trained one's.

@@ -125,7 +125,9 @@ class RepeatedPolicy:
     ) -> Any:
         """One forward in the least shape that holds it; what it gives is of these requests alone."""
         memory, (size, num_tokens) = window.memory, ids_BC.shape
-        if window.packing is not None or window.picked is not None:
+        # Autocast keeps its casts of weights from one forward to the next: a graph would read old ones.
+        is_autocast = torch.is_autocast_enabled(memory.device.type)
+        if window.packing is not None or window.picked is not None or is_autocast:
             return forward(ids_BC, window)
         if self._memory_taken != memory.times_taken:  # what was captured reads memory that is gone
             self._runs.clear()

@@ -188,6 +188,7 @@ def replica_around(
         max_cache_rows=cache.budget.rows,
         cache=config.cache,
         page_size=config.page_size,
+        graphs=config.graphs,
         observers=() if audit is None else (audit,),
         drafters=[HistoryDrafts(max_tokens=config.history_tokens)] if config.history_tokens else (),
     )
