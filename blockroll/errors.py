@@ -23,6 +23,7 @@
     ├── EnvironmentFailed (RuntimeError)     an environment was too slow, or raised
     ├── PeerFailed (RuntimeError)            a bench's engine in another process ended, hung or erred
     ├── NonFiniteLogits (FloatingPointError) a forward gave NaN or infinity for a request
+    ├── OutOfMemory (RuntimeError)           a request alone has no room in memory; others go on
     ├── EmptySupport (RuntimeError)          constraint, masks and processors leave a request no next token
     └── RequestFailed (RuntimeError)         a request's own logits processor, constraint or text raised
 
@@ -120,6 +121,10 @@ class PeerFailed(BlockrollError, RuntimeError):
 
 class NonFiniteLogits(BlockrollError, FloatingPointError):
     """A forward gave NaN or infinity for a request."""
+
+
+class OutOfMemory(BlockrollError, RuntimeError):
+    """A step of one request alone had no room in memory; the request ends with what it had committed."""
 
 
 class EmptySupport(BlockrollError, RuntimeError):

@@ -135,6 +135,7 @@ def rollout_rates(rollouts: Sequence[Rollout], duration_s: float) -> dict[str, t
         for rollout in rollouts
         if rollout.stats.num_verify_steps
     ]
+    num_shortages = sum(rollout.stats.num_shortages for rollout in rollouts)
     speedups = [rollout.stats.speedups for rollout in rollouts if rollout.stats.speedups is not None]
     effective = [rollout.effective_sample_size for rollout in rollouts if rollout.token_ids]
     return {
@@ -152,6 +153,7 @@ def rollout_rates(rollouts: Sequence[Rollout], duration_s: float) -> dict[str, t
             sum(rollout.stats.num_prefilled + rollout.stats.num_reused for rollout in rollouts),
         ),
         "rollout/preempted": (sum(rollout.stats.num_preempted for rollout in rollouts), len(rollouts)),
+        "rollout/shortage_rate": (num_shortages, num_shortages + plan_counts(rollouts).total()),
         "rollout/log_ratio_mean": (sum(rollout.log_ratio for rollout in rollouts), len(rollouts)),
         "rollout/effective_sample_size": (sum(effective), len(effective)),
         "completions/mean_length": (num_tokens, len(rollouts)),

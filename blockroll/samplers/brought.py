@@ -12,11 +12,15 @@ from torch import Tensor
 from blockroll.errors import RequestFailed
 from blockroll.types import Guide, LogitsProcessor
 
+_SHORTAGES = (MemoryError, torch.OutOfMemoryError)  # of the whole batch: its engine makes that smaller
+
 
 def allowed_rows(guide: Guide, drafts: Sequence[int], first: int, vocab_size: int) -> Tensor:
     """As `Guide.allowed`; RequestFailed where it gives no masks."""
     try:
         allowed = guide.allowed(drafts, first)
+    except _SHORTAGES:
+        raise
     except Exception as error:
         raise RequestFailed(f"its constraint raised {error!r}") from error
     num_rows = len(drafts) - first + 1
@@ -36,6 +40,8 @@ def processed(processors: Sequence[LogitsProcessor], ids_1T: Tensor, row_V: Tens
         name = f"its logits processor {type(processor).__name__}"
         try:
             given = processor(ids_1T.clone(), scores_1V)
+        except _SHORTAGES:
+            raise
         except Exception as error:
             raise RequestFailed(f"{name} raised {error!r}") from error
         if not isinstance(given, Tensor) or given.shape != (1, len(row_V)):

@@ -23,6 +23,7 @@ class RolloutStats:
     num_preempted: int = 0  # times that it gave its place up to others, and was prefilled anew
     num_forwards: int = 0  # request-forwards: both forwards of two-forward count
     num_verify_steps: int = 0  # steps that checked drafts
+    num_shortages: int = 0  # its steps that were undone, because memory ran out
     num_drafted: int = 0  # drafts submitted to verify
     num_accepted: int = 0  # accepted drafts that were committed
     steps_by_plan: tuple[tuple[Plan, int], ...] = ()  # each plan that ran, in the order of its first step

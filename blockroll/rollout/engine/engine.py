@@ -24,6 +24,7 @@ from blockroll.rollout.engine.room import CacheRoom, SparePages
 from blockroll.rollout.engine.running import RunningRequest
 from blockroll.rollout.engine.scheduler import Scheduler
 from blockroll.rollout.engine.served import ServedRequests, StepResult
+from blockroll.rollout.engine.shortage import Shortage, Shrinking, is_shortage, shortage_of
 from blockroll.rollout.engine.starting import Starter
 from blockroll.rollout.engine.step import Decoded, Decoder
 from blockroll.rollout.engine.trace import EngineTimes, Observer
@@ -96,6 +97,14 @@ class BareEngine:
         self._decoder = Decoder(self._forwards, self._cache, self._drafters, clock)
         self._starter = Starter(policy, self.limits, decode, numbers_servings=len(drafters_of(plans)) > 1)
         self._served = ServedRequests(self._scheduler, self._cache, self._starter)
+        self._shrinking = Shrinking(
+            policy,
+            self._cache,
+            self._scheduler,
+            self._served,
+            self._room,
+            keeps_proposals=self.planner is None,
+        )
         self._is_interrupted = False  # a change of what runs has begun and not ended
         self._observers = tuple(observers)
         self._clock = clock
@@ -186,22 +195,37 @@ class BareEngine:
         """Decode one step for every running request; joins waiting requests first.
 
         If it raises, nothing is lost: what it had made final comes with the next step, and all else is as it
-        was before. Call it again, or abort requests.
+        was before. Call it again, or abort requests. Where memory runs out it makes nothing final, and fewer
+        requests run from the next one on.
         """
-        with self._change():
-            self._preempt()
-            self._prefill_missing()
-            num_running = len(self._scheduler.running)
-            batch = [
-                self._served.requests[request_id]
-                for request_id in (*self._scheduler.running, *self._joining())
-            ]
-            if batch:
-                self._decode_batch(batch, num_running)
+        shortage = self._try_step()
+        if shortage is not None:
+            with self._change():
+                self._shrinking.shrink(shortage)
         if not self._served.requests:
             self.check_integrity()
         self._tell_drafters(self._served.finished)
         return self._served.take()
+
+    def _try_step(self) -> Shortage | None:
+        """Run a step; of whom it was, if memory ran out."""
+        batch: list[RunningRequest] = []
+        num_running = 0
+        try:
+            with self._change():
+                self._preempt()
+                batch = self._served.of(self._scheduler.running)
+                num_running = len(batch)
+                self._prefill_missing()
+                batch += self._served.of(self._joining())
+                if batch:
+                    self._decode_batch(batch, num_running)
+        except (MemoryError, RuntimeError) as error:
+            if not batch or not is_shortage(error):
+                raise
+            return shortage_of(error, batch, num_running)
+        self._shrinking.went_well()
+        return None
 
     def _tell_drafters(self, request_ids: Iterable[str]) -> None:
         for request_id in request_ids:

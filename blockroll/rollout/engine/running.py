@@ -33,6 +33,7 @@ class RunningRequest:
         self._num_preempted = stats.num_preempted
         self.first_attempt = 0  # attempts count on from here; it may be set before the first step
         self._num_verify_steps = stats.num_verify_steps
+        self._num_shortages = stats.num_shortages
         self._num_drafted = stats.num_drafted
         self._num_accepted = stats.num_accepted
         self._steps_by_plan = dict(stats.steps_by_plan)
@@ -79,6 +80,10 @@ class RunningRequest:
         self._num_preempted += 1
         if not keeps_proposal:
             self.proposal = None
+
+    def count_shortage(self) -> None:
+        """A step with it was undone, because memory ran out."""
+        self._num_shortages += 1
 
     def start_proposal(self, proposal: object) -> None:
         """Take the drafts of a draft forward of its own, which counts."""
@@ -148,6 +153,7 @@ class RunningRequest:
                 num_preempted=self._num_preempted,
                 num_forwards=self._num_forwards,
                 num_verify_steps=self._num_verify_steps,
+                num_shortages=self._num_shortages,
                 num_drafted=self._num_drafted,
                 num_accepted=self._num_accepted,
                 steps_by_plan=tuple(self._steps_by_plan.items()),

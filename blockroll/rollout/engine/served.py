@@ -41,6 +41,10 @@ class ServedRequests:
     def __contains__(self, request_id: str) -> bool:
         return request_id in self.requests or request_id in self.finished
 
+    def of(self, request_ids: Iterable[str]) -> list[RunningRequest]:
+        """The requests of these names."""
+        return [self.requests[request_id] for request_id in request_ids]
+
     def add(self, joining: Iterable[RunningRequest]) -> None:
         """Queue requests."""
         self.requests |= {running.request.request_id: running for running in joining}
@@ -128,6 +132,13 @@ class ServedRequests:
         if slot < self._cache.num_open:
             self._cache.release(slot)
         self.requests[request_id].count_preemption(keeps_proposal=keeps_proposal)
+
+    def fail(self, request_id: str, error: str) -> None:
+        """End a request with what it had committed, and with this error."""
+        running = self.requests[request_id]
+        running.fail(error)
+        self.finished[request_id] = running.rollout()
+        self._leave(request_id)
 
     def _leave(self, request_id: str) -> None:
         """A request is served no more; the rows of its text may be taken over."""

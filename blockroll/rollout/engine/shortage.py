@@ -1,0 +1,125 @@
+"""What an engine does where memory runs out in a step: fewer requests at once, and what was decoded stays.
+
+The step is undone like any other that raises. Half of its batch goes on; the others wait again, with all that
+they have. Where only joining requests had no room beside those that run, half of the joining ones wait. A
+second shortage in a row, or a request alone, gives the cache's memory back first. A request that then has no
+room alone ends with an error; since it was what took the room, the bound is as configured again.
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from blockroll.errors import BlockrollError, OutOfMemory
+from blockroll.policies.base import Policy
+from blockroll.rollout.engine.budget import size
+from blockroll.rollout.engine.cache.contract import Cache
+from blockroll.rollout.engine.room import CacheRoom
+from blockroll.rollout.engine.running import RunningRequest
+from blockroll.rollout.engine.scheduler import Scheduler
+from blockroll.rollout.engine.served import ServedRequests
+
+logger = logging.getLogger(__name__)
+
+# What torch's allocators and libraries say, beside the classes of their own for it.
+_SAYINGS = ("out of memory", "can't allocate memory", "not enough memory", "bad_alloc", "ALLOC_FAILED")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shortage:
+    """A step that had no room."""
+
+    batch: tuple[RunningRequest, ...]  # in the order of their slots
+    num_running: int  # of them, those that had been prefilled before
+    reason: str  # what the allocator said
+
+
+def is_shortage(error: BaseException) -> bool:
+    """Whether an error says that memory ran out."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    is_torch_s = isinstance(error, RuntimeError) and not isinstance(error, BlockrollError)
+    return is_torch_s and any(saying in str(error) for saying in _SAYINGS)
+
+
+class Shrinking:
+    """Makes the batch of one engine smaller, whenever memory runs out."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        cache: Cache,
+        scheduler: Scheduler,
+        served: ServedRequests,
+        room: CacheRoom,
+        *,
+        keeps_proposals: bool,
+    ) -> None:
+        """`keeps_proposals` says that the plan stays, so that drafts of requests that wait still fit it."""
+        self._policy, self._cache, self._scheduler, self._served = policy, cache, scheduler, served
+        self._room, self._keeps_proposals = room, keeps_proposals
+        self._max_slots = room.max_slots  # as configured
+        self._num_in_a_row = 0
+        self._is_said = False
+
+    def went_well(self) -> None:
+        """A step had room."""
+        self._num_in_a_row = 0
+
+    def shrink(self, shortage: Shortage) -> None:
+        """Go on with fewer requests. What the step had left half done has been put right."""
+        self._num_in_a_row += 1
+        batch, num_joining = shortage.batch, len(shortage.batch) - shortage.num_running
+        for running in batch:
+            running.count_shortage()
+        if len(batch) == 1 and self._num_in_a_row > 1:
+            self._end(batch[0], shortage.reason)
+            bound = self._max_slots
+        elif num_joining and shortage.num_running:
+            bound = shortage.num_running + num_joining // 2
+        else:
+            bound = max(len(batch) // 2, 1)
+        self._room.max_slots = bound
+        is_whole = self._cache.num_open == len(self._scheduler.running)
+        if self._num_in_a_row > 1 or bound == 1 or not is_whole:
+            self._cache.clear()
+        num_kept = min(bound, self._cache.num_open)
+        while len(self._scheduler.running) > num_kept:
+            self._served.preempt(keeps_proposal=self._keeps_proposals)
+        num_slots = self._room.num_slots(max(self._room.rows_per_slot, 1))
+        self._scheduler.max_batch_size = max(num_slots, len(self._scheduler.running))
+        if self._policy.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self._say(shortage, bound)
+
+    def _end(self, running: RunningRequest, reason: str) -> None:
+        if running.is_running:
+            keys = running.num_tokens * self._policy.kv_shape.num_bytes
+            self._served.fail(
+                running.request.request_id,
+                f"{OutOfMemory.__name__}: {reason}; a step of it alone, behind {running.num_tokens} tokens "
+                f"(keys and values of {size(keys)}), had no room",
+            )
+
+    def _say(self, shortage: Shortage, bound: int) -> None:
+        """Once as a warning."""
+        level = logging.INFO if self._is_said else logging.WARNING
+        self._is_said = True
+        logger.log(
+            level,
+            "memory ran out in a step of %d requests, %d of them joining: at most %d run together from now "
+            "on, and no token is lost. Lower max_batch_size, or memory_fraction, which leaves forwards more "
+            "room. The allocator said: %s",
+            len(shortage.batch),
+            len(shortage.batch) - shortage.num_running,
+            bound,
+            shortage.reason,
+        )
+
+
+def shortage_of(error: BaseException, batch: Sequence[RunningRequest], num_running: int) -> Shortage:
+    """What is kept of an error that says so: not the error, whose frames hold the memory of the step."""
+    reason = " ".join(f"{error}".split()) or type(error).__name__
+    return Shortage(batch=tuple(batch), num_running=num_running, reason=reason)
