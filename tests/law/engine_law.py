@@ -103,6 +103,7 @@ def engine_law(
     weight: float = 1.0,
     processing: Processing | None = None,
     interruption: Interruption | None = None,
+    make_policy: Callable[[Toy, int], TablePolicy] = TablePolicy,
 ) -> tuple[dict[Tokens, float], dict[Tokens, float]]:
     """The law of the first `length` tokens, and the same corrected by the product of pi / mu.
 
@@ -125,7 +126,7 @@ def engine_law(
             for coins, volume in zip(*step_cells(toy, plan, state, weight, processing), strict=True)
         ]
         coins_C = [(*reached.coins, tuple(coins)) for _, reached, coins, _ in cells]
-        outcomes = _run(toy, steps, coins_C, weight, processing, interruption)
+        outcomes = _run(toy, steps, coins_C, weight, processing, interruption, make_policy)
         is_cut = interruption is not None and interruption.step == len(steps)
         for (state, reached, coins, volume), (new, num_accepted, drafted, ratio) in zip(
             cells, outcomes, strict=True
@@ -170,6 +171,7 @@ def _run(
     weight: float,
     processing: Processing,
     interruption: Interruption | None,
+    make_policy: Callable[[Toy, int], TablePolicy],
 ) -> list:
     """Of the last of these steps, one plan each, per cell: tokens, number accepted, drafts, and pi / mu."""
     tables = [torch.tensor(step, dtype=torch.float64) for step in zip(*coins_C, strict=True)]
@@ -213,7 +215,7 @@ def _run(
     def make_engine() -> Engine:
         left = plans[step_index[0] :]
         return Engine(
-            TablePolicy(toy, max(plan.num_drafts for plan in plans)),
+            make_policy(toy, max(plan.num_drafts for plan in plans)),
             plan=left[0] if len(set(left)) == 1 else PlansInTurn(*left),
             max_batch_size=len(coins_C),
             observers=(remember,),

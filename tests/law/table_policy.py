@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from blockroll.policies.base import FusedRows, KVShape
+from blockroll.policies.base import FusedRows, KVShape, StatePart
 from tests.law.integrate import Tokens, Toy
 
 LONGEST = 12
@@ -72,6 +72,33 @@ class TablePolicy:
         return [
             tuple(int(token) for token in keys[b, 0, 1:stop, 0].tolist()) for b, stop in enumerate(stop_B)
         ]
+
+
+class RecurrentTablePolicy(TablePolicy):
+    """The same, but what a row knows of its text is a state alone: its length, and its tokens."""
+
+    def __init__(self, toy: Toy, num_drafts: int) -> None:
+        super().__init__(toy, num_drafts)
+        self.state_shape = (StatePart(name="text", num_layers=1, shape=(LONGEST + 1,), dtype=torch.float64),)
+
+    def _histories(self, ids_BR: Tensor, window) -> list[Tokens]:
+        nothing_B1R1 = torch.zeros_like(ids_BR[:, None, :, None]).double()
+        window.update(nothing_B1R1, nothing_B1R1, 0)
+        num_clean = int((ids_BR[0] >= 0).sum())
+        asked_BC = window.states.rows_BC
+        if asked_BC is None:
+            asked_BC = torch.arange(num_clean).expand(len(ids_BR), -1)
+        texts, left_BC = [], torch.zeros(*asked_BC.shape, LONGEST + 1, dtype=torch.float64)
+        seeds, begins = window.states.seed("text", 0).tolist(), (-window.lengths_B).clamp(min=0).tolist()
+        for b, (seed, begin) in enumerate(zip(seeds, begins, strict=True)):
+            known = seed[1 : 1 + int(seed[0])]
+            text = [int(token) for token in (*known, *ids_BR[b, begin:].tolist())]
+            texts.append(tuple(text[1:]))
+            for column, row in enumerate(asked_BC[b].tolist()):
+                behind = text[: len(known) + row - begin + 1]
+                left_BC[b, column, : len(behind) + 1] = torch.tensor([len(behind), *behind])
+        window.states.leave("text", 0, left_BC)
+        return texts
 
 
 def _back(ids_BR: Tensor) -> range:
