@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from blockroll.errors import InvalidInput, MissingDependency
+from blockroll.kernels.block_attention import BlockRows
 from blockroll.kernels.layers import Layer, Model, UpdatedRows, layers_library
 from blockroll.policies import attention
 from blockroll.policies.adapter import DraftAdapter
@@ -31,13 +32,12 @@ from blockroll.policies.compiled_law import is_same_law
 from blockroll.policies.compiled_updates import MOST_PARTS, CompiledUpdates
 from blockroll.policies.growing_window import GrowingWindow
 from blockroll.policies.layer_shape import LayerShape, has_own_forward, layer_kinds
-from blockroll.policies.packing import Packing
+from blockroll.policies.layout import causal_rows
 from blockroll.policies.prepacked import seconds_of
 
 logger = logging.getLogger(__name__)
 
 Compile = Literal["auto", "on", "off"]
-Masks = Tensor | Mapping[str, Tensor]
 
 _ROWS = (1, 8, 16, 32, 64, 128, 320)  # that are timed under `auto`
 _ALL_ROWS = 1 << 62
@@ -99,19 +99,18 @@ class CompiledLayers:
         self,
         ids_BR: Tensor,
         positions_BR: Tensor,
-        masks: Masks,
         window: KVWindow,
+        attended: attention.Attended,
         *,
-        packing: Packing | None,
         adapter: DraftAdapter | None,
         num_clean: int,
     ) -> Tensor | None:
-        """Last hidden states (B, R, W), or (1, N, W) with a packing; None: ask the model.
+        """Last hidden states (B, R, W), of packed rows (1, N, W); None: ask the model.
 
-        `masks` (B, 1, R, S) are one or one per kind of layer, of a packing `packed_mask`'s. Rows behind the
-        first `num_clean` are masks of the `adapter`, if the policy has one.
+        Rows behind the first `num_clean` are masks of the `adapter`, if the policy has one.
         """
-        is_first, has_masks = self._most_rows is None, packing is None and num_clean < ids_BR.shape[1]
+        is_first = self._most_rows is None
+        has_masks = attended.packing is None and num_clean < ids_BR.shape[1]
         if not self._serves(ids_BR.numel(), frozenset() if adapter is None else adapter.hook_ids):
             return None
         updates = None
@@ -127,7 +126,7 @@ class CompiledLayers:
             return None
         if adapter is not None and updates is not None:
             x_BRW = adapter.embed(x_BRW, num_clean)
-        return self._run(x_BRW, positions_BR, masks, window, packing, shape.num_layers, updates, num_clean)
+        return self._run(x_BRW, positions_BR, window, attended, updates, num_clean)
 
     def logits(self, head: nn.Module, states: Tensor) -> Tensor | None:
         """Float32 logits (..., V), rounded as the head's own are; None: ask the head."""
@@ -261,10 +260,10 @@ class CompiledLayers:
     def _compiled_once(self, num_rows: int) -> None:
         """Some layers, for the first token of so many texts."""
         x_BRW, positions_BR = self._first_rows(num_rows)
-        masks = torch.ones((num_rows, 1, 1, 1), dtype=torch.bool)
-        by_kind = {kind: masks for kind in self._kinds if kind is not None}
-        num_layers = min(_MOST_TIMED, self._shape_here.num_layers)
-        self._run(x_BRW, positions_BR, by_kind or masks, GrowingWindow(num_rows), None, num_layers)
+        rows = BlockRows.of(causal_rows(1), positions_BR[:, 0], 1)
+        windows = [None] * min(_MOST_TIMED, self._shape_here.num_layers)
+        attended = attention.Attended(rows=rows, sliding_windows=windows)
+        self._run(x_BRW, positions_BR, GrowingWindow(num_rows), attended)
 
     def _own_once(self, num_rows: int) -> None:
         """The same by the model's own modules."""
@@ -302,15 +301,13 @@ class CompiledLayers:
         self,
         x_BRW: Tensor,
         positions_BR: Tensor,
-        masks: Masks,
         window: KVWindow,
-        packing: Packing | None,
-        num_layers: int,
+        attended: attention.Attended,
         updates: CompiledUpdates | None = None,
         first_updated: int = 0,
     ) -> Tensor:
-        """The first so many layers and the last norm, of each text with the updates on the rows from
-        `first_updated` on. `x_BRW` is overwritten.
+        """The first layers, as many as sliding windows are given, and the last norm, of each text with the
+        updates on the rows from `first_updated` on. `x_BRW` is overwritten.
         """
         if not self._stamp:
             self._is_current()
@@ -330,7 +327,7 @@ class CompiledLayers:
         space = [each.data_ptr() for each in (last_BRW, narrow, wide)]
         rotary = self._rotary(x_BRW, positions_BR)
         x, model_at, threads = x_BRW.data_ptr(), addressof(model), torch.get_num_threads()
-        added: Sequence[int | None] = [None] * num_layers
+        added: Sequence[int | None] = [None] * len(attended.sliding_windows)
         updated: int | None = None
         if updates is not None:
             numbers = x_BRW.new_empty(num_rows * max(width, heads * head_width, inner))
@@ -339,11 +336,10 @@ class CompiledLayers:
             added, updated = updates.addresses, addressof(of_rows)
         before: int | None = None
         added_before: int | None = None
-        attended: Tensor | None = None
-        for index in range(num_layers):
-            kind = self._kinds[index]
-            cos_BRD, sin_BRD = rotary[kind]
-            after, given = addressof(layers[index]), None if attended is None else attended.data_ptr()
+        seen: Tensor | None = None  # what rows have attended to in the layer before
+        for index in range(len(attended.sliding_windows)):
+            cos_BRD, sin_BRD = rotary[self._kinds[index]]
+            after, given = addressof(layers[index]), None if seen is None else seen.data_ptr()
             # New ones for each layer: a window may keep what it is given.
             key_BGRD, value_BGRD = (x_BRW.new_empty((size, key_heads, rows, head_width)) for _ in range(2))
             made = (cos_BRD, sin_BRD, query_BHRD, key_BGRD, value_BGRD)
@@ -364,19 +360,18 @@ class CompiledLayers:
                 threads,
             )
             keys_BGSD, values_BGSD = window.update(key_BGRD, value_BGRD, index)
-            mask = masks if isinstance(masks, Tensor) else masks[kind or ""]
-            attended = attended_rows(
+            seen = attended_rows(
                 self._library,
                 model_at,
                 self._shape_here.attentions[index],
                 query_BHRD,
                 keys_BGSD,
                 values_BGSD,
-                mask,
-                packing,
+                attended,
+                index,
             )
             before, added_before = after, added[index]
-        given = None if attended is None else attended.data_ptr()
+        given = None if seen is None else seen.data_ptr()
         rotated = [None] * 5
         call(
             model_at,

@@ -18,6 +18,7 @@ Shapes: B texts, S tokens, G blocks per text, w masks per block, M = G w masks, 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -25,6 +26,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
+from blockroll.kernels.block_attention import AttendedRows
 from blockroll.policies.hf import HFPolicy
 
 DraftLoss = Literal["ce", "kl", "tv"]
@@ -82,7 +84,11 @@ class MaskBlocks:
         in_text_BM = self.positions_BM < texts.lengths_B[:, None]
         return in_text_BM & (slots_M >= self.first_slot)
 
-    def attention_mask(self, num_tokens: int, *, num_clean: int, sliding_window: int | None = None) -> Tensor:
+    def attended(self, num_tokens: int, *, num_clean: int) -> AttendedRows:
+        """What clean tokens see, if they are rows, and masks."""
+        return AttendedRows(make_mask=partial(self.attention_mask, num_tokens, num_clean))
+
+    def attention_mask(self, num_tokens: int, num_clean: int, sliding_window: int | None = None) -> Tensor:
         """Bool (B, 1, num_clean + M, S + M): causal rows for clean tokens, if they are rows; then masks."""
         device = self.anchors_BG.device
         keys_S = torch.arange(num_tokens, device=device)
@@ -100,7 +106,7 @@ class MaskBlocks:
         if sliding_window is not None:
             keys_BK = torch.cat([keys_S.expand(batch, -1), self.positions_BM], dim=1)
             mask_BRK = mask_BRK & (rows_BR[..., None] - keys_BK[:, None] < sliding_window)
-        return mask_BRK[:, None].contiguous()
+        return mask_BRK[:, None]
 
 
 def random_blocks(texts: Texts, num_drafts: int, layout: str, generator: torch.Generator) -> MaskBlocks:
@@ -153,7 +159,7 @@ def draft_pass(
             texts.ids_BS,
             num_masks=num_masks,
             positions_BR=torch.cat([clean_S, blocks.positions_BM], dim=1),
-            attention_mask=lambda **kind: blocks.attention_mask(num_tokens, num_clean=num_tokens, **kind),
+            rows=blocks.attended(num_tokens, num_clean=num_tokens),
             window=TextKeys(),
             num_tokens_B=texts.lengths_B,
         )
@@ -218,7 +224,7 @@ def clean_pass(policy: HFPolicy, ids_BS: Tensor, lengths_B: Tensor) -> tuple[Ten
         ids_BS,
         num_masks=0,
         positions_BR=clean_BS,
-        attention_mask=lambda **kind: _causal_mask(clean_BS, **kind),
+        rows=AttendedRows(make_mask=partial(_causal_mask, clean_BS)),
         window=keys,
         num_tokens_B=lengths_B,
     )
@@ -234,7 +240,7 @@ def mask_pass(policy: HFPolicy, blocks: MaskBlocks, keys: "TextKeys", lengths_B:
         num_masks=blocks.positions_BM.shape[1],
         # As in decoding: rows past the context must not stretch a scaled rotary embedding.
         positions_BR=blocks.positions_BM.clamp(max=policy.max_length - 1),
-        attention_mask=lambda **kind: blocks.attention_mask(num_tokens, num_clean=0, **kind),
+        rows=blocks.attended(num_tokens, num_clean=0),
         window=TextKeys(keys.layers),
         num_tokens_B=lengths_B,
     )
@@ -263,7 +269,7 @@ class TextKeys:
         return key_states, value_states
 
 
-def _causal_mask(positions_BS: Tensor, *, sliding_window: int | None = None) -> Tensor:
+def _causal_mask(positions_BS: Tensor, sliding_window: int | None) -> Tensor:
     distance_BSS = positions_BS[:, :, None] - positions_BS[:, None]
     mask_BSS = distance_BSS >= 0
     if sliding_window is not None:

@@ -14,20 +14,21 @@ import warnings
 from collections.abc import Callable, Sequence
 from functools import partial, wraps
 from pathlib import Path
-from typing import Any, Concatenate, ParamSpec, Self, TypeVar
+from typing import Concatenate, ParamSpec, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from blockroll.errors import InvalidInput
+from blockroll.kernels.block_attention import AttendedRows, BlockRows, RowLayout
 from blockroll.policies import attention
 from blockroll.policies.adapter import DraftAdapter, chat_template_hash, has_adapter
 from blockroll.policies.base import FusedRows, KVShape, KVWindow, StatePart
 from blockroll.policies.compiled import Compile, CompiledLayers
 from blockroll.policies.ends import end_token_ids
 from blockroll.policies.growing_window import GrowingWindow
-from blockroll.policies.layout import RowLayout, causal_rows, fused_rows, two_forward_rows
+from blockroll.policies.layout import causal_rows, fused_rows, two_forward_rows
 from blockroll.policies.loading import (
     FAMILIES,
     check_family,
@@ -109,12 +110,9 @@ class HFPolicy:
         # transformers 5.24 renamed the argument; the old name is gone from 5.40.
         arguments = inspect.signature(model.base_model.forward).parameters
         self._cache_keyword = "cache" if "cache" in arguments else "past_key_values"
-        heads = model.config.num_attention_heads
-        self._heads_per_key = heads // (getattr(model.config, "num_key_value_heads", None) or heads)
         self._sliding_window: int | None = getattr(model.config, "sliding_window", None)
-        self._layer_types: tuple[str, ...] = ()
-        if FAMILIES[model.config.model_type] == "by_layer_type":
-            self._layer_types = tuple(sorted(set(model.config.layer_types)))
+        is_by_type = FAMILIES[model.config.model_type] == "by_layer_type"
+        self._layer_types: tuple[str, ...] = tuple(model.config.layer_types) if is_by_type else ()
         self.final_softcap: float | None = getattr(model.config, "final_logit_softcapping", None)
         self.least_saved_rows = least_saved_rows(model, model.config.num_hidden_layers)
         self.packed = PackedLinears(model, prepack, self._probe_logits)
@@ -217,7 +215,7 @@ class HFPolicy:
         """Write keys and values of prompt rows; no logits are computed."""
         num_rows = ids_BR.shape[1]
         num_tokens_B = window.lengths_B + num_rows + 1  # with the anchor
-        self.hidden(ids_BR, causal_rows(num_rows, self.device), window, num_tokens_B=num_tokens_B)
+        self.hidden(ids_BR, causal_rows(num_rows), window, num_tokens_B=num_tokens_B)
 
     @_without_gradients
     def verify_logits(
@@ -227,20 +225,20 @@ class HFPolicy:
 
         Row 0 is the last token that is settled, unless the texts are said to have `num_tokens_B` tokens.
         """
-        layout = causal_rows(ids_BR.shape[1], self.device)
+        layout = causal_rows(ids_BR.shape[1])
         return self.logits(self.hidden(ids_BR, layout, window, num_tokens_B=num_tokens_B))
 
     @_without_gradients
     def verify_packed(self, ids_BL: Tensor, packing: Packing, window: KVWindow) -> Tensor:
         """Causal logits of the rows of `packing`, float32 (N, V): no other row is computed."""
-        layout = causal_rows(packing.width, self.device)
+        layout = causal_rows(packing.width)
         return self.logits(self.hidden(ids_BL, layout, window, packing=packing)[0])
 
     @_without_gradients
     def draft_logits(self, ids_BC: Tensor, num_drafts: int, window: KVWindow) -> Tensor:
         """Float32 (B, K + 1, V): the causal law of the token after the anchor, then the law of each draft."""
         num_clean = ids_BC.shape[1]
-        layout = two_forward_rows(num_clean, num_drafts, self.device)
+        layout = two_forward_rows(num_clean, num_drafts)
         hidden_BRW = self.hidden(ids_BC, layout, window, num_tokens_B=window.lengths_B + num_clean)
         return self.logits(hidden_BRW[:, num_clean - 1 :])
 
@@ -248,7 +246,7 @@ class HFPolicy:
     def fused_rows(self, ids_BL: Tensor, levels: tuple[int, ...], window: KVWindow) -> FusedRows:
         """Verify the anchor and K drafts, and propose after each level, in one forward."""
         width = ids_BL.shape[1]
-        hidden_BRW = self.hidden(ids_BL, fused_rows(width - 1, levels, self.device), window)
+        hidden_BRW = self.hidden(ids_BL, fused_rows(width - 1, levels), window)
         return FusedRows(
             verify_logits_BLV=self.logits(hidden_BRW[:, :width]),
             proposal_states_BPLW=hidden_BRW[:, width:].reshape(len(ids_BL), len(levels), width, -1),
@@ -280,9 +278,9 @@ class HFPolicy:
         positions_BR = layout.positions(window.lengths_B).clamp(max=self.max_length - 1)
         return self.forward_rows(
             ids_BC,
-            num_masks=len(layout.offsets_R) - layout.num_clean,
+            num_masks=layout.num_masks,
             positions_BR=positions_BR,
-            attention_mask=partial(layout.attention_mask, window.lengths_B, window.extent),
+            rows=BlockRows.of(layout, window.lengths_B, window.extent),
             window=window,
             num_tokens_B=num_tokens_B,
             packing=packing,
@@ -294,14 +292,14 @@ class HFPolicy:
         *,
         num_masks: int,
         positions_BR: Tensor,
-        attention_mask: Callable[..., Tensor],
+        rows: AttendedRows,
         window: KVWindow,
         num_tokens_B: Tensor | None = None,
         packing: Packing | None = None,
     ) -> Tensor:
-        """States (B, R, W) of C tokens and `num_masks` masks; `attention_mask(sliding_window=...)` is asked
-        for the mask (B, 1, R, S) of each kind of layer the family has. The texts have `num_tokens_B` tokens;
-        None: as many as their positions say. With a `packing` it is the states (1, N, W) of its rows."""
+        """States (B, R, W) of C tokens and `num_masks` masks, which see what `rows` says. The texts have
+        `num_tokens_B` tokens; None: as many as their positions say. With a `packing` it is the states
+        (1, N, W) of its rows."""
         num_clean = ids_BC.shape[1]
         adapter = self.adapter if num_masks else None
         # An adapter's embedding goes over whatever stands there.
@@ -312,24 +310,21 @@ class HFPolicy:
                 "use a plan without mask rows, or make an adapter with `blockroll convert`"
             )
         ids_BR = nn.functional.pad(ids_BC, (0, num_masks), value=mask_id)
-        options: dict[str, Any] = {}
         if packing is not None:
             assert not num_masks, "masks follow the tokens of a rectangle"
             ids_BR, positions_BR = packing.pack(ids_BR), packing.pack(positions_BR)
             if num_tokens_B is not None:
                 num_tokens_B = num_tokens_B[packing.request_N][None]
-            options = {"packing": packing}  # transformers hands it to our attention, in every layer
         with contextlib.ExitStack() as stack:
             if self._rotary is not None:
                 stack.enter_context(self._rotary.of_texts(num_tokens_B))
-            masks = self._masks_by_layer(attention_mask, packing)
+            attended = attention.Attended(rows=rows, sliding_windows=self._sliding_windows, packing=packing)
             if not torch.is_autocast_enabled(self.device.type):
                 states_BRW = self.compiled.states(
                     ids_BR,
                     positions_BR,
-                    masks,
                     window,
-                    packing=packing,
+                    attended,
                     adapter=self.adapter,
                     num_clean=num_clean,
                 )
@@ -340,13 +335,15 @@ class HFPolicy:
                 stack.enter_context(adapter.on_rows(num_clean))
                 embeddings_BRW = self.model.get_input_embeddings()(ids_BR)
                 inputs = {"inputs_embeds": adapter.embed(embeddings_BRW, num_clean)}
+            # Or else transformers would make a mask of its own.
+            unread = torch.empty((1, 1, 1, 1), dtype=torch.bool, device=self.device)
             output = self.model.base_model(
                 **inputs,
                 position_ids=positions_BR,
-                attention_mask=masks if packing else attention.folded_masks(masks, self._heads_per_key),
+                attention_mask=dict.fromkeys(self._layer_types, unread) if self._layer_types else unread,
                 use_cache=True,
+                attended=attended,  # transformers hands it to our attention, in every layer
                 **{self._cache_keyword: window},
-                **options,
             )
         hidden_BRW: Tensor = output.last_hidden_state
         return hidden_BRW
@@ -367,8 +364,8 @@ class HFPolicy:
         ids_BT = self._probe_ids().view(2, -1)
         window, rows = GrowingWindow(2), []
         for ids_BR, masks in ((ids_BT[:, :-1], 0), (ids_BT[:, -1:], num_masks)):
-            layout = two_forward_rows(ids_BR.shape[1], masks, self.device)
-            rows.append(self.logits(self.hidden(ids_BR, layout, window.grown(len(layout.offsets_R)))))
+            layout = two_forward_rows(ids_BR.shape[1], masks)
+            rows.append(self.logits(self.hidden(ids_BR, layout, window.grown(layout.num_rows))))
         return torch.cat(rows, dim=1)
 
     def _probe_ids(self) -> Tensor:
@@ -381,16 +378,9 @@ class HFPolicy:
         ids_1T = self._probe_ids()[None]
         return self.logits(self.model.base_model(input_ids=ids_1T, use_cache=False).last_hidden_state)
 
-    def _masks_by_layer(
-        self, attention_mask: Callable[..., Tensor], packing: Packing | None
-    ) -> Tensor | dict[str, Tensor]:
-        """The mask as the family takes it: one, or one per kind of layer."""
-
-        def of_kind(sliding_window: int | None) -> Tensor:
-            mask_B1RS = attention_mask(sliding_window=sliding_window)
-            return attention.packed_mask(mask_B1RS, packing, self._heads_per_key) if packing else mask_B1RS
-
+    @property
+    def _sliding_windows(self) -> list[int | None]:
+        """Of each layer."""
         if not self._layer_types:
-            return of_kind(self._sliding_window)
-        windows = {"full_attention": None, "sliding_attention": self._sliding_window}
-        return {kind: of_kind(windows[kind]) for kind in self._layer_types}
+            return [self._sliding_window] * self.model.config.num_hidden_layers
+        return [self._sliding_window if kind == "sliding_attention" else None for kind in self._layer_types]

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from blockroll.kernels.block_attention import RowLayout
 from blockroll.policies.hf import HFPolicy
-from blockroll.policies.layout import RowLayout
 from blockroll.policy_check.probe import LIKELY, PolicyProbe, cache_gap, make_probe, num_tokens, other_masks
 
 DEFAULT_DRAFTS = 4  # of a policy that was trained for no number of drafts
@@ -307,12 +307,11 @@ def _drafts_look_both_ways(probe: PolicyProbe) -> _Evidence:
     policy, anchors_B = probe.policy, probe.block_BL[:, 0]
     num_masks = probe.num_drafts + 1  # at least two
     both_ways_BLV = probe.draft(probe.prefilled(), anchors_B, num_masks)
-    offsets_R = torch.arange(num_masks + 1, device=policy.device)
-    causal = RowLayout(offsets_R=offsets_R, sees=offsets_R, num_clean=1)
+    alone = RowLayout(num_clean=1, width=1, levels=(0,) * num_masks)  # each mask sees the anchor and itself
     window = probe.prefilled().window(0, len(anchors_B), num_masks + 1)
-    causal_BLV = policy.logits(policy.hidden(anchors_B[:, None], causal, window))
+    alone_BLV = policy.logits(policy.hidden(anchors_B[:, None], alone, window))
     return _Evidence(
-        measured=float((both_ways_BLV[:, 1] - causal_BLV[:, 1]).abs().max()),
+        measured=float((both_ways_BLV[:, 1] - alone_BLV[:, 1]).abs().max()),
         allowed=LEAST_CHANGE,
         detail="change of the first draft's logits when the later masks are hidden from it",
         is_minimum=True,

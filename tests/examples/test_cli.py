@@ -14,7 +14,7 @@ from transformers import MistralConfig, MistralForCausalLM
 
 from blockroll.cli import machine, runs
 from blockroll.config import PolicyConfig, load_config
-from blockroll.policies import hf
+from blockroll.kernels.block_attention import RowLayout
 from blockroll.policies.hf import HFPolicy
 from blockroll.policies.loading import TINY_POLICY_DIR, load_tokenizer
 from tests.command_line import blockroll
@@ -255,13 +255,12 @@ def test_doctor_fails_a_checkpoint_whose_tokenizer_has_more_tokens_than_it_has_l
 
 
 def test_doctor_fails_a_policy_that_decodes_another_law(policy_path, monkeypatch):
-    causal_rows = hf.causal_rows
+    positions = RowLayout.positions
 
-    def shifted(num_rows, device):
-        layout = causal_rows(num_rows, device)
-        return dataclasses.replace(layout, offsets_R=2 * layout.offsets_R)
+    def shifted(self, lengths_B):
+        return positions(self, lengths_B) + (0 if self.levels else torch.arange(self.num_rows))
 
-    monkeypatch.setattr(hf, "causal_rows", shifted)
+    monkeypatch.setattr(RowLayout, "positions", shifted)
     result = blockroll("doctor", "--model", policy_path)
 
     assert result.exit_code == 1

@@ -31,10 +31,10 @@ def served(monkeypatch):
     """First updated row of every forward that compiled layers have run with updates."""
     first_rows, run_rows = [], CompiledLayers._run
 
-    def noted(self, x_BRW, positions_BR, masks, window, packing, num_layers, updates=None, first=0):
+    def noted(self, x_BRW, positions_BR, window, attended, updates=None, first=0):
         if updates is not None:
             first_rows.append(first)
-        return run_rows(self, x_BRW, positions_BR, masks, window, packing, num_layers, updates, first)
+        return run_rows(self, x_BRW, positions_BR, window, attended, updates, first)
 
     monkeypatch.setattr(CompiledLayers, "_run", noted)
     return first_rows
@@ -105,7 +105,7 @@ def test_rows_may_all_be_masks(served):
         policy.prefill(prompt_BR, cache.window(0, 2, 3))
         cache.commit(0, prompt_BR.tolist())
         with torch.inference_mode():
-            layout = two_forward_rows(0, 5, policy.device)
+            layout = two_forward_rows(0, 5)
             states.append(policy.hidden(prompt_BR[:, :0], layout, cache.window(0, 2, 5)))
     assert 0 in served
     torch.testing.assert_close(*states, rtol=1e-4, atol=1e-4)

@@ -1,17 +1,15 @@
 """The contract check: every family passes, planted faults fail the right check, and nothing is changed."""
 
-import dataclasses
-
 import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
 import blockroll
 from blockroll.errors import InvalidInput
-from blockroll.policies import attention, hf
+from blockroll.kernels.block_attention import RowLayout
+from blockroll.policies import attention
 from blockroll.policies.adapter import parent_hash
 from blockroll.policies.hf import HFPolicy
-from blockroll.policies.layout import RowLayout, causal_rows, two_forward_rows
 from blockroll.policy_check.check import CheckResult, check_policy
 from blockroll.rollout.engine.cache.slots import SlotWindow
 from tests.models import FAMILIES, MASK_ID, VOCAB_SIZE, adapted_policy, random_model, random_policy
@@ -59,12 +57,14 @@ def test_a_model_that_magnifies_rounding_is_allowed_what_its_own_forward_shows(m
     allowed = by_name(check_policy(policy))[VERIFY].allowed
     assert 2e-4 < allowed < 2e-3
     assert check_policy(policy).passed
-    monkeypatch.setattr(hf, "causal_rows", lambda n, device: one_position_skipped(causal_rows(n, device)))
+    real = RowLayout.positions
+
+    def one_skipped(self, lengths_B):
+        skipped_R = torch.arange(self.num_rows) > 2
+        return real(self, lengths_B) + (0 if self.levels else skipped_R)
+
+    monkeypatch.setattr(RowLayout, "positions", one_skipped)
     assert VERIFY in check_policy(policy).failures
-
-
-def one_position_skipped(layout):
-    return dataclasses.replace(layout, offsets_R=layout.offsets_R + (layout.offsets_R > 2))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -146,7 +146,7 @@ def broken_attention(monkeypatch):
     """Policies made from now on attend by the function given."""
 
     def use(function):
-        monkeypatch.setattr(attention, "block_attention", function)
+        monkeypatch.setattr(attention, "attend", function)
 
     yield use
     monkeypatch.undo()
@@ -154,9 +154,9 @@ def broken_attention(monkeypatch):
 
 
 def test_attention_that_ignores_the_mask_fails(broken_attention):
-    real = attention.block_attention
+    real = attention.attend
 
-    def causal_only(module, query, key, value, attention_mask, **kwargs):
+    def causal_only(module, query, key, value, attention_mask, attended=None, **kwargs):
         return real(module, query, key, value, None, **kwargs)
 
     broken_attention(causal_only)
@@ -164,12 +164,12 @@ def test_attention_that_ignores_the_mask_fails(broken_attention):
 
 
 def test_a_horizon_off_by_one_fails(monkeypatch):
-    real = RowLayout.attention_mask
+    real = RowLayout.mask
 
     def one_further(self, lengths_B, extent, **kwargs):
         return real(self, lengths_B, extent, **kwargs).roll(1, dims=-1)
 
-    monkeypatch.setattr(RowLayout, "attention_mask", one_further)
+    monkeypatch.setattr(RowLayout, "mask", one_further)
     assert {VERIFY, MASKS} <= set(check_policy(adapted_policy()).failures)
 
 
@@ -181,12 +181,18 @@ def test_a_sliding_window_that_is_ignored_or_off_by_one_fails(family, window):
     assert {VERIFY, FUSED, ANCHOR_LAW} <= set(check_policy(policy).failures)
 
 
-def test_an_anchor_that_sees_masks_fails(monkeypatch):
-    def leaking(num_clean, num_drafts, device):
-        layout = two_forward_rows(num_clean, num_drafts, device)
-        return dataclasses.replace(layout, sees=torch.full_like(layout.sees, num_clean + num_drafts - 1))
+def is_two_forward(layout):
+    return layout.levels == (layout.num_clean - 1,)
 
-    monkeypatch.setattr(hf, "two_forward_rows", leaking)
+
+def test_an_anchor_that_sees_masks_fails(monkeypatch):
+    real = RowLayout.mask
+
+    def leaking(self, lengths_B, extent, **kwargs):
+        mask = real(self, lengths_B, extent, **kwargs)
+        return mask[:, :, -1:].expand_as(mask) if is_two_forward(self) else mask
+
+    monkeypatch.setattr(RowLayout, "mask", leaking)
     failures = set(check_policy(adapted_policy()).failures)
     assert {ANCHOR_KEYS, ANCHOR_LAW, MASKS} <= failures
     assert not failures & {VERIFY, FUSED}
@@ -205,11 +211,13 @@ def test_columns_before_a_text_that_are_taken_for_its_tokens_fail(monkeypatch):
 
 
 def test_drafts_that_look_back_only_fail(monkeypatch):
-    def causal(num_clean, num_drafts, device):
-        layout = two_forward_rows(num_clean, num_drafts, device)
-        return dataclasses.replace(layout, sees=layout.offsets_R)
+    real = RowLayout.mask
 
-    monkeypatch.setattr(hf, "two_forward_rows", causal)
+    def causal(self, lengths_B, extent, **kwargs):
+        shown = RowLayout(num_clean=self.num_rows) if is_two_forward(self) else self
+        return real(shown, lengths_B, extent, **kwargs)
+
+    monkeypatch.setattr(RowLayout, "mask", causal)
     failures = set(check_policy(adapted_policy()).failures)
     assert failures == {BOTH_WAYS, PROPOSALS}
 
@@ -254,7 +262,7 @@ def test_masks_that_are_not_what_drafts_are_made_from_fail(monkeypatch):
 
 @pytest.mark.parametrize("cap", ["attention", "final"])
 def test_a_soft_cap_that_is_ignored_fails(broken_attention, cap):
-    real = attention.block_attention
+    real = attention.attend
     if cap == "attention":
         broken_attention(lambda *args, softcap=None, **kwargs: real(*args, **kwargs))
     policy = adapted_policy("gemma2")
@@ -274,14 +282,13 @@ def test_positions_shifted_by_one_behind_a_prefix_fail(monkeypatch):
 
 
 def test_a_fused_proposal_on_wrong_positions_fails(monkeypatch):
-    real = hf.fused_rows
+    real = RowLayout.positions
 
-    def shifted(num_drafts, levels, device):
-        layout = real(num_drafts, levels, device)
-        is_mask_R = torch.arange(len(layout.offsets_R)) >= layout.num_clean
-        return dataclasses.replace(layout, offsets_R=layout.offsets_R + is_mask_R)
+    def shifted(self, lengths_B):
+        is_mask_R = torch.arange(self.num_rows) >= self.num_clean
+        return real(self, lengths_B) + (is_mask_R if len(self.levels) > 1 else 0)
 
-    monkeypatch.setattr(hf, "fused_rows", shifted)
+    monkeypatch.setattr(RowLayout, "positions", shifted)
     assert check_policy(adapted_policy()).failures == (PROPOSALS,)
 
 

@@ -12,6 +12,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from blockroll.kernels.cache_write import cache_write, places_of
+from blockroll.kernels.pages import Pages
 from blockroll.policies.base import StateWindow
 from blockroll.policies.packing import Packing
 from blockroll.rollout.engine.cache.contract import ROW_STEP
@@ -45,21 +47,17 @@ class PagedWindow:
         self.memory, size = memory, memory.page_size
         self.table_BT, self.lengths_B = table_BT, lengths_B  # int64; page 0 where a request has fewer
         self.packing, self.picked = packing, picked
-        self._is_empty: Tensor | None = None
         self.extent = table_BT.shape[1] * size
         heads_H1 = torch.arange(memory.num_heads, device=table_BT.device)[:, None]
         self._read_N = (table_BT[:, None] * memory.num_heads + heads_H1).flatten()
-        if packing is not None:
-            picked = packing.request_N, packing.offset_N
-        if picked is not None:
-            request_N, row_N = picked
+        self._written = picked if packing is None else (packing.request_N, packing.offset_N)
+        if self._written is not None:
+            request_N, row_N = self._written
             index_N = lengths_B[request_N] + row_N
-            self._pages, self._rows = table_BT[request_N, index_N // size], index_N % size
+            self._places = places_of(table_BT, size, index_N[None], request_BC=request_N[None])
             return
         index_BR = lengths_B[:, None] + torch.arange(num_rows, device=table_BT.device)
-        self._pages, self._rows = table_BT.gather(1, index_BR // size), index_BR % size
-        if has_empty:
-            self._is_empty = (self._pages == 0)[..., None, None]
+        self._places = places_of(table_BT, size, index_BR, has_gaps=has_empty)
 
     @classmethod
     def of(
@@ -104,18 +102,19 @@ class PagedWindow:
         A packed window takes packed rows (1, H, N, D), and of a rectangle the rows that are a request's.
         """
         keys, values = self.memory.layer(layer_idx)
-        return self._updated(keys, key_states), self._updated(values, value_states)
+        pages = Pages(keys_NGZD=keys, values_NGZD=values, table_BT=self.table_BT)
+        cache_write(self._rows(key_states), self._rows(value_states), pages, self._places)
+        return self._read(keys), self._read(values)
 
-    def _updated(self, held: Tensor, states: Tensor) -> Tensor:
-        rows = states.transpose(1, 2)
-        if self.packing is not None:
-            rows = (rows if len(rows) == 1 else self.packing.pack(rows))[0]
-        elif self.picked is not None:
-            rows = rows[self.picked]
-        if self._is_empty is not None:
-            rows = rows.masked_fill(self._is_empty, 0)
-        # Under autocast some norms give float32; attention would round it likewise.
-        held.transpose(1, 2)[self._pages, self._rows] = rows.to(held.dtype)
+    def _rows(self, states: Tensor) -> Tensor:
+        """Those that are written, (1, H, N, D) where these are not all of a rectangle."""
+        is_packed = self.packing is not None and len(states) == 1
+        if self._written is None or is_packed:
+            return states
+        return states.transpose(1, 2)[self._written].transpose(0, 1)[None]
+
+    def _read(self, held: Tensor) -> Tensor:
+        """All rows of these requests, gathered."""
         _, heads, size, width = held.shape
         read = held.view(-1, size * width).index_select(0, self._read_N)
         return read.view(len(self.table_BT), heads, self.extent, width)

@@ -1,0 +1,103 @@
+"""Attention of the new rows of a forward: a cached prefix, and a tail of clean rows and blocks of masks.
+
+What a row sees follows from a few integers (`RowLayout`): no mask of rows and keys is given to a kernel. On a
+CPU one is made, once for all layers of a kind.
+
+Shapes: B requests, H query heads, G key heads, R new rows, S keys, D head width.
+"""
+
+from torch import Tensor
+
+from blockroll.errors import InvalidInput
+from blockroll.kernels.block_attention import reference
+from blockroll.kernels.block_attention.layout import RowLayout
+from blockroll.kernels.block_attention.rows import AttendedRows, BlockRows, folded_mask
+from blockroll.kernels.pages import Pages
+
+__all__ = [
+    "AttendedRows",
+    "BlockRows",
+    "RowLayout",
+    "block_attention",
+    "folded_mask",
+    "masked_attention",
+    "window_attention",
+]
+
+masked_attention = reference.masked_attention
+
+
+def block_attention(
+    query_BHRD: Tensor,
+    key_BGRD: Tensor,
+    value_BGRD: Tensor,
+    pages: Pages,
+    layout: RowLayout,
+    lengths_B: Tensor,
+    *,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    sliding_window: int | None = None,
+) -> Tensor:
+    """Softmax attention (B, R, H, D) over a prefix in pages, `lengths_B` rows of each request, and new rows.
+
+    `scaling` of scores is D ** -0.5 if None; `softcap` c bends them to c * tanh(score / c). With a sliding
+    window w a row sees the keys less than w positions before it, and itself. Keys and values behind a prefix,
+    and those of blocks for rows outside of them, may hold anything, NaN too; those of clean rows must be
+    finite. InvalidInput where shapes, types or the layout do not belong together.
+    """
+    _check_heads(query_BHRD, key_BGRD, value_BGRD)
+    size, _, rows, width = query_BHRD.shape
+    if key_BGRD.shape[2] != rows or layout.num_rows != rows:
+        raise InvalidInput(
+            f"there are {rows} queries and {key_BGRD.shape[2]} keys of each request, and the layout has "
+            f"{layout.num_rows} rows: give all three alike"
+        )
+    held = (len(pages.table_BT), pages.num_heads, pages.keys_NGZD.shape[3])
+    if held != (size, key_BGRD.shape[1], width) or lengths_B.shape != (size,):
+        raise InvalidInput(
+            f"pages are of {held[0]} requests, {held[1]} heads and width {held[2]}, lengths of "
+            f"{tuple(lengths_B.shape)}, and new keys of {(size, key_BGRD.shape[1], width)}: give all alike"
+        )
+    _check_window(sliding_window)
+    given = (query_BHRD, key_BGRD, value_BGRD, pages, layout, lengths_B)
+    return reference.paged_attention(*given, scaling, softcap, sliding_window)
+
+
+def window_attention(
+    query_BHRD: Tensor,
+    key_BGSD: Tensor,
+    value_BGSD: Tensor,
+    rows: AttendedRows,
+    *,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    sliding_window: int | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """The same (B, R, H, D) over keys and values as a window of the cache has them, the new rows among them.
+
+    All of them must be finite: a row multiplies those that it does not see with zero.
+    """
+    _check_heads(query_BHRD, key_BGSD, value_BGSD)
+    repeats = query_BHRD.shape[1] // key_BGSD.shape[1]
+    mask = rows.mask(sliding_window) if softcap is not None else rows.folded_mask(sliding_window, repeats)
+    return reference.masked_attention(
+        query_BHRD, key_BGSD, value_BGSD, mask, scaling=scaling, softcap=softcap, dropout=dropout
+    )
+
+
+def _check_heads(query_BHRD: Tensor, key_BGSD: Tensor, value_BGSD: Tensor) -> None:
+    """Asked in every layer: a few comparisons."""
+    size, heads, _, width = query_BHRD.shape
+    key_size, key_heads, _, key_width = key_BGSD.shape
+    if size != key_size or heads % key_heads or width != key_width or key_BGSD.shape != value_BGSD.shape:
+        raise InvalidInput(
+            f"queries have shape {tuple(query_BHRD.shape)}, keys {tuple(key_BGSD.shape)} and values "
+            f"{tuple(value_BGSD.shape)}: give (B, H, R, D) and (B, G, S, D), with H a multiple of G"
+        )
+
+
+def _check_window(sliding_window: int | None) -> None:
+    if sliding_window is not None and sliding_window < 1:
+        raise InvalidInput(f"the sliding window is {sliding_window}: give 1 position or more, or None")

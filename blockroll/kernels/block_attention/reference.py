@@ -1,0 +1,151 @@
+"""The definition of `block_attention`, and attention under a mask, which is how it runs on a CPU.
+
+Shapes: B requests, H query heads, G key heads, R rows, L clean rows, S keys, D head width; N pages, Z rows of
+a page, T pages of the longest request.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from blockroll.kernels.block_attention.layout import RowLayout
+from blockroll.kernels.block_attention.rows import folded_mask
+from blockroll.kernels.pages import Pages
+
+
+def paged_attention(
+    query_BHRD: Tensor,
+    key_BGRD: Tensor,
+    value_BGRD: Tensor,
+    pages: Pages,
+    layout: RowLayout,
+    lengths_B: Tensor,
+    scaling: float | None,
+    softcap: float | None,
+    sliding_window: int | None,
+) -> Tensor:
+    """Softmax over the keys that each row sees, in float64, segment by segment: (B, R, H, D).
+
+    A segment reads the prefix, the clean rows up to its level and its own, and nothing else: whatever other
+    blocks, stale rows and pages behind a text hold, it is the same bit for bit.
+    """
+    positions_BR = layout.positions(lengths_B)
+    prefix = [_prefix(held, pages.table_BT, lengths_B) for held in (pages.keys_NGZD, pages.values_NGZD)]
+    index_S = torch.arange(prefix[0].shape[2], device=lengths_B.device)
+    is_prefix_BS = index_S < lengths_B[:, None]
+    clean = slice(0, layout.num_clean)
+    segments = [(clean, clean)] if layout.num_clean else []
+    for block, level in enumerate(layout.levels):
+        first = layout.num_clean + block * layout.width
+        segments.append((slice(0, level + 1), slice(first, first + layout.width)))
+    outputs = []
+    for seen, own in segments:
+        is_block = own != clean
+        places = [seen, own] if is_block else [own]
+        keys_BGSD, values_BGSD = (
+            torch.cat([held, *(new[:, :, place] for place in places)], dim=2).double()
+            for held, new in zip(prefix, (key_BGRD, value_BGRD), strict=True)
+        )
+        new_BM = torch.cat([positions_BR[:, place] for place in places], dim=1)
+        key_position_BS = torch.cat([index_S.expand(len(lengths_B), -1), new_BM], dim=1)
+        row_position_BR1 = positions_BR[:, own, None]
+        sees_new_BRM = torch.ones_like(row_position_BR1 >= new_BM[:, None])
+        if not is_block:
+            sees_new_BRM = sees_new_BRM.tril()
+        prefix_BRS = is_prefix_BS[:, None].expand(-1, sees_new_BRM.shape[1], -1)
+        sees_BRS = torch.cat([prefix_BRS, sees_new_BRM], dim=2)
+        if sliding_window is not None:
+            sees_BRS = sees_BRS & (row_position_BR1 - key_position_BS[:, None] < sliding_window)
+        query_BHMD = query_BHRD[:, :, own].double()
+        outputs.append(_attended(query_BHMD, keys_BGSD, values_BGSD, sees_BRS, scaling, softcap))
+    return torch.cat(outputs, dim=2).transpose(1, 2).to(query_BHRD.dtype).contiguous()
+
+
+def _prefix(held_NGZD: Tensor, table_BT: Tensor, lengths_B: Tensor) -> Tensor:
+    """Rows (B, G, T * Z, D) of the pages of each request; zeros behind its prefix, whatever lies there."""
+    rows_BGSD = held_NGZD[table_BT].transpose(1, 2).flatten(2, 3)
+    is_prefix_BS = torch.arange(rows_BGSD.shape[2], device=lengths_B.device) < lengths_B[:, None]
+    return torch.where(is_prefix_BS[:, None, :, None], rows_BGSD, 0)
+
+
+def _attended(
+    query_BHRD: Tensor,
+    keys_BGSD: Tensor,
+    values_BGSD: Tensor,
+    sees_BRS: Tensor,
+    scaling: float | None,
+    softcap: float | None,
+) -> Tensor:
+    """The formula, (B, H, R, D)."""
+    repeats = query_BHRD.shape[1] // keys_BGSD.shape[1]
+    keys_BHSD, values_BHSD = (each.repeat_interleave(repeats, dim=1) for each in (keys_BGSD, values_BGSD))
+    scale = query_BHRD.shape[-1] ** -0.5 if scaling is None else scaling
+    scores_BHRS = query_BHRD @ keys_BHSD.transpose(2, 3) * scale
+    if softcap is not None:
+        scores_BHRS = softcap * torch.tanh(scores_BHRS / softcap)
+    return scores_BHRS.masked_fill(~sees_BRS[:, None], -torch.inf).softmax(dim=-1) @ values_BHSD
+
+
+def masked_attention(
+    query_BHRD: Tensor,
+    key_BGSD: Tensor,
+    value_BGSD: Tensor,
+    mask: Tensor | None,
+    *,
+    scaling: float | None,
+    softcap: float | None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """Under a boolean mask (B, 1, R, S) or a folded one (B, 1, H / G * R, S): (B, R, H, D).
+
+    None: the last rows of a text, each seeing what is before it.
+    """
+    rows = query_BHRD.shape[2]
+    if softcap is not None:
+        plain_mask = None if mask is None else mask[:, :, :rows]
+        return _capped_attention(query_BHRD, key_BGSD, value_BGSD, plain_mask, scaling, softcap)
+    repeats = query_BHRD.shape[1] // key_BGSD.shape[1]
+    if repeats > 1 and mask is not None:
+        # Query heads of one group become rows of one head: its keys and values are read once.
+        folded = scaled_dot_product_attention(
+            query_BHRD.reshape(len(query_BHRD), key_BGSD.shape[1], repeats * rows, -1),
+            key_BGSD,
+            value_BGSD,
+            attn_mask=folded_mask(mask, repeats) if mask.shape[2] == rows else mask,
+            dropout_p=dropout,
+            scale=scaling,
+        )
+        return folded.reshape(query_BHRD.shape).transpose(1, 2).contiguous()
+    output_BHRD = scaled_dot_product_attention(
+        query_BHRD,
+        key_BGSD,
+        value_BGSD,
+        attn_mask=mask,
+        dropout_p=dropout,
+        scale=scaling,
+        is_causal=mask is None and rows > 1,
+        enable_gqa=repeats > 1,
+    )
+    return output_BHRD.transpose(1, 2).contiguous()
+
+
+def _capped_attention(
+    query_BHRD: Tensor,
+    key_BGSD: Tensor,
+    value_BGSD: Tensor,
+    mask_B1RS: Tensor | None,
+    scaling: float | None,
+    softcap: float,
+) -> Tensor:
+    """In plain torch, because its fused attention has no soft cap; softmax in float32."""
+    rows, repeats = query_BHRD.shape[2], query_BHRD.shape[1] // key_BGSD.shape[1]
+    key_BHSD = key_BGSD.repeat_interleave(repeats, dim=1)
+    value_BHSD = value_BGSD.repeat_interleave(repeats, dim=1)
+    scale = query_BHRD.shape[-1] ** -0.5 if scaling is None else scaling
+    scores_BHRS = torch.tanh(query_BHRD @ key_BHSD.transpose(2, 3) * scale / softcap) * softcap
+    if mask_B1RS is None:
+        keys = key_BHSD.shape[2]
+        mask_B1RS = torch.ones((rows, keys), dtype=torch.bool, device=query_BHRD.device).tril(keys - rows)
+    scores_BHRS = scores_BHRS.masked_fill(~mask_B1RS, torch.finfo(scores_BHRS.dtype).min)
+    weights_BHRS = scores_BHRS.softmax(dim=-1, dtype=torch.float32).to(query_BHRD.dtype)
+    return (weights_BHRS @ value_BHSD).transpose(1, 2).contiguous()
