@@ -87,12 +87,17 @@ def _fields(
         "logits_rows": plan.logits_rows,
         "logits_about": plan.logits_rows * footprint.logits_row,
         "keys_and_values_of_a_token": budget.row,
-        "cache": budget.rows * budget.row,
-        "cache_rows": budget.rows,
+        "page_size": room.page_size,
+        "page": room.page_size * budget.row,
+        "cache_pages": room.num_pages,
+        "cache_rows": room.num_pages * room.page_size or budget.rows,
+        "cache": plan.num_bytes,
         "requests": {
-            str(length): {"together": room.num_slots(rows), "bytes": room.num_slots(rows) * rows * budget.row}
+            str(length): {
+                "together": room.num_texts(length),
+                "bytes": room.num_texts(length) * room.rows_of(length) * budget.row,
+            }
             for length in sorted({min(TYPICAL_TOKENS, longest), longest})
-            for rows in [room.rows_of(length)]
         },
     }
 
@@ -109,8 +114,13 @@ def _table(fields: dict[str, Any], title: str) -> Table:
         (f"a prefill of {fields['prefill_rows']:,} rows", f"about {size(fields['prefill_about'])}"),
         (f"logits of {fields['logits_rows']:,} rows, a step's", f"about {size(fields['logits_about'])}"),
         ("keys and values of a token", size(fields["keys_and_values_of_a_token"])),
-        (f"keys and values in all: {fields['cache_rows']:,} tokens", size(fields["cache"])),
     ]
+    pages = ""
+    if fields["cache_pages"]:
+        rows.append((f"of a page of {fields['page_size']} tokens", size(fields["page"])))
+        pages = f" in {fields['cache_pages']:,} pages"
+    words = f"keys and values in all: {fields['cache_rows']:,} tokens{pages}"
+    rows.append((words, size(fields["cache"])))
     for length, served in fields["requests"].items():
         words = f"of them {served['together']} requests of {int(length):,} tokens at once"
         rows.append((words, size(served["bytes"])))

@@ -46,6 +46,13 @@ def test_doctor_says_what_a_checkpoint_takes_before_it_is_loaded(policy_path, tm
         "rollout.max_cache_rows bounds keys and values",
     ):
         assert words in " ".join(result.stdout.split())
+    in_pages = (*options, "rollout.max_cache_rows=300", "rollout.cache=pages", "rollout.page_size=32")
+    shown = " ".join(blockroll("doctor", "--model", folder, *in_pages).stdout.split())
+    for words in (
+        f"of a page of 32 tokens {size(32 * row)}",
+        f"keys and values in all: 288 tokens in 9 pages {size((9 + 1) * 32 * row)}",
+    ):
+        assert words in shown
 
 
 def test_doctor_says_what_does_not_fit_and_what_there_is(policy_path, monkeypatch):

@@ -26,11 +26,6 @@ def saved(folder, family="llama", dtype=torch.float32):
     return folder
 
 
-def cache_bytes(replica):
-    cache = replica.engine._cache
-    return sum(each.numel() * each.itemsize for each in (*cache._keys, *cache._values))
-
-
 @pytest.mark.parametrize(
     ("family", "dtype"), [("llama", "float32"), *((family, "bfloat16") for family in FAMILIES)]
 )
@@ -97,9 +92,30 @@ def test_a_cache_takes_the_bytes_that_were_said(tmp_path, plan, rows):
     replica.submit(requests)
     replica.engine.step()
     num_rows = said.room.rows_of(29)
-    assert cache_bytes(replica) == said.room.num_slots(num_rows) * num_rows * said.budget.row
+    assert replica.engine._cache.num_bytes == said.room.num_slots(num_rows) * num_rows * said.budget.row
     num_running = len(replica.engine._scheduler.running)
     assert num_running == said.room.num_slots(num_rows) == (rows // num_rows or 8)
+
+
+def test_a_cache_in_pages_takes_the_bytes_that_were_said():
+    """All pages and the one that no text has; as many run as was said of texts that begin differently."""
+    policy = HFPolicy(random_model())
+    config = RolloutConfig(plan="plain", max_batch_size=8, max_cache_rows=150, cache="pages", page_size=8)
+    said = CachePlan.of(policy, config, plan_of(policy, config), DeviceMemory.of(CPU))
+    assert said.num_bytes == (150 // 8 + 1) * 8 * policy.kv_shape.num_bytes
+    replica = replica_around(policy, config)
+    sampling = Sampling(max_tokens=9, ignore_eos=True)
+    replica.submit(make_requests([(5 + index,) * 20 for index in range(8)], sampling))
+    most = 0
+    while replica.engine.num_requests:
+        replica.engine.step()
+        lengths = [
+            replica.engine._served.requests[each].num_tokens for each in replica.engine._scheduler.running
+        ]
+        if lengths and min(lengths) >= 28:
+            most = max(most, len(lengths))
+    assert replica.engine._cache.num_bytes == said.num_bytes
+    assert 0 < most <= said.room.num_texts(29) == 4
 
 
 def test_rows_that_are_given_win_over_the_share():

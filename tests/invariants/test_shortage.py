@@ -84,6 +84,7 @@ def test_a_batch_that_has_no_room_is_halved_until_it_has(policy, plan, caplog):
 
 
 @PLANS
+@pytest.mark.usefixtures("layout")
 def test_requests_that_run_lose_nothing_when_room_is_taken_from_them(policy, plan):
     requests = make_requests(prompts(8), Sampling(max_tokens=30, ignore_eos=True))
     free = run(policy, requests, plan)
@@ -105,6 +106,22 @@ def test_requests_that_run_lose_nothing_when_room_is_taken_from_them(policy, pla
             assert finished[name].stats.num_forwards == rollout.stats.num_forwards
 
 
+def test_graphs_go_with_the_memory_that_they_hold(policy):
+    """What was made for forwards of a few shapes is given back too, and made anew."""
+    requests = make_requests(prompts(6), SAMPLING)
+    options = {"cache": "pages", "graphs": "buckets"}
+    free = run(policy, requests, PLAIN, **options)
+    engine = Engine(policy, plan=PLAIN, **options)
+    engine.submit(requests)
+    engine.step()
+    engine.step()
+    assert engine._forwards.num_shapes
+    with Scarce(policy, texts=4):
+        engine.step()
+        assert engine._forwards.num_shapes == 0
+        assert_same_rollouts(free, finish(engine), policy)
+
+
 def test_those_that_join_wait_before_those_that_run_give_way(policy):
     """Four run; of four that join, two have room beside them."""
     requests = make_requests(prompts(8), Sampling(max_tokens=20, ignore_eos=True))
@@ -121,6 +138,7 @@ def test_those_that_join_wait_before_those_that_run_give_way(policy):
 
 
 @PLANS
+@pytest.mark.usefixtures("layout")
 def test_a_request_without_room_alone_ends_with_numbers_and_the_others_go_on(policy, plan):
     others = make_requests(prompts(7), SAMPLING)
     (large,) = make_requests([(5,) * 60], SAMPLING)

@@ -53,6 +53,24 @@ def test_requests_that_run_together_are_those_whose_longest_texts_have_room(max_
     assert (room.rows_of(length), room.num_slots(room.rows_of(length))) == (rows, slots)
 
 
+@pytest.mark.parametrize(
+    ("max_rows", "page_size", "length", "rows", "texts"),
+    [
+        (0, 16, 100, 128, 8),
+        (10_000, 16, 100, 128, 8),
+        (1_000, 16, 100, 128, 7),  # 62 pages, 8 for each
+        (1_000, 4, 100, 128, 7),
+        (1_000, 4, 96, 124, 8),
+        (1_000, 256, 100, 256, 3),
+        (100, 256, 100, 256, 0),
+    ],
+)
+def test_pages_have_room_for_as_many_texts_as_their_rows_fill(max_rows, page_size, length, rows, texts):
+    room = CacheRoom(max_slots=8, max_rows=max_rows, block_rows=25, max_length=512, page_size=page_size)
+    assert (room.rows_of(length), room.num_texts(length)) == (rows, texts)
+    assert room.num_pages == max_rows // page_size
+
+
 def test_a_device_without_room_for_the_shortest_text_is_refused_with_its_numbers():
     budget = CacheBudget(total=80 * GB, free=40 * MB, share=0.3, forward=GB, row=MB)
     budget.check(20)

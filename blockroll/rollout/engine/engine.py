@@ -98,7 +98,7 @@ class BareEngine:
         self._starter = Starter(policy, self.limits, decode, numbers_servings=len(drafters_of(plans)) > 1)
         self._served = ServedRequests(self._scheduler, self._cache, self._starter)
         self._shrinking = Shrinking(
-            policy,
+            self._forwards,
             self._cache,
             self._scheduler,
             self._served,

@@ -36,14 +36,27 @@ class CacheRoom:
         return self.num_slots(self.rows_per_slot)
 
     def rows_of(self, num_tokens: int) -> int:
-        """Rows of a slot for texts of so many tokens, with what a step writes behind them."""
-        return -(-(min(num_tokens, self.max_length) + self.block_rows) // ROW_STEP) * ROW_STEP
+        """Rows for a text of so many tokens, with what a step writes behind it, in a slot or in pages."""
+        step = self.page_size or ROW_STEP
+        return -(-(min(num_tokens, self.max_length) + self.block_rows) // step) * step
 
     def num_slots(self, num_rows: int) -> int:
         """Slots of so many rows that there is room for, and use."""
         if self.page_size or not self.max_rows:
             return self.max_slots
         return min(self.max_slots, self.max_rows // num_rows)
+
+    @property
+    def num_pages(self) -> int:
+        """Pages that texts may have; 0: there are none, or no bound."""
+        return self.max_rows // self.page_size if self.page_size else 0
+
+    def num_texts(self, num_tokens: int) -> int:
+        """Texts that may become so long and have room at once, if no two of them share a page."""
+        rows = self.rows_of(num_tokens)
+        if not self.page_size or not self.max_rows:
+            return self.num_slots(rows)
+        return min(self.max_slots, self.num_pages * self.page_size // rows)
 
 
 class SparePages:

@@ -16,6 +16,7 @@ from blockroll.errors import BlockrollError, OutOfMemory
 from blockroll.policies.base import Policy
 from blockroll.rollout.engine.budget import size
 from blockroll.rollout.engine.cache.contract import Cache
+from blockroll.rollout.engine.repeated import RepeatedPolicy
 from blockroll.rollout.engine.room import CacheRoom
 from blockroll.rollout.engine.running import RunningRequest
 from blockroll.rollout.engine.scheduler import Scheduler
@@ -90,6 +91,8 @@ class Shrinking:
             self._served.preempt(keeps_proposal=self._keeps_proposals)
         num_slots = self._room.num_slots(max(self._room.rows_per_slot, 1))
         self._scheduler.max_batch_size = max(num_slots, len(self._scheduler.running))
+        if isinstance(self._policy, RepeatedPolicy):
+            self._policy.release_memory()
         if self._policy.device.type == "cuda":
             torch.cuda.empty_cache()
         self._say(shortage, bound)

@@ -105,6 +105,13 @@ class CachePlan:
         )
 
     @property
+    def num_bytes(self) -> int:
+        """Of the cache at its largest: of its rows, and of the page that no text has."""
+        room = self.room
+        num_rows = (room.num_pages + 1) * room.page_size if room.num_pages else self.budget.rows
+        return num_rows * self.budget.row
+
+    @property
     def notice(self) -> str:
         """Of a budget that is scarce: what there is instead of the share."""
         budget = self.budget
