@@ -12,8 +12,9 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
+from blockroll.kernels.block_attention import RowLayout
 from blockroll.policies.base import FusedRows, KVShape, StatePart
-from blockroll.policies.layout import RowLayout, causal_rows, fused_rows, two_forward_rows
+from blockroll.policies.layout import causal_rows, fused_rows, two_forward_rows
 from blockroll.policies.segments import (
     Segments,
     at_rows,
@@ -96,20 +97,20 @@ class RecurrentPolicy:
 
     def _causal_rows(self, ids_BR, window):
         num_rows = ids_BR.shape[1]
-        return self.rows(ids_BR, causal_rows(num_rows, self.device), draft_segments(num_rows, 0), window)
+        return self.rows(ids_BR, causal_rows(num_rows), draft_segments(num_rows, 0), window)
 
     def verify_packed(self, ids_BL, packing, window):
         return packing.pack(self.verify_logits(ids_BL, window))[0]
 
     def draft_logits(self, ids_BC, num_drafts, window):
         num_clean = ids_BC.shape[1]
-        layout = two_forward_rows(num_clean, num_drafts, self.device)
+        layout = two_forward_rows(num_clean, num_drafts)
         rows_BRW = self.rows(ids_BC, layout, self.draft_segments(num_clean, num_drafts), window)
         return self.logits(rows_BRW[:, num_clean - 1 :])
 
     def fused_rows(self, ids_BL, levels, window):
         width = ids_BL.shape[1]
-        layout = fused_rows(width - 1, levels, self.device)
+        layout = fused_rows(width - 1, levels)
         rows_BRW = self.rows(ids_BL, layout, self.fused_segments(width - 1, levels), window)
         return FusedRows(
             verify_logits_BLV=self.logits(rows_BRW[:, :width]),
@@ -133,12 +134,12 @@ class RecurrentPolicy:
 
     def rows(self, ids_BC: Tensor, layout: RowLayout, segments: Segments, window) -> Tensor:
         """What the last layer gives (B, R, W)."""
-        num_masks = len(layout.offsets_R) - ids_BC.shape[1]
-        ids_BR = torch.nn.functional.pad(ids_BC, (0, num_masks), value=self.vocab_size)
+        ids_BR = torch.nn.functional.pad(ids_BC, (0, layout.num_masks), value=self.vocab_size)
         positions_BR = layout.positions(window.lengths_B).clamp(max=self.max_length - 1)
         rows_BRW = self.embedding_VW[ids_BR] + self.positions_SW[positions_BR]
-        is_text_BR = window.lengths_B[:, None] + layout.offsets_R >= 0
-        mask_BRS = layout.attention_mask(window.lengths_B, window.extent)[:, 0]
+        offsets_1R = layout.positions(torch.zeros(1, dtype=torch.int64))
+        is_text_BR = window.lengths_B[:, None] + offsets_1R >= 0
+        mask_BRS = layout.mask(window.lengths_B, window.extent)[:, 0]
         for index in range(NUM_LAYERS):
             rows_BRW = rows_BRW + self._layer(index, rows_BRW, is_text_BR, mask_BRS, segments, window)
         return rows_BRW
