@@ -7,6 +7,7 @@ from benchmarks import peers
 from benchmarks.grid import grid
 from benchmarks.grouped import grouped
 from benchmarks.longtail import longtail
+from benchmarks.pages import pages
 from benchmarks.rows import Row
 from benchmarks.workload import (
     SMOLLM2,
@@ -42,6 +43,7 @@ def experiments() -> dict[str, Callable[[], list[Row]]]:
         "drafts": partial(drafted_speed, HFPolicy.from_pretrained("tiny")),
         "grid": grid,
         "longtail": longtail,
+        "pages": pages,
     }
     if (SMOLLM2 / "policy" / "config.json").is_file():
         found["grouped"] = grouped
