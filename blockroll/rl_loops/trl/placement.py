@@ -112,7 +112,9 @@ class Colocated:
         if alignment is not None:
             self.alignment = Alignment(trainer, self.policy, alignment, shares=self._shares)
         rank = trainer.accelerator.process_index
-        self._replica = replica_around(self.policy, config, replica_id=rank)
+        # Each rank has a device of its own, but for those that run on the processors of one machine.
+        num_engines = trainer.accelerator.num_processes if self.policy.device.type == "cpu" else 1
+        self._replica = replica_around(self.policy, config, replica_id=rank, num_engines=num_engines)
         if self._replica.notice is not None and rank == 0:
             logger.warning(self._replica.notice)
         planner = self._replica.engine.planner
