@@ -12,7 +12,7 @@ from typing import Any, Protocol, Self, runtime_checkable
 import torch
 from torch import Tensor
 
-from blockroll.policies.packing import Packing
+from blockroll.kernels.block_attention import Packing
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

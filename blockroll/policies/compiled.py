@@ -110,7 +110,7 @@ class CompiledLayers:
         Rows behind the first `num_clean` are masks of the `adapter`, if the policy has one.
         """
         is_first = self._most_rows is None
-        has_masks = attended.packing is None and num_clean < ids_BR.shape[1]
+        has_masks = attended.rows.packing is None and num_clean < ids_BR.shape[1]
         if not self._serves(ids_BR.numel(), frozenset() if adapter is None else adapter.hook_ids):
             return None
         updates = None

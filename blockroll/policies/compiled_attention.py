@@ -26,7 +26,7 @@ def attended_rows(
     size, heads, num_rows, width = query_BHRD.shape
     num_keys = keys_BGSD.shape[2]
     is_read_in_place = (
-        attended.packing is None
+        attended.rows.packing is None
         and keys_BGSD.stride() == values_BGSD.stride()
         and keys_BGSD.stride()[2:] == (width, 1)
         and keys_BGSD.dtype == values_BGSD.dtype == query_BHRD.dtype

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from blockroll.errors import InvalidInput
-from blockroll.kernels.block_attention import AttendedRows, BlockRows, RowLayout
+from blockroll.kernels.block_attention import AttendedRows, BlockRows, Packing, RowLayout
 from blockroll.policies import attention
 from blockroll.policies.adapter import DraftAdapter, chat_template_hash, has_adapter
 from blockroll.policies.base import FusedRows, KVShape, KVWindow, StatePart
@@ -37,7 +37,7 @@ from blockroll.policies.loading import (
     no_progress_bar,
     resolve_checkpoint,
 )
-from blockroll.policies.packing import Packing, least_saved_rows
+from blockroll.policies.packing import least_saved_rows
 from blockroll.policies.positions import context_of, use_text_rotary
 from blockroll.policies.prepacked import PackedLinears, Prepack
 from blockroll.policies.trained import trained_drafts_of
@@ -280,10 +280,9 @@ class HFPolicy:
             ids_BC,
             num_masks=layout.num_masks,
             positions_BR=positions_BR,
-            rows=BlockRows.of(layout, window.lengths_B, window.extent),
+            rows=BlockRows.of(layout, window.lengths_B, window.extent, packing),
             window=window,
             num_tokens_B=num_tokens_B,
-            packing=packing,
         )
 
     def forward_rows(
@@ -295,11 +294,9 @@ class HFPolicy:
         rows: AttendedRows,
         window: KVWindow,
         num_tokens_B: Tensor | None = None,
-        packing: Packing | None = None,
     ) -> Tensor:
-        """States (B, R, W) of C tokens and `num_masks` masks, which see what `rows` says. The texts have
-        `num_tokens_B` tokens; None: as many as their positions say. With a `packing` it is the states
-        (1, N, W) of its rows."""
+        """States (B, R, W) of C tokens and `num_masks` masks, which see what `rows` says; where these are
+        packed, (1, N, W). The texts have `num_tokens_B` tokens; None: as many as their positions say."""
         num_clean = ids_BC.shape[1]
         adapter = self.adapter if num_masks else None
         # An adapter's embedding goes over whatever stands there.
@@ -310,6 +307,7 @@ class HFPolicy:
                 "use a plan without mask rows, or make an adapter with `blockroll convert`"
             )
         ids_BR = nn.functional.pad(ids_BC, (0, num_masks), value=mask_id)
+        packing = rows.packing
         if packing is not None:
             assert not num_masks, "masks follow the tokens of a rectangle"
             ids_BR, positions_BR = packing.pack(ids_BR), packing.pack(positions_BR)
@@ -318,7 +316,7 @@ class HFPolicy:
         with contextlib.ExitStack() as stack:
             if self._rotary is not None:
                 stack.enter_context(self._rotary.of_texts(num_tokens_B))
-            attended = attention.Attended(rows=rows, sliding_windows=self._sliding_windows, packing=packing)
+            attended = attention.Attended(rows=rows, sliding_windows=self._sliding_windows)
             if not torch.is_autocast_enabled(self.device.type):
                 states_BRW = self.compiled.states(
                     ids_BR,

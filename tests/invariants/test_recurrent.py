@@ -10,7 +10,7 @@ import random
 import pytest
 import torch
 
-from blockroll.policies.packing import Packing
+from blockroll.kernels.block_attention import Packing
 from blockroll.policies.segments import Segments
 from blockroll.rollout.drafters.engine import Engine
 from blockroll.rollout.engine.cache.recurrent import RecurrentCache

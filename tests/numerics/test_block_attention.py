@@ -8,6 +8,7 @@ import torch
 from blockroll.errors import InvalidInput
 from blockroll.kernels.block_attention import (
     BlockRows,
+    Packing,
     RowLayout,
     block_attention,
     masked_attention,
@@ -152,6 +153,24 @@ def test_a_window_on_a_cpu_gives_what_the_definition_gives(name, options, dtype)
         assert found.dtype == want.dtype == dtype
         assert (found.double() - want.double()).abs().max() < bound
     assert len(rows._made) == (1 if "softcap" in options else 2)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_packed_rows_attend_as_those_of_the_rectangle(options):
+    layout, counts = causal_rows(24), (1, 24, 2, 1)
+    given, packing = numbers(layout), Packing.of(counts, 24, torch.device("cpu"))
+    whole = by_hand(given, layout, LENGTHS, **options)
+    want = torch.cat([rows[:count] for rows, count in zip(whole, counts, strict=True)])[None]
+    query, *new = (packing.pack(each.transpose(1, 2)).transpose(1, 2) for each in (given.query, *given.new))
+    pages, lengths = paged(given.prefix), torch.tensor(LENGTHS)
+    found = block_attention(query, *new, pages, layout, lengths, packing=packing, **options)
+    torch.testing.assert_close(found, want, atol=1e-12, rtol=0)
+    extent, keys, values = in_a_window(given, LENGTHS)
+    rows = BlockRows.of(layout, lengths, extent, packing)
+    for _ in range(2):
+        found = window_attention(query, keys, values, rows, **options)
+        torch.testing.assert_close(found, want, atol=1e-6, rtol=0)
+    assert len(packing.bands) > 1
 
 
 @pytest.mark.parametrize("size", [1, 2, 8, 64])
@@ -336,6 +355,10 @@ def changed(given, pages, change):
         ({"layout": causal_rows(5)}, "the layout has 5 rows"),
         ({"lengths_B": torch.zeros(5, dtype=torch.int64)}, r"lengths of \(5,\)"),
         ({"sliding_window": 0}, "give 1 position or more, or None"),
+        (
+            {"packing": Packing.of((1, 2, 1, 1), 6, torch.device("cpu"))},
+            "6 packed rows came, of a packing of 5",
+        ),
     ],
 )
 def test_numbers_that_do_not_belong_together_are_refused(change, sentence):

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from blockroll.kernels.block_attention import Packing
 from blockroll.policies.base import VerifiesPacked
 from blockroll.policies.hf import HFPolicy
-from blockroll.policies.packing import Packing
 from tests.models import FAMILIES, VOCAB_SIZE, prompts, random_model, random_policy
 from tests.numerics.test_policy import TOLERANCE, prefilled
 from tests.numerics.test_positions import BOUNDARY, KINDS, model, prompt

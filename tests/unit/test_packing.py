@@ -5,7 +5,8 @@ import random
 import pytest
 import torch
 
-from blockroll.policies.packing import Packing, least_saved_rows
+from blockroll.kernels.block_attention import Packing
+from blockroll.policies.packing import least_saved_rows
 
 CPU = torch.device("cpu")
 

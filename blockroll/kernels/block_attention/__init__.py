@@ -11,15 +11,16 @@ from torch import Tensor
 from blockroll.errors import InvalidInput
 from blockroll.kernels.block_attention import reference
 from blockroll.kernels.block_attention.layout import RowLayout
-from blockroll.kernels.block_attention.rows import AttendedRows, BlockRows, folded_mask
+from blockroll.kernels.block_attention.packing import Packing
+from blockroll.kernels.block_attention.rows import AttendedRows, BlockRows
 from blockroll.kernels.pages import Pages
 
 __all__ = [
     "AttendedRows",
     "BlockRows",
+    "Packing",
     "RowLayout",
     "block_attention",
-    "folded_mask",
     "masked_attention",
     "window_attention",
 ]
@@ -35,6 +36,7 @@ def block_attention(
     layout: RowLayout,
     lengths_B: Tensor,
     *,
+    packing: Packing | None = None,
     scaling: float | None = None,
     softcap: float | None = None,
     sliding_window: int | None = None,
@@ -44,11 +46,16 @@ def block_attention(
     `scaling` of scores is D ** -0.5 if None; `softcap` c bends them to c * tanh(score / c). With a sliding
     window w a row sees the keys less than w positions before it, and itself. Keys and values behind a prefix,
     and those of blocks for rows outside of them, may hold anything, NaN too; those of clean rows must be
-    finite. InvalidInput where shapes, types or the layout do not belong together.
+    finite. With a `packing` of rows without masks, queries, keys and values (1, H, N, D) come, (1, N, H, D)
+    goes back, and the layout is that of the rectangle. InvalidInput where shapes, types or the layout do not
+    belong together.
     """
     _check_heads(query_BHRD, key_BGRD, value_BGRD)
     size, _, rows, width = query_BHRD.shape
-    if key_BGRD.shape[2] != rows or layout.num_rows != rows:
+    if packing is not None:
+        _check_packing(query_BHRD, layout, packing)
+        size, rows = len(packing.num_rows), layout.num_rows
+    elif key_BGRD.shape[2] != rows or layout.num_rows != rows:
         raise InvalidInput(
             f"there are {rows} queries and {key_BGRD.shape[2]} keys of each request, and the layout has "
             f"{layout.num_rows} rows: give all three alike"
@@ -61,7 +68,10 @@ def block_attention(
         )
     _check_window(sliding_window)
     given = (query_BHRD, key_BGRD, value_BGRD, pages, layout, lengths_B)
-    return reference.paged_attention(*given, scaling, softcap, sliding_window)
+    options = (scaling, softcap, sliding_window)
+    if packing is not None:
+        return reference.packed_attention(*given, packing, *options)
+    return reference.paged_attention(*given, *options)
 
 
 def window_attention(
@@ -77,8 +87,12 @@ def window_attention(
 ) -> Tensor:
     """The same (B, R, H, D) over keys and values as a window of the cache has them, the new rows among them.
 
-    All of them must be finite: a row multiplies those that it does not see with zero.
+    Of packed rows, (1, H, N, D), it is (1, N, H, D). All keys and values must be finite: a row multiplies
+    those that it does not see with zero.
     """
+    if rows.packing is not None:
+        given = (query_BHRD, key_BGSD, value_BGSD, rows, sliding_window)
+        return reference.banded_attention(*given, scaling, softcap, dropout)
     _check_heads(query_BHRD, key_BGSD, value_BGSD)
     repeats = query_BHRD.shape[1] // key_BGSD.shape[1]
     mask = rows.mask(sliding_window) if softcap is not None else rows.folded_mask(sliding_window, repeats)
@@ -95,6 +109,16 @@ def _check_heads(query_BHRD: Tensor, key_BGSD: Tensor, value_BGSD: Tensor) -> No
         raise InvalidInput(
             f"queries have shape {tuple(query_BHRD.shape)}, keys {tuple(key_BGSD.shape)} and values "
             f"{tuple(value_BGSD.shape)}: give (B, H, R, D) and (B, G, S, D), with H a multiple of G"
+        )
+
+
+def _check_packing(query_1HND: Tensor, layout: RowLayout, packing: Packing) -> None:
+    num_rows, most = len(packing.request_N), max(packing.num_rows)
+    if layout.num_masks or layout.num_rows < most or query_1HND.shape[2] != num_rows:
+        raise InvalidInput(
+            f"{query_1HND.shape[2]} packed rows came, of a packing of {num_rows} with {most} of one "
+            f"request, in a layout of {layout.num_clean} clean rows and {layout.num_masks} masks: give the "
+            "rows of the packing, and a layout without masks that is as wide"
         )
 
 

@@ -1,7 +1,7 @@
 """The definition of `block_attention`, and attention under a mask, which is how it runs on a CPU.
 
 Shapes: B requests, H query heads, G key heads, R rows, L clean rows, S keys, D head width; N pages, Z rows of
-a page, T pages of the longest request.
+a page, T pages of the longest request; N rows where rows are packed.
 """
 
 import torch
@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from blockroll.kernels.block_attention.layout import RowLayout
-from blockroll.kernels.block_attention.rows import folded_mask
+from blockroll.kernels.block_attention.packing import Packing
+from blockroll.kernels.block_attention.rows import AttendedRows
 from blockroll.kernels.pages import Pages
 
 
@@ -86,6 +87,55 @@ def _attended(
     return scores_BHRS.masked_fill(~sees_BRS[:, None], -torch.inf).softmax(dim=-1) @ values_BHSD
 
 
+def packed_attention(
+    query_1HND: Tensor,
+    key_1GND: Tensor,
+    value_1GND: Tensor,
+    pages: Pages,
+    layout: RowLayout,
+    lengths_B: Tensor,
+    packing: Packing,
+    scaling: float | None,
+    softcap: float | None,
+    sliding_window: int | None,
+) -> Tensor:
+    """The same of packed rows, (1, N, H, D): those that the rectangle would have."""
+    offsets_L = torch.arange(layout.num_rows, device=lengths_B.device)
+    row_BL = packing.starts_B[:, None] + torch.minimum(offsets_L, packing.num_rows_B[:, None] - 1)
+    query, key, value = (each[0][:, row_BL].transpose(0, 1) for each in (query_1HND, key_1GND, value_1GND))
+    given = (query, key, value, pages, layout, lengths_B, scaling, softcap, sliding_window)
+    return packing.pack(paged_attention(*given))
+
+
+def banded_attention(
+    query_1HND: Tensor,
+    key_BGSD: Tensor,
+    value_BGSD: Tensor,
+    rows: AttendedRows,
+    sliding_window: int | None,
+    scaling: float | None,
+    softcap: float | None,
+    dropout: float,
+) -> Tensor:
+    """Packed rows over a window, (1, N, H, D): of all requests the first, then of some those behind them."""
+    assert rows.packing is not None
+    masks = rows.band_masks(sliding_window, query_1HND.shape[1] // key_BGSD.shape[1])
+    queries = rows.packing.by_band(query_1HND.transpose(1, 2))
+    outputs = [
+        masked_attention(
+            query_BLHD.transpose(1, 2),
+            band.of(key_BGSD),
+            band.of(value_BGSD),
+            mask,
+            scaling=scaling,
+            softcap=softcap,
+            dropout=dropout,
+        )
+        for band, query_BLHD, mask in zip(rows.packing.bands, queries, masks, strict=True)
+    ]
+    return rows.packing.from_bands(outputs)
+
+
 def masked_attention(
     query_BHRD: Tensor,
     key_BGSD: Tensor,
@@ -111,7 +161,7 @@ def masked_attention(
             query_BHRD.reshape(len(query_BHRD), key_BGSD.shape[1], repeats * rows, -1),
             key_BGSD,
             value_BGSD,
-            attn_mask=folded_mask(mask, repeats) if mask.shape[2] == rows else mask,
+            attn_mask=mask if mask.shape[2] in (1, repeats * rows) else mask.repeat(1, 1, repeats, 1),
             dropout_p=dropout,
             scale=scaling,
         )

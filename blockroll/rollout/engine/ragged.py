@@ -7,8 +7,8 @@ on fewer; the price is some copies in every layer, which a policy knows in rows 
 import math
 
 from blockroll.kernels import transfer
+from blockroll.kernels.block_attention import Packing
 from blockroll.policies.base import Policy
-from blockroll.policies.packing import Packing
 from blockroll.types import Draft
 
 

@@ -30,8 +30,8 @@ from typing import Protocol
 
 from torch import Tensor
 
+from blockroll.kernels.block_attention import Packing
 from blockroll.policies.base import KVWindow, StateWindow
-from blockroll.policies.packing import Packing
 
 ROW_STEP = 16  # keys handed to attention come in multiples of this, so that few shapes occur
 

@@ -12,10 +12,10 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from blockroll.kernels.block_attention import Packing
 from blockroll.kernels.cache_write import cache_write, places_of
 from blockroll.kernels.pages import Pages
 from blockroll.policies.base import StateWindow
-from blockroll.policies.packing import Packing
 from blockroll.rollout.engine.cache.contract import ROW_STEP
 from blockroll.rollout.engine.cache.page_memory import PageMemory
 

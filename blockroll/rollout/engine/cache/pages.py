@@ -16,8 +16,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from blockroll.kernels.block_attention import Packing
 from blockroll.policies.base import Policy
-from blockroll.policies.packing import Packing
 from blockroll.rollout.engine.cache.contract import Cache
 from blockroll.rollout.engine.cache.held import TextIndex
 from blockroll.rollout.engine.cache.page_memory import PageMemory

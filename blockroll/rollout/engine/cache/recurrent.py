@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from blockroll.kernels.block_attention import Packing
 from blockroll.policies.base import Policy
-from blockroll.policies.packing import Packing
 from blockroll.rollout.engine.cache.contract import Cache, Window
 from blockroll.rollout.engine.cache.snapshots import State
 from blockroll.rollout.engine.cache.state import SlotStates

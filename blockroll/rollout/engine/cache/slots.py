@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from blockroll.kernels.block_attention import Packing
 from blockroll.policies.base import Policy, StateWindow
-from blockroll.policies.packing import Packing
 from blockroll.rollout.engine.cache.contract import ROW_STEP, Cache
 from blockroll.rollout.engine.cache.held import SlotTexts
 
