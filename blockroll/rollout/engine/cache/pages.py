@@ -67,6 +67,11 @@ class PagedCache(Cache):
         """Pages that some text has."""
         return self.num_pages - self._pool.num_free
 
+    @property
+    def num_pages_running(self) -> int:
+        """Pages that running texts have, each counted once."""
+        return self._pool.num_open
+
     def _text(self, source: int) -> PagedText:
         return self._open[source] if source >= 0 else self._kept[source]
 
