@@ -77,10 +77,14 @@ class Worker:
 
     def ask(self, **asked: Any) -> float:
         """Seconds that this work took."""
+        return float(self.answer(**asked)["seconds"])
+
+    def answer(self, **asked: Any) -> Row:
+        """All that was measured of it."""
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(asked) + "\n")
         self._process.stdin.flush()
-        return float(self._answer()["seconds"])
+        return self._answer()
 
     def _answer(self) -> Row:
         assert self._process.stdout is not None

@@ -71,6 +71,30 @@ def decode(
     return {"seconds": (time.perf_counter() - start) / num_tokens}
 
 
+def step_parts(*, plan: str, batch: int, sampling: Answer, max_tokens: int, seed: int) -> Answer:
+    """Milliseconds of a step of the tiny policy, and the parts of the host and of the sampler in it."""
+    policy = policy_at("tiny", None)
+    options = Sampling(max_tokens=max_tokens, ignore_eos=True, **sampling)
+    engine = Engine(policy, plan=Plan.parse(plan, default_drafts=8), max_batch_size=batch, max_length=256)
+    requests = [
+        Request(
+            request_id=str(index),
+            prompt_ids=tuple(policy.tokenizer(f"{index + 12}*{index % 7 + 3}-8=?\n")["input_ids"]),
+            seed=(seed << 32) + index,
+            sampling=options,
+        )
+        for index in range(batch)
+    ]
+    engine.submit(requests)
+    engine.step()
+    engine.reset_times()
+    drained(engine)
+    times = engine.times
+    host_s = times.step_s - times.forward_s - times.sampler_s
+    parts = {"host": host_s, "sampler": times.sampler_s, "step": times.step_s}
+    return {f"{part}_ms": 1e3 * seconds / times.num_steps for part, seconds in parts.items()}
+
+
 def admission(*, texts: int, length: int, seed: int) -> Answer:
     """Seconds until so many texts have their first tokens, twice: the second time each goes on from a first.
 
@@ -152,7 +176,7 @@ def drained(engine: Engine) -> list[Any]:
 
 MEASURES: dict[str, Callable[..., Answer]] = {
     measure.__name__: measure
-    for measure in (decode, admission, stop_strings, prompts_file, untrained_adapter)
+    for measure in (decode, step_parts, admission, stop_strings, prompts_file, untrained_adapter)
 }
 
 

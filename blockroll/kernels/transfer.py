@@ -23,14 +23,19 @@ def send(arrays: Sequence[np.ndarray], device: torch.device) -> list[Tensor]:
     if is_free(device):
         return [torch.from_numpy(each) for each in arrays]
     flat = np.concatenate([np.ascontiguousarray(each).view(np.int64).ravel() for each in arrays])
-    sent = torch.from_numpy(flat)
+    staged = torch.from_numpy(flat)
     if device.type == "cuda":
-        sent = sent.pin_memory()
-    parts = torch.split(sent.to(device, non_blocking=True), [each.size for each in arrays])
+        staged = staged.pin_memory()
+    parts = torch.split(staged.to(device, non_blocking=True), [each.size for each in arrays])
     return [
         (part if each.dtype == np.int64 else part.view(torch.float64)).view(each.shape)
         for part, each in zip(parts, arrays, strict=True)
     ]
+
+
+def sent(integers: Sequence[int] | Sequence[Sequence[int]], device: torch.device) -> Tensor:
+    """These integers as a tensor there, sent alike: `torch.tensor` waits until a GPU has them."""
+    return send([np.array(integers, dtype=np.int64)], device)[0]
 
 
 def fetch(tensors: Sequence[Tensor]) -> list[np.ndarray]:

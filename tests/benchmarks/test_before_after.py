@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks import before_after, readme_speed, rows
+from benchmarks import before_after, host, readme_speed, rows
 
 
 @pytest.fixture(scope="module")
@@ -45,3 +45,14 @@ def test_a_worker_that_ends_is_an_error_and_a_commit_that_is_none_is_named(commi
         worker.ask(measure="no such thing")
     with pytest.raises(SystemExit, match="no commit 'nonsense' in this repository"):
         before_after.unpacked("nonsense", tmp_path)
+
+
+@pytest.mark.slow
+def test_parts_of_a_step_are_measured_of_both_and_a_run_goes_on_where_it_stopped(commit, tmp_path):
+    found, is_whole = host.run(commit, commit, folder=tmp_path, short=True)
+    assert is_whole
+    assert len(found) == 2 * len(host.PLANS) + 2 * len(host.OPTIONS)
+    for row in found:
+        assert row["host_ms_after"] + row["sampler_ms_after"] < row["step_ms_after"]
+        assert row["sampler_ratio_low"] <= row["sampler_ratio"] <= row["sampler_ratio_high"]
+    assert host.run(commit, commit, folder=tmp_path, short=True) == (found, True)

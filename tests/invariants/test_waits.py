@@ -10,6 +10,7 @@ from blockroll.types import HISTORY, Law, Plan, Sampling
 from tests import models
 from tests.engines import make_requests, run
 from tests.equality import assert_same_rollouts
+from tests.recurrent_policy import RecurrentPolicy
 from tests.waits import Waits
 
 PLANS = {
@@ -68,8 +69,8 @@ def device(monkeypatch):
     monkeypatch.setattr(transfer, "is_free", lambda device: False)
 
 
-def waits_by_step(policy, plan, options, *, num_steps=2, prompts=ALIKE):
-    engine = Engine(policy, plan=plan, max_batch_size=8)
+def waits_by_step(policy, plan, options, *, num_steps=2, prompts=ALIKE, **engine_options):
+    engine = Engine(policy, plan=plan, max_batch_size=8, **engine_options)
     engine.submit(make_requests(prompts, Sampling(max_tokens=40, **{"ignore_eos": True, **options})))
     for _ in range(3):  # prefill, and what is sent once
         engine.step()
@@ -81,17 +82,37 @@ def waits_by_step(policy, plan, options, *, num_steps=2, prompts=ALIKE):
     return steps
 
 
+def assert_one_wait(waits):
+    """One read, and what was sent went by `send`: for a tensor made of numbers a GPU is waited for."""
+    assert waits.num_reads == 1, waits.reads
+    assert all("from_numpy at kernels/transfer.py" in name for name in waits.sends), waits.sends
+
+
 @pytest.mark.parametrize(("plan", "options"), CELLS)
 def test_a_step_waits_once(device, policy, plan, options):
     for waits in waits_by_step(policy, PLANS[plan], OPTIONS[options]):
-        assert waits.num_reads == 1, waits.reads
+        assert_one_wait(waits)
+        assert waits.num_sends <= 7, waits.sends
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("graphs", ["off", "buckets"])
+def test_a_step_over_pages_waits_once(device, policy, plan, graphs):
+    for waits in waits_by_step(policy, PLANS[plan], {}, num_steps=4, cache="pages", graphs=graphs):
+        assert_one_wait(waits)
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_a_step_with_recurrent_state_waits_once(device, plan):
+    for waits in waits_by_step(RecurrentPolicy(), PLANS[plan], {}, num_steps=4):
+        assert_one_wait(waits)
 
 
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("options", ["alone", "top_p", "repetition"])
 def test_a_step_waits_once_over_a_large_vocabulary(device, wide_policy, plan, options):
     for waits in waits_by_step(wide_policy, PLANS[plan], OPTIONS[options], num_steps=1, prompts=ALIKE[:2]):
-        assert waits.num_reads == 1, waits.reads
+        assert_one_wait(waits)
 
 
 def test_a_packed_step_waits_once(device):
@@ -103,7 +124,7 @@ def test_a_packed_step_waits_once(device):
     prompts = [*ALIKE, (9,), (8, 9)]
     for options in ("alone", "top_p", "repetition", "bad_words"):
         for waits in waits_by_step(policy, PLANS["history"], OPTIONS[options], prompts=prompts):
-            assert waits.num_reads == 1, waits.reads
+            assert_one_wait(waits)
     assert packed
 
 

@@ -12,12 +12,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from blockroll.errors import InvalidInput
-from blockroll.kernels.transfer import send
+from blockroll.kernels.transfer import sent
 from blockroll.policies.base import KVWindow, Policy
 from blockroll.rollout.engine.drafting import Drafter, DraftRows, DraftStep, Verifying
 from blockroll.rollout.engine.outcome import Outcome
@@ -93,7 +92,7 @@ class MaskRows(Drafter):
             counts = [proposal.num_drafts for proposal in proposals]
             return DraftRows(
                 logits=torch.stack([proposal.logits_KV for proposal in proposals]),
-                num_drafts_B=send([np.array(counts)], device)[0],
+                num_drafts_B=sent(counts, device),
                 origins=[proposal.origin for proposal in proposals],
                 num_drafts=counts,
             )

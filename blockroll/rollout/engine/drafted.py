@@ -6,13 +6,11 @@ Shapes: B running requests, K drafted tokens, L = K + 1 rows to verify, V vocabu
 from collections.abc import Sequence
 from dataclasses import replace
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from blockroll.errors import InvalidDraft
 from blockroll.kernels import transfer
-from blockroll.kernels.transfer import send
 from blockroll.rollout.engine.drafting import DraftRows, Verifying
 from blockroll.samplers import PackedLogits, as_rows
 from blockroll.types import Draft, Plan, PointMass, Rows
@@ -135,7 +133,7 @@ def _are_wrong(drafted: DraftRows | Draft, width: int, vocab_size: int) -> Tenso
     tokens_BK = drafted.token_ids_BK
     is_wrong_B |= ((tokens_BK < 0) | (tokens_BK >= vocab_size)).any(dim=1)
     if drafted.num_drafts is not None:
-        is_wrong_B |= num_drafts_B != send([np.array(drafted.num_drafts)], num_drafts_B.device)[0]
+        is_wrong_B |= num_drafts_B != transfer.sent(drafted.num_drafts, num_drafts_B.device)
     if not isinstance(drafted.law, PointMass):
         fit = fitted(drafted, vocab_size=vocab_size)
         assert isinstance(fit, Draft)

@@ -10,10 +10,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 from torch import Tensor
 
-from blockroll.kernels.transfer import send
+from blockroll.kernels.transfer import sent
 from blockroll.policies.base import Policy, VerifiesPacked
 from blockroll.rollout.engine.cache.contract import Cache, Window
 from blockroll.rollout.engine.outcome import Outcome
@@ -38,8 +37,7 @@ class DraftStep:
         """The last committed tokens of the requests from `first` on, int64 (B, 1)."""
         if self.anchors_B is not None:
             return self.anchors_B[first:, None]
-        anchors = np.array([running.anchor for running in self.batch[first:]])
-        return send([anchors], self.policy.device)[0][:, None]
+        return sent([[running.anchor] for running in self.batch[first:]], self.policy.device)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

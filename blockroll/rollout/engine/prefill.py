@@ -9,9 +9,9 @@ Shapes: B texts, C columns, K drafted tokens, V vocabulary.
 from collections.abc import Sequence
 from itertools import groupby
 
-import torch
 from torch import Tensor
 
+from blockroll.kernels.transfer import sent
 from blockroll.policies.base import Policy
 from blockroll.rollout.engine.cache.contract import ROW_STEP, Cache
 
@@ -85,7 +85,7 @@ def _fill(
             break
         rows = list(alike)
         columns = [[*[0] * (width - len(text)), *text[-width:]] for text in rows]
-        ids_BC = torch.tensor(columns, device=policy.device)
+        ids_BC = sent(columns, policy.device)
         stop = first + len(rows)
         if num_drafts is None:
             policy.prefill(ids_BC, cache.settled_window(first, stop, width))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from blockroll.kernels.transfer import sent
 from blockroll.policies.base import Policy
 
 
@@ -69,7 +70,7 @@ class PageMemory:
     def copy(self, sources: Sequence[int], targets: Sequence[int]) -> None:
         """Pages `targets`, different ones and none of the sources, hold what `sources` do."""
         device = self._policy.device
-        sources_N, targets_N = torch.tensor(sources, device=device), torch.tensor(targets, device=device)
+        sources_N, targets_N = sent([sources, targets], device)
         for tensor in self.tensors:
             tensor[targets_N] = tensor[sources_N]
 

@@ -9,12 +9,14 @@ page_size keys, D head width; of a packed window N rows.
 from collections.abc import Sequence
 from typing import Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from blockroll.kernels.block_attention import Packing
 from blockroll.kernels.cache_write import cache_write, places_of
 from blockroll.kernels.pages import Pages
+from blockroll.kernels.transfer import send, sent
 from blockroll.policies.base import StateWindow
 from blockroll.rollout.engine.cache.contract import ROW_STEP
 from blockroll.rollout.engine.cache.page_memory import PageMemory
@@ -83,12 +85,13 @@ class PagedWindow:
                 for request, (length, count) in enumerate(zip(lengths, num_rows, strict=True))
                 for row in range(max(-length, 0), count)
             ]
-            request_N, row_N = torch.tensor(places, device=device).T
+            request_N, row_N = sent(places, device).T
             picked = request_N, row_N
+        table_BT, lengths_B = send([np.array(rows), np.array(lengths)], device)
         return cls(
             memory,
-            torch.tensor(rows, device=device),
-            torch.tensor(lengths, device=device),
+            table_BT,
+            lengths_B,
             num_rows[0],
             packing=packing,
             picked=picked,

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from blockroll.kernels.block_attention import Packing
+from blockroll.kernels.transfer import sent
 from blockroll.policies.base import Policy, StateWindow
 from blockroll.rollout.engine.cache.contract import ROW_STEP, Cache
 from blockroll.rollout.engine.cache.held import SlotTexts
@@ -144,7 +145,7 @@ class SlotCache(Cache):
                 self._texts.cut(slot, 0)
         most = max(num_rows, default=0) + num_pending
         if most > 0 and list(sources) != list(range(start, stop)):
-            sources_B = torch.tensor(sources, device=self._policy.device)
+            sources_B = sent(sources, self._policy.device)
             for tensor in (*self._keys, *self._values):
                 # The right side is a copy, made before any row is overwritten.
                 tensor[start:stop, :, :most] = tensor[:, :, :most][sources_B]
@@ -163,7 +164,7 @@ class SlotCache(Cache):
 
     def exchange(self, first: int, second: int) -> None:
         """Two open slots change places; if that fails half-way, neither holds anything."""
-        pair = torch.tensor([first, second], device=self._policy.device)
+        pair = sent([first, second], self._policy.device)
         rows = max(len(self.tokens(slot)) for slot in (first, second))
         try:
             for tensor in (*self._keys, *self._values):
@@ -252,7 +253,7 @@ class SlotWindow:
         self._keys, self._values = cache.first_rows(start, stop, extent := _extent(needed, cache.capacity))
         self.extent = extent
         device = self._keys[0].device
-        self.lengths_B = torch.tensor(lengths, device=device)
+        self.lengths_B = sent(lengths, device)
         self.packing = packing  # None: all requests have as many rows
         self._rows: slice | None = None  # of all slots, where these are the same
         self._places: tuple[Tensor, Tensor]

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from blockroll.kernels.transfer import sent
 from blockroll.policies.base import Policy
 from blockroll.rollout.engine.cache.snapshots import Snapshots, State
 
@@ -94,8 +95,8 @@ class SlotStates:
             self._columns[slot], self._is_settled[slot] = marks, True
             rows.append([mark - length - 1 for mark in marks])
         widest = max(map(len, rows))
-        rows_BC = torch.tensor(
-            [[*each, *[num_rows - 1] * (widest - len(each))] for each in rows], device=self._policy.device
+        rows_BC = sent(
+            [[*each, *[num_rows - 1] * (widest - len(each))] for each in rows], self._policy.device
         )
         return SlotStateWindow(self, slice(start, start + len(lengths)), 0, rows_BC)
 
@@ -135,7 +136,7 @@ class SlotStates:
         stop = start + len(columns)
         if any(columns):
             self._stands[start:stop] = [_NOWHERE] * len(columns)
-            columns_B = torch.tensor(columns, device=self._policy.device)
+            columns_B = sent(columns, self._policy.device)
             slots_B = torch.arange(start, stop, device=self._policy.device)
             for held in self._held:
                 held[:, start:stop, 0] = held[:, slots_B, columns_B]
@@ -155,7 +156,7 @@ class SlotStates:
             source if source >= 0 and self._is_of(source, len(text)) else None
             for source, text in zip(sources, texts, strict=True)
         ]
-        slots_B = torch.tensor([slot or 0 for slot in own], device=self._policy.device)
+        slots_B = sent([slot or 0 for slot in own], self._policy.device)
         taken = [held[:, slots_B, 0] for held in self._held]
         for index, (slot, text) in enumerate(zip(own, texts, strict=True)):
             if slot is not None and text:
