@@ -15,16 +15,7 @@ from torch import Tensor
 from blockroll.kernels.block_attention import RowLayout
 from blockroll.policies.base import FusedRows, KVShape, StatePart
 from blockroll.policies.layout import causal_rows, fused_rows, two_forward_rows
-from blockroll.policies.segments import (
-    Segments,
-    at_rows,
-    before,
-    convolve,
-    draft_segments,
-    fused_segments,
-    last_rows,
-    scan,
-)
+from blockroll.policies.segments import Parents, at_rows, before, convolve, last_rows, parents_of, scan
 from blockroll.rollout.engine.cache.recurrent import RecurrentCache
 from blockroll.rollout.engine.cache.slots import SlotCache
 
@@ -96,22 +87,19 @@ class RecurrentPolicy:
         return self.logits(self._causal_rows(ids_BR, window))
 
     def _causal_rows(self, ids_BR, window):
-        num_rows = ids_BR.shape[1]
-        return self.rows(ids_BR, causal_rows(num_rows), draft_segments(num_rows, 0), window)
+        return self.rows(ids_BR, causal_rows(ids_BR.shape[1]), window)
 
     def verify_packed(self, ids_BL, packing, window):
         return packing.pack(self.verify_logits(ids_BL, window))[0]
 
     def draft_logits(self, ids_BC, num_drafts, window):
         num_clean = ids_BC.shape[1]
-        layout = two_forward_rows(num_clean, num_drafts)
-        rows_BRW = self.rows(ids_BC, layout, self.draft_segments(num_clean, num_drafts), window)
+        rows_BRW = self.rows(ids_BC, two_forward_rows(num_clean, num_drafts), window)
         return self.logits(rows_BRW[:, num_clean - 1 :])
 
     def fused_rows(self, ids_BL, levels, window):
         width = ids_BL.shape[1]
-        layout = fused_rows(width - 1, levels)
-        rows_BRW = self.rows(ids_BL, layout, self.fused_segments(width - 1, levels), window)
+        rows_BRW = self.rows(ids_BL, fused_rows(width - 1, levels), window)
         return FusedRows(
             verify_logits_BLV=self.logits(rows_BRW[:, :width]),
             proposal_states_BPLW=rows_BRW[:, width:].reshape(len(ids_BL), len(levels), width, -1),
@@ -120,11 +108,8 @@ class RecurrentPolicy:
     def proposal_logits(self, states_BKW):
         return self.logits(states_BKW)
 
-    def draft_segments(self, num_clean: int, num_drafts: int) -> Segments:
-        return draft_segments(num_clean, num_drafts)
-
-    def fused_segments(self, num_drafts: int, levels: tuple[int, ...]) -> Segments:
-        return fused_segments(num_drafts, levels)
+    def parents(self, layout: RowLayout) -> Parents:
+        return parents_of(layout)
 
     def logits(self, rows_BRW: Tensor) -> Tensor:
         """Float32; the poison is never drawn."""
@@ -132,33 +117,33 @@ class RecurrentPolicy:
         logits[..., POISON] -= 100
         return logits
 
-    def rows(self, ids_BC: Tensor, layout: RowLayout, segments: Segments, window) -> Tensor:
+    def rows(self, ids_BC: Tensor, layout: RowLayout, window) -> Tensor:
         """What the last layer gives (B, R, W)."""
         ids_BR = torch.nn.functional.pad(ids_BC, (0, layout.num_masks), value=self.vocab_size)
         positions_BR = layout.positions(window.lengths_B).clamp(max=self.max_length - 1)
         rows_BRW = self.embedding_VW[ids_BR] + self.positions_SW[positions_BR]
-        offsets_1R = layout.positions(torch.zeros(1, dtype=torch.int64))
-        is_text_BR = window.lengths_B[:, None] + offsets_1R >= 0
+        is_text_BR = window.lengths_B[:, None] + torch.arange(layout.num_rows) >= 0
         mask_BRS = layout.mask(window.lengths_B, window.extent)[:, 0]
         for index in range(NUM_LAYERS):
-            rows_BRW = rows_BRW + self._layer(index, rows_BRW, is_text_BR, mask_BRS, segments, window)
+            rows_BRW = rows_BRW + self._layer(index, rows_BRW, is_text_BR, mask_BRS, layout, window)
         return rows_BRW
 
-    def _layer(self, index, rows_BRW, is_text_BR, mask_BRS, segments, window):
+    def _layer(self, index, rows_BRW, is_text_BR, mask_BRS, layout, window):
         weights, states = self.layers[index], window.states
+        parents, clean = self.parents(layout), slice(layout.num_clean)
         normed_BRW = _normed(rows_BRW).where(is_text_BR[..., None], 0)
         inner_BRW = normed_BRW @ weights["rows"]
         late_BRD = normed_BRW @ weights["late"]
         seeds = {part.name: states.seed(part.name, index) for part in self.state_shape}
 
-        local_BRW = convolve(inner_BRW, seeds["conv"], weights["taps"], segments)
-        sums_BRW = scan(lambda past, row: DECAY * past + row, inner_BRW, seeds["sum"], segments)
-        states.leave("conv", index, last_rows(inner_BRW, seeds["conv"], segments, states.rows_BC))
-        states.leave("late", index, last_rows(late_BRD, seeds["late"], segments, states.rows_BC))
-        states.leave("sum", index, at_rows(sums_BRW, segments, states.rows_BC))
+        local_BRW = convolve(inner_BRW, seeds["conv"], weights["taps"], parents)
+        sums_BRW = scan(lambda past, row: DECAY * past + row, inner_BRW, seeds["sum"], parents)
+        delayed_BRD = before(late_BRD, seeds["late"], parents)[:, :, 0]
+        states.leave("conv", index, last_rows(inner_BRW[:, clean], seeds["conv"], states.rows_BC))
+        states.leave("late", index, last_rows(late_BRD[:, clean], seeds["late"], states.rows_BC))
+        states.leave("sum", index, at_rows(sums_BRW[:, clean], states.rows_BC))
 
         mixed_BRW = torch.tanh(local_BRW + sums_BRW)
-        delayed_BRD = before(late_BRD, seeds["late"], segments)[:, :, 0]
         values_BRD = torch.cat([mixed_BRW @ weights["value"], delayed_BRD], dim=-1)
         keys_BHSD, values_BHSD = window.update(
             (mixed_BRW @ weights["key"])[:, None], values_BRD[:, None], index
