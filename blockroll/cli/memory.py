@@ -66,6 +66,13 @@ def show_memory(
     console.print(_table(fields, f"memory of one replica, in {policy.dtype} on {place}"))
     for sentence in _sentences(plan, num_engines):
         console.print(sentence, markup=False)
+    in_float32 = plan.footprint.weights // bare.model.dtype.itemsize * 4
+    if in_float32 > memory.free:
+        raise InvalidInput(
+            f"a checkpoint is checked in float32, in which its weights take {size(in_float32)}, and "
+            f"{size(memory.free)} are free on {place}: its memory is told, and no more; check it on a larger "
+            "device"
+        )
     return fields
 
 
@@ -122,7 +129,7 @@ def _table(fields: dict[str, Any], title: str) -> Table:
     words = f"keys and values in all: {fields['cache_rows']:,} tokens{pages}"
     rows.append((words, size(fields["cache"])))
     for length, served in fields["requests"].items():
-        words = f"of them {served['together']} requests of {int(length):,} tokens at once"
+        words = f"of them, requests of {int(length):,} tokens at once: {served['together']}"
         rows.append((words, size(served["bytes"])))
     table = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("what")

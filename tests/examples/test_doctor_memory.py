@@ -42,7 +42,7 @@ def test_doctor_says_what_a_checkpoint_takes_before_it_is_loaded(policy_path, tm
         f"weights {size(weights)}",
         f"keys and values of a token {size(row)}",
         f"keys and values in all: 300 tokens {size(300 * row)}",
-        f"of them {together} requests of {longest:,} tokens at once {size(together * num_rows * row)}",
+        f"of them, requests of {longest:,} tokens at once: {together} {size(together * num_rows * row)}",
         "rollout.max_cache_rows bounds keys and values",
     ):
         assert words in " ".join(result.stdout.split())
@@ -66,3 +66,16 @@ def test_doctor_says_what_does_not_fit_and_what_there_is(policy_path, monkeypatc
         "policy.dtype=bfloat16",
     ):
         assert words in result.stderr
+
+
+def test_doctor_loads_nothing_in_float32_where_only_half_of_it_fits(policy_path, monkeypatch):
+    policy = HFPolicy.from_pretrained(policy_path, device="cpu", with_tokenizer=False)
+    weights = sum(each.numel() * each.itemsize for each in policy.model.parameters())
+    free = weights - 1000
+    monkeypatch.setattr(DeviceMemory, "of", lambda device: DeviceMemory(total=64_000_000, free=free))
+    options = ("policy.dtype=bfloat16", "policy.prepack=off", "policy.compile=off")
+    result = blockroll("doctor", "--model", policy_path, "--device", "cpu", *options)
+    assert result.exit_code == 2, result.output
+    assert "a checkpoint is checked in float32, in which its weights take" in result.stderr
+    assert f"{size(free)} are free on cpu" in result.stderr
+    assert "keys and values in all" in result.stdout
