@@ -56,10 +56,11 @@ def random_model(
     scale: float = 1.0,
     trained_drafts: int = 4,
     layouts: tuple[str, ...] = ("two_forward", "fused"),
+    **shape,
 ):
     """A two-layer causal LM; `scale` widens its logits, so that tokens differ in probability."""
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(family, **SHAPE, **FAMILIES[family])
+    config = AutoConfig.for_model(family, **{**SHAPE, **FAMILIES[family], **shape})
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

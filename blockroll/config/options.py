@@ -75,6 +75,8 @@ class RolloutConfig(SamplingOptions):
     # first sibling of every group, then the second, so that later ones are drafted from finished ones.
     group_order: Literal["together", "sibling_by_sibling"] = "together"
     max_batch_size: Positive = 64  # requests that one replica decodes together
+    # Prompt tokens that are computed at once while requests run, so that a long prompt does not stall them.
+    prefill_chunk: Positive = 2048
     max_length: Count = 0  # tokens of prompt and completion; 0: what the policy was built for
     # Of the device's memory that keys and values may take, per replica, as far as it is free behind the
     # weights; on a CPU, of the machine's or of what its process may have.

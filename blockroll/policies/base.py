@@ -138,8 +138,12 @@ class Policy(Protocol):
         """The weights have been written: make anew whatever was made of them."""
         ...
 
-    def prefill(self, ids_BR: Tensor, window: KVWindow) -> None:
-        """Write keys and values of prompt rows; no logits are computed."""
+    def prefill(self, ids_BR: Tensor, window: KVWindow, *, num_tokens_B: Tensor | None = None) -> None:
+        """Write keys and values of prompt rows; no logits are computed.
+
+        `num_tokens_B`, int64, are the tokens of each whole text, given where `length_boundaries` are; None:
+        those up to these rows, and the anchor.
+        """
         ...
 
     def verify_logits(self, ids_BR: Tensor, window: KVWindow) -> Tensor:

@@ -211,10 +211,11 @@ class HFPolicy:
         return str(self.tokenizer.decode(token_ids, skip_special_tokens=True))
 
     @_without_gradients
-    def prefill(self, ids_BR: Tensor, window: KVWindow) -> None:
-        """Write keys and values of prompt rows; no logits are computed."""
+    def prefill(self, ids_BR: Tensor, window: KVWindow, *, num_tokens_B: Tensor | None = None) -> None:
+        """Write keys and values of prompt rows, of texts that have so many tokens; no logits are computed."""
         num_rows = ids_BR.shape[1]
-        num_tokens_B = window.lengths_B + num_rows + 1  # with the anchor
+        if num_tokens_B is None:
+            num_tokens_B = window.lengths_B + num_rows + 1  # with the anchor
         self.hidden(ids_BR, causal_rows(num_rows), window, num_tokens_B=num_tokens_B)
 
     @_without_gradients

@@ -67,6 +67,7 @@ class Request:
     sampling: Sampling = field(default_factory=Sampling)
     group_id: str | None = None  # rollouts of one prompt share it and are kept on one replica
     prefix: Prefix | None = None  # tokens committed earlier; the request goes on after them
+    priority: int = 0  # higher ones join first; it changes no token
 
 
 class FinishedText(NamedTuple):

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from blockroll.rollout.drafters.engine import Engine
-from blockroll.rollout.engine import engine as engine_module
+from blockroll.rollout.engine import admission
 from blockroll.rollout.engine.cache.contract import ROW_STEP
 from blockroll.rollout.engine.cache.pages import PagedCache
 from blockroll.rollout.engine.cache.slots import SlotCache
-from blockroll.rollout.engine.prefill import prefill
+from blockroll.rollout.engine.prefill import lay_out
 from blockroll.types import Plan, Request, Sampling
 from tests.engines import make_requests
 from tests.equality import assert_same_rollouts
@@ -117,14 +117,14 @@ def test_texts_that_begin_together_get_the_tokens_of_texts_that_join(family, pla
     together = finish(Engine(policy, plan=plan), requests)
     first = together["r0"].stats
     assert (first.num_prefilled, together["r2"].stats.num_prefilled) == (29, 0)
-    monkeypatch.setattr(engine_module, "prefill", apart)
+    monkeypatch.setattr(admission, "lay_out", apart)
     joined = finish(Engine(policy, plan=plan), requests)
     near_ties = assert_same_rollouts(together, joined, policy)
     assert near_ties or together["r0"].stats == joined["r0"].stats
 
 
-def apart(policy, cache, start, texts, *, num_drafts):
-    return prefill(policy, cache, start, texts)
+def apart(chunk, bound, *, num_masks):
+    return lay_out(chunk, bound)
 
 
 @IN_BOTH

@@ -1,7 +1,6 @@
 """Which requests run together, in how much memory: nothing of it changes a token."""
 
 import dataclasses
-import random
 
 import pytest
 
@@ -26,55 +25,37 @@ def policy():
 def test_requests_join_several_at_a_time_but_never_wait_for_what_does_not_come():
     scheduler = Scheduler(max_batch_size=16)
     for index in range(20):
-        scheduler.submit(f"r{index}", 5)
-    assert len(scheduler.admit()) == 16
-    scheduler.release(3)
-    assert scheduler.admit() == ()  # one of 16 slots is free, and four wait
-    scheduler.release(3)
-    assert scheduler.admit() == ("r16", "r17")
+        scheduler.submit(f"r{index}")
+    assert len(begin(scheduler)) == 16
+    scheduler.drop("r3")
+    assert scheduler.join() == ()  # one of 16 slots is free, and four wait
+    scheduler.drop("r4")
+    assert begin(scheduler) == ("r16", "r17")
     scheduler.drop("r18")
-    scheduler.release(0)
-    assert scheduler.admit() == ("r19",)  # the last does not wait for company
+    scheduler.drop("r0")
+    assert scheduler.join() == ("r19",)  # the last does not wait for company
 
 
-def test_every_scheduled_request_runs_once_and_slots_have_no_holes():
-    rng = random.Random(0)
-    for _ in range(30):
-        scheduler = Scheduler(max_batch_size=rng.randint(1, 6), max_prefill_tokens=20)
-        slots: list[str] = []
-        waiting = [f"r{index}" for index in range(40)]
-        finished: list[str] = []
-        while waiting or slots or scheduler.waiting:
-            for _ in range(rng.randint(0, 3)):
-                if waiting:
-                    scheduler.submit(waiting.pop(0), rng.randint(0, 30))
-            slots += scheduler.admit()
-            scheduler.check_integrity()
-            assert tuple(slots) == scheduler.running
-            for slot in reversed(range(len(slots))):
-                if rng.random() < 0.3:
-                    finished.append(slots[slot])
-                    move = scheduler.release(slot)
-                    last = slots.pop()
-                    if move is not None:
-                        assert (move.source, move.target) == (len(slots), slot)
-                        slots[slot] = last
-        assert sorted(finished) == sorted(f"r{index}" for index in range(40))
+def begin(scheduler):
+    """All that can join run at once."""
+    joined = scheduler.join()
+    scheduler.start(len(joined))
+    return joined
 
 
 def test_an_interrupt_in_the_middle_of_an_admission_leaves_each_request_here_or_there(monkeypatch):
     scheduler = Scheduler(max_batch_size=4)
     for index in range(6):
-        scheduler.submit(f"r{index}", 5)
+        scheduler.submit(f"r{index}")
     with monkeypatch.context() as patch:
-        patch.setattr(scheduler._waiting, "popitem", raising, raising=False)
+        patch.setattr(scheduler._waiting[0], "popitem", raising, raising=False)
         with pytest.raises(KeyboardInterrupt):
-            scheduler.admit()
+            scheduler.join()
     scheduler.check_integrity()
-    assert (scheduler.running, scheduler.waiting) == (("r0", "r1", "r2", "r3"), ("r4", "r5"))
+    assert (scheduler.joining, scheduler.waiting) == (("r0", "r1", "r2", "r3"), ("r4", "r5"))
+    scheduler.start(4)
     assert scheduler.drop("r1") == 1
-    assert scheduler.joining() == ("r4",)
-    assert scheduler.admit() == ("r4",)
+    assert begin(scheduler) == ("r4",)
     assert (scheduler.running, scheduler.waiting) == (("r0", "r3", "r2", "r4"), ("r5",))
 
 
@@ -100,8 +81,8 @@ def test_what_leaves_a_queue_costs_the_same_however_long_the_queue_is():
     for size in (500, 2000):
         scheduler = Scheduler(max_batch_size=4)
         for index in range(size):
-            scheduler.submit(CountedName(f"r{index}"), 5)
-        scheduler.admit()
+            scheduler.submit(CountedName(f"r{index}"))
+        begin(scheduler)
         CountedName.num_compared = 0
         for index in reversed(range(size)):
             scheduler.drop(CountedName(f"r{index}"))

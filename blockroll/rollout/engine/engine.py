@@ -1,26 +1,26 @@
 """One engine: continuous batching of requests under one decoding plan, or one chosen for each step.
 
-A step is: admit waiting requests and prefill them, decode (step.py), commit. A planner is asked before it
-unless its last choice holds, and told what steps took unless a prefill did a part of them. The engine owns
-the cache and the requests' state.
+A step is: a chunk of the prompts that join (admission.py), decode what runs (step.py), commit. A planner is
+asked before it unless its last choice holds, and told what steps took unless a prefill did a part of them.
+The engine owns the cache and the requests' state.
 """
 
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
-from torch import Tensor
-
 from blockroll.errors import InvalidInput
 from blockroll.policies.base import Policy
+from blockroll.rollout.engine.admission import Admission
 from blockroll.rollout.engine.cache.layouts import PAGE_SIZE, Layout, make_cache
+from blockroll.rollout.engine.chunks import MAX_PREFILL_ROWS, PREFILL_CHUNK
 from blockroll.rollout.engine.drafting import Drafter
 from blockroll.rollout.engine.ends import Decode
 from blockroll.rollout.engine.plans import PlanChooser, Planning, at_hand, check_plan, drafters_of
-from blockroll.rollout.engine.prefill import prefill
+from blockroll.rollout.engine.prefill import Chunk
 from blockroll.rollout.engine.repeated import Graphs, RepeatedPolicy, forwards_of
 from blockroll.rollout.engine.requests import Limits, check_request
-from blockroll.rollout.engine.room import CacheRoom, SparePages
+from blockroll.rollout.engine.room import CacheRoom
 from blockroll.rollout.engine.running import RunningRequest
 from blockroll.rollout.engine.scheduler import Scheduler
 from blockroll.rollout.engine.served import ServedRequests, StepResult
@@ -47,6 +47,8 @@ class BareEngine:
         cache: Layout = "auto",
         page_size: int = PAGE_SIZE,
         graphs: Graphs = "auto",
+        prefill_chunk: int = PREFILL_CHUNK,
+        max_prefill_rows: int = MAX_PREFILL_ROWS,
         decode: Decode | None = None,
         policy_version: int = 0,
         observers: Iterable[Observer] = (),
@@ -63,7 +65,8 @@ class BareEngine:
         longest text that the requests at hand can become. `max_cache_rows` bounds its rows over all slots:
         then fewer than `max_batch_size` requests run together. 0: no bound. `cache` is how its rows lie: in
         slots as long as the longest text, or in pages of `page_size` rows, taken as texts grow. `graphs` says
-        whether forwards over pages run in few shapes, captured as graphs on a GPU (`repeated.py`).
+        whether forwards over pages run in few shapes, captured as graphs on a GPU (`repeated.py`). A forward
+        of a prefill has at most `max_prefill_rows` rows, and `prefill_chunk` where requests wait for it.
         """
         self.planner = None if isinstance(plan, Plan) else plan
         plans = (plan,) if isinstance(plan, Plan) else plan.candidates
@@ -97,6 +100,15 @@ class BareEngine:
         self._decoder = Decoder(self._forwards, self._cache, self._drafters, clock)
         self._starter = Starter(policy, self.limits, decode, numbers_servings=len(drafters_of(plans)) > 1)
         self._served = ServedRequests(self._scheduler, self._cache, self._starter)
+        self._admission = Admission(
+            policy,
+            self._cache,
+            self._scheduler,
+            self._served,
+            self._room,
+            prefill_chunk=prefill_chunk,
+            max_prefill_rows=max_prefill_rows,
+        )
         self._shrinking = Shrinking(
             self._forwards,
             self._cache,
@@ -144,8 +156,8 @@ class BareEngine:
         joining = [self._starter.start(request) for request in requests]
         with self._change():
             num_slots = self._room.make(requests)
-            # What runs is never driven out.
-            self._scheduler.max_batch_size = max(num_slots, len(self._scheduler.running))
+            # What has a slot is never driven out.
+            self._scheduler.max_batch_size = max(num_slots, self._scheduler.num_slots)
             self._served.add(joining)
 
     def abort(self, request_ids: Iterable[str]) -> tuple[Rollout, ...]:
@@ -177,7 +189,7 @@ class BareEngine:
     def change_weights(self, policy_version: int) -> None:
         """The policy's weights are those of this version, wholly or not at all; no row of others is read."""
         with self._change():
-            self._cache.invalidate()
+            self._served.forget_rows()
             self._forwards.weights_changed()
             self.policy_version = policy_version
 
@@ -187,12 +199,11 @@ class BareEngine:
         If a forward raises, the next step begins with what is missing.
         """
         with self._change():
-            self._cache.invalidate()
-            self._preempt()
-            self._prefill_missing()
+            self._served.forget_rows()
+            self._admission.write_missing(keeps_proposals=self._planning is None)
 
     def step(self) -> StepResult:
-        """Decode one step for every running request; joins waiting requests first.
+        """Write the next chunk of what joins, if anything does; decode one step for every request that runs.
 
         If it raises, nothing is lost: what it had made final comes with the next step, and all else is as it
         was before. Call it again, or abort requests. Where memory runs out it makes nothing final, and fewer
@@ -209,21 +220,23 @@ class BareEngine:
 
     def _try_step(self) -> Shortage | None:
         """Run a step; of whom it was, if memory ran out."""
-        batch: list[RunningRequest] = []
         num_running = 0
         try:
             with self._change():
-                self._preempt()
-                batch = self._served.of(self._scheduler.running)
-                num_running = len(batch)
-                self._prefill_missing()
-                batch += self._served.of(self._joining())
-                if batch:
-                    self._decode_batch(batch, num_running)
+                num_running = len(self._scheduler.running)
+                # Under a planner other plans may have come before one that is preempted runs again.
+                self._admission.write_missing(keeps_proposals=self.planner is None)
+                num_running = len(self._scheduler.running)
+                chunk = self._admission.next()
+                if num_running or (chunk is not None and chunk.whole):
+                    self._decode_batch(chunk)
+                elif chunk is not None:
+                    self._admission.write(chunk)
         except (MemoryError, RuntimeError) as error:
+            batch = self._served.of((*self._scheduler.running, *self._scheduler.joining))
             if not batch or not is_shortage(error):
                 raise
-            return shortage_of(error, batch, num_running)
+            return shortage_of(error, batch, min(num_running, len(batch)))
         self._shrinking.went_well()
         return None
 
@@ -245,29 +258,31 @@ class BareEngine:
         yield
         self._is_interrupted = False
 
-    def _decode_batch(self, batch: list[RunningRequest], num_running: int) -> None:
-        """One step of those that run and, behind them, those that join."""
+    def _decode_batch(self, chunk: Chunk | None) -> None:
+        """One step of those that run and, behind them, those that a chunk makes whole."""
+        running, joining = self._scheduler.running, self._scheduler.joining
+        whole = [] if chunk is None else [joining[place] for place in chunk.whole]
+        batch = self._served.of((*running, *whole))
         lengths, choice_s = None, 0.0
         if self._planning is not None:
-            choice, choice_s = self._planning.choose(batch, len(batch) - num_running)
+            choice, choice_s = self._planning.choose(batch, len(whole), has_prefill=chunk is not None)
             self._change_plan(choice.plan, batch)
             lengths = choice.lengths
         first_logits = None
-        if num_running < len(batch):
-            # Growing copies the cache, so it grows by powers of two.
-            num_slots = max(1 << (len(batch) - 1).bit_length(), self._cache.num_slots)
-            self._cache.reserve(
-                num_slots=min(num_slots, self._scheduler.max_batch_size), capacity=self._room.rows_per_slot
-            )
-            num_masks = None if num_running else self._decoder.num_masks_at_start(self.plan)
-            first_logits = self._prefill(num_running, batch[num_running:], num_masks)
-            self._scheduler.admit([running.request.request_id for running in batch[num_running:]])
+        if chunk is not None:
+            is_first = all(each.proposal is None for each in batch)  # some may have been preempted
+            num_masks = self._decoder.num_masks_at_start(self.plan) if is_first else None
+            first_logits = self._admission.write(chunk, num_masks)
+            order = [(*running, *whole).index(request_id) for request_id in self._scheduler.running]
+            batch = [batch[place] for place in order]
+            lengths = None if lengths is None else [lengths[place] for place in order]
         started, start_s, num_commits = self._clock(), self.times.start_s, len(self._served.commits)
         self._settle(batch, self._decoder.decode(batch, self.plan, first_logits, lengths))
         seconds = self._clock() - started
         self.times.step_s += seconds + choice_s
         self.times.num_steps += 1
-        if self._planning is not None and first_logits is None:
+        is_measured = first_logits is None and (chunk is None or not chunk.partial)
+        if self._planning is not None and is_measured:
             self._planning.observe(
                 seconds=seconds,
                 start_seconds=self.times.start_s - start_s,
@@ -297,36 +312,3 @@ class BareEngine:
         )
         for observer in self._observers:
             observer(trace)
-
-    def _preempt(self) -> None:
-        """Let the youngest wait again until all others that run have the pages of a step; one always has."""
-        while len(self._scheduler.running) > 1:
-            spare = SparePages(self._cache, self._room.block_rows)
-            for request_id in self._scheduler.running[self._cache.num_open :]:
-                spare.take(self._served.requests[request_id].token_ids)
-            if not spare.is_short:
-                return
-            # Under a planner other plans may have come before it runs again.
-            self._served.preempt(keeps_proposal=self._planning is None)
-
-    def _joining(self) -> tuple[str, ...]:
-        """Those that wait and may join now, as far as slots and pages go."""
-        spare = SparePages(self._cache, self._room.block_rows)
-        requests = self._served.requests
-        return self._scheduler.joining(lambda each: spare.take(requests[each].token_ids))
-
-    def _prefill_missing(self) -> None:
-        """Rows of running texts that the cache does not hold: weights have changed, or a step raised."""
-        start, running = self._cache.num_open, self._scheduler.running
-        if start < len(running):
-            self._prefill(start, [self._served.requests[request_id] for request_id in running[start:]])
-
-    def _prefill(
-        self, start: int, joining: list[RunningRequest], num_drafts: int | None = None
-    ) -> Tensor | None:
-        """Write the cache rows of everything before each request's anchor; the first logits, if they came."""
-        texts = [running.token_ids for running in joining]
-        num_reused, first_logits = prefill(self.policy, self._cache, start, texts, num_drafts=num_drafts)
-        for running, taken in zip(joining, num_reused, strict=True):
-            running.count_prefill(running.num_tokens - 1 - taken, taken)
-        return first_logits

@@ -19,6 +19,7 @@ class NextStep:
     batch_size: int
     context: int  # tokens of the longest text
     num_joining: int = 0  # requests that were in no step before
+    has_prefill: bool = False  # whether rows of prompts are computed right before it
     least_saved: float  # rows by which a packed forward is smaller than a padded one, or it is not packed
     # A drafter's name, K and the least chance of a draft -> what it expects, as `Drafter.outlook` says.
     outlook: Callable[[str, int, float], Sequence[Sequence[float]] | None]
@@ -31,12 +32,14 @@ class NextStep:
         policy: Policy,
         *,
         num_joining: int = 0,
+        has_prefill: bool = False,
     ) -> "NextStep":
         """That of these requests."""
         return cls(
             batch_size=len(batch),
             context=max([running.num_tokens for running in batch]),
             num_joining=num_joining,
+            has_prefill=has_prefill,
             least_saved=least_saved(policy),
             outlook=lambda name, *asked: drafters[name].outlook(batch, *asked),
         )
@@ -112,7 +115,9 @@ class Planning:
         self._start_s, self._choice_s, self._learning_s = 0.0, 0.0, 0.0
         self._num_tokens = 0
 
-    def choose(self, batch: Sequence[RunningRequest], num_joining: int) -> tuple[Choice, float]:
+    def choose(
+        self, batch: Sequence[RunningRequest], num_joining: int, *, has_prefill: bool = False
+    ) -> tuple[Choice, float]:
         """The choice for a step, and the seconds that it took."""
         if self._num_held and not num_joining and len(batch) == self._batch_size:
             self._num_held -= 1
@@ -120,7 +125,9 @@ class Planning:
         since = self._clock() - self._learning_s
         self._num_held = 0  # if asking raises, the next step asks again
         self._tell()
-        step = NextStep.of(batch, self._drafters, self._policy, num_joining=num_joining)
+        step = NextStep.of(
+            batch, self._drafters, self._policy, num_joining=num_joining, has_prefill=has_prefill
+        )
         self._choice = self.planner.choose(step)
         self._batch_size, self._num_held = len(batch), self._choice.num_steps - 1
         self._learning_s = 0.0

@@ -98,5 +98,9 @@ def check_request(request: Request, limits: Limits) -> None:
             f"{name} has drafts that are drawn from mask rows, and a reproducible 'auto' may choose these: "
             "its text would depend on it; give it draft_temperature=0 and an unmixed law, or fix the plan"
         )
+    if isinstance(request.priority, bool) or not isinstance(request.priority, int):
+        raise InvalidInput(
+            f"{name} has priority {request.priority!r}; give a whole number, the higher the earlier it joins"
+        )
     if not -_SEED_LIMIT <= request.seed < _SEED_LIMIT:
         raise InvalidInput(f"{name} has seed {request.seed}, outside 64 bits")

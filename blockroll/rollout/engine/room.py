@@ -73,6 +73,14 @@ class SparePages:
         """Whether open slots, and those that took some, lack any."""
         return self._left < 0
 
+    def complete(self, token_ids: Sequence[int], num_held: int) -> None:
+        """Take what an open slot needs besides, whose text has so many of its rows."""
+        size, num_rows = self._cache.page_size, len(token_ids) - 1
+        first = num_rows // size if token_ids in self._taken else 0  # it takes over whole pages
+        pages = -(-(num_rows + self._num_rows) // size) - max(-(-(num_held + self._num_rows) // size), first)
+        self._left -= max(pages, 0)
+        self._taken.add(token_ids)
+
     def take(self, token_ids: Sequence[int]) -> bool:
         """Take what a text needs that joins, with rows for all but its anchor; whether it was there."""
         is_repeated = token_ids in self._taken

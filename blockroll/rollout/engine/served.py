@@ -41,15 +41,18 @@ class ServedRequests:
     def __contains__(self, request_id: str) -> bool:
         return request_id in self.requests or request_id in self.finished
 
-    def of(self, request_ids: Iterable[str]) -> list[RunningRequest]:
-        """The requests of these names."""
-        return [self.requests[request_id] for request_id in request_ids]
-
     def add(self, joining: Iterable[RunningRequest]) -> None:
         """Queue requests."""
         self.requests |= {running.request.request_id: running for running in joining}
         for running in joining:
-            self._scheduler.submit(running.request.request_id, running.num_tokens - 1)
+            self._submit(running)
+
+    def of(self, request_ids: Iterable[str]) -> list[RunningRequest]:
+        """The requests of these names."""
+        return [self.requests[request_id] for request_id in request_ids]
+
+    def _submit(self, running: RunningRequest) -> None:
+        self._scheduler.submit(running.request.request_id, priority=running.request.priority)
 
     def abort(self, request_ids: Iterable[str]) -> None:
         """End requests with what each had committed; those that have ended stay as they ended."""
@@ -125,12 +128,12 @@ class ServedRequests:
                 self._leave(running.request.request_id)
 
     def preempt(self, *, keeps_proposal: bool) -> None:
-        """The youngest of those that run waits again, before all others, and loses nothing but its rows."""
-        running = {*self._scheduler.running}
-        request_id = next(each for each in reversed(self.requests) if each in running)
-        slot = self._scheduler.preempt(request_id, self.requests[request_id].num_tokens - 1)
-        if slot < self._cache.num_open:
-            self._cache.release(slot)
+        """What was to be served last of all with slots waits again, and loses nothing but its rows."""
+        num_running = len(self._scheduler.running)
+        ids = (*self._scheduler.running, *self._scheduler.joining)
+        request_id = ids[self._scheduler.ranks(ids)[-1]]
+        slot = self._scheduler.preempt(request_id)
+        self._vacate(slot, num_running, len(ids))
         self.requests[request_id].count_preemption(keeps_proposal=keeps_proposal)
 
     def fail(self, request_id: str, error: str) -> None:
@@ -142,11 +145,40 @@ class ServedRequests:
 
     def _leave(self, request_id: str) -> None:
         """A request is served no more; the rows of its text may be taken over."""
+        num_running, num_slots = len(self._scheduler.running), self._scheduler.num_slots
         slot = self._scheduler.drop(request_id)
-        if slot is not None and slot < self._cache.num_open:
-            self._cache.keep(slot, self.requests[request_id].num_tokens - 1)
-            self._cache.release(slot)
+        if slot is not None:
+            if slot < self._cache.num_open:
+                self._cache.keep(slot, self.requests[request_id].num_tokens - 1)
+            self._vacate(slot, num_running, num_slots)
         del self.requests[request_id]
+
+    def _vacate(self, slot: int, num_running: int, num_slots: int) -> None:
+        """Close a slot as the scheduler has done, which had so many slots, so many of them running."""
+        if slot >= self._cache.num_open:
+            return
+        if slot >= num_running:
+            self._clean(slot)
+        if self._cache.num_open < num_slots:
+            self._cache.close(slot)  # slots behind it lack rows: which is whose is settled with these
+            return
+        if slot < num_running - 1:
+            self._cache.exchange(slot, num_running - 1)
+        self._cache.release(max(slot, num_running - 1))
+
+    def _clean(self, slot: int) -> None:
+        """Let no row of a text that has not been decoded go that is not finite: nobody has seen it yet."""
+        has_rows = len(self._cache.tokens(slot)) > 0
+        if has_rows and not all(rows.isfinite().all() for rows in self._cache.committed(slot)):
+            self._cache.scrub(slot)
+
+    def forget_rows(self) -> None:
+        """No row is of use any more: what runs is written anew, and what joins waits again."""
+        num_running = len(self._scheduler.running)
+        for slot in range(num_running, self._cache.num_open):
+            self._clean(slot)
+        self._cache.invalidate()
+        self._scheduler.send_back()
 
     def restore(self) -> None:
         """Put right what an exception has left half done.
@@ -162,19 +194,23 @@ class ServedRequests:
             if request_id in self.finished:
                 self._scheduler.drop(request_id)
                 del self.requests[request_id]
-        scheduled = {*self._scheduler.running, *self._scheduler.waiting}
+        running_ids, joining = self._scheduler.running, self._scheduler.joining
+        scheduled = {*running_ids, *joining, *self._scheduler.waiting}
         for request_id, running in self.requests.items():
             if request_id not in scheduled:
-                self._scheduler.submit(request_id, running.num_tokens - 1)
-        for slot, request_id in enumerate(self._scheduler.running):
-            cached = self.requests[request_id].token_ids[:-1]
-            is_open = slot < self._cache.num_open
-            if is_open:
-                self._cache.keep(slot, len(cached))
-            if not is_open or tuple(self._cache.tokens(slot)) != cached:
+                self._submit(running)
+        num_running = len(running_ids)
+        for slot, request_id in enumerate((*running_ids, *joining)):
+            if slot >= self._cache.num_open:
+                break
+            text = self.requests[request_id].token_ids[:-1]
+            self._cache.keep(slot, len(text))
+            tokens = tuple(self._cache.tokens(slot))
+            if tokens != (text if slot < num_running else text[: len(tokens)]):
                 self._cache.close(slot)
                 break
-        self._cache.close(len(self._scheduler.running))
+        self._cache.close(num_running + len(joining))
+        self._scheduler.send_back(max(self._cache.num_open - num_running, 0))
 
     def _restart(self, running: RunningRequest) -> None:
         """Walk its constraint anew: an interrupt may have stopped it anywhere."""
@@ -190,12 +226,15 @@ class ServedRequests:
         If they are not whole, as behind an exception, only what `restore` builds on is checked.
         """
         self._scheduler.check_integrity()
-        running = self._scheduler.running
-        assert self.requests.keys() == {*running, *self._scheduler.waiting}, "a request is nowhere scheduled"
+        running, joining = self._scheduler.running, self._scheduler.joining
+        scheduled = {*running, *joining, *self._scheduler.waiting}
+        assert self.requests.keys() == scheduled, "a request is nowhere scheduled"
         if not is_whole:
             return
         self._cache.check_integrity()
-        assert self._cache.num_open == len(running), f"{self._cache.num_open} slots, not {len(running)}"
-        for slot, request_id in enumerate(running):
-            is_held = tuple(self._cache.tokens(slot)) == self.requests[request_id].token_ids[:-1]
+        num_slots = len(running) + len(joining)
+        assert self._cache.num_open == num_slots, f"{self._cache.num_open} slots, not {num_slots}"
+        for slot, request_id in enumerate((*running, *joining)):
+            tokens, text = tuple(self._cache.tokens(slot)), self.requests[request_id].token_ids[:-1]
+            is_held = tokens == (text if slot < len(running) else text[: len(tokens)])
             assert is_held, f"slot {slot} does not hold the text of request {request_id!r}"

@@ -33,7 +33,7 @@ class Shortage:
     """A step that had no room."""
 
     batch: tuple[RunningRequest, ...]  # in the order of their slots
-    num_running: int  # of them, those that had been prefilled before
+    num_running: int  # of them, those that ran before
     reason: str  # what the allocator said
 
 
@@ -83,14 +83,14 @@ class Shrinking:
         else:
             bound = max(len(batch) // 2, 1)
         self._room.max_slots = bound
-        is_whole = self._cache.num_open == len(self._scheduler.running)
+        is_whole = self._cache.num_open == self._scheduler.num_slots
         if self._num_in_a_row > 1 or bound == 1 or not is_whole:
             self._cache.clear()
         num_kept = min(bound, self._cache.num_open)
-        while len(self._scheduler.running) > num_kept:
+        while self._scheduler.num_slots > num_kept:
             self._served.preempt(keeps_proposal=self._keeps_proposals)
         num_slots = self._room.num_slots(max(self._room.rows_per_slot, 1))
-        self._scheduler.max_batch_size = max(num_slots, len(self._scheduler.running))
+        self._scheduler.max_batch_size = max(num_slots, self._scheduler.num_slots)
         if isinstance(self._policy, RepeatedPolicy):
             self._policy.release_memory()
         if self._policy.device.type == "cuda":

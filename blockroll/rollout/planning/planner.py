@@ -202,7 +202,8 @@ class Planner:
             else:
                 self._holds_until = self._num_steps + self._trial[1] + _STEPS_BETWEEN_TRIALS
                 self._hold = _STEPS_PER_CHOICE
-        if self._trial is None or step.num_joining:  # what a prefill begins is not measured
+        # What a prefill begins is not measured.
+        if self._trial is None or step.num_joining or step.has_prefill:
             return self._in_use, False
         plan, steps = self._trial
         self._trial = (plan, steps - 1) if steps > 1 else None

@@ -184,6 +184,7 @@ def replica_around(
         plan=plan,
         reproducible=config.reproducible,
         max_batch_size=config.max_batch_size,
+        prefill_chunk=config.prefill_chunk,
         max_length=config.max_length,
         max_cache_rows=cache.budget.rows,
         cache=config.cache,

@@ -14,8 +14,8 @@ from blockroll.errors import InvalidInput
 from blockroll.policies.footprint import Footprint
 from blockroll.rollout.engine.budget import CacheBudget, size
 from blockroll.rollout.engine.cache.layouts import layout_of
+from blockroll.rollout.engine.chunks import MAX_PREFILL_ROWS
 from blockroll.rollout.engine.room import CacheRoom
-from blockroll.rollout.engine.scheduler import MAX_PREFILL_TOKENS
 from blockroll.rollout.planning.planner import Planner
 from blockroll.rollout.planning.reading import read_plan
 from blockroll.types import Plan
@@ -83,7 +83,7 @@ class CachePlan:
             total=memory.total,
             free=memory.free - to_come * num_engines,
             share=config.memory_fraction,
-            forward=footprint.forward(prefill_rows=MAX_PREFILL_TOKENS, logits_rows=logits_rows),
+            forward=footprint.forward(prefill_rows=MAX_PREFILL_ROWS, logits_rows=logits_rows),
             num_engines=num_engines,
             row=footprint.kv_shape.num_bytes,
             max_rows=config.max_cache_rows,
@@ -100,7 +100,7 @@ class CachePlan:
             footprint=footprint,
             budget=budget,
             room=room,
-            prefill_rows=MAX_PREFILL_TOKENS,
+            prefill_rows=MAX_PREFILL_ROWS,
             logits_rows=logits_rows,
         )
 
