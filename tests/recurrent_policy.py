@@ -16,8 +16,7 @@ from blockroll.kernels.block_attention import RowLayout
 from blockroll.policies.base import FusedRows, KVShape, StatePart
 from blockroll.policies.layout import causal_rows, fused_rows, two_forward_rows
 from blockroll.policies.segments import Parents, at_rows, before, convolve, last_rows, parents_of, scan
-from blockroll.rollout.engine.cache.recurrent import RecurrentCache
-from blockroll.rollout.engine.cache.slots import SlotCache
+from blockroll.rollout.engine.cache.layouts import open_slots
 
 WIDTH, HEAD, TAPS, NUM_LAYERS = 12, 6, 3, 2
 DECAY = 0.9
@@ -77,7 +76,7 @@ class RecurrentPolicy:
 
     def model(self, input_ids, use_cache):
         """Logits of whole texts, as transformers' own forward would give them."""
-        cache = cache_of(self, num_slots=len(input_ids), capacity=input_ids.shape[1])
+        cache = open_slots(self, num_slots=len(input_ids), capacity=input_ids.shape[1])
         return SimpleNamespace(logits=self.verify_logits(input_ids, cache.window(0, *input_ids.shape)))
 
     def prefill(self, ids_BR, window):
@@ -151,11 +150,6 @@ class RecurrentPolicy:
         scores_BRS = mixed_BRW @ weights["query"] @ keys_BHSD[:, 0].transpose(1, 2)
         shares_BRS = scores_BRS.masked_fill(~mask_BRS, -torch.inf).softmax(dim=-1)
         return shares_BRS @ values_BHSD[:, 0] @ weights["out"] + mixed_BRW @ weights["mix"]
-
-
-def cache_of(policy: RecurrentPolicy, *, num_slots: int, capacity: int) -> RecurrentCache:
-    """Of open and empty slots."""
-    return RecurrentCache(policy, SlotCache(policy, num_slots=num_slots, capacity=capacity))
 
 
 def _normed(rows_BRW: Tensor) -> Tensor:

@@ -20,7 +20,8 @@ from blockroll.errors import InvalidInput
 from blockroll.policies.adapter import DraftAdapter
 from blockroll.policies.hf import HFPolicy
 from blockroll.policies.rounding import nudged_inputs
-from blockroll.rollout.engine.cache.slots import SlotCache
+from blockroll.rollout.engine.cache.contract import Cache
+from blockroll.rollout.engine.cache.layouts import open_slots
 
 LONGEST_WINDOW = 256  # sliding windows up to this are filled; beyond, prompts would cost too much
 MOST_PROMPTS = 6  # of those given
@@ -79,20 +80,20 @@ class PolicyProbe:
         """Whether some row does not see all of its prefix; true without a window."""
         return self.window is None or max(map(len, self.prefixes)) > self.window
 
-    def empty_cache(self, num_slots: int) -> SlotCache:
+    def empty_cache(self, num_slots: int) -> Cache:
         """Room for the longest prompt, two blocks and the widest fused forward."""
         longest = max(map(len, self.prefixes))
         capacity = longest + 2 * self.width + self.width * (self.width + 1)
-        return SlotCache(self.policy, num_slots=num_slots, capacity=capacity)
+        return open_slots(self.policy, num_slots=num_slots, capacity=capacity)
 
-    def prefilled(self, prefixes: Sequence[Sequence[int]] | None = None) -> SlotCache:
+    def prefilled(self, prefixes: Sequence[Sequence[int]] | None = None) -> Cache:
         """A cache that holds these prefixes, by default the probe's own."""
         prefixes = self.prefixes if prefixes is None else prefixes
         cache = self.empty_cache(len(prefixes))
         self.extend(cache, prefixes)
         return cache
 
-    def extend(self, cache: SlotCache, pieces: Sequence[Sequence[int]]) -> None:
+    def extend(self, cache: Cache, pieces: Sequence[Sequence[int]]) -> None:
         """Prefill and commit one more piece of text per slot."""
         lengths = [len(piece) for piece in pieces]
         ids_BR = torch.zeros((len(pieces), max(1, *lengths)), dtype=torch.int64)
@@ -102,11 +103,11 @@ class PolicyProbe:
         self.policy.prefill(ids_BR.to(self.policy.device), window)
         cache.commit(0, pieces)
 
-    def verify(self, cache: SlotCache, block_BL: Tensor) -> Tensor:
+    def verify(self, cache: Cache, block_BL: Tensor) -> Tensor:
         """Verify logits (B, L, V) behind all slots."""
         return self.policy.verify_logits(block_BL, cache.window(0, *block_BL.shape))
 
-    def draft(self, cache: SlotCache, anchors_B: Tensor, num_drafts: int) -> Tensor:
+    def draft(self, cache: Cache, anchors_B: Tensor, num_drafts: int) -> Tensor:
         """Logits (B, K + 1, V) of a draft forward behind all slots: the anchor's row and K masks'."""
         window = cache.window(0, len(anchors_B), num_drafts + 1)
         return self.policy.draft_logits(anchors_B[:, None], num_drafts, window)
@@ -228,8 +229,8 @@ def _sliding_window(policy: HFPolicy) -> int | None:
     return getattr(config, "sliding_window", None) if "sliding_attention" in kinds else None
 
 
-def cache_gap(cache: SlotCache, recomputed: SlotCache) -> float:
-    """Largest difference of committed keys and values, as a share of the largest in that layer."""
+def cache_gap(cache: Cache, recomputed: Cache) -> float:
+    """Largest difference of committed keys, values and states, as a share of the largest in that layer."""
     gaps = []
     for slot in range(cache.num_slots):
         for mine, other in zip(cache.committed(slot), recomputed.committed(slot), strict=True):

@@ -12,12 +12,13 @@ import torch
 
 from blockroll.kernels.block_attention import Packing
 from blockroll.rollout.drafters.engine import Engine
-from blockroll.rollout.engine.cache.recurrent import RecurrentCache
+from blockroll.rollout.engine.cache.contract import Cache
+from blockroll.rollout.engine.cache.layouts import open_slots
 from blockroll.rollout.engine.cache.state import SlotStates
 from blockroll.types import Plan, Request, Sampling
 from tests.engines import PlansInTurn, make_requests, run
 from tests.equality import assert_same_rollouts
-from tests.recurrent_policy import RecurrentPolicy, cache_of
+from tests.recurrent_policy import RecurrentPolicy
 
 PLAIN, TWO_FORWARD, HISTORY = Plan(0), Plan(3), Plan(4, drafter="history")
 FUSED = [Plan(3, levels) for levels in [(0,), (0, 2), (0, 1, 2, 3)]]
@@ -43,19 +44,19 @@ def prompts() -> list[tuple[int, ...]]:
     return [root, root, (*root[:35], 5, 6), text(3, seed=2), text(25, seed=3), root, (7,), text(9, seed=4)]
 
 
-def assert_states_are_cold(policy, cache: RecurrentCache) -> None:
-    """The state of every open slot equals that of a fresh forward over the same tokens, at every layer."""
+def assert_states_are_cold(policy, cache: Cache) -> None:
+    """Keys, values and states of every open slot are those of a fresh forward over the same tokens."""
     texts = [list(cache.tokens(slot)) for slot in range(cache.num_open)]
     longest = max(map(len, texts), default=0)
     if not longest:
         return
-    fresh = cache_of(policy, num_slots=len(texts), capacity=longest)
+    fresh = open_slots(policy, num_slots=len(texts), capacity=longest)
     fresh.share(0, range(len(texts)), [len(text) - longest for text in texts])
     ids = torch.tensor([[*[0] * (longest - len(text)), *text] for text in texts])
     policy.prefill(ids, fresh.settled_window(0, len(texts), longest))
     fresh.commit(0, texts)
     for slot in range(len(texts)):
-        for mine, cold in zip(cache.committed_state(slot), fresh.committed_state(slot), strict=True):
+        for mine, cold in zip(cache.committed(slot), fresh.committed(slot), strict=True):
             torch.testing.assert_close(mine, cold, atol=1e-9, rtol=1e-9)
 
 
@@ -124,7 +125,7 @@ def test_after_every_sequence_of_accepted_counts_the_state_is_that_of_the_text(p
     """Three steps with up to two drafts: each of the 27 sequences has a slot."""
     num_drafts, num_steps = 2, 3
     sequences = list(itertools.product(range(num_drafts + 1), repeat=num_steps))
-    cache = cache_of(policy, num_slots=len(sequences), capacity=48)
+    cache = open_slots(policy, num_slots=len(sequences), capacity=48)
     rng = random.Random(0)
     start = [text(4, seed=slot) for slot in range(len(sequences))]
     policy.prefill(torch.tensor(start), cache.settled_window(0, len(start), 4))
@@ -146,7 +147,7 @@ def proposals_and_drafts(policy, levels: tuple[int, ...]):
     """Logits of each level's proposal, and those of masks behind the same tokens in a forward alone."""
     start, num_drafts = [text(6, seed=slot) for slot in range(3)], 3
     ids_BL = torch.tensor([text(num_drafts + 1, seed=10 + slot) for slot in range(3)])
-    cache = cache_of(policy, num_slots=3, capacity=48)
+    cache = open_slots(policy, num_slots=3, capacity=48)
     policy.prefill(torch.tensor(start), cache.settled_window(0, 3, 6))
     cache.commit(0, start)
     width = num_drafts + 1

@@ -10,6 +10,7 @@ from blockroll.rollout.drafters.engine import Engine
 from blockroll.rollout.engine.cache import recurrent as recurrent_module
 from blockroll.rollout.engine.cache import snapshots as snapshots_module
 from blockroll.rollout.engine.cache import state as state_module
+from blockroll.rollout.engine.cache.layouts import open_slots
 from blockroll.rollout.engine.cache.state import SlotStates
 from tests.engines import make_requests, run
 from tests.equality import assert_same_rollouts
@@ -26,7 +27,7 @@ from tests.invariants.test_recurrent import (
     text,
     verify,
 )
-from tests.recurrent_policy import POISON, RecurrentPolicy, cache_of
+from tests.recurrent_policy import POISON, RecurrentPolicy
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +110,7 @@ def test_an_interrupt_anywhere_between_rows_and_states_changes_no_token(policy, 
 
 def test_rows_that_are_cut_back_end_where_a_state_is_left(policy):
     """Behind a step: at a candidate of it, at its beginning's snapshots, or nowhere."""
-    cache = cache_of(policy, num_slots=4, capacity=64)
+    cache = open_slots(policy, num_slots=4, capacity=64)
     whole = text(44, seed=1)
     policy.prefill(torch.tensor([whole[:40]] * 4), cache.settled_window(0, 4, 40))
     cache.commit(0, [whole[:40]] * 4)

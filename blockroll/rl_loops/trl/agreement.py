@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from blockroll.errors import WeightSyncError
 from blockroll.policies.hf import HFPolicy
-from blockroll.rollout.engine.cache.slots import SlotCache
+from blockroll.rollout.engine.cache.layouts import open_slots
 from blockroll.rollout.pool.pool import RolloutPool
 from blockroll.types import Request, Sampling
 
@@ -30,7 +30,7 @@ def policy_gap(trainer: Any, policy: HFPolicy) -> float:
     """
     length = min(NUM_TOKENS, policy.max_length)
     ids_BT = _spread_ids(policy.vocab_size, NUM_TEXTS, length).to(trainer.accelerator.device)
-    cache = SlotCache(policy, num_slots=NUM_TEXTS, capacity=length)
+    cache = open_slots(policy, num_slots=NUM_TEXTS, capacity=length)
     with trainer.accelerator.autocast():
         logits_BTV = policy.verify_logits(ids_BT.to(policy.device), cache.window(0, NUM_TEXTS, length))
     law_BTV = (logits_BTV[:, :-1] / trainer.temperature).log_softmax(-1)

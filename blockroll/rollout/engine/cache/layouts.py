@@ -46,6 +46,12 @@ def _rows(policy: Policy, layout: Layout, *, page_size: int, max_rows: int) -> C
             raise InvalidInput(f"cache is {other!r}; allowed are 'auto', 'slots' and 'pages'")
 
 
+def open_slots(policy: Policy, *, num_slots: int, capacity: int) -> Cache:
+    """So many open and empty slots with room for `capacity` rows each, for forwards without an engine."""
+    rows = SlotCache(policy, num_slots=num_slots, capacity=capacity)
+    return RecurrentCache(policy, rows) if policy.state_shape else rows
+
+
 def check_page_size(page_size: int) -> None:
     """Raise InvalidInput unless it is a power of two in bounds."""
     if not 1 <= page_size <= MAX_PAGE_SIZE or page_size & (page_size - 1):

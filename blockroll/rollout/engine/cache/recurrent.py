@@ -7,7 +7,6 @@ from torch import Tensor
 from blockroll.kernels.block_attention import Packing
 from blockroll.policies.base import Policy
 from blockroll.rollout.engine.cache.contract import Cache, Window
-from blockroll.rollout.engine.cache.snapshots import State
 from blockroll.rollout.engine.cache.state import SlotStates
 
 
@@ -162,12 +161,10 @@ class RecurrentCache(Cache):
         return self._rows.num_bytes + self._states.num_bytes
 
     def committed(self, source: int) -> tuple[Tensor, ...]:
-        """Keys and then values of a source's valid rows (H, S, D), layer by layer."""
-        return self._rows.committed(source)
-
-    def committed_state(self, slot: int) -> State:
-        """Copies of the state behind an open slot's valid rows, part by part (layers, ...)."""
-        return self._states.state(slot)
+        """Keys and then values of a source's valid rows (H, S, D), layer by layer; of an open slot its state
+        as well, part by part (layers, ...)."""
+        is_open = 0 <= source < self.num_open
+        return (*self._rows.committed(source), *(self._states.state(source) if is_open else ()))
 
     def fill_stale(self, value: float) -> None:
         """Overwrite every row and state that is not valid: what may not be seen must not matter."""
