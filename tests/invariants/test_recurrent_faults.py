@@ -46,6 +46,20 @@ def test_requests_that_are_sent_back_go_on_as_if_they_had_run(policy, plan):
 
 
 @MASKS
+def test_prompts_that_come_in_chunks_beside_what_runs_have_the_states_of_whole_ones(policy, plan):
+    """Chunks end anywhere; texts that begin alike lack different numbers of rows in one chunk."""
+    requests = make_requests([text(length, seed=length) for length in (5, 30, 70)] + prompts(), GREEDY)
+    engine = Engine(policy, plan=plan, max_batch_size=8, prefill_chunk=13)
+    engine.submit(requests[:1])
+    engine.step()
+    finished = finish(engine, requests[1:])
+    assert_same_rollouts(run(policy, requests, PLAIN), finished, policy)
+    turns = [(*each.request.prompt_ids, *each.token_ids, *text(9, seed=9)) for each in finished.values()]
+    later = make_requests(turns, GREEDY, seed=1)
+    assert_same_rollouts(run(policy, later, PLAIN), finish(engine, later), policy)
+
+
+@MASKS
 def test_a_request_that_goes_wrong_leaves_nothing_behind(policy, plan):
     requests = make_requests([(*text(20, seed=1), POISON, 5), *prompts()], GREEDY)
     engine = Engine(policy, plan=plan, max_batch_size=3)
