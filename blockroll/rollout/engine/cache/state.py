@@ -10,8 +10,8 @@
    row and every so many before it, and all of them become snapshots. So does that of a text that ends.
 
 Column 0 of a slot is its state, column i the i-th candidate: to commit is one gather by an index tensor, and
-of a verifying forward the offset that the verdict stops at is the column. Before a text's first row there are
-zeros.
+in a decoding step the number of rows that the verdict commits is the column. Before a text's first row there
+are zeros.
 
 Shapes: N slots, B slots of one window, C candidates of each.
 """
