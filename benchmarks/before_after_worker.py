@@ -72,10 +72,16 @@ def decode(
 
 
 def step_parts(*, plan: str, batch: int, sampling: Answer, max_tokens: int, seed: int) -> Answer:
-    """Milliseconds of a step of the tiny policy, and the parts of the host and of the sampler in it."""
+    """Milliseconds of the processor in a step of the tiny policy, with the host's and the sampler's."""
     policy = policy_at("tiny", None)
     options = Sampling(max_tokens=max_tokens, ignore_eos=True, **sampling)
-    engine = Engine(policy, plan=Plan.parse(plan, default_drafts=8), max_batch_size=batch, max_length=256)
+    engine = Engine(
+        policy,
+        plan=Plan.parse(plan, default_drafts=8),
+        max_batch_size=batch,
+        max_length=256,
+        clock=time.process_time,
+    )
     requests = [
         Request(
             request_id=str(index),

@@ -5,7 +5,8 @@
 
 Each commit runs in an interpreter of its own on one torch thread (benchmarks/before_after.py). A pair is the
 same rollouts in both, one directly after the other, who comes first alternating; the first is not counted.
-Times are of one step, prefill left out (`engine.times`): the host's is what forward and sampler leave over.
+Times are the processor's in one step, prefill left out (`engine.times`), so what else the machine does slows
+them little: the host's is what forward and sampler leave over.
 Rows go to runs/evidence/host as they come, and all of them to benchmarks/results/speed_host.jsonl at the end.
 """
 
@@ -63,7 +64,7 @@ def measured(cell: Row, before: Worker, after: Worker, *, pairs: int) -> Row:
             for worker in order
         }
         found.append((told[before], told[after]))
-    row = {"what": "time of a step by part", "policy": "tiny", **cell, "pairs": pairs, "threads": 1}
+    row = {"what": "processor time of a step by part", "policy": "tiny", **cell, "pairs": pairs, "threads": 1}
     for part in PARTS:
         values = [(old[f"{part}_ms"], new[f"{part}_ms"]) for old, new in found[1:]]
         ratios = [new / old for old, new in values]
