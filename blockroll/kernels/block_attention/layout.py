@@ -55,7 +55,8 @@ class RowLayout:
 
         A key below a request's length is its prefix; those from there on are the new rows in order. With a
         sliding window a row sees only keys less than that many positions back. Every row sees some key: an
-        empty one would be NaN, and its values reach all others as 0 * NaN.
+        empty one would be NaN, and its values reach all others as 0 * NaN. Texts that begin later have no
+        blocks apart from the clean rows.
         """
         device, lengths_B1, num_rows = lengths_B.device, lengths_B[:, None], self.num_rows
         keys_S, last_R = _counted(0, extent, device), _last(self, device)
@@ -65,19 +66,17 @@ class RowLayout:
             if sliding_window is not None:
                 mask_BRS &= keys_S > (self.positions(lengths_B) - sliding_window)[..., None]
             return mask_BRS[:, None]
-        # New rows before a text, and those for which a packed window has no room, are in columns beside it.
-        columns, kept = extent + 2 * num_rows, slice(num_rows, num_rows + extent)
+        # New rows for which a packed window has no room are in columns behind it.
+        columns = extent + num_rows
         mask_BRS = torch.empty((len(lengths_B), num_rows, columns), dtype=torch.bool, device=device)
-        mask_BRS[..., kept] = (keys_S < lengths_B1)[:, None]
+        prefix_BRS = mask_BRS[..., :extent]
+        prefix_BRS.copy_((keys_S < lengths_B1)[:, None])
         if sliding_window is not None:
-            mask_BRS[..., kept] &= keys_S > (self.positions(lengths_B) - sliding_window)[..., None]
-        column_BR = lengths_B1 + _counted(num_rows, 2 * num_rows, device)
-        shown_RR = _shown(self, sliding_window, device)
-        mask_BRS.scatter_(
-            2, column_BR[:, None].expand(-1, num_rows, -1), shown_RR[None].expand(len(lengths_B), -1, -1)
-        )
-        mask_BRS[..., num_rows] |= column_BR < num_rows
-        return mask_BRS[:, None, :, kept].contiguous()
+            prefix_BRS &= keys_S > (self.positions(lengths_B) - sliding_window)[..., None]
+        column_BR = lengths_B1 + _counted(0, num_rows, device)
+        shown_BRR = _shown(self, sliding_window, device).expand(len(lengths_B), -1, -1)
+        mask_BRS.scatter_(2, column_BR[:, None].expand(shown_BRR.shape), shown_BRR)
+        return prefix_BRS[:, None].contiguous()
 
 
 @lru_cache(maxsize=64)

@@ -24,7 +24,10 @@ class AttendedRows:
 
     def mask(self, sliding_window: int | None) -> Tensor:
         """The mask of layers with this window, contiguous; of packed rows, of the rectangle they would be."""
-        return self._once(sliding_window, lambda: self.make_mask(sliding_window).contiguous())
+        made = self._made.get(sliding_window)
+        if made is None:
+            made = self._made[sliding_window] = self.make_mask(sliding_window).contiguous()
+        return made
 
     def folded_mask(self, sliding_window: int | None, repeats: int) -> Tensor:
         """The mask (B, 1, repeats * R, S) of as many query heads folded into one."""
