@@ -120,6 +120,7 @@ def verify_packed(policy, cache, ids_BL):
     policy.verify_packed(ids_BL, packing, cache.packed_window(0, packing))
 
 
+@pytest.mark.failure(28)
 @pytest.mark.parametrize("write", [verify, verify_behind_the_anchor, verify_and_propose, verify_packed])
 def test_after_every_sequence_of_accepted_counts_the_state_is_that_of_the_text(policy, write):
     """Three steps with up to two drafts: each of the 27 sequences has a slot."""
