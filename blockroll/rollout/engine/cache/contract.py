@@ -102,7 +102,8 @@ class Cache(ABC):
     def spare(self, num_rows: int) -> int:
         """Pages left once every open slot has so many rows behind its valid ones; below 0, so many lack.
 
-        Texts that have ended count for nothing. A layout that has reserved all memory always has some.
+        Where there are plenty, as many at least. Texts that have ended count for nothing. A layout that has
+        reserved all memory always has some.
         """
         return sys.maxsize
 

@@ -20,32 +20,33 @@ class PagedText(HeldText):
 class TableWrites:
     """Texts that are about to write rows first..stop-1 each, in pages that no other text may name then.
 
-    Pages that others name are copied before. `num_texts` says how many texts name a page; of those that write
-    here the last keeps it. Tables change only by what the caller does with `with_pages`.
+    Pages that others name are copied before; of texts that all write here the last keeps its page. Tables
+    change only by what the caller does with `with_pages`.
     """
 
     def __init__(self, texts: Sequence[PagedText], spans: Sequence[tuple[int, int]], page_size: int) -> None:
         self._texts, self._page_size = texts, page_size
         self._spans = [(first // page_size, -(-stop // page_size)) for first, stop in spans]
+        self._copied: list[list[int]] = []  # by text, where in its table the pages stand that it copies
 
-    def num_pages(self, num_texts: Callable[[int], int]) -> int:
-        """Pages that they need, copies and new ones."""
-        number = sum(map(len, self._copied(num_texts)))
+    def count(self, num_texts: Callable[[int], int]) -> int:
+        """Pages that they need, copies and new ones, where so many texts name a page."""
+        self._copied = self._find_copied(num_texts)
+        number = sum(map(len, self._copied))
         for text, (_, stop) in zip(self._texts, self._spans, strict=True):
             number += max(stop - len(text.pages), 0)
         return number
 
-    def with_pages(
-        self, pages: Sequence[int], num_texts: Callable[[int], int]
-    ) -> tuple[list[int], list[list[int]]]:
-        """What the first of these pages are copies of, one by one, and the tables with all of them."""
-        copied = self._copied(num_texts)
+    def with_pages(self, pages: Sequence[int]) -> tuple[list[int], list[list[int]]]:
+        """The tables with as many pages as `count` has said, and what the first of these are copies of."""
         sources = [
-            text.pages[place] for text, places in zip(self._texts, copied, strict=True) for place in places
+            text.pages[place]
+            for text, places in zip(self._texts, self._copied, strict=True)
+            for place in places
         ]
         copies, others = iter(pages[: len(sources)]), iter(pages[len(sources) :])
         tables = []
-        for text, places, (_, stop) in zip(self._texts, copied, self._spans, strict=True):
+        for text, places, (_, stop) in zip(self._texts, self._copied, self._spans, strict=True):
             table = [*text.pages]
             for place in places:
                 table[place] = next(copies)
@@ -53,8 +54,7 @@ class TableWrites:
             tables.append(table)
         return sources, tables
 
-    def _copied(self, num_texts: Callable[[int], int]) -> list[list[int]]:
-        """By text, where in its table the pages stand that it copies."""
+    def _find_copied(self, num_texts: Callable[[int], int]) -> list[list[int]]:
         left: dict[int, int] = {}
         copied: list[list[int]] = []
         for text, (first, stop) in zip(self._texts, self._spans, strict=True):

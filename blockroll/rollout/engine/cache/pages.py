@@ -114,12 +114,12 @@ class PagedCache(Cache):
             self._pool = PagePool(num_pages + 1)
         spans = [(max(length, 0), length + count) for length, count in zip(lengths, num_rows, strict=True)]
         writes = TableWrites(texts, spans, self.page_size)
-        while (lacking := writes.num_pages(self._pool.num_texts) - self._pool.num_free) > 0:
-            self._make_free(lacking)
-        new = list(self._pool.next_free(writes.num_pages(self._pool.num_texts)))
+        while (number := writes.count(self._pool.num_texts)) > self._pool.num_free:
+            self._make_free(number - self._pool.num_free)
+        new = list(self._pool.next_free(number))
         if not new:
             return
-        sources, tables = writes.with_pages(new, self._pool.num_texts)
+        sources, tables = writes.with_pages(new)
         if sources:
             self.memory.copy(sources, new[: len(sources)])
         # Memory is there and written: what is left are integers, which `repair` counts anew.
@@ -130,7 +130,8 @@ class PagedCache(Cache):
 
     def _make_free(self, num_pages: int) -> None:
         """Have so many free pages more, or some of them: by more memory, or by what an ended text had."""
-        room = self._most_pages or max(self._room_pages, 0 if self._kept else self.num_pages + num_pages)
+        room = max(self._room_pages, 0 if self._kept else self.num_pages + num_pages)
+        room = min(room, self._most_pages or room)
         if room > self.num_pages:
             num_pages = min(max(2 * self.num_pages, self.num_pages + num_pages, _LEAST_PAGES), room)
             self.memory.grow(num_pages + 1)
@@ -148,12 +149,18 @@ class PagedCache(Cache):
         self._pool.drop(text.pages)
 
     def spare(self, num_rows: int) -> int:
-        """Pages left once every open slot has so many rows behind its valid ones; below 0, so many lack."""
+        """Pages left once every open slot has so many rows behind its valid ones; below 0, so many lack.
+
+        Where there are plenty, as many at least.
+        """
         if not self._most_pages:
             return sys.maxsize
+        left = self._most_pages - self._pool.num_open
+        most_lacking = 2 * len(self._open) * (num_rows // self.page_size + 2)  # copies and new ones
+        if left > 2 * most_lacking:
+            return left - most_lacking
         spans = [(len(text.tokens), len(text.tokens) + num_rows) for text in self._open]
-        lacking = TableWrites(self._open, spans, self.page_size).num_pages(self._pool.num_running)
-        return self._most_pages - self._pool.num_open - lacking
+        return left - TableWrites(self._open, spans, self.page_size).count(self._pool.num_running)
 
     def cost(self, token_ids: Sequence[int], num_rows: int, *, is_repeated: bool = False) -> int:
         """Pages for these tokens and so many rows behind them, but for those of a running text that has them.
