@@ -58,3 +58,13 @@ def test_prompts_that_were_asked_longest_ago_are_forgotten(monkeypatch):
         order.waiting(asked((name, 2)))
     assert names(order.waiting(asked(("a", 2)))) == [["a0", "a1"]]
     assert names(order.waiting(asked(("b", 2)))) == [["b0"], ["b1"]]
+
+
+def test_higher_priorities_are_handed_out_first():
+    requests = [
+        dataclasses.replace(each, priority=int(each.group_id == "b"))
+        for each in asked(("a", 2), ("b", 2), ("c", 1))
+    ]
+    assert names(GroupOrder().waiting(requests)) == [["b0", "b1"], ["a0", "a1"], ["c0"]]
+    order = GroupOrder(sibling_by_sibling=True)
+    assert names(order.waiting(requests)) == [["b0"], ["b1"], ["a0"], ["c0"], ["a1"]]

@@ -21,9 +21,12 @@ class GroupOrder:
         self._asked: OrderedDict[int, None] = OrderedDict()  # hashes of prompts
 
     def waiting(self, requests: Iterable[Request]) -> deque[list[Request]]:
-        """What replicas are handed, one after the other: whole groups, or siblings of new prompts."""
+        """What replicas are handed, one after the other: whole groups, or siblings of new prompts.
+
+        Of several priorities the highest first.
+        """
         if not self._is_by_sibling:
-            return deque(groups(requests))
+            return _ranked(groups(requests))
         rounds: list[list[list[Request]]] = []
         asked = []
         for group in groups(requests):
@@ -38,7 +41,7 @@ class GroupOrder:
             self._asked.move_to_end(prompt)
         while len(self._asked) > _MOST_PROMPTS:
             self._asked.popitem(last=False)
-        return deque(part for each in rounds for part in each)
+        return _ranked(part for each in rounds for part in each)
 
 
 def groups(requests: Iterable[Request]) -> Iterator[list[Request]]:
@@ -48,3 +51,8 @@ def groups(requests: Iterable[Request]) -> Iterator[list[Request]]:
         key = f"group {request.group_id}" if request.group_id is not None else f"request {request.request_id}"
         found.setdefault(key, []).append(request)
     yield from found.values()
+
+
+def _ranked(parts: Iterable[list[Request]]) -> deque[list[Request]]:
+    """Higher priorities first; a part has that of its highest."""
+    return deque(sorted(parts, key=lambda part: -max(request.priority for request in part)))
