@@ -34,13 +34,17 @@ class Outcome:
 
     num_drafts: list[int]
     num_committed: list[int]
-    num_accepted: list[int]
     token_ids: list[list[int]]
     is_draft: list[list[bool]]
     policy_logprobs: list[list[float]]
     behavior_logprobs: list[list[float]]
     failed: dict[int, tuple[int, str]]  # by slot: tokens before the first row that is wrong, and what is
     is_invalid: bool  # whether the drafts are none that a step can verify: nothing else has a meaning then
+
+    @property
+    def num_accepted(self) -> list[int]:
+        """Drafts that stand."""
+        return [sum(is_draft) for is_draft in self.is_draft]
 
     @classmethod
     def of(
@@ -70,7 +74,6 @@ class Outcome:
         return cls(
             num_drafts=num_drafts_B.tolist(),
             num_committed=num_committed_B.tolist(),
-            num_accepted=is_draft_BL.sum(axis=1).tolist(),
             token_ids=tokens_BL.tolist(),
             is_draft=is_draft_BL.tolist(),
             policy_logprobs=policy_BL.tolist(),

@@ -156,8 +156,9 @@ class Decoder:
             self.times.start_s += self._charge("forward_s", clock) - clock
         device, vocab_size = self._policy.device, self._policy.vocab_size
         (state_4B,) = send([np.array([running.state for running in batch]).T], device)
-        anchors_B, seeds_B, attempts_B, positions_B = state_4B
-        step = replace(step, anchors_B=anchors_B)
+        anchors_B, seeds_B, attempts_B, positions_B = state_4B.unbind()
+        if plan.kind is not PlanKind.PLAIN:
+            step = replace(step, anchors_B=anchors_B)
         laws = Laws.of([running.text for running in batch], vocab_size=vocab_size, device=device)
 
         clock = self._clock()
