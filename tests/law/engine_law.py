@@ -15,7 +15,8 @@ Shapes: B requests, R rows, K drafted tokens, L = K + 1, P levels, S keys, V voc
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import cycle
 from unittest import mock
@@ -52,8 +53,7 @@ class Interruption:
     def resumed(self, engine: Engine, make_engine: Callable[[], Engine], num_requests: int) -> Engine:
         """The engine that goes on."""
         if self.broken_forward:
-            engine.policy = engine._decoder._policy = _Broken(engine.policy, self.broken_forward)
-            with pytest.raises(RuntimeError, match="broken"):
+            with broken(engine.policy, self.broken_forward), pytest.raises(RuntimeError, match="broken"):
                 engine.step()
         rollouts = engine.abort([str(c) for c in range(num_requests)])
         other = make_engine()
@@ -61,24 +61,28 @@ class Interruption:
         return other
 
 
-class _Broken:
-    """A policy whose n-th forward raises."""
+FORWARDS = ("prefill", "verify_logits", "draft_logits", "fused_rows", "proposal_logits")
 
-    def __init__(self, policy: TablePolicy, number: int) -> None:
-        self._policy, self._left = policy, number
 
-    def __getattr__(self, name: str):
-        given = getattr(self._policy, name)
-        if name not in ("prefill", "verify_logits", "draft_logits", "fused_rows", "proposal_logits"):
-            return given
+@contextmanager
+def broken(policy: TablePolicy, number: int) -> Iterator[None]:
+    """Within, the policy's n-th forward raises."""
+    left = number
 
-        def forward(*arguments):
-            self._left -= 1
-            if not self._left:
+    def breaking(forward):
+        def run(*arguments, **options):
+            nonlocal left
+            left -= 1
+            if not left:
                 raise RuntimeError("broken")
-            return given(*arguments)
+            return forward(*arguments, **options)
 
-        return forward
+        return run
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in FORWARDS:
+            patch.setattr(policy, name, breaking(getattr(policy, name)))
+        yield
 
 
 def processed_law(toy: Toy, processing: Processing, length: int) -> dict[Tokens, float]:

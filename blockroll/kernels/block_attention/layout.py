@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from blockroll.errors import InvalidInput
+from blockroll.kernels.transfer import sent
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,7 +91,7 @@ def _last(layout: RowLayout, device: torch.device) -> Tensor | None:
     clean = layout.num_clean
     if layout.levels not in ((), (clean - 1,)):
         return None
-    return torch.tensor([*range(clean), *[layout.num_rows - 1] * layout.width], device=device)
+    return sent([*range(clean), *[layout.num_rows - 1] * layout.width], device)
 
 
 @lru_cache(maxsize=256)
@@ -98,7 +99,7 @@ def _offsets(layout: RowLayout, device: torch.device) -> Tensor:
     """The position of each row, int64 (R,), counted from the end of the cached prefix."""
     slots = range(1, layout.width + 1)
     offsets = [*range(layout.num_clean), *(level + slot for level in layout.levels for slot in slots)]
-    return torch.tensor(offsets, dtype=torch.int64, device=device)
+    return sent(offsets, device)
 
 
 @lru_cache(maxsize=256)
