@@ -1,7 +1,7 @@
 """What the host does in a step, and the sampler, at two commits: paired, on the tiny policy.
 
-    python -m benchmarks.host 8d4a60f HEAD          some ten minutes; goes on where it stopped
-    python -m benchmarks.host 8d4a60f HEAD --short  a few seconds, to see that it works
+    python -m benchmarks.host 6ecbf33 HEAD          some ten minutes; goes on where it stopped
+    python -m benchmarks.host 6ecbf33 HEAD --short  a few seconds, to see that it works
 
 Each commit runs in an interpreter of its own on one torch thread (benchmarks/before_after.py). A pair is the
 same rollouts in both, one directly after the other, who comes first alternating; the first is not counted.
