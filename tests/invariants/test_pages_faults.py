@@ -22,6 +22,7 @@ from tests.invariants.test_engine_faults import (
 )
 from tests.models import adapted_policy
 
+pytestmark = pytest.mark.slow  # each fault once more, where pages are few
 PLANS = [Plan(0), Plan(4), Plan(4, (0, 2, 4))]
 LONGEST = 30 + 14 + 2 + 14  # tokens of the last texts that `Expected` asks for
 

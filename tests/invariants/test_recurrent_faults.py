@@ -29,6 +29,8 @@ from tests.invariants.test_recurrent import (
 )
 from tests.recurrent_policy import POISON, RecurrentPolicy
 
+pytestmark = pytest.mark.slow  # interrupts anywhere, many times
+
 
 @pytest.fixture(scope="module")
 def policy():

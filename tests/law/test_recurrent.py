@@ -9,6 +9,7 @@ from tests.law.integrate import max_difference, target_law
 from tests.law.table_policy import RecurrentTablePolicy
 from tests.law.toys import TOYS
 
+pytestmark = pytest.mark.slow  # many whole laws; the same seam is held in tests/invariants/test_recurrent.py
 LENGTH = 3
 PLANS = [Plan(0), Plan(2), Plan(2, (0, 2)), Plan(2, (0, 1, 2))]
 TURNS = (Plan(2, (0, 2)), Plan(1), Plan(0))
