@@ -20,8 +20,9 @@ import sys
 import tarfile
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -93,6 +94,10 @@ class Worker:
             raise RuntimeError(f"the worker ended with status {self._process.wait()}; its error is above")
         answer: Row = json.loads(line)
         return answer
+
+
+# What a row is of, and what measures it.
+Asked = tuple[Row, Callable[[Worker, Worker], Row]]
 
 
 def unpacked(commit: str, folder: Path) -> Path:
@@ -187,24 +192,48 @@ def run(
     before: str, after: str, *, folder: Path = FOLDER, short: bool = False, minutes: float = 15
 ) -> tuple[list[Row], bool]:
     """All rows so far, and whether they are all; begun work is not repeated."""
+    pairs = 1 if short else PAIRS
+
+    def asked(old: Worker) -> Iterator[Asked]:
+        prompts = prompts_of(folder, 50 if short else 50_000)
+        for work in works(prompts, short=short, smollm2=None if short else smollm2_paths(old)):
+            yield work.about, partial(measured, work, pairs=pairs)
+
+    def told(row: Row) -> str:
+        return f"{row['time_ratio']:.2f} ({row['time_ratio_low']:.2f} to {row['time_ratio_high']:.2f})"
+
+    return run_in_pairs(before, after, asked, told, folder=folder, short=short, minutes=minutes)
+
+
+def run_in_pairs(
+    before: str,
+    after: str,
+    asked: Callable[[Worker], Iterable[Asked]],
+    told: Callable[[Row], str],
+    *,
+    folder: Path,
+    short: bool,
+    minutes: float,
+) -> tuple[list[Row], bool]:
+    """All rows so far of what is asked, and whether they are all; what the folder has is not repeated.
+
+    `asked` is given the worker of the first commit; `told` says a row in a few words.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     checkouts = [unpacked(commit, folder) for commit in (before, after)]
     names = [checkout.name for checkout in checkouts]
     found = folder / f"{names[0]}_{names[1]}{'_short' if short else ''}.jsonl"
     done = [json.loads(line) for line in found.read_text().splitlines()] if found.is_file() else []
     deadline = time.monotonic() + 60 * minutes
-    prompts = prompts_of(folder, 50 if short else 50_000)
     with Worker(checkouts[0]) as old, Worker(checkouts[1]) as new:
-        smollm2 = None if short else smollm2_paths(old)
-        for work in works(prompts, short=short, smollm2=smollm2):
-            if any(work.about.items() <= row.items() for row in done):
+        for about, measure in asked(old):
+            if any(about.items() <= row.items() for row in done):
                 continue
             if time.monotonic() > deadline:
                 return done, False
-            print(", ".join(map(str, work.about.values())), end=": ", flush=True)
-            row = measured(work, old, new, pairs=1 if short else PAIRS)
-            print(f"{row['time_ratio']:.2f} ({row['time_ratio_low']:.2f} to {row['time_ratio_high']:.2f})")
-            row |= {"before_commit": names[0], "after_commit": names[1]}
+            print(", ".join(map(str, about.values())), end=": ", flush=True)
+            row = measure(old, new) | {"before_commit": names[0], "after_commit": names[1]}
+            print(told(row))
             done.append(row)
             with found.open("a") as file:
                 file.write(json.dumps(row) + "\n")
@@ -246,20 +275,20 @@ def smollm2_paths(worker: Worker) -> tuple[str, str] | None:
     return str(path), str(adapter)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure, and write the rows once all are there."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+def command(description: str | None, result: str, run: Callable[..., tuple[list[Row], bool]]) -> None:
+    """Measure what the command line says, and write the rows once all are there."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("before", help="a commit")
     parser.add_argument("after", help="a later commit")
     parser.add_argument("--short", action="store_true", help="a few seconds, writes no rows")
     parser.add_argument("--minutes", type=float, default=15, help="begin no work after so long")
-    given = parser.parse_args(arguments)
+    given = parser.parse_args()
     found, is_whole = run(given.before, given.after, short=given.short, minutes=given.minutes)
     if not is_whole:
         print(f"{len(found)} measured, time is over: run it again to go on")
     elif not given.short:
-        rows.write(RESULT, found)
+        rows.write(result, found)
 
 
 if __name__ == "__main__":
-    main()
+    command(__doc__, RESULT, run)

@@ -10,15 +10,12 @@ them little: the host's is what forward and sampler leave over.
 Rows go to runs/evidence/host as they come, and all of them to benchmarks/results/speed_host.jsonl at the end.
 """
 
-import argparse
-import json
 import statistics
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
-from benchmarks import rows
-from benchmarks.before_after import Worker, unpacked
+from benchmarks.before_after import Asked, Worker, command, run_in_pairs
 from benchmarks.rows import Row
 from benchmarks.workload import RUNS
 
@@ -82,41 +79,17 @@ def run(
     before: str, after: str, *, folder: Path = FOLDER, short: bool = False, minutes: float = 15
 ) -> tuple[list[Row], bool]:
     """All rows so far, and whether they are all; begun work is not repeated."""
-    folder.mkdir(parents=True, exist_ok=True)
-    checkouts = [unpacked(commit, folder) for commit in (before, after)]
-    names = [checkout.name for checkout in checkouts]
-    path = folder / f"{names[0]}_{names[1]}{'_short' if short else ''}.jsonl"
-    done = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-    deadline = time.monotonic() + 60 * minutes
-    with Worker(checkouts[0]) as old, Worker(checkouts[1]) as new:
+    pairs = 1 if short else PAIRS
+
+    def asked(old: Worker) -> Iterator[Asked]:
         for cell in cells(short=short):
-            if any(cell.items() <= row.items() for row in done):
-                continue
-            if time.monotonic() > deadline:
-                return done, False
-            row = measured(cell, old, new, pairs=1 if short else PAIRS)
-            row |= {"before_commit": names[0], "after_commit": names[1]}
-            print(*cell.values(), *(f"{part} {row[f'{part}_ratio']:.2f}" for part in PARTS), flush=True)
-            done.append(row)
-            with path.open("a") as file:
-                file.write(json.dumps(row) + "\n")
-    return done, True
+            yield cell, partial(measured, cell, pairs=pairs)
 
+    def told(row: Row) -> str:
+        return ", ".join(f"{part} {row[f'{part}_ratio']:.2f}" for part in PARTS)
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure, and write the rows once all are there."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("before", help="a commit")
-    parser.add_argument("after", help="a later commit")
-    parser.add_argument("--short", action="store_true", help="a few seconds, writes no rows")
-    parser.add_argument("--minutes", type=float, default=15, help="begin no work after so long")
-    given = parser.parse_args(arguments)
-    found, is_whole = run(given.before, given.after, short=given.short, minutes=given.minutes)
-    if not is_whole:
-        print(f"{len(found)} measured, time is over: run it again to go on")
-    elif not given.short:
-        rows.write(RESULT, found)
+    return run_in_pairs(before, after, asked, told, folder=folder, short=short, minutes=minutes)
 
 
 if __name__ == "__main__":
-    main()
+    command(__doc__, RESULT, run)

@@ -22,7 +22,8 @@ def pages_table(rows: Sequence[Row]) -> str:
     taken = [f"{row['peak_bytes'] / 1e6:.0f} MB" for row in (slots, pages)]
     caption = (
         f"The tiny policy, plain, one thread, pages of {speeds[0]['page_size']} rows: medians of "
-        f"{speeds[0]['pairs']} pairs in one run, and their range. Of {pages['rollouts']} texts of "
+        f"{speeds[0]['pairs']} pairs in one run, and their range; processor time has "
+        f"prefills in it. Of {pages['rollouts']} texts of "
         f"{pages['length_mean']:.0f} tokens on average and {pages['length_longest']} at most, all begun "
         f"together, a cache in slots takes {taken[0]} and one in pages {taken[1]}, texts that have ended "
         f"included. For each token of running texts slots hold {slots['running_rows_per_token']:.1f} rows, "

@@ -11,6 +11,7 @@ from blockroll.types import HISTORY, Plan, Sampling
 from tests.engines import make_requests, run
 from tests.equality import assert_same_rollouts
 from tests.models import prompts, random_policy
+from tests.recurrent_policy import RecurrentPolicy
 
 PLANS = (Plan(0), Plan(4), Plan(4, (0, 2, 4)), Plan(4, drafter=HISTORY))
 
@@ -87,6 +88,11 @@ def test_new_weights_are_met_by_new_graphs(policy):
     assert engine._forwards.num_shapes
     engine.change_weights(1)
     assert not engine._forwards.num_shapes
+
+
+def test_graphs_of_layers_that_carry_states_are_refused():
+    with pytest.raises(InvalidInput, match="layers of this policy carry states"):
+        Engine(RecurrentPolicy(), plan=Plan(0), cache="pages", graphs="buckets")
 
 
 @pytest.mark.parametrize(

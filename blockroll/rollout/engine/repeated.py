@@ -48,6 +48,11 @@ def forwards_of(policy: Policy, cache: Cache, graphs: Graphs) -> Policy:
             f"graphs is 'on', but the policy is on {device!r}, where no graph can be captured; use 'auto', "
             "which captures them on a GPU"
         )
+    if graphs in ("on", "buckets") and policy.state_shape:
+        raise InvalidInput(
+            f"graphs is {graphs!r}, and layers of this policy carry states, which no forward in fixed "
+            "buffers takes along; use 'auto' or 'off'"
+        )
     if graphs in ("on", "buckets") and not has_pages:
         raise InvalidInput(f"graphs is {graphs!r}, which needs the cache in pages; set cache to 'pages'")
     repeats = graphs in ("on", "buckets") or (graphs == "auto" and device == "cuda" and has_pages)
