@@ -46,7 +46,8 @@ def reports(folder, *options):
 )
 def test_colocated_replicas_of_two_ranks_draw_the_learners_law(tmp_path, options):
     first, second = reports(tmp_path, *options)
-    is_aligned, rounding = "--align" in options, 0.3 if "--bf16" in options else 1e-3
+    # In bfloat16 the last bit of a logit moves a rare token's probability by half, and few others'.
+    is_aligned, (rounding, spread) = "--align" in options, (1, 0.05) if "--bf16" in options else (1e-3, 1e-3)
     assert first["shares"] == second["shares"] == is_aligned
     # Ranks learn from different rollouts and keep one adapter.
     assert_same_rows(first["adapter"], second["adapter"])
@@ -55,7 +56,8 @@ def test_colocated_replicas_of_two_ranks_draw_the_learners_law(tmp_path, options
     assert first["drawn"] != second["drawn"]
     for step, row in enumerate(first["logs"]):
         assert row["rollout/weight_version"] == step
-        assert row["rollout_corr/rollout_is_mean"] == pytest.approx(1, abs=rounding / 30)
+        assert row["rollout_corr/rollout_is_mean"] == pytest.approx(1, abs=spread)
+        assert row["rollout_corr/rollout_is_std"] < spread
         assert row["rollout_corr/rollout_is_max"] == pytest.approx(1, abs=rounding)
         assert row["rollout_corr/rollout_is_min"] == pytest.approx(1, abs=rounding)
         assert is_aligned or row["rollout/acceptance_rate"] > 0.2
