@@ -99,6 +99,10 @@ def _fields(
         "cache_pages": room.num_pages,
         "cache_rows": room.num_pages * room.page_size or budget.rows,
         "cache": plan.num_bytes,
+        "states_of_slots": budget.beside,
+        "states_along_rows": plan.snapshots,
+        "graph_shapes": plan.num_shapes,
+        "graph_buffers": plan.graphs,
         "requests": {
             str(length): {
                 "together": room.num_texts(length),
@@ -128,6 +132,14 @@ def _table(fields: dict[str, Any], title: str) -> Table:
         pages = f" in {fields['cache_pages']:,} pages"
     words = f"keys and values in all: {fields['cache_rows']:,} tokens{pages}"
     rows.append((words, size(fields["cache"])))
+    if fields["states_of_slots"]:
+        rows += [
+            ("states of all slots, with their candidates", f"up to {size(fields['states_of_slots'])}"),
+            ("states kept along keys and values", f"up to {size(fields['states_along_rows'])}"),
+        ]
+    if fields["graph_shapes"]:
+        words = f"buffers of forwards in {fields['graph_shapes']:,} shapes"
+        rows.append((words, f"up to {size(fields['graph_buffers'])}"))
     for length, served in fields["requests"].items():
         words = f"of them, requests of {int(length):,} tokens at once: {served['together']}"
         rows.append((words, size(served["bytes"])))

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from blockroll.errors import CheckpointError
 from blockroll.policies.adapter import ADAPTER_WEIGHTS, DraftAdapter, has_adapter, read_adapter_config
-from blockroll.policies.base import KVShape
+from blockroll.policies.base import KVShape, StatePart
 from blockroll.policies.compiled import Compile
 from blockroll.policies.hf import HFPolicy
 from blockroll.policies.loading import resolve_checkpoint
@@ -32,6 +32,7 @@ class Footprint:
     packed: int  # copies of linear weights, if it is measured that decoding gains by them
     adapter: int  # a draft adapter's tensors, and the copy of them that compiled layers read
     kv_shape: KVShape
+    state_shape: tuple[StatePart, ...]
     prefill_row: int  # about: what a layer holds of a row
     logits_row: int  # about: logits of a row, and the sampler's weights of it
 
@@ -52,6 +53,7 @@ class Footprint:
             packed=_packed_bytes(model, policy.packed.prepack, device),
             adapter=_adapter_bytes(policy, device),
             kv_shape=policy.kv_shape,
+            state_shape=policy.state_shape,
             prefill_row=numbers * itemsize,
             logits_row=policy.vocab_size * (2 * _LOGIT_BYTES + (itemsize if itemsize < _LOGIT_BYTES else 0)),
         )

@@ -1,9 +1,14 @@
 """What doctor says of a checkpoint's memory, before anything of it is loaded."""
 
+import io
 import shutil
 
 import pytest
+import torch
+from rich.console import Console
 
+from blockroll.cli.memory import config_of, show_memory
+from blockroll.policies.base import StatePart
 from blockroll.policies.hf import HFPolicy
 from blockroll.policies.loading import TINY_POLICY_DIR
 from blockroll.rollout.engine.budget import size
@@ -53,6 +58,26 @@ def test_doctor_says_what_a_checkpoint_takes_before_it_is_loaded(policy_path, tm
         f"keys and values in all: 288 tokens in 9 pages {size((9 + 1) * 32 * row)}",
     ):
         assert words in shown
+    assert "shapes" not in shown  # nothing runs in buffers on a CPU, unless it is asked to
+    length = "rollout.max_length=40"
+    shown = " ".join(
+        blockroll("doctor", "--model", folder, *in_pages, length, "rollout.graphs=buckets").stdout.split()
+    )
+    # Of 1, 2 or 3 requests: a token of each, tables of 1 or 2 pages, and lengths, in 8 bytes each.
+    assert f"buffers of forwards in 6 shapes up to {size(8 * 6 * ((1 + 1 + 1) + (1 + 2 + 1)))}" in shown
+
+
+def test_doctor_says_what_states_of_layers_take(policy_path, monkeypatch):
+    """As if layers of a family carried one."""
+    part = StatePart(name="sum", num_layers=3, shape=(4,), dtype=torch.float32)
+    monkeypatch.setattr(HFPolicy, "state_shape", (part,))
+    options = ("max_batch_size=3", "plan=plain", "max_length=67", "max_cache_rows=240")
+    config, written = config_of([f"rollout.{each}" for each in options]), io.StringIO()
+    show_memory(policy_path, None, "cpu", config, Console(file=written, width=200))
+    shown = " ".join(written.getvalue().split())
+    # A state, 5 candidates at the marks of 65 rows and 2 snapshots; and one snapshot for each 16 rows.
+    assert f"states of all slots, with their candidates up to {size(3 * (1 + 5 + 2) * 48)}" in shown
+    assert f"states kept along keys and values up to {size(240 // 16 * 48)}" in shown
 
 
 def test_doctor_says_what_does_not_fit_and_what_there_is(policy_path, monkeypatch):

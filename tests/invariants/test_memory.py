@@ -7,12 +7,15 @@ import torch
 
 from blockroll.config import RolloutConfig
 from blockroll.errors import InvalidInput
+from blockroll.policies.base import StatePart
 from blockroll.policies.footprint import Footprint, bare_policy, stored_bytes
 from blockroll.policies.hf import HFPolicy
+from blockroll.rollout.engine import repeated
+from blockroll.rollout.engine.cache.state import StateMemory
 from blockroll.rollout.pool import memory
 from blockroll.rollout.pool.makers import replica_around
 from blockroll.rollout.pool.memory import CachePlan, DeviceMemory, num_sharing, plan_of
-from blockroll.types import Sampling
+from blockroll.types import HISTORY, Plan, Sampling
 from tests.engines import make_requests
 from tests.models import FAMILIES, adapted_policy, random_model
 
@@ -116,6 +119,127 @@ def test_a_cache_in_pages_takes_the_bytes_that_were_said():
             most = max(most, len(lengths))
     assert replica.engine._cache.num_bytes == said.num_bytes
     assert 0 < most <= said.room.num_texts(29) == 4
+
+
+class PolicyWithStates(HFPolicy):
+    """Its layers leave states of zeros behind their rows; no row reads them."""
+
+    state_shape = (
+        StatePart(name="sum", num_layers=2, shape=(6,), dtype=torch.float32),
+        StatePart(name="rows", num_layers=1, shape=(2, 3), dtype=torch.float64),
+    )
+
+    def prefill(self, ids_BR, window, **options):
+        self._leave(ids_BR, window)
+        super().prefill(ids_BR, window, **options)
+
+    def verify_logits(self, ids_BR, window):
+        self._leave(ids_BR, window)
+        return super().verify_logits(ids_BR, window)
+
+    def draft_logits(self, ids_BC, num_drafts, window):
+        self._leave(ids_BC, window)
+        return super().draft_logits(ids_BC, num_drafts, window)
+
+    def _leave(self, ids_BR, window):
+        rows_BC = ids_BR if window.states.rows_BC is None else window.states.rows_BC
+        for part in self.state_shape:
+            for layer in range(part.num_layers):
+                states_BC = torch.zeros((*rows_BC.shape, *part.shape), dtype=part.dtype)
+                window.states.leave(part.name, layer, states_BC)
+
+
+def run_all(engine, requests):
+    engine.submit(requests)
+    while engine.num_requests:
+        engine.step()
+
+
+@pytest.fixture
+def states_said_and_taken(monkeypatch):
+    """What is said of the states of a cache, and what they take once all slots and snapshots are in use."""
+
+    def both(layout, plan):
+        policy = PolicyWithStates(random_model(trained_drafts=8))
+        here = DeviceMemory(total=1000 * policy.kv_shape.num_bytes, free=10**9)
+        monkeypatch.setattr(DeviceMemory, "of", lambda device: here)
+        options = {"cache": layout, "page_size": 8, "max_length": 67, "memory_fraction": 0.5}
+        config = RolloutConfig(plan=plan, max_batch_size=4, history_tokens=64, **options)
+        said = CachePlan.of(policy, config, plan_of(policy, config), here)
+        whole = said.num_bytes + said.budget.beside + said.budget.rows // said.states.step * said.states.state
+        assert whole <= said.budget.asked + 8 * said.budget.row  # the page that no text has is beside it
+        engine = replica_around(policy, config).engine
+        for seed in range(8):  # as many different texts as fill all snapshots
+            for num_tokens in (66, 40):
+                prompts = [
+                    tuple(5 + (place * (seed * 4 + slot + 1)) % 17 for place in range(num_tokens))
+                    for slot in range(4)
+                ]
+                sampling = Sampling(max_tokens=67 - num_tokens, ignore_eos=True)
+                run_all(engine, make_requests(prompts, sampling, seed=seed))
+        return said.budget.beside + said.snapshots, engine._cache._states.num_bytes
+
+    return both
+
+
+@pytest.mark.parametrize("layout", ["slots", "pages"])
+@pytest.mark.parametrize("plan", ["plain", "two_forward(8)"])
+def test_states_take_the_bytes_that_were_said(states_said_and_taken, layout, plan):
+    said, taken = states_said_and_taken(layout, plan)
+    assert said == taken > 0
+
+
+def test_candidates_that_are_not_counted_are_noticed(states_said_and_taken, monkeypatch):
+    count = StateMemory.slot
+    monkeypatch.setattr(StateMemory, "slot", lambda self, **_: count(self, num_drafts=0, max_rows=0))
+    said, taken = states_said_and_taken("slots", "plain")
+    assert said < taken
+
+
+def buffers_said_and_taken(plan, page_size):
+    """Shapes and bytes that are said of forwards in buffers, and those that a run of all sizes had."""
+    policy = HFPolicy(random_model())
+    options = {"cache": "pages", "graphs": "buckets", "page_size": page_size, "max_length": 40}
+    config = RolloutConfig(plan=plan.name, max_batch_size=5, history_tokens=64, **options)
+    said = CachePlan.of(policy, config, plan, DeviceMemory.of(CPU))
+    shapes = repeated.shapes_of([plan], max_size=5, max_length=40, page_size=page_size)
+    assert said.num_shapes == len(shapes)
+    assert said.graphs == sum(shape.num_bytes for shape in shapes)
+    engine = replica_around(policy, config).engine
+    for number in (5, 5, 4, 3, 2, 1):  # pages come with the first, and with other memory other shapes
+        prompts = [(5 + slot, 9) for slot in range(number)]
+        run_all(engine, make_requests(prompts, Sampling(max_tokens=38, ignore_eos=True), seed=number))
+    forwards = engine._forwards
+    assert forwards.num_bytes == sum(shape.num_bytes for shape in forwards._runs)
+    return said, shapes, forwards
+
+
+@pytest.mark.parametrize("page_size", [4, 16, 32])
+@pytest.mark.parametrize("plan", [Plan(0), Plan(4)], ids=lambda plan: plan.name)
+def test_buffers_of_shapes_take_the_bytes_that_were_said(plan, page_size):
+    said, shapes, forwards = buffers_said_and_taken(plan, page_size)
+    assert forwards._runs.keys() == shapes
+    assert forwards.num_bytes == said.graphs > 0
+
+
+@pytest.mark.parametrize("plan", [Plan(4, (0, 2, 4)), Plan(4, drafter=HISTORY)], ids=lambda plan: plan.name)
+def test_no_shape_is_met_that_was_not_said(plan):
+    """What is said is of every width and of requests that begin late, which a run may lack."""
+    said, shapes, forwards = buffers_said_and_taken(plan, 8)
+    assert forwards._runs.keys() <= shapes
+    for kind in {shape.kind for shape in forwards._runs}:
+        met, told = (
+            {each.num_pages for each in some if each.kind == kind} for some in (forwards._runs, shapes)
+        )
+        assert met == told
+    assert 0 < forwards.num_bytes <= said.graphs
+
+
+def test_a_width_that_is_not_counted_is_noticed(monkeypatch):
+    monkeypatch.setattr(repeated, "ROW_STEP", 64)  # tables in pages of that many rows, where they have 16
+    said, shapes, forwards = buffers_said_and_taken(Plan(0), 4)
+    assert not forwards._runs.keys() <= shapes
+    assert forwards.num_bytes != said.graphs
 
 
 def test_rows_that_are_given_win_over_the_share():

@@ -19,6 +19,9 @@ class CacheBudget:
     forward: int = 0  # about what a forward takes
     num_engines: int = 1  # that share what is free
     row: int  # bytes of the keys and values of a token
+    beside: int = 0  # bytes that the cache takes whatever its rows are: states of slots
+    snapshot: int = 0  # bytes of a state that is kept along the rows,
+    snapshot_rows: int = 1  # and rows from one to the next
     max_rows: int = 0  # above 0: this many rows, whatever there is
 
     @property
@@ -40,7 +43,8 @@ class CacheBudget:
     @property
     def rows(self) -> int:
         """Rows that the cache may have over all texts."""
-        return self.max_rows or min(self.asked, self.left) // self.row
+        there = max(min(self.asked, self.left) - self.beside, 0)
+        return self.max_rows or there * self.snapshot_rows // (self.row * self.snapshot_rows + self.snapshot)
 
     def check(self, least_rows: int) -> None:
         """InvalidInput, with the numbers, where it has not even the rows of the shortest text."""
@@ -51,12 +55,13 @@ class CacheBudget:
                 f"max_cache_rows is {self.max_rows}, and a text of one token takes {least_rows} rows with "
                 "what a step writes behind it: give more, or 0 for what memory_fraction says"
             )
+        states = f", beside {size(self.beside)} of states of all slots" if self.beside else ""
         raise InvalidInput(
-            f"keys and values of a text of one token take {size(least_rows * self.row)}, and there are "
-            f"{size(min(self.asked, self.left))} for them: memory_fraction {self.share:g} of "
+            f"keys and values of a text of one token take {size(least_rows * self.row)}{states}, and there "
+            f"are {size(min(self.asked, self.left))} for them: memory_fraction {self.share:g} of "
             f"{size(self.total)} is {size(self.asked)}, and {size(self.free)} are free for "
             f"{self.num_engines} engines; raise memory_fraction, free memory, or take fewer replicas, "
-            "another dtype or a smaller policy"
+            f"{'a smaller max_batch_size, ' if self.beside else ''}another dtype or a smaller policy"
         )
 
 

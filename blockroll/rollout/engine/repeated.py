@@ -12,8 +12,8 @@ Shapes: B requests, C tokens of each, T pages of a table, K drafted tokens, V vo
 """
 
 import sys
-from collections.abc import Callable, Hashable
-from dataclasses import fields
+from collections.abc import Callable, Hashable, Iterable
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 import torch
@@ -21,10 +21,11 @@ from torch import Tensor
 
 from blockroll.errors import InvalidInput
 from blockroll.policies.base import FusedRows, KVWindow, Policy
-from blockroll.rollout.engine.cache.contract import Cache
+from blockroll.rollout.engine.cache.contract import ROW_STEP, Cache
 from blockroll.rollout.engine.cache.page_memory import PageMemory
 from blockroll.rollout.engine.cache.paged_window import PagedWindow
 from blockroll.rollout.engine.cache.pages import PagedCache
+from blockroll.types import Plan, PlanKind
 
 Graphs = Literal["auto", "on", "off", "buckets"]
 Forward = Callable[[Tensor, PagedWindow], Any]  # tokens and a window: logits, or rows with states
@@ -36,6 +37,54 @@ def bucket(count: int) -> int:
     """The least number at or above `count` that is a power of two, or half as much again."""
     power = 1 << max(count - 1, 0).bit_length()
     return power * 3 // 4 if power >= 4 and count <= power * 3 // 4 else power
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """Of one forward; two of the same shape have the same buffers."""
+
+    kind: Hashable  # of forward, with what else it is of
+    num_tokens: int  # of each request
+    size: int  # requests
+    num_pages: int  # of each request's table
+
+    @property
+    def num_bytes(self) -> int:
+        """Of its buffers: tokens, tables and lengths."""
+        return self.size * (self.num_tokens + self.num_pages + 1) * torch.int64.itemsize
+
+
+def shapes_of(plans: Iterable[Plan], *, max_size: int, max_length: int, page_size: int) -> set[Shape]:
+    """All that forwards of these plans may have, of up to so many requests of up to so many tokens."""
+    sizes = {bucket(size) for size in range(1, max_size + 1)}
+    step = max(ROW_STEP, page_size)
+    shapes = set()
+    for kind, num_tokens, num_rows in {each for plan in plans for each in _forwards(plan)}:
+        # Of a text that is not at its end yet, all rows but the anchor's stand before these.
+        least, most = -(-num_rows // step), -(-(max_length - 2 + num_rows) // step)
+        widths = {bucket(step * number // page_size) for number in range(least, most + 1)}
+        shapes |= {Shape(kind, num_tokens, size, width) for size in sizes for width in widths}
+    return shapes
+
+
+def _forwards(plan: Plan) -> list[tuple[Hashable, int, int]]:
+    """Of its steps: the kind, tokens of a request, and rows up to the last that it writes."""
+    num_drafts, width = plan.num_drafts, plan.num_drafts + 1
+    match plan.kind:
+        case PlanKind.PLAIN:
+            return [("verify", 1, 1)]
+        case PlanKind.TWO_FORWARD:
+            return [(("draft", num_drafts), 1, width), ("verify", num_drafts, width)]
+        case PlanKind.FUSED:
+            fused = (("fused", plan.levels), width, plan.rows_per_forward)
+            return [(("draft", num_drafts), 1, width), fused]
+        case PlanKind.ONE_FORWARD:
+            return [("verify", each, each) for each in range(1, width + 1)]
+
+
+def repeats(graphs: Graphs, device: torch.device, *, has_pages: bool) -> bool:
+    """Whether forwards run in few shapes; no word on whether they can, which `forwards_of` has."""
+    return graphs in ("on", "buckets") or (graphs == "auto" and device.type == "cuda" and has_pages)
 
 
 def forwards_of(policy: Policy, cache: Cache, graphs: Graphs) -> Policy:
@@ -55,8 +104,7 @@ def forwards_of(policy: Policy, cache: Cache, graphs: Graphs) -> Policy:
         )
     if graphs in ("on", "buckets") and not has_pages:
         raise InvalidInput(f"graphs is {graphs!r}, which needs the cache in pages; set cache to 'pages'")
-    repeats = graphs in ("on", "buckets") or (graphs == "auto" and device == "cuda" and has_pages)
-    return RepeatedPolicy(policy) if repeats else policy
+    return RepeatedPolicy(policy) if repeats(graphs, policy.device, has_pages=has_pages) else policy
 
 
 class RepeatedPolicy:
@@ -66,7 +114,7 @@ class RepeatedPolicy:
 
     def __init__(self, policy: Policy) -> None:
         self._policy = policy
-        self._runs: dict[Hashable, _Run] = {}
+        self._runs: dict[Shape, _Run] = {}
         self._memory_taken = 0  # as `PageMemory.times_taken`
         self._pool: Any = None  # memory that all graphs share: one runs at a time
 
@@ -77,6 +125,11 @@ class RepeatedPolicy:
     def num_shapes(self) -> int:
         """Shapes that have buffers now."""
         return len(self._runs)
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the buffers of these shapes; what a graph keeps of its forward lies beside them."""
+        return sum(run.num_bytes for run in self._runs.values())
 
     def weights_changed(self) -> None:
         """Tell the policy; graphs that were captured read other memory, so they are made anew."""
@@ -137,11 +190,10 @@ class RepeatedPolicy:
         if self._memory_taken != memory.times_taken:  # what was captured reads memory that is gone
             self._runs.clear()
             self._memory_taken = memory.times_taken
-        shape = bucket(size), bucket(window.table_BT.shape[1])
-        key = (kind, num_tokens, shape)
-        run = self._runs.get(key)
+        shape = Shape(kind, num_tokens, bucket(size), bucket(window.table_BT.shape[1]))
+        run = self._runs.get(shape)
         if run is None:
-            run = self._runs[key] = _Run(memory, shape, num_tokens, num_rows, forward)
+            run = self._runs[shape] = _Run(memory, shape, num_rows, forward)
         run.fill(ids_BC, window)
         if memory.device.type == "cuda":
             self._pool = self._pool or torch.cuda.graph_pool_handle()
@@ -155,21 +207,24 @@ class _Run:
     def __init__(
         self,
         memory: PageMemory,
-        shape: tuple[int, int],
-        num_tokens: int,
+        shape: Shape,
         num_rows: int,
         forward: Forward,
     ) -> None:
-        """`shape` is requests and pages of each; of `num_rows` rows a request, `num_tokens` have tokens."""
-        size, num_pages = shape
+        """Of `num_rows` rows a request, the first have the shape's tokens."""
         self._memory, self._num_rows, self._forward = memory, num_rows, forward
         with torch.inference_mode(False):
             self._ids_BC, self._table_BT, self._lengths_B = (
-                torch.zeros(shape, dtype=torch.int64, device=memory.device)
-                for shape in ((size, num_tokens), (size, num_pages), (size,))
+                torch.zeros((shape.size, *behind), dtype=torch.int64, device=memory.device)
+                for behind in ((shape.num_tokens,), (shape.num_pages,), ())
             )
         self._graph: torch.cuda.CUDAGraph | None = None
         self._output: Any = None
+
+    @property
+    def num_bytes(self) -> int:
+        """Of its buffers."""
+        return self._ids_BC.nbytes + self._table_BT.nbytes + self._lengths_B.nbytes
 
     def fill(self, ids_BC: Tensor, window: PagedWindow) -> None:
         """Take these requests; those behind them are empty, in page 0."""

@@ -14,7 +14,9 @@ from blockroll.errors import InvalidInput
 from blockroll.policies.footprint import Footprint
 from blockroll.rollout.engine.budget import CacheBudget, size
 from blockroll.rollout.engine.cache.layouts import layout_of
+from blockroll.rollout.engine.cache.state import StateMemory
 from blockroll.rollout.engine.chunks import MAX_PREFILL_ROWS
+from blockroll.rollout.engine.repeated import repeats, shapes_of
 from blockroll.rollout.engine.room import CacheRoom
 from blockroll.rollout.planning.planner import Planner
 from blockroll.rollout.planning.reading import read_plan
@@ -57,6 +59,9 @@ class CachePlan:
     room: CacheRoom
     prefill_rows: int  # of the largest prefill
     logits_rows: int  # of the largest step
+    states: StateMemory
+    graphs: int  # bytes of buffers of forwards in few shapes, at most
+    num_shapes: int
 
     @classmethod
     def of(
@@ -74,26 +79,39 @@ class CachePlan:
         InvalidInput, with the numbers, where weights or the shortest text have no room.
         """
         plans = (plan,) if isinstance(plan, Plan) else plan.candidates
-        footprint = Footprint.of(policy, policy.device if device is None else device)
+        place = policy.device if device is None else device
+        footprint = Footprint.of(policy, place)
         if device is not None:
             _check_weights(footprint, memory, device, num_engines)
         to_come = footprint.loaded if device is not None else footprint.packed - policy.packed.num_bytes
-        logits_rows = config.max_batch_size * (1 + max(each.num_drafts for each in plans))
+        max_length = config.max_length or policy.max_length
+        has_pages = layout_of(place, config.cache) == "pages"
+        shapes = set()
+        if not policy.state_shape and repeats(config.graphs, place, has_pages=has_pages):
+            sizes = {"max_size": config.max_batch_size, "max_length": max_length}
+            shapes = shapes_of(plans, **sizes, page_size=config.page_size)
+        graphs = sum(shape.num_bytes for shape in shapes)
+        states = StateMemory.of(footprint.state_shape, footprint.kv_shape)
+        num_drafts = max(each.num_drafts for each in plans)
+        logits_rows = config.max_batch_size * (1 + num_drafts)
         budget = CacheBudget(
             total=memory.total,
-            free=memory.free - to_come * num_engines,
+            free=memory.free - (to_come + graphs) * num_engines,
             share=config.memory_fraction,
             forward=footprint.forward(prefill_rows=MAX_PREFILL_ROWS, logits_rows=logits_rows),
             num_engines=num_engines,
             row=footprint.kv_shape.num_bytes,
+            beside=config.max_batch_size * states.slot(num_drafts=num_drafts, max_rows=max_length - 2),
+            snapshot=states.state,
+            snapshot_rows=states.step,
             max_rows=config.max_cache_rows,
         )
         room = CacheRoom(
             max_slots=config.max_batch_size,
             max_rows=budget.rows,
             block_rows=max(each.rows_per_forward for each in plans),
-            page_size=config.page_size if layout_of(device or policy.device, config.cache) == "pages" else 0,
-            max_length=config.max_length or policy.max_length,
+            page_size=config.page_size if has_pages else 0,
+            max_length=max_length,
         )
         budget.check(room.rows_of(1))
         return cls(
@@ -102,14 +120,23 @@ class CachePlan:
             room=room,
             prefill_rows=MAX_PREFILL_ROWS,
             logits_rows=logits_rows,
+            states=states,
+            graphs=graphs,
+            num_shapes=len(shapes),
         )
 
     @property
     def num_bytes(self) -> int:
-        """Of the cache at its largest: of its rows, and of the page that no text has."""
+        """Of the rows of the cache at its largest, and of the page that no text has."""
         room = self.room
         num_rows = (room.num_pages + 1) * room.page_size if room.num_pages else self.budget.rows
         return num_rows * self.budget.row
+
+    @property
+    def snapshots(self) -> int:
+        """Bytes of the states that are kept along the cache's rows, beside those of its slots."""
+        most_rows = min(self.budget.rows, self.room.max_slots * self.room.rows_of(self.room.max_length))
+        return self.states.most_snapshots(0, most_rows) * self.states.state
 
     @property
     def notice(self) -> str:

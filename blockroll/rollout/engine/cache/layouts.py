@@ -27,7 +27,7 @@ def layout_of(device: torch.device, layout: Layout) -> Layout:
 def make_cache(policy: Policy, layout: Layout, *, page_size: int, max_rows: int) -> Cache:
     """A cache for a policy, its pages of so many rows; `max_rows` bounds those of all pages, 0 does not."""
     rows = _rows(policy, layout, page_size=page_size, max_rows=max_rows)
-    return RecurrentCache(policy, rows) if policy.state_shape else rows
+    return RecurrentCache(policy, rows, max_rows=max_rows) if policy.state_shape else rows
 
 
 def _rows(policy: Policy, layout: Layout, *, page_size: int, max_rows: int) -> Cache:

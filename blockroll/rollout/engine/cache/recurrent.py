@@ -19,9 +19,9 @@ class RecurrentCache(Cache):
     whoever puts requests and slots right finds too few rows.
     """
 
-    def __init__(self, policy: Policy, rows: Cache) -> None:
-        """`rows` is this cache's own from now on."""
-        self._policy, self._rows = policy, rows
+    def __init__(self, policy: Policy, rows: Cache, *, max_rows: int = 0) -> None:
+        """`rows` is this cache's own from now on; `max_rows` bounds those of all texts, 0 does not."""
+        self._policy, self._rows, self._max_rows = policy, rows, max_rows
         self._states = SlotStates(policy, num_slots=rows.num_slots)
         self._is_outdated = False  # a change of weights has begun and not ended
 
@@ -82,7 +82,8 @@ class RecurrentCache(Cache):
         """Have so many slots, with room for so many rows each; what the first of them hold stays."""
         if self._states.parts != self._policy.state_shape and not self.num_open:
             self.clear()  # what earlier texts left under another precision is no use in this one
-        self._states.resize(num_slots, capacity)
+        num_rows = num_slots * capacity
+        self._states.resize(num_slots, min(num_rows, self._max_rows) if self._max_rows else num_rows)
         self._rows.reserve(num_slots=num_slots, capacity=capacity)
 
     def spare(self, num_rows: int) -> int:

@@ -17,19 +17,46 @@ Shapes: N slots, B slots of one window, C candidates of each.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from blockroll.kernels.transfer import sent
-from blockroll.policies.base import Policy
+from blockroll.policies.base import KVShape, Policy, StatePart
 from blockroll.rollout.engine.cache.snapshots import Snapshots, State
 
 _NOWHERE = -1  # stands a state that is being written, or nobody's
 _LEAST_STEP = 16  # rows from snapshot to snapshot
 _SHARE = 8  # snapshots along a text may take as much memory as an eighth of its keys and values
 _MOST_MARKS = 8  # snapshots of one forward, since each is a candidate of every slot
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StateMemory:
+    """What states take of memory, in bytes, before any is there; of a policy without any it is nothing."""
+
+    state: int  # of one text
+    step: int  # rows from snapshot to snapshot
+
+    @classmethod
+    def of(cls, parts: Sequence[StatePart], row: KVShape) -> Self:
+        """The step is the least power of two at which snapshots take no more than their share."""
+        state = sum(part.num_bytes for part in parts)
+        return cls(
+            state=state, step=max(1 << (-(-_SHARE * state // row.num_bytes) - 1).bit_length(), _LEAST_STEP)
+        )
+
+    def slot(self, *, num_drafts: int, max_rows: int) -> int:
+        """Of a slot at most: its state, candidates of so many drafts or settled rows, and 2 snapshots."""
+        most_marks = 1 + min(-(-(max_rows - 1) // self.step), _MOST_MARKS + 1)
+        return (1 + max(num_drafts + 1, most_marks) + 2) * self.state
+
+    def most_snapshots(self, num_slots: int, num_rows: int) -> int:
+        """Of slots with so many rows in all: of each text at its marks, where it began and where it ended."""
+        return 2 * num_slots + num_rows // self.step
 
 
 class SlotStates:
@@ -39,7 +66,7 @@ class SlotStates:
         """So many slots, all of them empty."""
         self._policy = policy
         self.parts = policy.state_shape
-        self._step = _snapshot_step(policy)
+        self._memory = StateMemory.of(self.parts, policy.kv_shape)
         self.snapshots = Snapshots(2 * num_slots)
         self._held: list[Tensor] = []  # by part (layers, N, 1 + C, ...), allocated at the first use
         self._stands = [0] * num_slots
@@ -53,10 +80,9 @@ class SlotStates:
         empty._stands = [_NOWHERE] * len(self._stands)
         return empty
 
-    def resize(self, num_slots: int, capacity: int) -> None:
-        """Have so many slots, for texts of so many rows; what the first of them hold stays."""
-        # Of each slot as many as its text has marks, and two more: where it began, and where it ended.
-        self.snapshots.most = num_slots * (2 + capacity // self._step)
+    def resize(self, num_slots: int, num_rows: int) -> None:
+        """Have so many slots, for texts of so many rows in all; what the first of them hold stays."""
+        self.snapshots.most = self._memory.most_snapshots(num_slots, num_rows)
         self._fit(num_slots)
 
     def repair(self) -> None:
@@ -109,7 +135,7 @@ class SlotStates:
 
     def _marks(self, start: int, stop: int) -> list[int]:
         """The lengths behind `start` at which settled rows leave states; the last is `stop`."""
-        step, first = self._step, max(start, 0) + 1
+        step, first = self._memory.step, max(start, 0) + 1
         while (stop - first) // step > _MOST_MARKS:
             step *= 2
         return [*range(-(-first // step) * step, stop, step), stop]
@@ -285,9 +311,3 @@ class SlotStateWindow:
     def leave(self, name: str, layer_idx: int, states_BC: Tensor) -> None:
         """The states behind the rows that are asked for (B, C, ...)."""
         self._states.leave(self._part[name], layer_idx, self._slots, self._column + 1, states_BC)
-
-
-def _snapshot_step(policy: Policy) -> int:
-    """Rows between two snapshots: the power of two from which on they take no more than their share."""
-    row, state = policy.kv_shape.num_bytes, sum(part.num_bytes for part in policy.state_shape)
-    return max(1 << (-(-_SHARE * state // row) - 1).bit_length(), _LEAST_STEP)
