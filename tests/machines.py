@@ -4,7 +4,7 @@
     python -m tests.machines next          the quick ones under the next one; each run takes its turn
     python -m tests.machines all           under each, one after the other: all under those of WHOLE, under
                                            the others the quick ones
-    ... -- -k greedy -n 2                  what follows is pytest's
+    ... -- -k greedy -n 2                  what follows is pytest's; -m slow runs the slow ones instead
 
 Kernels are chosen when torch starts, so pytest gets a process of its own with the variables set. On a CPU of
 another maker a variable may change nothing; `rounding` differs everywhere (tests/rounding.py).
@@ -79,7 +79,7 @@ def run(name: str, tests: Sequence[str], arguments: list[str]) -> int:
         arguments = [*arguments, "-n", "0"]  # two processes with two threads each would wait for each other
     ignored = [f"--ignore-glob={pattern}" for pattern in LEFT_OUT]
     return subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", *tests, *ignored, *arguments],
+        [sys.executable, "-m", "pytest", "-q", "-m", "not slow", *tests, *ignored, *arguments],
         env={**os.environ, **variables, "OMP_NUM_THREADS": threads},
         check=False,
     ).returncode

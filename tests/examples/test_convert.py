@@ -80,6 +80,7 @@ def test_a_conversion_leaves_an_adapter_that_drafts_and_weights_that_have_not_mo
         assert_same_rollouts(plain, drafted, policy)
 
 
+@pytest.mark.slow
 def test_a_conversion_that_was_interrupted_between_rounds_goes_on_as_if_it_had_not_been(config, tmp_path):
     whole = convert(config)
     first = dataclasses.replace(config, out=str(tmp_path / "parts"), max_tokens=150)

@@ -58,6 +58,7 @@ def assert_ended(process, folder, family, *, number, timeout):
     assert alive == []
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_a_run_within_ten_seconds_leaves_no_process_and_says_how_to_resume(run, tmp_path):
     family = family_of(run)
     os.killpg(run.pid, signal.SIGINT)

@@ -15,6 +15,7 @@ from tests.models import MASK_ID, random_model
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 def test_the_documented_command_starts_from_the_repository_root():
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     shown = subprocess.run(

@@ -253,6 +253,7 @@ def test_rows_of_two_versions_never_share_a_file(policy, tmp_path, monkeypatch):
     assert {int(read_audit(path).numbers_N["version"][0]) for path in audit_files(tmp_path)} == {0}
 
 
+@pytest.mark.slow
 def test_a_killed_writer_leaves_files_that_pass(tmp_path):
     script = textwrap.dedent(f"""
         from blockroll import HFPolicy, Plan, Sampling

@@ -90,7 +90,7 @@ def interrupt_the_bookkeeping(
 @pytest.mark.parametrize("plan", PLANS, ids=lambda plan: plan.name)
 def test_an_interrupt_inside_the_cache_changes_no_token(policy, plan):
     """Fused plans too: a text that stays in its engine keeps its proposal, and with it every coin."""
-    interrupt_the_bookkeeping(policy, plan, count=12)
+    interrupt_the_bookkeeping(policy, plan, count=6)
 
 
 class InterruptedInCommit(InterruptedIn):

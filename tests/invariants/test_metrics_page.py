@@ -50,6 +50,7 @@ def test_the_page_has_what_a_run_logs(tmp_path):
     assert names_of(read_lines(config.run_dir / "metrics.jsonl")) == stated("train")
 
 
+@pytest.mark.slow
 def test_the_page_has_what_a_trl_trainer_logs_beside_trl(tmp_path):
     steps = {"max_steps": 2}
     draft = DraftConfig(conversion="full", block_sizes=(8,), layouts=("two_forward",), learning_rate=1e-5)

@@ -73,7 +73,7 @@ def test_an_interrupt_at_any_call_changes_no_token_and_loses_no_page(policy, exp
 @pytest.mark.slow
 @pytest.mark.parametrize("plan", PLANS[:2], ids=lambda plan: plan.name)
 def test_interrupts_at_many_calls_change_no_token_and_lose_no_page(policy, plan, expected):
-    interrupt_anywhere(policy, plan, expected[plan], count=120)
+    interrupt_anywhere(policy, plan, expected[plan], count=40)
 
 
 def interrupt_every_kind_of_change(policy) -> None:

@@ -95,6 +95,7 @@ def test_killing_a_replica_in_the_middle_loses_and_repeats_no_rollout(pool, chec
     assert_same_rollouts(want, got, policy)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_a_replica_cannot_load_is_the_same_error_as_in_process(ray_session, tmp_path):
     random_model().save_pretrained(tmp_path)
     load_tokenizer("tiny").save_pretrained(tmp_path)

@@ -150,6 +150,7 @@ def test_iterations_accumulation_and_evaluation_work_as_in_the_stock_trainer(tmp
     assert evaluation["eval_rollout/acceptance_rate"] > 0
 
 
+@pytest.mark.slow
 def test_equal_seeds_give_equal_runs_and_other_seeds_other_tokens(tmp_path):
     first, again, other = (logs(trainer(tmp_path, options={"seed": seed})) for seed in (3, 3, 4))
     same = ("completions/mean_length", "reward", "entropy", "rollout/acceptance_rate")

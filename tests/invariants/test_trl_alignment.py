@@ -55,6 +55,7 @@ def test_alignment_by_acceptance_waits_until_acceptance_falls(tmp_path):
     assert alignment.is_due(1)
 
 
+@pytest.mark.slow
 def test_a_full_conversion_reports_how_its_gradient_lies_to_the_policys(tmp_path):
     draft = DraftConfig(conversion="full", block_sizes=(8,), layouts=("two_forward",), learning_rate=1e-5)
     made = aligned(tmp_path, alignment=AlignmentConfig(every=2, draft=draft))

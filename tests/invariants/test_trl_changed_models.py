@@ -163,6 +163,7 @@ def test_the_best_adapter_is_generated_with_after_it_was_loaded(tmp_path):
     assert_generates_as_it_is(made)
 
 
+@pytest.mark.slow
 def test_two_trainers_with_adapters_take_turns_on_one_pool(tmp_path):
     small_model().save_pretrained(tmp_path / "policy")
     load_tokenizer("tiny").save_pretrained(tmp_path / "policy")

@@ -111,6 +111,7 @@ def cut_short(folder, **options):
     )
 
 
+@pytest.mark.slow
 def test_texts_that_are_cut_off_count_with_every_token_that_was_drawn(tmp_path):
     made = cut_short(tmp_path)
     drawn = counting(made)
@@ -122,6 +123,7 @@ def test_texts_that_are_cut_off_count_with_every_token_that_was_drawn(tmp_path):
     assert all(row["rollout_corr/rollout_is_max"] == pytest.approx(1, abs=1e-3) for row in rows)
 
 
+@pytest.mark.slow
 def test_counting_complete_texts_alone_is_caught(tmp_path):
     """Planted: what TRL's mask keeps stands for what was drawn."""
     made = cut_short(tmp_path)
@@ -228,6 +230,7 @@ def test_a_forward_that_draws_random_numbers_accuses_no_sampler(tmp_path, caplog
     assert abs(row[f"eval_{SURPRISAL}/mean"]) < 4 * row[f"eval_{SURPRISAL}/se"]
 
 
+@pytest.mark.slow
 def test_taking_a_noisy_forward_for_the_sampling_law_is_caught(tmp_path, monkeypatch):
     """Planted: the forward is said to draw nothing."""
     monkeypatch.setattr(trainers, "random_state", lambda device: ())
@@ -268,6 +271,7 @@ def test_lossless_float32_batches_are_not_scored_once_more(tmp_path, monkeypatch
     assert forwards(made, monkeypatch) == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_iterations", [1, 2])
 def test_leaving_the_scoring_out_changes_nothing_that_is_learned(tmp_path, num_iterations):
     options = {"num_iterations": num_iterations, "learning_rate": 1e-3, "max_steps": 4}

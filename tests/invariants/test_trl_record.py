@@ -15,6 +15,7 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 
+@pytest.mark.slow
 def test_a_resumed_run_draws_what_the_uninterrupted_one_draws(tmp_path):
     whole = aligned(tmp_path / "whole")
     want = drawn_by_step(whole)
@@ -62,6 +63,7 @@ def test_the_audit_of_a_trainers_rollouts_lies_beside_its_report_and_passes(tmp_
     assert again.rows_by_version == report.rows_by_version
 
 
+@pytest.mark.slow
 def test_an_audit_lies_where_the_config_says_and_is_resumed_there(tmp_path):
     audit = tmp_path / "elsewhere"
     config = RolloutConfig(plan="two_forward", audit="all", audit_dir=str(audit))
