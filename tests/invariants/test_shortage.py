@@ -12,12 +12,13 @@ import torch
 
 from blockroll.errors import AuditError
 from blockroll.rollout.drafters.engine import Engine
+from blockroll.rollout.engine.chunks import LEAST_ROWS, MAX_PREFILL_ROWS, Bound
 from blockroll.rollout.engine.scheduler import Scheduler
 from blockroll.rollout.engine.shortage import is_shortage
 from blockroll.types import Plan, Sampling
 from tests.engines import PlansInTurn, make_requests, run
 from tests.equality import assert_same_rollouts
-from tests.models import adapted_policy, prompts
+from tests.models import adapted_policy, prompts, random_policy
 
 PLAIN, TWO_FORWARD, FUSED = Plan(0), Plan(4), Plan(4, (0, 2, 4))
 PLANS = pytest.mark.parametrize("plan", [PLAIN, TWO_FORWARD, FUSED], ids=lambda plan: plan.name)
@@ -155,6 +156,75 @@ def test_a_request_without_room_alone_ends_with_numbers_and_the_others_go_on(pol
     assert f"behind 60 tokens (keys and values of {keys / 1000:.3g} kB), had no room" in failed.error
     assert "'large'" in failed.error
     assert_same_rollouts(free, finished, policy)
+
+
+class ScarceRows(Scarce):
+    """A device whose forwards have room for so many rows in all."""
+
+    def meet(self, module, inputs) -> None:
+        num_texts, num_rows, _ = inputs[0].shape
+        if num_texts * num_rows > self.rows:
+            self.num_raised += 1
+            raise torch.OutOfMemoryError(f"Tried to allocate {num_texts * num_rows} rows.")
+
+
+@pytest.fixture(scope="module")
+def long_policy():
+    return random_policy(max_position_embeddings=2048)
+
+
+def long_prompt(length: int, *, seed: int = 0) -> tuple[int, ...]:
+    rng = random.Random(seed)
+    return tuple(rng.choice(range(4, 24)) for _ in range(length))
+
+
+@PLANS
+@pytest.mark.usefixtures("layout")
+def test_a_long_prompt_is_tried_in_smaller_chunks_first(long_policy, plan, caplog):
+    """Rows have room as 600 and not as 1200; beside others that run, and again behind them."""
+    requests = make_requests([long_prompt(7), long_prompt(9, seed=1), long_prompt(1201, seed=2)], SAMPLING)
+    again = dataclasses.replace(requests[2], request_id="again", prompt_ids=long_prompt(1300, seed=3))
+    free = run(long_policy, [*requests, again], plan)
+    with ScarceRows(long_policy, rows=600) as scarce, caplog.at_level(logging.INFO):
+        engine = Engine(long_policy, plan=plan, max_batch_size=4)
+        engine.submit(requests[:2])
+        engine.step()
+        finished = finish(engine, requests[2:])
+        assert scarce.num_raised == 1
+        assert engine._scheduler.max_batch_size == 4  # nobody waits for it
+        finished |= finish(engine, [again])
+        assert scarce.num_raised == 1  # the bound stays
+    assert_same_rollouts(free, finished, long_policy)
+    (said,) = [record for record in caplog.records if "memory ran out" in record.message]
+    assert said.levelname == "WARNING"
+    assert "in a prefill of 1200 rows: its chunks have 600 at most" in said.message
+    assert finished["r2"].stats.num_shortages == 1
+    assert finished["again"].stats.num_shortages == 0
+
+
+def test_chunks_are_halved_down_to_the_least_and_the_request_ends_with_it_said(long_policy, caplog):
+    large, small = make_requests([long_prompt(1201), long_prompt(30, seed=1)], SAMPLING)
+    with ScarceRows(long_policy, rows=LEAST_ROWS - 1) as scarce, caplog.at_level(logging.INFO):
+        engine = Engine(long_policy, plan=PLAIN)
+        finished = finish(engine, [large])
+        # 1200, 600, 300 and the least, which is tried again once the cache's memory is given back.
+        assert scarce.num_raised == 5
+        (failed,) = finished.values()
+        assert failed.stats.num_shortages == 5
+        assert "a chunk of 256 rows of its prefill alone, behind 1201 tokens" in failed.error
+        assert engine._admission._alone == Bound(MAX_PREFILL_ROWS)  # it was what took the room
+        assert finish(engine, [small])["r1"].error is None
+    levels = [record.levelname for record in caplog.records if "in a prefill of" in record.message]
+    assert levels == ["WARNING", "INFO", "INFO"]
+
+
+def test_chunks_that_stay_as_large_would_be_noticed(long_policy, monkeypatch):
+    monkeypatch.setattr(Bound, "at_most", lambda bound, num_rows: bound)
+    engine = Engine(long_policy, plan=PLAIN)
+    engine.submit(make_requests([long_prompt(1201)], SAMPLING))
+    with ScarceRows(long_policy, rows=600):
+        for _ in range(6):
+            assert not engine.step().commits
 
 
 def test_a_request_alone_is_tried_again_once_the_memory_of_others_is_given_back(policy):

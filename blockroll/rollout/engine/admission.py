@@ -8,7 +8,7 @@ from torch import Tensor
 
 from blockroll.policies.base import Policy
 from blockroll.rollout.engine.cache.contract import Cache
-from blockroll.rollout.engine.chunks import Bound
+from blockroll.rollout.engine.chunks import LEAST_ROWS, Bound
 from blockroll.rollout.engine.prefill import Chunk, Prefill, lay_out
 from blockroll.rollout.engine.room import CacheRoom, SparePages
 from blockroll.rollout.engine.running import RunningRequest
@@ -34,6 +34,21 @@ class Admission:
         self._prefill = Prefill(policy, cache)
         self._alone = Bound(max_prefill_rows)
         self._beside_others = Bound(min(prefill_chunk, max_prefill_rows))
+        self._configured = self._alone, self._beside_others
+        self.num_rows_begun = 0  # of the chunk whose forward has begun in this step, and not ended
+
+    def shrink_chunks(self) -> int:
+        """Chunks have half as many rows as the one that has begun, at most; how many. 0: they are least."""
+        begun, self.num_rows_begun = self.num_rows_begun, 0
+        if begun <= LEAST_ROWS:
+            return 0
+        most = max(begun // 2, LEAST_ROWS)
+        self._alone, self._beside_others = self._alone.at_most(most), self._beside_others.at_most(most)
+        return most
+
+    def restore_chunks(self) -> None:
+        """Chunks have as many rows as configured."""
+        self._alone, self._beside_others = self._configured
 
     def next(self) -> Chunk | None:
         """Give those that wait the slots that are free, and choose the next chunk; None if nobody joins."""
@@ -62,6 +77,7 @@ class Admission:
         """
         while self._scheduler.num_slots > 1 and self._spare().is_short:
             self._served.preempt(keeps_proposal=keeps_proposals)
+        self.num_rows_begun = 0
         start, running = self._cache.num_open, self._scheduler.running
         while start < len(running):
             chunk = self._next(start, self._scheduler.running[start:], self._alone)
@@ -93,7 +109,9 @@ class Admission:
         layout = lay_out(chunk, bound, num_masks=num_masks)
         # First: where the forward raises, each slot holds rows of the text that the scheduler says.
         self._scheduler.arrange(chunk.start, layout.order)
+        self.num_rows_begun = layout.num_forward_rows
         logits = self._prefill.write(layout)
+        self.num_rows_begun = 0
         ids = (*self._scheduler.running, *self._scheduler.joining)[chunk.start :]
         for request_id, place in zip(ids, layout.order, strict=False):
             self._requests(request_id).count_prefill(*layout.counts[place])

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 PREFILL_CHUNK = 2048  # rows of a chunk while requests run,
 MAX_PREFILL_ROWS = 16384  # and where none does
+LEAST_ROWS = 256  # of a chunk, below which it is made no smaller where memory runs out
 MOST_CELLS = 1 << 24  # of a forward's mask: 16 MiB, and 64 MiB once torch has made a float mask of it
 
 
@@ -32,6 +33,10 @@ class Bound:
         """Whether so many texts fit, with so many rows each, the last of which see so many keys."""
         total = num_texts * num_rows
         return total <= 1 or (total <= self.rows and total * num_keys <= self.cells)
+
+    def at_most(self, num_rows: int) -> "Bound":
+        """The same, of no more rows than these."""
+        return Bound(min(self.rows, num_rows), self.cells)
 
     def rows_behind(self, num_held: int) -> int:
         """The most rows of one text that has so many already: r, where r * (num_held + r) cells fit."""

@@ -115,6 +115,7 @@ class BareEngine:
             self._scheduler,
             self._served,
             self._room,
+            self._admission,
             keeps_proposals=self.planner is None,
         )
         self._is_interrupted = False  # a change of what runs has begun and not ended

@@ -68,6 +68,11 @@ class ChunkLayout:
     copied: Sequence[int]  # offsets, one behind the other, of slots that are copies behind the forward,
     originals: Sequence[int]  # and of what
 
+    @property
+    def num_forward_rows(self) -> int:
+        """Of its forwards in all."""
+        return sum(self.widths) + len(self.rows) * (self.num_masks or 0)
+
 
 class Prefill:
     """Chooses and writes chunks for slots of one cache."""
