@@ -84,8 +84,8 @@ class Shrinking:
             self._release()
             self._say(
                 f"memory ran out in a prefill of {num_begun} rows: its chunks have {num_rows} at most from "
-                "now on, and no token is lost. Lower prefill_chunk, or memory_fraction, which leaves forwards "
-                f"more room. The allocator said: {shortage.reason}"
+                "now on, and no token is lost. Lower prefill_chunk, or memory_fraction, which leaves "
+                f"forwards more room. The allocator said: {shortage.reason}"
             )
             return
         self._num_in_a_row += 1
@@ -109,8 +109,8 @@ class Shrinking:
         self._release()
         self._say(
             f"memory ran out in a step of {len(batch)} requests, {num_joining} of them joining: at most "
-            f"{bound} run together from now on, and no token is lost. Lower max_batch_size, or memory_fraction, which "
-            f"leaves forwards more room. The allocator said: {shortage.reason}"
+            f"{bound} run together from now on, and no token is lost. Lower max_batch_size, or "
+            f"memory_fraction, which leaves forwards more room. The allocator said: {shortage.reason}"
         )
 
     def _release(self) -> None:
