@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from benchmarks.rows import Row, git
 
-ENGINE = ("policies", "samplers", "rollout")
+ENGINE = ("kernels", "policies", "samplers", "rollout")
 DEPENDS = {
     "law": ENGINE,
     "speed": (*ENGINE, "bench"),

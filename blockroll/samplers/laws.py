@@ -23,14 +23,13 @@ import torch
 from torch import Tensor
 
 from blockroll.errors import RequestFailed
+from blockroll.kernels.block_verify import chosen_logprobs
+from blockroll.kernels.draft_draw import draw_draft
+from blockroll.kernels.rows import Cut, Edits, LogitRows, Logits, Mix, PackedLogits, PackedRows, rectangle
 from blockroll.kernels.transfer import fetch
 from blockroll.samplers.brought import allowed_rows, processed
-from blockroll.samplers.edits import Mix
 from blockroll.samplers.forbidden import Forbidden
-from blockroll.samplers.lossless import chosen_logprobs, draw_draft
-from blockroll.samplers.packed import Logits, PackedLogits, PackedRows, rectangle
-from blockroll.samplers.processing import Cut, even_where_empty
-from blockroll.samplers.rows import LogitRows, held
+from blockroll.samplers.processing import even_where_empty
 from blockroll.samplers.text import Text, Touched, is_touched
 from blockroll.types import POINT_MASS, Draft, Guide, Rows, Verdict
 
@@ -86,19 +85,10 @@ class Laws:
 
     def draw(self, logits_BKV: Tensor, uniforms_BK: Tensor, num_drafts_B: Tensor) -> Draft:
         """Drafts from their rows, processed as far as the committed text decides."""
+        given = (logits_BKV, self.draft_temperature_B, uniforms_BK, num_drafts_B)
         if self.processing is None:
-            return draw_draft(
-                logits_BKV,
-                self.draft_temperature_B,
-                uniforms_BK,
-                num_drafts_B,
-                has_greedy=self.certain_draft is not False,
-                all_greedy=self.certain_draft is True,
-            )
-        law = LogitRows(
-            logits_BKV, self.draft_temperature_B, self.certain_draft is not False, self.processing.cut
-        )
-        return self.processing.draw(law, uniforms_BK, num_drafts_B, self.certain_draft)
+            return draw_draft(*given, certain=self.certain_draft)
+        return self.processing.draw(*given, self.certain_draft)
 
     def target_rows(
         self, logits_BLV: Logits, between_BN: Tensor, draft_logits_BKV: Tensor | None, num_drafts_B: Tensor
@@ -117,7 +107,7 @@ class Laws:
             if is_mixed and draft_logits_BKV is not None and draft_logits_BKV.shape[1]:
                 rows = replace(rows, mix=Mix(draft_logits_BKV, self.weight_B, num_drafts_B))
         if self.processing is None:
-            return TargetRows(held(rows), None)
+            return TargetRows(rows, None)
         return self.processing.target_rows(rows, between_BN, num_drafts_B)
 
     def note_empty(self, is_empty_B: Tensor, why: str) -> None:
@@ -175,17 +165,24 @@ class _Processing:
         )
 
     def draw(
-        self, law: LogitRows, uniforms_BK: Tensor, num_drafts_B: Tensor, is_certain: Tensor | bool
+        self,
+        logits_BKV: Tensor,
+        temperature_B: Tensor,
+        uniforms_BK: Tensor,
+        num_drafts_B: Tensor,
+        certain: Tensor | bool,
     ) -> Draft:
-        """As `Laws.draw`, by the law of these logits."""
+        """As `Laws.draw`, of rows that are still to be edited."""
+        edits: Edits | None = None
+        law = LogitRows(logits_BKV, temperature_B, certain is not False, self.cut)
         no_tokens_B0 = torch.empty((len(self.texts), 0), dtype=torch.int64, device=uniforms_BK.device)
         if self.touched is not None:
-            law = replace(law, edits=self.touched.edits(law, no_tokens_B0))
+            edits = self.touched.edits(law, no_tokens_B0)
         if not self.may_be_empty or not law.shape[1]:
-            token_ids_BK, drawn_law = held(law).drawn(uniforms_BK)
-            return self._draft(token_ids_BK, drawn_law, num_drafts_B, is_certain)
+            given = (logits_BKV, temperature_B, uniforms_BK, num_drafts_B)
+            return draw_draft(*given, cut=self.cut, edits=edits, certain=certain)
         # One position after another: masks depend on the drafts before.
-        rows, law = law.editable(), law.as_they_are()
+        rows = replace(law, edits=edits).editable()
         paths = self._paths(num_drafts_B) if self.is_edited_by_host else []
         tokens_BK = no_tokens_B0
         for place in range(rows.shape[1]):
@@ -197,13 +194,19 @@ class _Processing:
             if self.forbidden is not None:
                 self.forbidden.mask_unless_empty(rows[:, span], tokens_BK)
             even_where_empty(rows[:, span])
-            drawn_B1 = held(replace(law, logits_BLV=rows[:, span])).drawn(uniforms_BK[:, span])[0]
+            given = (rows[:, span], temperature_B, uniforms_BK[:, span], num_drafts_B)
+            drawn_B1 = draw_draft(*given, cut=self.cut, certain=certain).token_ids_BK
             tokens_BK = torch.cat([tokens_BK, drawn_B1], dim=1)
             if paths:
                 (drawn,) = fetch([drawn_B1])
                 for row, path in paths:
                     path.extend(int(drawn[row, 0]))
-        return self._draft(tokens_BK, held(replace(law, logits_BLV=rows)), num_drafts_B, is_certain)
+        return Draft(
+            token_ids_BK=tokens_BK,
+            law=POINT_MASS if certain is True else replace(law, logits_BLV=rows),
+            num_drafts_B=num_drafts_B,
+            certain_B=certain if isinstance(certain, Tensor) else None,
+        )
 
     def _paths(self, num_drafts_B: Tensor) -> list[tuple[int, "_DraftPath"]]:
         """Of the requests whose guides go along with their drafts."""
@@ -214,15 +217,6 @@ class _Processing:
             if text.guide is not None
         ]
 
-    @staticmethod
-    def _draft(token_ids_BK: Tensor, law: Rows, num_drafts_B: Tensor, is_certain: Tensor | bool) -> Draft:
-        return Draft(
-            token_ids_BK=token_ids_BK,
-            law=POINT_MASS if is_certain is True else law,
-            num_drafts_B=num_drafts_B,
-            certain_B=is_certain if isinstance(is_certain, Tensor) else None,
-        )
-
     def target_rows(
         self, law: LogitRows | PackedRows, between_BN: Tensor, num_drafts_B: Tensor
     ) -> TargetRows:
@@ -230,7 +224,7 @@ class _Processing:
         if self.touched is not None:
             law = replace(law, edits=self.touched.edits(law, between_BN))
         if not self.may_be_empty:
-            return TargetRows(held(law), None)
+            return TargetRows(law, None)
         law = law.padded() if isinstance(law, PackedRows) else law
         rows = law.editable()
         if self.forbidden is not None:
@@ -238,7 +232,7 @@ class _Processing:
         if self.is_edited_by_host:
             self._edit_by_host(rows, between_BN, num_drafts_B)
         is_empty_BL = even_where_empty(rows)
-        return TargetRows(held(replace(law.as_they_are(), logits_BLV=rows)), is_empty_BL)
+        return TargetRows(replace(law.as_they_are(), logits_BLV=rows), is_empty_BL)
 
     def _edit_by_host(self, rows: Tensor, between_BN: Tensor, num_drafts_B: Tensor) -> None:
         """Edit, in place, what guides and processors say; where there are drafts, these are waited for."""

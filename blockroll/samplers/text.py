@@ -12,13 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from blockroll.kernels.rows import Edits, LogitRows, PackedRows
 from blockroll.kernels.transfer import send
-from blockroll.samplers.edits import Edits
 from blockroll.samplers.forbidden import Rules, rules_of
 from blockroll.samplers.growing import IdBuffer, TokenCounts
-from blockroll.samplers.packed import PackedRows
 from blockroll.samplers.processing import added_by_row, penalize
-from blockroll.samplers.rows import LogitRows
 from blockroll.types import Guide, Sampling
 
 

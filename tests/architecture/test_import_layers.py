@@ -143,12 +143,12 @@ def test_the_page_on_architecture_names_the_same_floors():
     ("module", "source", "sentence"),
     [
         (
-            "samplers.lossless",
+            "samplers.laws",
             "from blockroll.rollout.engine.engine import Engine",
             "`samplers` must not import `rollout`",
         ),
         (
-            "samplers.lossless",
+            "samplers.laws",
             "def f():\n    import blockroll.rollout",
             "`samplers` must not import `rollout`",
         ),

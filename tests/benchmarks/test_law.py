@@ -1,7 +1,7 @@
 """A short form of every experiment on the law, and a planted bug that the two-sample test must see."""
 
 from benchmarks import law
-from blockroll.samplers import lossless
+from blockroll.kernels.block_verify import reference
 
 
 def test_greedy_two_forward_equals_greedy_plain_on_the_shipped_policy(policy):
@@ -22,7 +22,7 @@ def test_two_forward_and_plain_agree_in_law_on_texts_lengths_and_rewards(policy)
 
 
 def test_the_two_sample_test_sees_a_final_token_drawn_from_the_target(policy, monkeypatch):
-    monkeypatch.setattr(lossless, "_residual", lambda target, *_: target)
+    monkeypatch.setattr(reference, "_residual", lambda target, *_: target)
     texts, *_ = law.law_equality(policy, short=1500, whole=150)
     assert texts["p_value"] < 1e-6
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 import blockroll
+from blockroll.kernels import block_verify, draft_draw
 from blockroll.policies.hf import HFPolicy
 from blockroll.rollout.drafters.engine import Engine
 from blockroll.rollout.engine import step as decoding
@@ -16,7 +17,6 @@ from blockroll.rollout.engine.running import RunningRequest
 from blockroll.rollout.pool import prompted
 from blockroll.rollout.pool.pool import RolloutPool
 from blockroll.rollout.pool.replica import LocalReplica
-from blockroll.samplers import lossless
 from blockroll.samplers.check import Sampler, check_redraw_uniforms, redraw_uniforms
 from blockroll.types import Plan, Sampling
 from tests.engines import PlansInTurn, make_requests, run
@@ -70,7 +70,7 @@ def drafts_coins_and_redraws_share_no_number():
 
 
 def redraws_by_the_coin_that_rejected(monkeypatch):
-    monkeypatch.setattr(lossless, "verify_block", coin_reused)
+    monkeypatch.setattr(block_verify, "verify_block", coin_reused)
 
 
 @failure(49, redraws_by_the_coin_that_rejected)
@@ -81,18 +81,22 @@ def the_redraw_is_uniform_given_the_rejection():
         torch.rand((count, width), generator=generator, dtype=torch.float64) for width in (1, 2)
     )
     logits = torch.tensor(Q, dtype=torch.float64).log()
-    draft = lossless.draw_draft(logits.expand(count, 1, -1), torch.ones(count), draft_uniforms)
+    draft = draft_draw.draw_draft(logits.expand(count, 1, -1), torch.ones(count), draft_uniforms)
     target = torch.tensor(P, dtype=torch.float64).expand(count, 2, -1)
-    verdict = lossless.verify_block(draft, target, coins)
+    verdict = block_verify.verify_block(draft, target, coins)
     rejected = verdict.num_accepted_B == 0
     redraws = redraw_uniforms(
         verdict.token_ids_BL[rejected, 0],
         target[rejected, 0],
-        lossless.draft_probs(draft, logits.shape[-1])[rejected, 0],
+        draft_draw.draft_probs(draft, logits.shape[-1])[rejected, 0],
     )
     assert check_redraw_uniforms(redraws).passed
     law = committed_law(
-        Sampler(lossless.draw_draft, lossless.verify_block), TOYS["four_tokens"], [1], 2, is_coin_shared=True
+        Sampler(draft_draw.draw_draft, block_verify.verify_block),
+        TOYS["four_tokens"],
+        [1],
+        2,
+        is_coin_shared=True,
     )
     assert max_difference(law, target_law(TOYS["four_tokens"], 2)) < 1e-12
 
@@ -101,7 +105,7 @@ DRAWS = ("rand", "randn", "randint", "multinomial", "bernoulli", "exponential_",
 PACKAGE = Path(blockroll.__file__).parent
 SOURCES = {
     path: path.read_text()
-    for part in ("samplers", "rollout", "policies")
+    for part in ("kernels", "samplers", "rollout", "policies")
     for path in (PACKAGE / part).rglob("*.py")
     if "check" not in path.relative_to(PACKAGE).parts
 }

@@ -10,12 +10,14 @@ import pytest
 import torch
 
 from blockroll.errors import InvalidInput
+from blockroll.kernels import block_verify, draft_draw
+from blockroll.kernels.block_verify import reference
+from blockroll.kernels.rows import Cut, logit_rows, truncation
+from blockroll.kernels.rows.weights import Weights
 from blockroll.rollout.engine import step as decoding
 from blockroll.samplers import laws as laws_module
-from blockroll.samplers import lossless, rows, uniforms
-from blockroll.samplers import processing as processing_module
+from blockroll.samplers import uniforms
 from blockroll.samplers.laws import Laws
-from blockroll.samplers.weights import Weights
 from blockroll.types import Draft, Plan, Sampling
 from tests.engines import make_requests, run
 from tests.law.engine_law import Processing, engine_law, processed_law
@@ -27,7 +29,7 @@ from tests.models import prompts, random_policy
 
 def scores_drafts_by_their_softmax(monkeypatch):
     """At temperature 1, whatever temperature they were drawn at; at 0 a soft law is invented."""
-    draw_draft = lossless.draw_draft
+    draw_draft = draft_draw.draw_draft
 
     def wrong(logits, temperature, uniforms_BK, num_drafts=None, **kwargs):
         draft = draw_draft(logits, temperature, uniforms_BK, num_drafts, **kwargs)
@@ -44,10 +46,10 @@ def the_draft_law_returned_is_the_law_drawn_from():
 
 
 def draws_from_rounded_logits(monkeypatch):
-    target_probs = rows.target_probs
+    target_probs = logit_rows.target_probs
 
     def wrong(logits, temperature, uniforms_BK, num_drafts=None, **kwargs):
-        tokens = rows.inverse_cdf(target_probs(logits.bfloat16(), temperature), uniforms_BK)
+        tokens = logit_rows.inverse_cdf(target_probs(logits.bfloat16(), temperature), uniforms_BK)
         batch, width = uniforms_BK.shape
         return Draft(
             token_ids_BK=tokens,
@@ -55,19 +57,21 @@ def draws_from_rounded_logits(monkeypatch):
             num_drafts_B=torch.full((batch,), width),
         )
 
-    monkeypatch.setattr(lossless, "draw_draft", wrong)
+    monkeypatch.setattr(draft_draw, "draw_draft", wrong)
 
 
 @failure(34, draws_from_rounded_logits)
 def drafts_are_drawn_from_the_logits_that_score_them():
     count = 100_000
     logits_V = 3 * torch.randn(64, generator=torch.Generator().manual_seed(3))
-    draft = lossless.draw_draft(logits_V[None, None], torch.ones(1), torch.full((1, 1), 0.5))
-    tokens = lossless.draw_draft(
+    draft = draft_draw.draw_draft(
+        logits_V[None, None], torch.ones(1), torch.full((1, 1), 0.5, dtype=torch.float64)
+    )
+    tokens = draft_draw.draw_draft(
         logits_V.expand(count, 1, -1), torch.ones(count), stratified(count)[:, None]
     ).token_ids_BK
     counts = torch.bincount(tokens.flatten(), minlength=64)
-    assert ((counts - count * lossless.draft_probs(draft, len(logits_V))[0, 0]).abs() <= 1).all()
+    assert ((counts - count * draft_draw.draft_probs(draft, len(logits_V))[0, 0]).abs() <= 1).all()
 
 
 def fixture_law(verify) -> torch.Tensor:
@@ -89,12 +93,12 @@ def fixture_law(verify) -> torch.Tensor:
 
 
 def redraws_from_the_target(monkeypatch):
-    monkeypatch.setattr(lossless, "_residual", lambda target, *_: target)
+    monkeypatch.setattr(reference, "_residual", lambda target, *_: target)
 
 
 @failure(35, redraws_from_the_target)
 def a_rejected_position_is_redrawn_from_the_residual():
-    law = fixture_law(lossless.verify_block)
+    law = fixture_law(block_verify.verify_block)
     assert torch.allclose(law, torch.tensor(P, dtype=torch.float64), atol=2e-3)
 
 
@@ -124,12 +128,12 @@ def greedy_drafts_are_point_masses_and_the_weight_counts():
 
 
 def truncates_the_last_row_alone(monkeypatch):
-    truncate = processing_module.truncate
+    truncate = truncation.truncate
 
     def wrong(probs, *options):
         return torch.cat([probs[:, :-1], truncate(probs[:, -1:], *options)], dim=1)
 
-    monkeypatch.setattr(rows, "truncate", wrong)
+    monkeypatch.setattr(logit_rows, "truncate", wrong)
 
 
 @failure(38, truncates_the_last_row_alone)
@@ -177,13 +181,13 @@ def verify_rows_that_are_not_finite_fail_their_request():
 
 
 def forgets_to_mask_the_last_tile(monkeypatch):
-    inverse_cdf = rows.inverse_cdf
+    inverse_cdf = logit_rows.inverse_cdf
 
     def wrong(weights_V, coins):
         missing = -weights_V.shape[-1] % 1024
         return inverse_cdf(torch.nn.functional.pad(weights_V, (0, missing), value=0.1), coins)
 
-    monkeypatch.setattr(rows, "inverse_cdf", wrong)
+    monkeypatch.setattr(logit_rows, "inverse_cdf", wrong)
 
 
 @failure(42, forgets_to_mask_the_last_tile)
@@ -193,7 +197,7 @@ def no_id_lies_outside_the_vocabulary():
             weights_V = torch.full((size,), 0.1, dtype=torch.float64)
             weights_V[size - num_padded :] = 0
             coins = torch.tensor([2.0**-53, 0.5, LARGEST], dtype=torch.float64)
-            tokens = rows.inverse_cdf(weights_V.expand(3, -1), coins)
+            tokens = logit_rows.inverse_cdf(weights_V.expand(3, -1), coins)
             assert (tokens < size - num_padded).all()
 
 
@@ -217,14 +221,14 @@ def keeps_all_that_equal_the_threshold(monkeypatch):
         kept = torch.where(probs >= threshold, probs, 0.0)
         return kept / kept.sum(dim=-1, keepdim=True)
 
-    monkeypatch.setattr(processing_module, "truncate", wrong)
+    monkeypatch.setattr(truncation, "truncate", wrong)
 
 
 @failure(44, keeps_all_that_equal_the_threshold)
 def of_equal_tokens_at_the_edge_the_lowest_ids_stay():
     probs = torch.tensor([[[0.4, 0.2, 0.2, 0.2]]], dtype=torch.float64)
-    cut = processing_module.Cut(torch.tensor([2]), torch.ones(1), torch.zeros(1))
-    law = processing_module.truncate(probs, cut)
+    cut = Cut(torch.tensor([2]), torch.ones(1), torch.zeros(1))
+    law = truncation.truncate(probs, cut)
     assert law.flatten().nonzero().flatten().tolist() == [0, 1]
 
 
@@ -233,7 +237,7 @@ def trusts_an_empty_residual(monkeypatch):
         residual = target.dense(vocab_size) - draft.dense(vocab_size)
         return Weights(weights_NM=residual.clamp(min=0))
 
-    monkeypatch.setattr(lossless, "_residual", wrong)
+    monkeypatch.setattr(reference, "_residual", wrong)
 
 
 @failure(45, trusts_an_empty_residual)
@@ -246,7 +250,7 @@ def a_rejection_that_rounding_made_draws_from_the_target():
         num_drafts_B=torch.ones(count, dtype=torch.int64),
     )
     coins = torch.stack([torch.full((count,), 1.5, dtype=torch.float64), stratified(count)], dim=1)
-    tokens = lossless.verify_block(draft, law.expand(count, 2, -1), coins).token_ids_BL[:, 0]
+    tokens = block_verify.verify_block(draft, law.expand(count, 2, -1), coins).token_ids_BL[:, 0]
     assert ((torch.bincount(tokens, minlength=4) - count * law).abs() <= 1).all()
 
 

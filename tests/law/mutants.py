@@ -8,8 +8,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from blockroll.kernels.rows.weights import inverse_cdf
 from blockroll.samplers import draft_probs, draw_draft, verify_block
-from blockroll.samplers.weights import inverse_cdf
 from blockroll.types import Draft, Verdict
 from tests.law.integrate import Sampler
 

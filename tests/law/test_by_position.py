@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 import torch
 
+from blockroll.kernels.block_verify import reference
+from blockroll.kernels.rows import as_rows
+from blockroll.kernels.rows.weights import drawn_from
 from blockroll.rollout.drafters.engine import Engine
 from blockroll.rollout.engine import step as decoding
 from blockroll.rollout.engine.drafting import Drafter
-from blockroll.samplers import draw_draft, lossless
-from blockroll.samplers.weights import drawn_from
+from blockroll.samplers import draw_draft
 from blockroll.types import Draft, Plan, Request, Sampling
 from tests.engines import PlansInTurn
 from tests.law.by_position import cells_of, coins_given, law_by_position, requests_of
@@ -99,7 +101,7 @@ def redraws_by_the_coin_that_rejected(
 ):
     """Accepts by the coin, and after a rejection draws from the rest of the row by the same coin."""
     verdict = draw(draft, target, uniforms)
-    rows = lossless.as_rows(target).dense()
+    rows = as_rows(target).dense()
     for b in range(len(uniforms)):
         for i in range(int(draft.num_drafts_B[b])):
             token = int(draft.token_ids_BK[b, i])
@@ -116,9 +118,9 @@ def redraws_by_the_coin_that_rejected(
 
 
 def test_planted_a_redraw_by_the_coin_that_rejected_is_caught(monkeypatch):
-    draw = lossless.draw_by_position
+    draw = reference.draw_by_position
     monkeypatch.setattr(
-        lossless, "draw_by_position", lambda *each: redraws_by_the_coin_that_rejected(draw, *each)
+        reference, "draw_by_position", lambda *each: redraws_by_the_coin_that_rejected(draw, *each)
     )
     toy = TOYS["argmax_draft"]
     law = law_by_position(toy, lambda requests: texts_of(engine_of(toy, [Plan(2, (0,))]), requests), length=3)

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from blockroll.kernels.rows import logit_rows
+from blockroll.kernels.rows.weights import inverse_cdf
 from blockroll.samplers import draft_probs, draw_draft, verify_block
-from blockroll.samplers import rows as rows_module
 from blockroll.samplers.check import (
     PRODUCTION,
     Arithmetic,
@@ -22,7 +23,6 @@ from blockroll.samplers.check import (
     check_sampler,
     check_stratified,
 )
-from blockroll.samplers.weights import inverse_cdf
 from blockroll.types import Draft, Verdict
 from tests.law.mutants import MUTANTS, draws_from_bfloat16
 from tests.law.toys import TOYS, rows
@@ -157,7 +157,7 @@ def test_production_is_within_1e_5_of_the_target_in_closed_form_at_real_vocabula
     monkeypatch, size, temperature
 ):
     """Of the torch code, which can be watched; compiled code is compared with it, and drawn from above."""
-    monkeypatch.setattr(rows_module, "rows_library", lambda: None)
+    monkeypatch.setattr(logit_rows, "rows_library", lambda: None)
     draft_V, target_LV = rows(size)
     arithmetic = arithmetic_of(PRODUCTION, draft_V, target_LV[0], temperature=temperature)
     finding = check_closed_form(arithmetic, target_LV[0], temperature=temperature)

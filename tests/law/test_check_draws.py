@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from blockroll.kernels.rows.weights import inverse_cdf
 from blockroll.samplers import draw_draft, step_uniforms
 from blockroll.samplers.check import (
     PRODUCTION,
@@ -24,7 +25,6 @@ from blockroll.samplers.check import (
     check_tokens,
     redraw_uniforms,
 )
-from blockroll.samplers.weights import inverse_cdf
 from blockroll.types import Draft
 from tests.law.mutants import MUTANTS, draws_from_bfloat16
 from tests.law.toys import rows

@@ -9,7 +9,7 @@ import math
 import pytest
 import torch
 
-from blockroll.samplers import weights
+from blockroll.kernels.rows import weights
 from blockroll.types import Law, Plan
 from tests.law import failures_of_coins, failures_of_logprobs, failures_of_samplers
 from tests.law.failures_of_samplers import fixture_law

@@ -6,7 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from blockroll.samplers import draw_draft, lossless, settle_first, verify_block
+from blockroll.kernels.block_verify import chosen_logprobs, reference
+from blockroll.samplers import draw_draft, settle_first, verify_block
 from tests.law.integrate import PRODUCTION, Toy, committed_law, integrate_step, max_difference, target_law
 from tests.law.mutants import MUTANTS
 from tests.law.toys import TOYS
@@ -89,7 +90,7 @@ def test_behavior_and_policy_logprobs_agree_where_the_law_is_the_target(name):
     logits_1LV = torch.tensor([[toy.target_weights(())]], dtype=torch.float64).log()
     is_chosen_11 = torch.ones((1, 1), dtype=torch.bool)
     for token in np.flatnonzero(toy.target_V(())).tolist():
-        logprob = lossless.chosen_logprobs(
+        logprob = chosen_logprobs(
             [logits_1LV], is_chosen_11, torch.tensor([[token]]), torch.tensor([toy.temperature])
         )
         assert logprob.item() == pytest.approx(np.log(toy.target_V(())[token]), abs=1e-6)
@@ -139,7 +140,7 @@ def test_a_draft_that_was_drawn_is_judged_by_its_own_rule_alone(monkeypatch):
     def refuse(*_):
         raise AssertionError("no draft was certain")
 
-    monkeypatch.setattr(lossless, "draw_by_position", refuse)
+    monkeypatch.setattr(reference, "draw_by_position", refuse)
     logits_BLV = torch.randn((2, 4, 5), generator=torch.Generator().manual_seed(0))
     draft = draw_draft(logits_BLV[:, :3], torch.ones(2), torch.full((2, 3), 0.4, dtype=torch.float64))
     target_BLV, uniforms_BL = logits_BLV.double().softmax(-1), torch.full((2, 4), 0.4, dtype=torch.float64)

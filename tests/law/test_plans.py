@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from blockroll.errors import InvalidInput
+from blockroll.kernels.rows import edits as edits_module
+from blockroll.kernels.rows import mixed_logits
 from blockroll.rollout.drafters.mask_rows import MaskRows
 from blockroll.rollout.engine import step as decoding
-from blockroll.samplers import draw_draft, mixed_logits
-from blockroll.samplers import edits as edits_module
+from blockroll.samplers import draw_draft
 from blockroll.samplers import laws as laws_module
 from blockroll.types import Law, Plan, Sampling
 from tests.law.engine_law import engine_law

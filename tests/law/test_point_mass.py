@@ -6,12 +6,13 @@ import pytest
 import torch
 
 from blockroll.errors import InvalidInput
-from blockroll.samplers import Laws, draft_probs, draw_draft, lossless, settle_first, verify_block
-from blockroll.samplers.by_position import draw_by_position
+from blockroll.kernels.block_verify import reference
+from blockroll.kernels.block_verify.by_position import draw_by_position
+from blockroll.kernels.rows import LogitRows
+from blockroll.kernels.rows.weights import inverse_cdf
+from blockroll.samplers import Laws, draft_probs, draw_draft, settle_first, verify_block
 from blockroll.samplers.check import check_draft_law
 from blockroll.samplers.laws import Text
-from blockroll.samplers.rows import LogitRows
-from blockroll.samplers.weights import inverse_cdf
 from blockroll.types import POINT_MASS, Draft, Sampling
 from tests.law.integrate import PRODUCTION, Sampler, committed_law, max_difference, target_law
 from tests.law.toys import TOYS, Toy
@@ -165,7 +166,7 @@ def goes_on_behind_a_rejection(draft, target, uniforms):
 )
 @pytest.mark.parametrize("toy", [TOYS["argmax_draft"], NEVER_LIKELY], ids=["argmax", "fixed"])
 def test_a_planted_bug_of_point_masses_breaks_the_law(monkeypatch, plant, toy):
-    monkeypatch.setattr(lossless, "draw_by_position", plant)
+    monkeypatch.setattr(reference, "draw_by_position", plant)
     law = committed_law(PRODUCTION, toy, [2], 3)
     assert max_difference(law, target_law(toy, 3)) > 1e-3
 

@@ -14,8 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import NoRepeatNGramLogitsProcessor
 
-from blockroll.samplers import processing as processing_module
-from blockroll.samplers import rows as rows_module
+from blockroll.kernels.rows import logit_rows, truncation
 from blockroll.samplers import text as text_module
 from blockroll.samplers.forbidden import Forbidden
 from blockroll.types import Plan
@@ -120,13 +119,13 @@ def large(request, monkeypatch):
 
     Gives by how much the law may differ from that of the logits in float64.
     """
-    monkeypatch.setattr(rows_module, "_TILE", 0)
-    monkeypatch.setattr(processing_module, "_FEW", 0)
+    monkeypatch.setattr(logit_rows, "_TILE", 0)
+    monkeypatch.setattr(truncation, "_FEW", 0)
     if request.param == "float64":
         return 1e-12
-    monkeypatch.setattr(rows_module, "_WIDE", 0)
+    monkeypatch.setattr(logit_rows, "_WIDE", 0)
     if request.param == "float32":
-        monkeypatch.setattr(rows_module, "rows_library", lambda: None)
+        monkeypatch.setattr(logit_rows, "rows_library", lambda: None)
     return 1e-6
 
 

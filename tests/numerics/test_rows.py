@@ -12,14 +12,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from blockroll.kernels import rows as rows_kernel
-from blockroll.kernels.rows import At, rows_library
-from blockroll.samplers import rows
-from blockroll.samplers.edits import Edits, Mix
-from blockroll.samplers.lossless import _judged
-from blockroll.samplers.packed import PackedLogits, PackedRows
-from blockroll.samplers.processing import Cut
-from blockroll.samplers.rows import LogitRows, looked_at
+from blockroll.kernels.block_verify.reference import _judged
+from blockroll.kernels.rows import At, Cut, Edits, Mix, PackedLogits, PackedRows, compiled, logit_rows
+from blockroll.kernels.rows.compiled import rows_library
+from blockroll.kernels.rows.logit_rows import LogitRows, looked_at
 from blockroll.types import Draft
 
 pytestmark = pytest.mark.skipif(rows_library() is None, reason="there is no C compiler")
@@ -85,7 +81,7 @@ def by_torch(monkeypatch):
 
     def computed(function, *given):
         with monkeypatch.context() as patch:
-            patch.setattr(rows, "rows_library", lambda: None)
+            patch.setattr(logit_rows, "rows_library", lambda: None)
             return function(*given)
 
     return computed
@@ -204,7 +200,7 @@ def judged(draft: Draft, target: LogitRows, coin: float, uniforms_B: torch.Tenso
     """By the drafts' own probabilities, and one coin for all; NaN: every draft is rejected."""
     draft_p_BK = draft.law.probs_of(draft.token_ids_BK)
     return _judged(
-        draft, target, draft_p_BK, torch.full_like(draft_p_BK, coin), uniforms_B, num_rows=num_rows
+        draft, draft.law, target, draft_p_BK, torch.full_like(draft_p_BK, coin), uniforms_B, num_rows=num_rows
     )
 
 
@@ -288,7 +284,7 @@ def test_without_a_compiler_torch_serves_and_it_is_said(monkeypatch, caplog, tmp
     broken.write_text("#!/bin/sh\necho out of order >&2\nexit 1\n")
     broken.chmod(broken.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv("CC", os.fspath(broken))
-    monkeypatch.setattr(rows, "rows_library", rows_kernel.rows_library.__wrapped__)
+    monkeypatch.setattr(logit_rows, "rows_library", compiled.rows_library.__wrapped__)
     assert law(3.0, None).table() is None
     assert "out of order" in caplog.text
 
@@ -325,7 +321,7 @@ def test_numbers_of_another_type_are_read_as_what_they_are():
 
 THREADS = """
 import threading, torch
-from blockroll.samplers.rows import LogitRows
+from blockroll.kernels.rows import LogitRows
 logits, uniforms = torch.zeros(1, 1, 1 << 19), torch.full((1, 1), 0.5, dtype=torch.float64)
 rows = LogitRows(logits, torch.ones(1, dtype=torch.float64), False)
 def resident():

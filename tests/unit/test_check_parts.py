@@ -60,7 +60,8 @@ def own_randomness(draft, target_probs_BLV, uniforms_BL):
 @pytest.mark.parametrize("coin", [0.1, 0.9])
 @pytest.mark.parametrize("final", [0.01, 0.4, 0.99])
 def test_a_sampler_with_randomness_of_its_own_follows_the_uniforms_it_is_given(coin, final):
-    draft = PRODUCTION.draw_draft(torch.tensor([[[0.0, 1.0, 2.0]]]), torch.ones(1), torch.tensor([[0.9]]))
+    uniform_11 = torch.tensor([[0.9]], dtype=torch.float64)
+    draft = PRODUCTION.draw_draft(torch.tensor([[[0.0, 1.0, 2.0]]]), torch.ones(1), uniform_11)
     target = torch.tensor([[[0.5, 0.3, 0.2], [0.1, 0.2, 0.7]]], dtype=torch.float64)
     uniforms = torch.tensor([[coin, final]], dtype=torch.float64)
     verdict = verify_block(draft, target, uniforms)

@@ -6,8 +6,8 @@ Shapes: B rows, K drafted tokens, L = K + 1 target positions, V vocabulary, N un
 import pytest
 import torch
 
+from blockroll.kernels.rows.weights import inverse_cdf
 from blockroll.samplers import draft_probs, draw_draft, target_probs, verify_block
-from blockroll.samplers.weights import inverse_cdf
 from blockroll.types import POINT_MASS, Draft, Verdict
 
 EXTREME_UNIFORMS = [2.0**-53, 1e-12, 0.5, 1 - 1e-12, 1 - 2.0**-53]

@@ -3,12 +3,9 @@
 import pytest
 import torch
 
-from blockroll.kernels.rows import At
-from blockroll.samplers import LogitRows, PackedLogits
-from blockroll.samplers.lossless import chosen_logprobs
-from blockroll.samplers.packed import PackedRows
-from blockroll.samplers.processing import Cut
-from blockroll.samplers.rows import looked_at
+from blockroll.kernels.block_verify import chosen_logprobs
+from blockroll.kernels.rows import At, Cut, LogitRows, PackedLogits, PackedRows
+from blockroll.kernels.rows.logit_rows import looked_at
 
 NUM_ROWS = torch.tensor([1, 4, 1, 2])
 WIDTH, VOCAB = 4, 50

@@ -19,11 +19,11 @@ from transformers import (
 
 from blockroll.config import RolloutConfig, RunConfig, TrainConfig
 from blockroll.errors import ConfigError, InvalidInput
+from blockroll.kernels.rows.truncation import Cut, truncate
 from blockroll.policies.hf import HFPolicy
 from blockroll.rl_loops.run import rollout_sampling
 from blockroll.rollout.engine.requests import Limits, check_request
 from blockroll.samplers.laws import Laws
-from blockroll.samplers.processing import Cut, truncate
 from blockroll.samplers.text import Text
 from blockroll.types import Law, Plan, Request, Sampling
 from tests.engines import make_requests, run

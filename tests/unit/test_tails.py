@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from blockroll.kernels.rows.weights import inverse_cdf
 from blockroll.samplers import draw_draft, target_probs, verify_block
 from blockroll.samplers.check import check_stratified, stratified
 from blockroll.samplers.uniforms import u52
-from blockroll.samplers.weights import inverse_cdf
 from blockroll.types import Draft
 
 TAIL, GAP = 262_144, 20.5

@@ -11,13 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from blockroll.samplers import processing, rows
-from blockroll.samplers.edits import Mix
+from blockroll.kernels.rows import LogitRows, Mix, logit_rows, mixed_logits, target_probs, truncation
+from blockroll.kernels.rows.truncation import Cut, truncate
+from blockroll.kernels.rows.weights import inverse_cdf
 from blockroll.samplers.laws import Laws
-from blockroll.samplers.processing import Cut, mixed_logits, truncate
-from blockroll.samplers.rows import LogitRows, target_probs
 from blockroll.samplers.text import Text
-from blockroll.samplers.weights import inverse_cdf
 from blockroll.types import Sampling
 
 OFF = (0, 1.0, 0.0)
@@ -125,7 +123,7 @@ def test_whatever_the_row_and_the_options(weights, top_k, top_p, min_p):
     probs /= probs.sum()
     cut = cut_of((top_k, top_p, min_p))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(processing, "_FEW", 0)  # small rows are looked through as wide ones are
+        patch.setattr(truncation, "_FEW", 0)  # small rows are looked through as wide ones are
         found = truncate(probs, cut)
     expected = probs if (top_k, top_p, min_p) == OFF else by_a_whole_sort(probs, cut)
     assert_same_law(found, expected)
@@ -134,7 +132,7 @@ def test_whatever_the_row_and_the_options(weights, top_k, top_p, min_p):
 @pytest.mark.parametrize("is_mixed", [False, True])
 @pytest.mark.parametrize("options", [None, (50, 1.0, 0.0), (0, 0.9, 0.0), (20, 0.9, 0.1)], ids=str)
 def test_rows_judged_a_tile_at_a_time_are_those_of_all_rows_at_once(monkeypatch, options, is_mixed):
-    monkeypatch.setattr(rows, "_TILE", 3 * 2003)
+    monkeypatch.setattr(logit_rows, "_TILE", 3 * 2003)
     generator = torch.Generator().manual_seed(5)
     size, num_drafts, vocab_size = 4, 5, 2003
     logits_BLV = torch.randn(size, num_drafts + 1, vocab_size, generator=generator) * 3

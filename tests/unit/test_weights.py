@@ -8,11 +8,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from blockroll.kernels.rows import At
-from blockroll.samplers import draw_draft, rows, settle_first, verify_block
-from blockroll.samplers.processing import Cut, truncate
-from blockroll.samplers.rows import LogitRows, target_probs
-from blockroll.samplers.weights import Weights, drawn_from
+from blockroll.kernels.rows import At, LogitRows, logit_rows, target_probs
+from blockroll.kernels.rows.truncation import Cut, truncate
+from blockroll.kernels.rows.weights import Weights, drawn_from
+from blockroll.samplers import draw_draft, settle_first, verify_block
 from blockroll.types import POINT_MASS, Draft
 
 VOCAB = 20_011  # large, and not a whole number of blocks
@@ -24,7 +23,7 @@ CUTS = [(50.0, 1.0, 0.0), (0.0, 0.9, 0.0), (0.0, 1.0, 0.05), (40.0, 0.9, 0.1), (
 def code(request, monkeypatch):
     """By both: compiled code serves float32 rows alone, where there is a compiler."""
     if request.param == "torch":
-        monkeypatch.setattr(rows, "rows_library", lambda: None)
+        monkeypatch.setattr(logit_rows, "rows_library", lambda: None)
 
 
 def logits_of(*shape: int, spread: float = 3.0, seed: int = 0) -> torch.Tensor:
@@ -152,7 +151,7 @@ def test_verifying_row_by_row_commits_what_verifying_all_rows_at_once_commits(mo
         draft = replace(draft, law=POINT_MASS, token_ids_BK=peaked(size)[:, :3].argmax(dim=-1))
     coins = coins_of(size, 4 if rule is verify_block else 2, seed=3)
     lean = rule(draft, LogitRows(peaked(size), torch.ones(size).double(), False), coins)
-    monkeypatch.setattr(rows, "_WIDE", VOCAB + 1)
+    monkeypatch.setattr(logit_rows, "_WIDE", VOCAB + 1)
     draft = draft if certain else replace(draft, law=draft.law.dense())
     whole = rule(draft, LogitRows(peaked(size), torch.ones(size).double(), False), coins)
     assert torch.equal(lean.num_committed_B, whole.num_committed_B)

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from blockroll.errors import InvalidDraft
 from blockroll.kernels import transfer
+from blockroll.kernels.rows import PackedLogits, as_rows
 from blockroll.rollout.engine.drafting import DraftRows, Verifying
-from blockroll.samplers import PackedLogits, as_rows
 from blockroll.types import Draft, Plan, PointMass, Rows
 
 _LARGEST_ERROR = 1e-5  # of the sum of a law: what float32 rounding makes of a large vocabulary

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from blockroll.kernels.rows import Logits, PackedLogits
 from blockroll.kernels.transfer import sent
 from blockroll.policies.base import Policy, VerifiesPacked
 from blockroll.rollout.engine.cache.contract import Cache, Window
 from blockroll.rollout.engine.outcome import Outcome
 from blockroll.rollout.engine.running import RunningRequest
-from blockroll.samplers import Logits, PackedLogits
 from blockroll.types import Draft, Plan, Rollout, Verdict
 
 

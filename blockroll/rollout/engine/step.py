@@ -19,6 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from blockroll.kernels.block_verify import join_verdicts, settle_first, verify_block
+from blockroll.kernels.rows import Logits, without_non_finite
 from blockroll.kernels.transfer import send
 from blockroll.policies.base import Policy
 from blockroll.rollout.engine.cache.contract import Cache
@@ -34,15 +36,7 @@ from blockroll.rollout.engine.outcome import EMPTY, Flags, Outcome
 from blockroll.rollout.engine.ragged import packing_of
 from blockroll.rollout.engine.running import RunningRequest
 from blockroll.rollout.engine.trace import EngineTimes, ForwardRows, StepTrace
-from blockroll.samplers import (
-    Laws,
-    Logits,
-    join_verdicts,
-    settle_first,
-    step_uniforms,
-    verify_block,
-    without_non_finite,
-)
+from blockroll.samplers import Laws, step_uniforms
 from blockroll.types import POINT_MASS, Draft, Plan, PlanKind, Rows, Verdict
 
 _NO_ORIGIN = (0, 0, 0)  # of drafts that no row of the policy gave

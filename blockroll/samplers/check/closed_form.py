@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 from blockroll.errors import InvalidInput
+from blockroll.kernels.draft_draw import draft_probs
+from blockroll.kernels.rows import target_probs
 from blockroll.samplers.check.finding import Finding
 from blockroll.samplers.check.laws import softmax
 from blockroll.samplers.check.tables import Sampler
 from blockroll.samplers.check.watch import Watch
-from blockroll.samplers.lossless import draft_probs
-from blockroll.samplers.rows import target_probs
 from blockroll.types import Draft
 
 TOLERANCE = 1e-5

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from blockroll.errors import InvalidInput
+from blockroll.kernels.rows import as_rows
 from blockroll.samplers.check.chi_square import POWER, critical, needed_noncentrality, survival
 from blockroll.samplers.check.finding import Finding
 from blockroll.samplers.check.laws import as_law
-from blockroll.samplers.lossless import as_rows
 from blockroll.types import Draft, PointMass
 
 SIGNIFICANCE = 1e-3

@@ -29,8 +29,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from blockroll.kernels.rows import target_probs
 from blockroll.samplers.check.tables import Sampler, Tables, Tokens
-from blockroll.samplers.rows import target_probs
 
 Corner = Literal["low", "high"]
 TokenLaw = dict[Tokens, float]

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from blockroll.errors import InvalidInput
+from blockroll.kernels.rows import target_probs
 from blockroll.samplers.check.finding import Finding
 from blockroll.samplers.check.laws import as_law, softmax
 from blockroll.samplers.check.tables import Sampler
-from blockroll.samplers.rows import target_probs
 from blockroll.types import Draft, Verdict
 
 Draw = Callable[[Tensor], Tensor]

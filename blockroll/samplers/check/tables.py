@@ -9,7 +9,8 @@ import numpy as np
 from torch import Tensor
 
 from blockroll.errors import InvalidInput
-from blockroll.samplers.lossless import draw_draft, verify_block
+from blockroll.kernels.block_verify import verify_block
+from blockroll.kernels.draft_draw import draw_draft
 from blockroll.types import Draft, Verdict
 
 Tokens = tuple[int, ...]

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from blockroll.errors import InvalidInput
-from blockroll.samplers.weights import inverse_cdf
+from blockroll.kernels.rows.weights import inverse_cdf
 
 _UNIFORM = ("rand", "rand_like")
 _OTHER_DRAWS = ("randn", "randn_like", "randint", "randint_like", "randperm", "bernoulli", "normal")

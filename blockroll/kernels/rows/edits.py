@@ -9,8 +9,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from blockroll.samplers.processing import mixed_logits
-
 
 @dataclass(frozen=True, slots=True)
 class Mix:
@@ -58,3 +56,25 @@ class Edits(NamedTuple):
         """A copy of these rows with them in it, float64."""
         ids_BLU = self.ids_BU[:, None].expand(self.logits_BLU.shape)
         return logits_BLV.to(torch.float64, copy=True).scatter_(-1, ids_BLU, self.logits_BLU)
+
+
+def mixed_logits(
+    policy_logits_BLV: Tensor, draft_logits_BKV: Tensor, weight_B: Tensor, num_drafts_B: Tensor
+) -> Tensor:
+    """Target rows of the mixed law: float64 (B, L, V), w z_policy + (1 - w) z_draft where a draft was met.
+
+    A draft row enters only at the position it was drafted for; rows without a draft, the extra row among
+    them, stay causal, and so does every row of a request with w = 1, bit for bit. The law of a token then
+    depends on its prefix and on the draft row it met, so its log-probability is known only here.
+    Source: logit mixing of TiDAR (arXiv 2511.08923, ablation), as a target law under the verify rule.
+    """
+    num_drafts = draft_logits_BKV.shape[1]
+    policy_BLV = policy_logits_BLV.to(torch.float64)
+    weight_B11 = weight_B.to(torch.float64)[:, None, None]
+    mixed_BKV = weight_B11 * policy_BLV[:, :num_drafts] + (1 - weight_B11) * draft_logits_BKV.to(
+        torch.float64
+    )
+    offsets_K = torch.arange(num_drafts, device=policy_BLV.device)
+    meets_draft_BK = (offsets_K < num_drafts_B[:, None]) & (weight_B < 1)[:, None]
+    mixed_BKV = torch.where(meets_draft_BK[..., None], mixed_BKV, policy_BLV[:, :num_drafts])
+    return torch.cat([mixed_BKV, policy_BLV[:, num_drafts:]], dim=1)

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from blockroll.kernels import transfer
-from blockroll.kernels.rows import At
-from blockroll.samplers.rows import looked_at
+from blockroll.kernels.rows.compiled import At
+from blockroll.kernels.rows.logit_rows import looked_at
 from blockroll.types import Draft, Evidence, Rows, Verdict
 
 _FORMED = 1 << 19  # probabilities that cost about what it costs to look whether more are needed

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from blockroll.kernels import transfer
-from blockroll.kernels.rows import At, RowTable
-from blockroll.samplers.edits import Edits
-from blockroll.samplers.processing import Cut
-from blockroll.samplers.rows import LogitRows, table_of
-from blockroll.samplers.weights import Weights
+from blockroll.kernels.rows.compiled import At, RowTable
+from blockroll.kernels.rows.edits import Edits
+from blockroll.kernels.rows.logit_rows import LogitRows, table_of
+from blockroll.kernels.rows.truncation import Cut
+from blockroll.kernels.rows.weights import Weights
 from blockroll.types import Rows
 
 

@@ -2,7 +2,7 @@
 
 A vocabulary of 49,152 makes B x L x V probabilities the dearest part of a step. Rows of logits stay as the
 forward gave them: a row at a time is made into weights, read, and forgotten, by compiled code where it serves
-(`kernels/rows`). They are the same numbers, bit for bit, as those of all rows at once, and do not depend on
+(`compiled.py`). They are the same numbers, bit for bit, as those of all rows at once, and do not depend on
 the rows beside them.
 
 Shapes: B requests, L rows, N rows, of a request those from the first on, A tokens asked for of a row,
@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from blockroll.kernels import transfer
-from blockroll.kernels.rows import At, Looked, RowTable, rows_library
-from blockroll.samplers.edits import Edits, Mix
-from blockroll.samplers.processing import Cut, truncate, truncated
-from blockroll.samplers.weights import Drawn, Weights, inverse_cdf
+from blockroll.kernels.rows.compiled import At, Looked, RowTable, rows_library
+from blockroll.kernels.rows.edits import Edits, Mix
+from blockroll.kernels.rows.truncation import Cut, truncate, truncated
+from blockroll.kernels.rows.weights import Drawn, Weights, inverse_cdf
 from blockroll.types import Rows
 
 _TILE = 1 << 18  # weights that are formed at once: 1 or 2 MB, which stay in a core's cache
@@ -53,7 +53,7 @@ def table_of(
     mix: Mix | None = None,
     edits: Edits | None = None,
 ) -> RowTable | None:
-    """Rows of logits for compiled code; None where it does not serve: see `kernels/rows`."""
+    """Rows of logits for compiled code; None where it does not serve."""
     drafts = () if mix is None else (mix.draft_logits_BKV,)
     for each in (logits, *drafts):
         if each.dtype != torch.float32 or not transfer.is_free(each.device) or each.stride(-1) != 1:
@@ -325,6 +325,11 @@ def held(rows: _Rows) -> _Rows | DenseRows:
     if not isinstance(rows, LogitRows) or is_wide(rows) or rows.logits_BLV.numel() > _TILE:
         return rows
     return DenseRows(rows.dense())
+
+
+def as_rows(law: Rows | Tensor) -> Rows:
+    """Rows of a law, however it is held."""
+    return law if isinstance(law, Rows) else DenseRows(law)
 
 
 def is_wide(rows: Rows | Tensor) -> bool:

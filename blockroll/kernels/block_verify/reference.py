@@ -1,12 +1,10 @@
-"""Drafting and lossless verification: committed tokens follow the target law exactly.
-
-Samplers see logits and uniforms, never models or requests. Logits come in as float32; probabilities are
-float64, because the law is proven on what this module computes. Of large vocabularies they are those of
-float32 weights, the very ones that tokens are drawn from (`weights.py`).
+"""The definition of `block_verify`, and how it runs on a CPU.
 
 Two rules verify drafts. One that was drawn is accepted by min(1, target / draft), else the residual replaces
 it. One that was certain is compared with the token that the position's own coin draws from the target: as
-likely to stand, and what is committed does not depend on it.
+likely to stand, and what is committed does not depend on it. Probabilities are float64, because the law is
+proven on what this module computes; of large vocabularies they are those of float32 weights, the very ones
+that tokens are drawn from.
 
 Shapes: B requests, K drafted tokens, L = K + 1 target positions, N rows, V vocabulary.
 """
@@ -19,84 +17,28 @@ import torch
 from torch import Tensor
 
 from blockroll.kernels import transfer
-from blockroll.kernels.rows import At, Judged, Looked
-from blockroll.samplers.by_position import draw_by_position
-from blockroll.samplers.packed import Logits, PackedLogits, PackedRows, cells
-from blockroll.samplers.rows import (
-    DenseRows,
+from blockroll.kernels.block_verify.by_position import draw_by_position
+from blockroll.kernels.rows.compiled import At, Judged, Looked
+from blockroll.kernels.rows.logit_rows import (
     LogitRows,
     Weighed,
+    as_rows,
     held,
     looked,
     looked_at,
     spans_of_rows,
     weights_at,
 )
-from blockroll.samplers.weights import Weights
-from blockroll.types import POINT_MASS, Draft, Evidence, PointMass, Rows, Verdict
+from blockroll.kernels.rows.packed import Logits, PackedLogits, PackedRows, cells
+from blockroll.kernels.rows.weights import Weights
+from blockroll.types import Draft, Evidence, PointMass, Rows, Verdict
 
 _T = TypeVar("_T", Verdict, Evidence)
 
 
-def draw_draft(
-    logits_BKV: Tensor,
-    temperature_B: Tensor,
-    uniforms_BK: Tensor,
-    num_drafts_B: Tensor | None = None,
-    *,
-    has_greedy: bool | None = None,
-    all_greedy: bool | None = None,
-) -> Draft:
-    """Draw every draft independently from its own row; temperature 0 takes the argmax, a point mass.
-
-    The law returned is the law drawn from, whatever the rows hold: POINT_MASS where every request takes the
-    argmax, and `certain_B` where some do. Without `num_drafts_B` every row counts. Who knows whether any or
-    all temperatures are 0 saves a look.
-    """
-    batch, num_drafts = uniforms_BK.shape
-    if num_drafts_B is None:
-        num_drafts_B = torch.full((batch,), num_drafts, device=logits_BKV.device)
-    if num_drafts == 0:
-        no_tokens = torch.empty((batch, 0), dtype=torch.int64, device=logits_BKV.device)
-        return Draft(token_ids_BK=no_tokens, law=logits_BKV.double(), num_drafts_B=num_drafts_B)
-    if all_greedy is None:
-        all_greedy = bool((temperature_B == 0).all())
-    if all_greedy:
-        return Draft(token_ids_BK=logits_BKV.argmax(dim=-1), law=POINT_MASS, num_drafts_B=num_drafts_B)
-    if has_greedy is None:
-        has_greedy = bool((temperature_B == 0).any())
-    token_ids_BK, law = held(LogitRows(logits_BKV, temperature_B, has_greedy)).drawn(uniforms_BK)
-    return Draft(
-        token_ids_BK=token_ids_BK,
-        law=law,
-        num_drafts_B=num_drafts_B,
-        certain_B=temperature_B == 0 if has_greedy else None,
-    )
-
-
-def draft_probs(draft: Draft, vocab_size: int) -> Tensor:
-    """The law of every draft as dense rows, float64 (B, K, V), whichever way the draft states it."""
-    if not isinstance(draft.law, PointMass):
-        return as_rows(draft.law).dense()
-    tokens_BK = draft.token_ids_BK
-    rows_BKV = torch.zeros((*tokens_BK.shape, vocab_size), dtype=torch.float64, device=tokens_BK.device)
-    return rows_BKV.scatter_(-1, tokens_BK[..., None], 1.0)
-
-
-def verify_block(draft: Draft, target: Rows | Tensor, uniforms_BL: Tensor) -> Verdict:
-    """Accept the longest draft prefix the target allows, then take one token from the target.
-
-    Law: if each draft token was drawn from its row of `draft.law`, no draft depends on the uniforms, and
-    these are independent on (0, 1), the committed tokens are a sample of the target.
-
-    Where drafts were certain, uniform i draws the token of row i from the target, and draft i stands if it is
-    that token: the first that is not is replaced by it. Where they were drawn, uniform i is the accept coin
-    of draft i, and the last one draws the token behind those accepted, from the residual after a rejection.
-    Source of the second rule: Leviathan et al. 2023, appendix A.1; Chen et al. 2023, theorem 1.
-    `target` (B, L, V) may be probabilities: rows that sum to one, float64. K may be zero, and a request may
-    have fewer drafts than K.
-    """
-    target, is_certain = as_rows(target), draft.is_certain
+def verify(draft: Draft, target: Rows, uniforms_BL: Tensor) -> Verdict:
+    """The longest draft prefix the target allows, and one token more from the target."""
+    target, is_certain = held(target), draft.is_certain
     if draft.token_ids_BK.shape[1] == 0:
         return _draw(draft, target, uniforms_BL)
     if is_certain is True:
@@ -107,14 +49,9 @@ def verify_block(draft: Draft, target: Rows | Tensor, uniforms_BL: Tensor) -> Ve
     return _certain_or(is_certain, _verify_certain(draft, target, uniforms_BL), verdict)
 
 
-def settle_first(draft: Draft, target: Rows | Tensor, uniforms_B2: Tensor) -> Verdict:
-    """The first position alone, whatever becomes of the others: its draft if accepted, else what replaces it.
-
-    `uniforms_B2` are its accept coin and the coin of the token that replaces a rejected draft; where drafts
-    were certain, the coin that draws the token of its position, and one that decides nothing.
-    Law: verify_block on one draft without its extra token; the token that stands is a sample of the target.
-    """
-    target, is_certain = as_rows(target), draft.is_certain
+def settle(draft: Draft, target: Rows, uniforms_B2: Tensor) -> Verdict:
+    """The first position alone: its draft if accepted, else what replaces it."""
+    target, is_certain = held(target), draft.is_certain
     first = dataclasses.replace(
         draft,
         token_ids_BK=draft.token_ids_BK[:, :1],
@@ -131,11 +68,10 @@ def settle_first(draft: Draft, target: Rows | Tensor, uniforms_B2: Tensor) -> Ve
 
 def _verify_drawn(draft: Draft, target: Rows, uniforms_BL: Tensor) -> Verdict:
     """By accept coins, and a residual."""
-    num_drafts = draft.token_ids_BK.shape[1]
-    draft_p_BK = _own_probs(draft)
-    coins_BK = uniforms_BL[:, :num_drafts]
+    num_drafts, law = draft.token_ids_BK.shape[1], _law(draft)
+    draft_p_BK, coins_BK = law.probs_of(draft.token_ids_BK), uniforms_BL[:, :num_drafts]
     target_p_BK, num_accepted_B, final = _judged(
-        draft, target, draft_p_BK, coins_BK, uniforms_BL[:, -1], num_rows=num_drafts + 1
+        draft, law, target, draft_p_BK, coins_BK, uniforms_BL[:, -1], num_rows=num_drafts + 1
     )
     num_accepted_B1, final_p_B1 = num_accepted_B[:, None], final.probs_N[:, None]
     tokens_BL = torch.cat([draft.token_ids_BK, final.token_ids_N[:, None]], dim=1)
@@ -150,11 +86,16 @@ def _verify_drawn(draft: Draft, target: Rows, uniforms_BL: Tensor) -> Verdict:
 
 
 def _judged(
-    draft: Draft, target: Rows, draft_p_BK: Tensor, coins_BK: Tensor, uniforms_B: Tensor, *, num_rows: int
+    draft: Draft,
+    law: Rows,
+    target: Rows,
+    draft_p_BK: Tensor,
+    coins_BK: Tensor,
+    uniforms_B: Tensor,
+    *,
+    num_rows: int,
 ) -> Judged:
     """Drafts against the first rows: those accepted, and the token behind them if it is in these rows."""
-    assert not isinstance(draft.law, PointMass)
-    law = as_rows(draft.law)
     tables = [rows.table() if isinstance(rows, Weighed) else None for rows in (target, law)]
     if tables[0] is not None and tables[1] is not None:
         given = (draft.token_ids_BK, draft_p_BK, draft.num_drafts_B, coins_BK, uniforms_B)
@@ -173,10 +114,11 @@ def _judged(
 
 
 def _settle_drawn(draft: Draft, first: Draft, target: Rows, uniforms_B2: Tensor) -> Verdict:
-    drafted_B1, draft_p_B1 = first.token_ids_BK, _own_probs(draft)[:, :1]
-    coins_B1 = uniforms_B2[:, :1]
+    law, drafted_B1, coins_B1 = _law(draft), first.token_ids_BK, uniforms_B2[:, :1]
+    # Of all drafts, which a law that was drawn from knows; those of the first it would compute.
+    draft_p_B1 = law.probs_of(draft.token_ids_BK)[:, :1]
     target_p_B1, num_accepted_B, final = _judged(
-        first, target, draft_p_B1, coins_B1, uniforms_B2[:, 1], num_rows=1
+        first, law, target, draft_p_B1, coins_B1, uniforms_B2[:, 1], num_rows=1
     )
     is_draft_B1 = num_accepted_B[:, None] > 0
     return Verdict(
@@ -221,15 +163,10 @@ def _draw(draft: Draft, target: Rows, uniforms_B1: Tensor) -> Verdict:
     )
 
 
-def as_rows(law: Rows | Tensor) -> Rows:
-    """Rows of a law, however it is held."""
-    return law if isinstance(law, Rows) else DenseRows(law)
-
-
-def _own_probs(draft: Draft) -> Tensor:
-    """Of each drafted token under the law it was drawn from, float64 (B, K)."""
+def _law(draft: Draft) -> Rows:
+    """What drafts were drawn from that are not all certain."""
     assert not isinstance(draft.law, PointMass)
-    return as_rows(draft.law).probs_of(draft.token_ids_BK)
+    return held(as_rows(draft.law))
 
 
 def _draw_final(
