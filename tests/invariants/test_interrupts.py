@@ -12,6 +12,8 @@ from blockroll.errors import ReplicaError
 from blockroll.rollout.drafters.engine import Engine
 from blockroll.rollout.engine import served
 from blockroll.rollout.engine.cache import held, slots
+from blockroll.rollout.engine.cache.pages import PagedCache
+from blockroll.rollout.engine.cache.recurrent import RecurrentCache
 from blockroll.rollout.engine.cache.slots import SlotCache
 from blockroll.rollout.engine.served import ServedRequests
 from blockroll.rollout.pool import replica as replica_module
@@ -21,6 +23,7 @@ from tests.equality import assert_same_rollouts
 from tests.invariants.test_engine_faults import finish, first_requests, later_requests, make_engine, text
 from tests.invariants.test_pool import local_replica, moved_update
 from tests.models import adapted_policy
+from tests.recurrent_policy import POISON, RecurrentPolicy
 
 PLANS = [Plan(0), Plan(4), Plan(4, (0, 2, 4))]
 
@@ -117,6 +120,75 @@ def test_what_a_step_commits_is_told_once_wherever_an_interrupt_comes(policy):
         assert told == finished
         is_over = interrupted.count < number
     assert number > 20
+
+
+class InterruptedBeforeCalls(InterruptedIn):
+    """The same, at what that function calls too: between two of its calls."""
+
+    def __call__(self, frame, event, argument) -> None:
+        own = ServedRequests.commit.__code__
+        caller = frame.f_back
+        if event != "return" and (frame.f_code is own or (caller is not None and caller.f_code is own)):
+            self.count += 1
+            if self.count == self.number:
+                raise KeyboardInterrupt
+
+
+BAD = 23  # a token whose rows are NaN
+
+
+@pytest.fixture(scope="module")
+def poisoned():
+    """What begins with keys and values, and what carries a state besides."""
+    attention, recurrent = adapted_policy(), RecurrentPolicy()
+    with torch.no_grad():
+        attention.model.get_input_embeddings().weight[BAD] = torch.nan
+        attention.output_head.weight[BAD] = 0
+    return {"slots": (attention, BAD), "pages": (attention, BAD), "recurrent": (recurrent, POISON)}
+
+
+def interrupt_steps_of_a_bad_text(poisoned, kind: str) -> None:
+    """Interrupts while NaN is met, wherever; who comes behind reads what is left beside rows of its own."""
+    policy, bad = poisoned[kind]
+    options = {"cache": "pages", "page_size": 16} if kind == "pages" else {}
+    greedy = Sampling(temperature=0, max_tokens=3, ignore_eos=True)
+    prompts = [(5, 6, 7, bad, 5, 6, 8), (4, 9, 11, 6), (7, 8)]
+    first = make_requests(prompts, greedy)
+    later = make_requests([(8,), (9, 4), (11, 5, 6), (12, 7)], greedy)
+    later = [dataclasses.replace(each, request_id=f"later {each.request_id}") for each in later]
+
+    def served_by(interrupted):
+        engine = Engine(policy, plan=PLANS[0], max_batch_size=3, **options)
+        engine.submit(first)
+        finished = {}
+        for requests in ((), later):
+            engine.submit(requests)
+            while engine.num_requests:
+                for rollout in interrupted.run(engine.step).finished:
+                    finished[rollout.request.request_id] = (rollout.finish_reason, rollout.token_ids)
+        return finished
+
+    counting = InterruptedBeforeCalls(0, served)
+    want = served_by(counting)
+    assert {name for name, (reason, _) in want.items() if reason == "error"} == {"r0"}
+    for number in range(1, min(counting.count, 40)):
+        assert served_by(InterruptedBeforeCalls(number, served)) == want, number
+
+
+KINDS = pytest.mark.parametrize("kind", ["slots", "pages", "recurrent"])
+
+
+@KINDS
+def test_what_is_not_finite_reaches_nobody_wherever_an_interrupt_comes(poisoned, kind):
+    interrupt_steps_of_a_bad_text(poisoned, kind)
+
+
+@KINDS
+def test_planted_rows_that_nobody_scrubs_behind_an_interrupt_are_noticed(poisoned, kind, monkeypatch):
+    for cache in (SlotCache, PagedCache, RecurrentCache):
+        monkeypatch.setattr(cache, "scrub_all", lambda self: None)
+    with pytest.raises(AssertionError):
+        interrupt_steps_of_a_bad_text(poisoned, kind)
 
 
 def test_planted_an_index_that_is_left_half_changed_is_noticed(policy, monkeypatch):

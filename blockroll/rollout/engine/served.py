@@ -183,9 +183,11 @@ class ServedRequests:
     def restore(self) -> None:
         """Put right what an exception has left half done.
 
-        Requests say what was committed: all else follows from them.
+        Requests say what was committed: all else follows from them. Rows that nobody has found to be finite
+        may be anywhere.
         """
         self._cache.repair()
+        self._cache.scrub_all()
         for request_id, running in tuple(self.requests.items()):
             if not running.is_running:
                 self.finished[request_id] = running.rollout()

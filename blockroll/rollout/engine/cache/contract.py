@@ -148,6 +148,10 @@ class Cache(ABC):
         """Zero a slot whose forward went wrong: hidden NaN would still reach its next request, as 0 * NaN."""
 
     @abstractmethod
+    def scrub_all(self) -> None:
+        """Zero what is not finite anywhere, and forget texts with such rows: nobody may have seen it yet."""
+
+    @abstractmethod
     def repair(self) -> None:
         """Put right what an exception amid a change has left: memory and tokens say what holds."""
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from blockroll.kernels.block_attention import Packing
 from blockroll.policies.base import Policy
 from blockroll.rollout.engine.cache.contract import Cache
+from blockroll.rollout.engine.cache.finite import not_finite
 from blockroll.rollout.engine.cache.held import TextIndex
 from blockroll.rollout.engine.cache.page_memory import PageMemory
 from blockroll.rollout.engine.cache.page_pool import PagePool
@@ -293,6 +294,24 @@ class PagedCache(Cache):
         pages_before, text.pages = text.pages, []
         self._pool.close(pages_before)
 
+    def scrub_all(self) -> None:
+        """Zero what is not finite anywhere, and forget texts with such rows: nobody may have seen it yet."""
+        bad = {*not_finite(self.memory.tensors)}
+        if not bad:
+            return
+        for source in (*range(self.num_open), *self._kept):
+            text = self._text(source)
+            num_pages = -(-len(text.tokens) // self.page_size)
+            if bad.isdisjoint(text.pages[:num_pages]) or all(
+                bool(rows.isfinite().all()) for rows in self.committed(source)
+            ):
+                continue
+            if source < 0:
+                self._drop(source)
+            else:
+                self._index.cut(text, 0)
+        self._fill_stale(bad, 0.0)
+
     def repair(self) -> None:
         """Put right what an exception amid a change has left: memory and tokens say what holds."""
         for source, text in tuple(self._kept.items()):
@@ -340,8 +359,12 @@ class PagedCache(Cache):
 
     def fill_stale(self, value: float) -> None:
         """Overwrite every row of a page that is not valid: what attention may not see must not matter."""
-        stale_PS = torch.ones((len(self._pool), self.page_size), dtype=torch.bool)
-        stale_PS[:1] = False
+        self._fill_stale(range(1, len(self._pool)), value)
+
+    def _fill_stale(self, pages: Iterable[int], value: float) -> None:
+        """The same, of these pages."""
+        stale_PS = torch.zeros((len(self._pool), self.page_size), dtype=torch.bool)
+        stale_PS[[*pages]] = True
         for text in (*self._open, *self._kept.values()):
             for number, page in enumerate(text.pages):
                 stale_PS[page, : max(len(text.tokens) - number * self.page_size, 0)] = False

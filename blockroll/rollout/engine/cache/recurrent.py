@@ -132,6 +132,15 @@ class RecurrentCache(Cache):
         self._rows.scrub(slot)
         self._states.scrub(slot)
 
+    def scrub_all(self) -> None:
+        """Zero what is not finite anywhere, and forget texts with such rows: nobody may have seen it yet."""
+        self._rows.scrub_all()
+        for slot in self._states.not_finite():
+            if slot < self.num_open:
+                self._rows.keep(slot, 0)
+            self._states.scrub(slot)
+        self._states.snapshots.drop_not_finite()
+
     def repair(self) -> None:
         """Put right what an exception amid a change has left: memory and tokens say what holds."""
         if self._is_outdated:

@@ -14,6 +14,7 @@ from blockroll.kernels.block_attention import Packing
 from blockroll.kernels.transfer import sent
 from blockroll.policies.base import Policy, StateWindow
 from blockroll.rollout.engine.cache.contract import ROW_STEP, Cache
+from blockroll.rollout.engine.cache.finite import not_finite
 from blockroll.rollout.engine.cache.held import SlotTexts
 
 
@@ -184,6 +185,14 @@ class SlotCache(Cache):
         self._texts.cut(slot, 0)
         for tensor in (*self._keys, *self._values):
             tensor[slot] = 0
+
+    def scrub_all(self) -> None:
+        """Zero what is not finite anywhere, and forget texts with such rows: nobody may have seen it yet."""
+        for slot in not_finite((*self._keys, *self._values)):
+            if not all(bool(rows.isfinite().all()) for rows in self.committed(slot)):
+                self._texts.cut(slot, 0)
+            for tensor in (*self._keys, *self._values):
+                tensor[slot, :, len(self.tokens(slot)) :] = 0
 
     def first_rows(self, start: int, stop: int, extent: int) -> tuple[list[Tensor], list[Tensor]]:
         """Views of keys and of values (B, H, extent, D), layer by layer."""

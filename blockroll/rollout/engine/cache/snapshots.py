@@ -49,6 +49,12 @@ class Snapshots:
         state = self._states[key_found] = self._states.pop(key_found)
         return length, state
 
+    def drop_not_finite(self) -> None:
+        """Forget those that hold NaN or infinity."""
+        for key, state in tuple(self._states.items()):
+            if not all(bool(part.isfinite().all()) for part in state):
+                self._drop(key)
+
     def clear(self) -> None:
         """Forget all."""
         self._states, self._lengths = {}, Counter()

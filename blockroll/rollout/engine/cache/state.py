@@ -26,6 +26,7 @@ from torch.nn.functional import pad
 
 from blockroll.kernels.transfer import sent
 from blockroll.policies.base import KVShape, Policy, StatePart
+from blockroll.rollout.engine.cache.finite import not_finite
 from blockroll.rollout.engine.cache.snapshots import Snapshots, State
 
 _NOWHERE = -1  # stands a state that is being written, or nobody's
@@ -246,6 +247,10 @@ class SlotStates:
         for held in self._held:
             held[:, slot] = 0
         self._stands[slot], self._columns[slot] = 0, ()
+
+    def not_finite(self) -> list[int]:
+        """Slots whose states hold NaN or infinity."""
+        return not_finite([held[:, :, 0].transpose(0, 1) for held in self._held])
 
     def state(self, slot: int, column: int = 0) -> State:
         """Copies of a slot's state, or of a candidate, part by part (layers, ...)."""
