@@ -289,6 +289,33 @@ def test_without_a_compiler_torch_serves_and_it_is_said(monkeypatch, caplog, tmp
     assert "out of order" in caplog.text
 
 
+ENDLESS = 1 << 58  # tokens of a row that no machine has memory for
+BYTES = ENDLESS * 16 + ENDLESS // 128 * 12
+
+
+def test_a_row_without_memory_is_an_error_with_its_bytes_and_the_next_one_is_served():
+    mine = law(3.0, CUTS[0])
+    expected, ids_BK = mine.dense(), torch.zeros((B, 2), dtype=torch.int64)
+    drafts_p_BK, coins_BK = torch.ones((B, 2)), torch.ones((B, 2))  # no draft is accepted
+    given = (ids_BK, drafts_p_BK, torch.full((B,), 2), coins_BK, coins(B))
+    for spoils_draft in (False, True):
+        table, draft = mine.table(), mine.table()
+        spoiled = draft if spoils_draft else table
+        size, spoiled._rows.vocab = spoiled._rows.vocab, ENDLESS
+        calls = [lambda table=table, draft=draft: table.judged(draft, *given, num_rows=2)]
+        if not spoils_draft:
+            calls += [
+                lambda table=table: table.dense(L, B),
+                lambda table=table: table.looked(L, B, coins(B, L)),
+            ]
+        for call in calls:
+            with pytest.raises(MemoryError, match=f"{BYTES} bytes for a row of {VOCAB} logits"):
+                call()
+        spoiled._rows.vocab = size
+        assert all(drawn.isfinite().all() for drawn in table.judged(draft, *given, num_rows=2).final)
+        assert torch.equal(mine.dense(), expected)
+
+
 @pytest.mark.parametrize("temperature", [1e-37, 1e-39, 1e-60, 5e-324])
 def test_the_coldest_temperatures_draw_the_best_token(by_torch, temperature):
     cold = replace(law(3.0, None), temperature_B=torch.full((B,), temperature, dtype=torch.float64))

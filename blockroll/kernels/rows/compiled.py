@@ -80,7 +80,7 @@ def rows_library() -> ctypes.CDLL | None:
     library.rows_drawn.argtypes = [*[at] * 3, *[number] * 2, *[at] * 2, number, switch, *[at] * 2, switch]
     library.rows_judged.argtypes = [*[at] * 2, *[number] * 3, *[at] * 4, number, *[at] * 5, switch]
     for function in (library.rows_dense, library.rows_drawn, library.rows_judged):
-        function.restype = None
+        function.restype = ctypes.c_int64
     return library
 
 
@@ -132,9 +132,10 @@ class RowTable:
         """All probabilities, float64 (N, V)."""
         places, count, _ = self._places(at, num_requests)
         probs_NV = torch.empty((count, self._vocab_size), dtype=torch.float64)
-        self._library.rows_dense(
+        lacking = self._library.rows_dense(
             ctypes.addressof(self._rows), *places, count, probs_NV.data_ptr(), torch.get_num_threads()
         )
+        self._check_memory(lacking)
         return probs_NV
 
     def looked(
@@ -159,7 +160,7 @@ class RowTable:
             None if each is None else _as(each, dtype)
             for each, dtype in ((uniforms, torch.float64), (asked_NA, torch.int64))
         ]
-        self._library.rows_drawn(
+        lacking = self._library.rows_drawn(
             ctypes.addressof(self._rows),
             *places,
             count,
@@ -171,6 +172,7 @@ class RowTable:
             torch.get_num_threads(),
         )
         del kept
+        self._check_memory(lacking)
         return _looked(ids_N, figures)
 
     def judged(
@@ -197,13 +199,21 @@ class RowTable:
             *(_as(each, torch.float64) for each in (draft_p_BK, coins_BK, uniforms_B)),
         ]
         ids, counts, draft_p, coins, uniforms = (each.data_ptr() for each in given)
-        self._library.rows_judged(
+        lacking = self._library.rows_judged(
             *(ctypes.addressof(self._rows), ctypes.addressof(draft._rows), size, num_drafts, num_rows),
             *(ids, draft_p, counts, coins, given[3].stride(0), uniforms),
             *(each.data_ptr() for each in (target_p_BK, num_accepted_B, ids_B, figures_B4)),
             torch.get_num_threads(),
         )
+        self._check_memory(lacking)
         return Judged(target_p_BK, num_accepted_B, _looked(ids_B, figures_B4))
+
+    def _check_memory(self, lacking: int) -> None:
+        """MemoryError where a thread did not get so many bytes; 0: all have."""
+        if lacking:
+            raise MemoryError(
+                f"can't allocate memory: {lacking} bytes for a row of {self._vocab_size} logits of a thread"
+            )
 
     def _places(
         self, at: At | int, num_requests: int

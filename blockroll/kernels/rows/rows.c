@@ -444,21 +444,46 @@ static void free_spaces(void *held) {
     free(held);
 }
 
-static void make_key(void) { pthread_key_create(&key_of_spaces, free_spaces); }
+static int is_without_key = 0;
 
+static void make_key(void) { is_without_key = pthread_key_create(&key_of_spaces, free_spaces) != 0; }
+
+// Bytes of one space.
+static int64_t bytes_for(const rows *of) {
+    const int64_t size = padded(of->vocab);
+    return size * (2 * sizeof(float) + sizeof(uint64_t)) + num_blocks(size) * (sizeof(double) + sizeof(float));
+}
+
+// This thread's; NULL where there is no memory for it.
 static space *space_for(const rows *of, int which) {
     pthread_once(&has_key, make_key);
+    if (is_without_key) return NULL;
     spaces *held = pthread_getspecific(key_of_spaces);
-    if (!held) pthread_setspecific(key_of_spaces, held = calloc(1, sizeof *held));
+    if (!held) {
+        held = calloc(1, sizeof *held);
+        if (!held) return NULL;
+        if (pthread_setspecific(key_of_spaces, held)) {
+            free(held);
+            return NULL;
+        }
+    }
     space *here = &held->of[which];
     if (held->sizes[which] < padded(of->vocab)) {
         free_space(here);
-        const int64_t size = held->sizes[which] = padded(of->vocab);
+        memset(here, 0, sizeof *here);
+        held->sizes[which] = 0;
+        const int64_t size = padded(of->vocab);
         here->weights = aligned_alloc(64, size * sizeof(float));
         here->logits = aligned_alloc(64, size * sizeof(float));
         here->sums = malloc(num_blocks(size) * sizeof(double));
         here->tops = malloc(num_blocks(size) * sizeof(float));
         here->keys = malloc(size * sizeof(uint64_t));
+        if (!here->weights || !here->logits || !here->sums || !here->tops || !here->keys) {
+            free_space(here);
+            memset(here, 0, sizeof *here);
+            return NULL;
+        }
+        held->sizes[which] = size;
     }
     return here;
 }
@@ -524,27 +549,42 @@ INLINE int64_t offset_of(const int64_t *offsets, int64_t width, int64_t index) {
     return offsets ? offsets[index] : index % width;
 }
 
+// What follows returns 0; where a thread had no memory, the bytes that it asked for, and results mean nothing.
+
 // All probabilities of N rows, float64 (N, V).
-void rows_dense(const rows *of, const int64_t *requests, const int64_t *offsets, int64_t width, int64_t count,
-                double *out, int threads) {
+int64_t rows_dense(const rows *of, const int64_t *requests, const int64_t *offsets, int64_t width, int64_t count,
+                   double *out, int threads) {
+    int64_t lacking = 0;
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t n = 0; n < count; n++) {
         space *here = space_for(of, 0);
+        if (!here) {
+#pragma omp atomic write
+            lacking = bytes_for(of);
+            continue;
+        }
         weigh(of, request_of(requests, width, n), offset_of(offsets, width, n), here);
         for (int64_t i = 0; i < of->vocab; i++) out[n * of->vocab + i] = here->weights[i] / here->mass;
     }
+    return lacking;
 }
 
 // Of N rows the token that a uniform draws (NULL: none is drawn), and A tokens that are asked for. Figures are
 // float64 (N, 4 + A): the drawn token's probability, what lies before it, that with its own, and all; then the
 // probabilities of those asked for. `logs`: theirs are natural logarithms, exact also where a probability is too
 // small for float64, of rows that are neither cut, edited, mixed nor greedy.
-void rows_drawn(const rows *of, const int64_t *requests, const int64_t *offsets, int64_t width, int64_t count,
-                const double *uniforms, const int64_t *asked, int64_t num_asked, int logs, int64_t *ids,
-                double *figures, int threads) {
+int64_t rows_drawn(const rows *of, const int64_t *requests, const int64_t *offsets, int64_t width, int64_t count,
+                   const double *uniforms, const int64_t *asked, int64_t num_asked, int logs, int64_t *ids,
+                   double *figures, int threads) {
+    int64_t lacking = 0;
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t n = 0; n < count; n++) {
         space *here = space_for(of, 0);
+        if (!here) {
+#pragma omp atomic write
+            lacking = bytes_for(of);
+            continue;
+        }
         const int64_t request = request_of(requests, width, n);
         const float *x = weigh(of, request, offset_of(offsets, width, n), here);
         double *found = figures + n * (4 + num_asked);
@@ -555,12 +595,15 @@ void rows_drawn(const rows *of, const int64_t *requests, const int64_t *offsets,
             found[4 + i] = logs ? (x[id] - best) * scale - log(here->mass) : here->weights[id] / here->mass;
         }
     }
+    return lacking;
 }
 
 // The token that a uniform draws from what a draft's row leaves of the target's, which stands in `here`. Figures
 // are float64 (4,): its probability under the target, and as above of the residual, which is not normalised.
+// -1 where there is no memory for the draft's row.
 static int64_t redraw(const rows *draft, int64_t request, int64_t offset, double uniform, space *here, double *found) {
     space *there = space_for(draft, 1);
+    if (!there) return -1;
     const int64_t vocab = draft->vocab;
     weigh(draft, request, offset, there);
     remains rest = {here->weights, there->weights, here->mass / there->mass};
@@ -584,13 +627,19 @@ static int64_t redraw(const rows *draft, int64_t request, int64_t offset, double
 // coin * draft_p < target_p accepts. The token behind those that are accepted, if one of these rows is its own,
 // is drawn as above: from the residual of a rejected draft, or from the target. `target_p` (requests, K) is
 // written as far as drafts are looked at.
-void rows_judged(const rows *of, const rows *draft, int64_t num_requests, int64_t num_drafts, int64_t num_rows,
-                 const int64_t *drafted, const double *draft_p, const int64_t *counts, const double *coins,
-                 int64_t coin_stride, const double *uniforms, double *target_p, int64_t *num_accepted, int64_t *ids,
-                 double *figures, int threads) {
+int64_t rows_judged(const rows *of, const rows *draft, int64_t num_requests, int64_t num_drafts, int64_t num_rows,
+                    const int64_t *drafted, const double *draft_p, const int64_t *counts, const double *coins,
+                    int64_t coin_stride, const double *uniforms, double *target_p, int64_t *num_accepted, int64_t *ids,
+                    double *figures, int threads) {
+    int64_t lacking = 0;
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
     for (int64_t request = 0; request < num_requests; request++) {
         space *here = space_for(of, 0);
+        if (!here) {
+#pragma omp atomic write
+            lacking = bytes_for(of);
+            continue;
+        }
         int64_t offset = 0;
         for (; offset < num_rows; offset++) {
             weigh(of, request, offset, here);
@@ -602,9 +651,14 @@ void rows_judged(const rows *of, const rows *draft, int64_t num_requests, int64_
             target_p[place] = here->weights[drafted[place]] / here->mass;
             if (!(coins[request * coin_stride + offset] * draft_p[place] < target_p[place])) {
                 ids[request] = redraw(draft, request, offset, uniforms[request], here, figures + request * 4);
+                if (ids[request] < 0) {
+#pragma omp atomic write
+                    lacking = bytes_for(draft);
+                }
                 break;
             }
         }
         num_accepted[request] = offset;
     }
+    return lacking;
 }
