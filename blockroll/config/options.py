@@ -89,6 +89,9 @@ class RolloutConfig(SamplingOptions):
     # Whether forwards over pages are captured as graphs, in few shapes; "auto": on a GPU. "buckets": the same
     # shapes without graphs, anywhere.
     graphs: Literal["auto", "on", "off", "buckets"] = "auto"
+    # Whether a step is queued before the one before is read, so that a device never waits for the host;
+    # "auto": where it runs behind the host and the cache is in pages.
+    overlap: Literal["auto", "on", "off"] = "auto"
     mix_weight: Weight = 1.0  # of the policy in the law: 1 is lossless, below 1 mixes draft rows in
     max_tokens: Positive = 64  # completion length at most
     # Of a TRL trainer: at which weights the generating policy's law is compared with the trained one's.

@@ -40,20 +40,47 @@ def sent(integers: Sequence[int] | Sequence[Sequence[int]], device: torch.device
 
 def fetch(tensors: Sequence[Tensor]) -> list[np.ndarray]:
     """These tensors of one device, (B,) or (B, N), int64, float64 or bool, on the host: one wait for all."""
-    if is_free(tensors[0].device):
-        return [each.numpy() for each in tensors]
-    columns = [each.view(len(each), -1) if each.dim() == 1 else each for each in tensors]
-    packed = torch.cat(
-        [each.view(torch.int64) if each.dtype == torch.float64 else each.long() for each in columns], dim=1
-    )
-    packed_BN: np.ndarray = packed.cpu().numpy()
-    arrays, first = [], 0
-    for tensor, column in zip(tensors, columns, strict=True):
-        part: np.ndarray[Any, Any] = packed_BN[:, first : first + column.shape[1]]
-        if tensor.dtype == torch.float64:
-            part = part.view(np.float64)
-        elif tensor.dtype == torch.bool:
-            part = part.astype(np.bool_)
-        arrays.append(part[:, 0] if tensor.dim() == 1 else part)
-        first += column.shape[1]
-    return arrays
+    return Fetch(tensors).read()
+
+
+class Fetch:
+    """Tensors on their way to the host, as `fetch` takes them: queued by now, waited for by `read` alone.
+
+    What is queued behind is not waited for.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._tensors, self._copied = tensors, None
+        device = tensors[0].device
+        if is_free(device):
+            return
+        columns = [each.view(len(each), -1) if each.dim() == 1 else each for each in tensors]
+        self._widths = [each.shape[1] for each in columns]
+        self._packed_BN = torch.cat(
+            [each.view(torch.int64) if each.dtype == torch.float64 else each.long() for each in columns],
+            dim=1,
+        )
+        if device.type == "cuda":
+            there = torch.empty(self._packed_BN.shape, dtype=torch.int64, pin_memory=True)
+            self._packed_BN = there.copy_(self._packed_BN, non_blocking=True)
+            self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._copied.record()
+
+    def read(self) -> list[np.ndarray]:
+        """Their numbers, in the order given."""
+        tensors = self._tensors
+        if is_free(tensors[0].device):
+            return [each.numpy() for each in tensors]
+        if self._copied is not None:
+            self._copied.synchronize()
+        packed_BN: np.ndarray = self._packed_BN.cpu().numpy()
+        arrays, first = [], 0
+        for tensor, width in zip(tensors, self._widths, strict=True):
+            part: np.ndarray[Any, Any] = packed_BN[:, first : first + width]
+            if tensor.dtype == torch.float64:
+                part = part.view(np.float64)
+            elif tensor.dtype == torch.bool:
+                part = part.astype(np.bool_)
+            arrays.append(part[:, 0] if tensor.dim() == 1 else part)
+            first += width
+        return arrays

@@ -70,6 +70,11 @@ class Text:
         return self.guide is not None or bool(self.sampling.logits_processors)
 
     @property
+    def goes_by_tokens(self) -> bool:
+        """Whether its law asks which tokens stand before a row, beyond what the forward makes of them."""
+        return self.is_edited_by_host or self.is_forbidding or self.penalties != _NO_PENALTIES
+
+    @property
     def penalties(self) -> tuple[float, float, float]:
         """Repetition, presence and frequency."""
         sampling = self.sampling

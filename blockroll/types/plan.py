@@ -141,6 +141,16 @@ class Plan:
         return 2 if self.kind is PlanKind.TWO_FORWARD else 1
 
     @property
+    def least_committed(self) -> int:
+        """Tokens of each request that a step commits at least."""
+        return 2 if self.settles_first else 1
+
+    @property
+    def most_committed(self) -> int:
+        """Tokens of each request that a step commits at most."""
+        return self.num_drafts + 1
+
+    @property
     def layout(self) -> str | None:
         """What a policy must have been trained to draft for: `two_forward`, `fused`, or None."""
         return self.kind.value if self.kind in (PlanKind.TWO_FORWARD, PlanKind.FUSED) else None

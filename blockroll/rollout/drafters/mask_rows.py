@@ -73,7 +73,7 @@ class MaskRows(Drafter):
             return False
         late = batch[first:]  # those that join lie behind the others
         if rows is None:
-            window = step.cache.window(first, len(batch), num_drafts + 1)
+            window = step.window(num_drafts + 1, first=first)
             rows = step.policy.draft_logits(step.anchors(first), num_drafts, window)
         else:
             rows = rows[first:]
@@ -82,6 +82,10 @@ class MaskRows(Drafter):
                 origin = (running.num_tokens, 0, num_drafts)
                 running.start_proposal(Proposal(logits_KV=logits_KV, num_drafts=num_drafts, origin=origin))
         return True
+
+    def can_overlap(self, plan: Plan) -> bool:
+        """Where drafts begin at the anchor; what a fused step proposed is cut by what it accepted."""
+        return plan.kind is PlanKind.TWO_FORWARD
 
     def propose(self, step: DraftStep) -> DraftRows:
         """The rows that the step before has proposed, or those of a draft forward."""
@@ -98,7 +102,7 @@ class MaskRows(Drafter):
             )
         rows = step.first_logits
         if rows is None:
-            window = step.cache.window(0, len(step.batch), num_drafts + 1)
+            window = step.window(num_drafts + 1)
             rows = step.policy.draft_logits(step.anchors(), num_drafts, window)
         return DraftRows(
             logits=rows,

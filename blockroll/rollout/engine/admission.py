@@ -63,6 +63,14 @@ class Admission:
             return None
         return self._next(len(self._scheduler.running), self._scheduler.joining, self._bound)
 
+    @property
+    def is_needed(self) -> bool:
+        """Whether rows lack, of requests that have slots or could have them now."""
+        if self._cache.num_open < self._scheduler.num_slots or self._scheduler.joining:
+            return True
+        waiting = self._scheduler.waiting[:1] if self._scheduler.num_admissible else ()
+        return any(self._spare().take(self._requests(each).token_ids) for each in waiting)
+
     def write(self, chunk: Chunk, num_masks: int | None = None) -> Tensor | None:
         """Write a chunk; whose text is whole then runs. `Prefill.write` says what comes of `num_masks`."""
         num_running = len(self._scheduler.running)
@@ -90,11 +98,10 @@ class Admission:
         if not self._cache.page_size:
             return spare
         for slot, request_id in enumerate((*self._scheduler.running, *self._scheduler.joining)):
-            text = self._requests(request_id).token_ids
             if slot >= num_open:
-                spare.take(text)
+                spare.take(self._requests(request_id).token_ids)
             elif slot >= len(self._scheduler.running):
-                spare.complete(text, len(self._cache.tokens(slot)))
+                spare.complete(self._requests(request_id).token_ids, len(self._cache.tokens(slot)))
         return spare
 
     @property

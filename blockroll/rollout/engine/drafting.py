@@ -15,7 +15,7 @@ from torch import Tensor
 from blockroll.kernels.rows import Logits, PackedLogits
 from blockroll.kernels.transfer import sent
 from blockroll.policies.base import Policy, VerifiesPacked
-from blockroll.rollout.engine.cache.contract import Cache, Window
+from blockroll.rollout.engine.cache.contract import Ahead, Cache, Window
 from blockroll.rollout.engine.outcome import Outcome
 from blockroll.rollout.engine.running import RunningRequest
 from blockroll.types import Draft, Plan, Rollout, Verdict
@@ -32,12 +32,17 @@ class DraftStep:
     first_logits: Tensor | None  # float32 (B, K + 1, V), where the prefill brought them along
     lengths: Sequence[int] | None = None  # most drafts of each request, by its outlook; None: K
     anchors_B: Tensor | None = None  # int64, where they are on the device already
+    ahead: Ahead | None = None  # what a step that is not read puts behind the rows that are committed
 
     def anchors(self, first: int = 0) -> Tensor:
         """The last committed tokens of the requests from `first` on, int64 (B, 1)."""
         if self.anchors_B is not None:
             return self.anchors_B[first:, None]
         return sent([[running.anchor] for running in self.batch[first:]], self.policy.device)
+
+    def window(self, num_rows: int, *, first: int = 0, num_pending: int = 0) -> Window:
+        """Of the requests from `first` on, for so many rows behind those before their anchors."""
+        return self.cache.window(first, len(self.batch), num_rows, num_pending=num_pending, ahead=self.ahead)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,6 +109,14 @@ class Drafter(ABC):
 
     def start(self, step: DraftStep) -> bool:
         """Run what requests need that no step before has drafted for; whether that took a forward."""
+        return False
+
+    def can_overlap(self, plan: Plan) -> bool:
+        """Whether it drafts for a step of this plan while the step before is not read.
+
+        Then `propose` goes by `DraftStep.anchors` and `DraftStep.window` alone: what else the host knows of
+        the requests is a step old. And `keep` leaves nothing.
+        """
         return False
 
     @abstractmethod

@@ -1,13 +1,17 @@
 """One engine: continuous batching of requests under one decoding plan, or one chosen for each step.
 
-A step is: a chunk of the prompts that join (admission.py), decode what runs (step.py), commit. A planner is
-asked before it unless its last choice holds, and told what steps took unless a prefill did a part of them.
-The engine owns the cache and the requests' state.
+A step is: a chunk of the prompts that join (admission.py), decode what runs (step.py), commit. Where it can
+be, the next step is queued before this one is read (overlap.py). A planner is asked before a step unless its
+last choice holds, and told what steps took unless a prefill did a part of them. The engine owns the cache and
+the requests' state.
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
+
+from torch import Tensor
 
 from blockroll.errors import InvalidInput
 from blockroll.policies.base import Policy
@@ -16,6 +20,8 @@ from blockroll.rollout.engine.cache.layouts import PAGE_SIZE, Layout, make_cache
 from blockroll.rollout.engine.chunks import MAX_PREFILL_ROWS, PREFILL_CHUNK
 from blockroll.rollout.engine.drafting import Drafter
 from blockroll.rollout.engine.ends import Decode
+from blockroll.rollout.engine.launched import Decoded, Launched
+from blockroll.rollout.engine.overlap import Overlap, may_be_followed, overlaps
 from blockroll.rollout.engine.plans import PlanChooser, Planning, at_hand, check_plan, drafters_of
 from blockroll.rollout.engine.prefill import Chunk
 from blockroll.rollout.engine.repeated import Graphs, RepeatedPolicy, forwards_of
@@ -26,9 +32,17 @@ from blockroll.rollout.engine.scheduler import Scheduler
 from blockroll.rollout.engine.served import ServedRequests, StepResult
 from blockroll.rollout.engine.shortage import Shortage, Shrinking, is_shortage, shortage_of
 from blockroll.rollout.engine.starting import Starter
-from blockroll.rollout.engine.step import Decoded, Decoder
+from blockroll.rollout.engine.step import Decoder
 from blockroll.rollout.engine.trace import EngineTimes, Observer
 from blockroll.types import Plan, Request, Rollout
+
+
+class _Prepared(NamedTuple):
+    """What a step that follows none begins with, as `Decoder.launch` takes it."""
+
+    batch: list[RunningRequest]
+    lengths: Sequence[int] | None
+    first_logits: Tensor | None
 
 
 class BareEngine:
@@ -47,6 +61,7 @@ class BareEngine:
         cache: Layout = "auto",
         page_size: int = PAGE_SIZE,
         graphs: Graphs = "auto",
+        overlap: Overlap = "auto",
         prefill_chunk: int = PREFILL_CHUNK,
         max_prefill_rows: int = MAX_PREFILL_ROWS,
         decode: Decode | None = None,
@@ -65,9 +80,12 @@ class BareEngine:
         longest text that the requests at hand can become. `max_cache_rows` bounds its rows over all slots:
         then fewer than `max_batch_size` requests run together. 0: no bound. `cache` is how its rows lie: in
         slots as long as the longest text, or in pages of `page_size` rows, taken as texts grow. `graphs` says
-        whether forwards over pages run in few shapes, captured as graphs on a GPU (`repeated.py`). A forward
-        of a prefill has at most `max_prefill_rows` rows, and `prefill_chunk` where requests wait for it.
+        whether forwards over pages run in few shapes, captured as graphs on a GPU (`repeated.py`). `overlap`
+        says whether a step is queued before the one before is read: never where `observers` are told of steps
+        in between. A forward of a prefill has at most `max_prefill_rows` rows, and `prefill_chunk` where
+        requests wait for it.
         """
+        self._observers = observers = tuple(observers)
         self.planner = None if isinstance(plan, Plan) else plan
         plans = (plan,) if isinstance(plan, Plan) else plan.candidates
         self._drafters = at_hand((make() for make in self.own_drafters), drafters)
@@ -118,8 +136,9 @@ class BareEngine:
             self._admission,
             keeps_proposals=self.planner is None,
         )
+        self._overlaps = overlaps(policy, self._cache, overlap) and not observers
+        self._in_flight: Launched | None = None  # has every request that runs, and no prompt beside it
         self._is_interrupted = False  # a change of what runs has begun and not ended
-        self._observers = tuple(observers)
         self._clock = clock
         self._planning = (
             None if self.planner is None else Planning(self.planner, self._drafters, policy, clock)
@@ -169,6 +188,7 @@ class BareEngine:
         served = [each for each in dict.fromkeys(request_ids) if each in self._served]
         with self._change():
             self._served.abort(served)
+            self._drop_unless_needed()
         self._tell_drafters(served)
         return self._served.drop_finished(served)
 
@@ -188,8 +208,12 @@ class BareEngine:
             self._cache.forget()
 
     def change_weights(self, policy_version: int) -> None:
-        """The policy's weights are those of this version, wholly or not at all; no row of others is read."""
+        """The policy's weights are those of this version, wholly or not at all; no row of others is read.
+
+        A step in flight was queued under others: it is dropped, and decoded again under these.
+        """
         with self._change():
+            self._drop_in_flight()
             self._served.forget_rows()
             self._forwards.weights_changed()
             self.policy_version = policy_version
@@ -200,6 +224,7 @@ class BareEngine:
         If a forward raises, the next step begins with what is missing.
         """
         with self._change():
+            self._drop_in_flight()
             self._served.forget_rows()
             self._admission.write_missing(keeps_proposals=self._planning is None)
 
@@ -224,11 +249,12 @@ class BareEngine:
         num_running = 0
         try:
             with self._change():
-                num_running = len(self._scheduler.running)
-                # Under a planner other plans may have come before one that is preempted runs again.
-                self._admission.write_missing(keeps_proposals=self.planner is None)
-                num_running = len(self._scheduler.running)
-                chunk = self._admission.next()
+                num_running, chunk = len(self._scheduler.running), None
+                if self._in_flight is None:
+                    # Under a planner other plans may have come before one that is preempted runs again.
+                    self._admission.write_missing(keeps_proposals=self.planner is None)
+                    num_running = len(self._scheduler.running)
+                    chunk = self._admission.next()
                 if num_running or (chunk is not None and chunk.whole):
                     self._decode_batch(chunk)
                 elif chunk is not None:
@@ -249,47 +275,89 @@ class BareEngine:
     def check_integrity(self) -> None:
         """Raise AssertionError where requests, slots and cache contradict each other."""
         self._served.check_integrity(is_whole=not self._is_interrupted)
+        if self._in_flight is not None and not self._is_interrupted:
+            running = self._served.of(self._scheduler.running)
+            assert running, "a step is in flight, and nothing runs"
+            assert {*running} <= {*self._in_flight.step.batch}, "a request runs beside a step in flight"
 
     @contextmanager
     def _change(self) -> Iterator[None]:
         """Around all that changes what runs: begins by putting right what an exception left half done."""
         if self._is_interrupted:
+            self._in_flight = None
             self._served.restore()
         self._is_interrupted = True
         yield
         self._is_interrupted = False
 
     def _decode_batch(self, chunk: Chunk | None) -> None:
-        """One step of those that run and, behind them, those that a chunk makes whole."""
-        running, joining = self._scheduler.running, self._scheduler.joining
-        whole = [] if chunk is None else [joining[place] for place in chunk.whole]
-        batch = self._served.of((*running, *whole))
-        lengths, choice_s = None, 0.0
-        if self._planning is not None:
-            choice, choice_s = self._planning.choose(batch, len(whole), has_prefill=chunk is not None)
-            self._change_plan(choice.plan, batch)
-            lengths = choice.lengths
-        first_logits = None
-        if chunk is not None:
-            is_first = all(each.proposal is None for each in batch)  # some may have been preempted
-            num_masks = self._decoder.num_masks_at_start(self.plan) if is_first else None
-            first_logits = self._admission.write(chunk, num_masks)
-            order = [(*running, *whole).index(request_id) for request_id in self._scheduler.running]
-            batch = [batch[place] for place in order]
-            lengths = None if lengths is None else [lengths[place] for place in order]
+        """The step in flight; if there is none, one of those that run and those that a chunk makes whole."""
+        prepared = None if self._in_flight is not None else self._prepare(chunk)
         started, start_s, num_commits = self._clock(), self.times.start_s, len(self._served.commits)
-        self._settle(batch, self._decoder.decode(batch, self.plan, first_logits, lengths))
+        step = self._in_flight
+        if step is None:
+            assert prepared is not None
+            step = self._decoder.launch(prepared.batch, self.plan, prepared.first_logits, prepared.lengths)
+        self._in_flight = self._launched_behind(step)
+        self._settle(self._decoder.read(step))
+        self._drop_unless_needed()
         seconds = self._clock() - started
-        self.times.step_s += seconds + choice_s
+        self.times.step_s += seconds
         self.times.num_steps += 1
-        is_measured = first_logits is None and (chunk is None or not chunk.partial)
+        is_measured = step.step.first_logits is None and (chunk is None or not chunk.partial)
         if self._planning is not None and is_measured:
             self._planning.observe(
                 seconds=seconds,
                 start_seconds=self.times.start_s - start_s,
                 num_tokens=sum([len(commit.token_ids) for commit in self._served.commits[num_commits:]]),
-                is_last=len(self._scheduler.running) < len(batch),
+                is_last=len(self._scheduler.running) < len(step.step.batch),
+                is_followed=self._in_flight is not None,
             )
+
+    def _prepare(self, chunk: Chunk | None) -> _Prepared:
+        """Choose a plan and write the chunk."""
+        running, joining = self._scheduler.running, self._scheduler.joining
+        whole = [] if chunk is None else [joining[place] for place in chunk.whole]
+        batch = self._served.of((*running, *whole))
+        lengths = None
+        if self._planning is not None:
+            choice, choice_s = self._planning.choose(batch, len(whole), has_prefill=chunk is not None)
+            self._change_plan(choice.plan, batch)
+            lengths = choice.lengths
+            self.times.step_s += choice_s
+        if chunk is None:
+            return _Prepared(batch, lengths, None)
+        is_first = all(each.proposal is None for each in batch)  # some may have been preempted
+        num_masks = self._decoder.num_masks_at_start(self.plan) if is_first else None
+        first_logits = self._admission.write(chunk, num_masks)
+        order = [(*running, *whole).index(request_id) for request_id in self._scheduler.running]
+        lengths = None if lengths is None else [lengths[place] for place in order]
+        return _Prepared([batch[place] for place in order], lengths, first_logits)
+
+    def _launched_behind(self, step: Launched) -> Launched | None:
+        """The next step, queued before this one is read, if nothing between the two needs the host."""
+        batch = self._served.of(self._scheduler.running)
+        if (
+            not self._overlaps
+            or not (self._planning is None or self._planning.holds(len(batch)))
+            or self._admission.is_needed
+            or not may_be_followed(step, batch, self._cache, self._drafters)
+        ):
+            return None
+        if self._planning is not None:
+            self._planning.choose(batch, 0)
+        return self._decoder.launch(batch, self.plan, behind=step)
+
+    def _drop_unless_needed(self) -> None:
+        """Nobody may be left of a step in flight."""
+        if not self._scheduler.running:
+            self._drop_in_flight()
+
+    def _drop_in_flight(self) -> None:
+        """Nothing of the step in flight counts. It is waited for: what it wrote may not be finite."""
+        step, self._in_flight = self._in_flight, None
+        if step is not None and step.outcome.read().not_finite:
+            self._cache.scrub_all()
 
     def _change_plan(self, plan: Plan, batch: list[RunningRequest]) -> None:
         """Decode by this plan from now on; proposals of another drafter or another K would not fit it."""
@@ -298,15 +366,22 @@ class BareEngine:
                 running.proposal = None
         self.plan = plan
 
-    def _settle(self, batch: list[RunningRequest], decoded: Decoded) -> None:
+    def _settle(self, decoded: Decoded) -> None:
+        """Commit what a step has decided for those that still run."""
+        batch = self._served.of(self._scheduler.running)
         num_before = [running.num_tokens for running in batch]
-        self._served.commit(batch, decoded, plan=self.plan, version=self.policy_version, planner=self.planner)
+        of_batch = decoded.of(batch)
+        self._served.commit(
+            batch, of_batch, plan=self.plan, version=self.policy_version, planner=self.planner
+        )
+        if len(decoded.outcome.not_finite) > len(of_batch.outcome.not_finite):
+            # The share of a request that had ended: others may have its pages by now, and read them.
+            self._drop_in_flight()
+            self._cache.scrub_all()
         if not self._observers:
             return
         trace = decoded.trace(
-            batch,
             num_before,
-            plan=self.plan,
             version=self.policy_version,
             precision=str(self.policy.kv_shape.dtype).removeprefix("torch."),
             is_last=not self._served.requests,

@@ -1,6 +1,6 @@
 """What the host needs to know of a step: tokens, counts, log-probabilities and what went wrong.
 
-All of it comes over in one wait, when everything else of the step is queued.
+All of it comes over in one wait, when everything else of the step is queued, and perhaps the next step.
 
 Shapes: B running requests, K drafted tokens, L = K + 1 target positions.
 """
@@ -12,7 +12,7 @@ import numpy as np
 from torch import Tensor
 
 from blockroll.errors import EmptySupport, NonFiniteLogits
-from blockroll.kernels.transfer import fetch
+from blockroll.kernels.transfer import Fetch
 from blockroll.types import Draft, Verdict
 
 EMPTY = f"{EmptySupport.__name__}: constraint, masks and logits processors leave no next token"
@@ -38,7 +38,8 @@ class Outcome:
     is_draft: list[list[bool]]
     policy_logprobs: list[list[float]]
     behavior_logprobs: list[list[float]]
-    failed: dict[int, tuple[int, str]]  # by slot: tokens before the first row that is wrong, and what is
+    failed: dict[int, tuple[int, str]]  # by place: tokens before the first row that is wrong, and what is
+    not_finite: frozenset[int]  # places of requests whose rows held NaN or infinity
     is_invalid: bool  # whether the drafts are none that a step can verify: nothing else has a meaning then
 
     @property
@@ -46,18 +47,37 @@ class Outcome:
         """Drafts that stand."""
         return [sum(is_draft) for is_draft in self.is_draft]
 
-    @classmethod
-    def of(
-        cls,
+    def of(self, places: list[int]) -> "Outcome":
+        """That of some of the requests, in this order."""
+        return Outcome(
+            num_drafts=[self.num_drafts[place] for place in places],
+            num_committed=[self.num_committed[place] for place in places],
+            token_ids=[self.token_ids[place] for place in places],
+            is_draft=[self.is_draft[place] for place in places],
+            policy_logprobs=[self.policy_logprobs[place] for place in places],
+            behavior_logprobs=[self.behavior_logprobs[place] for place in places],
+            failed={new: self.failed[old] for new, old in enumerate(places) if old in self.failed},
+            not_finite=frozenset(new for new, old in enumerate(places) if old in self.not_finite),
+            is_invalid=self.is_invalid,
+        )
+
+
+class Unread:
+    """An outcome on its way to the host."""
+
+    def __init__(
+        self,
         draft: Draft,
         verdict: Verdict,
         policy_logprobs_BL: Tensor,
         flags: Flags,
         raised: Mapping[int, str],
-    ) -> "Outcome":
-        """Waits for it. `raised` says, by slot, why rows may be empty."""
+    ) -> None:
+        """`raised` says, by place, why rows may be empty."""
+        self._raised = raised
         flagged = (flags.drafts_B, flags.targets_B, flags.is_empty_BL, flags.is_invalid_B)
-        num_drafts_B, num_committed_B, tokens_BL, is_draft_BL, policy_BL, behavior_BL, *found = fetch(
+        self._is_flagged = [each is not None for each in flagged]
+        self._fetch = Fetch(
             [
                 draft.num_drafts_B,
                 verdict.num_committed_B,
@@ -68,17 +88,25 @@ class Outcome:
                 *(each for each in flagged if each is not None),
             ]
         )
-        drafts_B, targets_B, is_empty_BL, is_invalid_B = (
-            None if each is None else found.pop(0) for each in flagged
+
+    def read(self) -> Outcome:
+        """Waits for it."""
+        num_drafts_B, num_committed_B, tokens_BL, is_draft_BL, policy_BL, behavior_BL, *found = (
+            self._fetch.read()
         )
-        return cls(
+        drafts_B, targets_B, is_empty_BL, is_invalid_B = (
+            found.pop(0) if is_flagged else None for is_flagged in self._is_flagged
+        )
+        not_finite = [np.flatnonzero(bad_B).tolist() for bad_B in (drafts_B, targets_B) if bad_B is not None]
+        return Outcome(
             num_drafts=num_drafts_B.tolist(),
             num_committed=num_committed_B.tolist(),
             token_ids=tokens_BL.tolist(),
             is_draft=is_draft_BL.tolist(),
             policy_logprobs=policy_BL.tolist(),
             behavior_logprobs=behavior_BL.tolist(),
-            failed=_failures(drafts_B, targets_B, is_empty_BL, num_committed_B, raised),
+            failed=_failures(drafts_B, targets_B, is_empty_BL, num_committed_B, self._raised),
+            not_finite=frozenset(place for places in not_finite for place in places),
             is_invalid=is_invalid_B is not None and bool(is_invalid_B.any()),
         )
 
@@ -90,7 +118,7 @@ def _failures(
     num_committed_B: np.ndarray,
     raised: Mapping[int, str],
 ) -> dict[int, tuple[int, str]]:
-    """By slot, how many tokens stand before what went wrong, and what."""
+    """By place, how many tokens stand before what went wrong, and what."""
     failed = {}
     for name, bad_B in (("draft", drafts_B), ("verify", targets_B)):
         for slot in [] if bad_B is None else np.flatnonzero(bad_B).tolist():

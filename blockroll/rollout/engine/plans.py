@@ -119,7 +119,7 @@ class Planning:
         self, batch: Sequence[RunningRequest], num_joining: int, *, has_prefill: bool = False
     ) -> tuple[Choice, float]:
         """The choice for a step, and the seconds that it took."""
-        if self._num_held and not num_joining and len(batch) == self._batch_size:
+        if not num_joining and self.holds(len(batch)):
             self._num_held -= 1
             return self._choice, 0.0
         since = self._clock() - self._learning_s
@@ -135,12 +135,22 @@ class Planning:
         self._choice_s += seconds
         return self._choice, seconds
 
-    def observe(self, *, seconds: float, start_seconds: float, num_tokens: int, is_last: bool) -> None:
-        """A step has run, without a prefill in it; `is_last` says that its requests will not run together."""
+    def holds(self, batch_size: int) -> bool:
+        """Whether the choice holds for one step more of so many requests."""
+        return self._num_held > 0 and batch_size == self._batch_size
+
+    def observe(
+        self, *, seconds: float, start_seconds: float, num_tokens: int, is_last: bool, is_followed: bool
+    ) -> None:
+        """A step has run, without a prefill in it.
+
+        `is_last` says that its requests will not run together, `is_followed` that another one of its choice
+        has begun already.
+        """
         self._step_seconds.append(seconds)
         self._start_s += start_seconds
         self._num_tokens += num_tokens
-        if is_last or not self._num_held:
+        if not is_followed and (is_last or not self._num_held):
             since = self._clock()
             self._tell()
             self._learning_s = self._clock() - since

@@ -55,6 +55,11 @@ class RunningRequest:
         return len(self.request.prompt_ids) + len(self._token_ids)
 
     @property
+    def num_left(self) -> int:
+        """Tokens until it has as many as it may have."""
+        return self._stop_rule.max_tokens - len(self._token_ids)
+
+    @property
     def anchor(self) -> int:
         """The last token: it has no row in the cache yet."""
         return self._token_ids[-1] if self._token_ids else self.request.prompt_ids[-1]

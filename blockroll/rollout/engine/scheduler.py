@@ -12,6 +12,7 @@ runs leaves, the last that runs takes its slot, and the last that joins the slot
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from itertools import islice, takewhile
 from typing import NamedTuple
 
 _SLOTS_PER_JOINING = 8  # requests join when one slot in so many is free
@@ -66,24 +67,24 @@ class Scheduler:
         self._waiting.setdefault(priority, OrderedDict())[request_id] = None
 
     def join(self, has_room: Callable[[str], bool] = lambda _: True) -> tuple[str, ...]:
-        """Those that wait take free slots, in their order, up to the first that `has_room` says no of.
+        """Those that wait take free slots, in their order, up to the first that `has_room` says no of."""
+        joining = tuple(takewhile(has_room, islice(self._queue(), self.num_admissible)))
+        ids, num_running = self._slots
+        self._slots = _Slots((*ids, *joining), num_running)
+        self._forget_placed()
+        return joining
+
+    @property
+    def num_admissible(self) -> int:
+        """Those that wait and may take slots now, so many at most.
 
         Few at a time would each cost a forward of their own, so they wait until a share of the slots is free.
         """
         num_free = self.max_batch_size - len(self._slots.ids)
         if num_free <= 0 or not self._waiting:
-            return ()
-        joining: list[str] = []
+            return 0
         num_waiting = sum(map(len, self._waiting.values()))
-        if num_free >= min(num_waiting, self.max_batch_size // _SLOTS_PER_JOINING):
-            for request_id in self._queue():
-                if len(joining) == num_free or not has_room(request_id):
-                    break
-                joining.append(request_id)
-        ids, num_running = self._slots
-        self._slots = _Slots((*ids, *joining), num_running)
-        self._forget_placed()
-        return tuple(joining)
+        return num_free if num_free >= min(num_waiting, self.max_batch_size // _SLOTS_PER_JOINING) else 0
 
     def ranks(self, request_ids: Sequence[str]) -> list[int]:
         """Places of these requests in the order in which they are served: priority, then arrival."""

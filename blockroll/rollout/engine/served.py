@@ -9,11 +9,11 @@ from dataclasses import dataclass
 
 from blockroll.errors import RequestFailed
 from blockroll.rollout.engine.cache.contract import Cache
+from blockroll.rollout.engine.launched import Decoded
 from blockroll.rollout.engine.plans import PlanChooser
 from blockroll.rollout.engine.running import RunningRequest
 from blockroll.rollout.engine.scheduler import Scheduler
 from blockroll.rollout.engine.starting import Starter
-from blockroll.rollout.engine.step import Decoded
 from blockroll.types import Commit, Plan, Rollout
 
 

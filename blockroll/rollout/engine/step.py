@@ -13,15 +13,13 @@ Shapes: B running requests, K drafted tokens, L = K + 1 verify rows, P proposals
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from blockroll.kernels.block_verify import join_verdicts, settle_first, verify_block
-from blockroll.kernels.rows import Logits, without_non_finite
-from blockroll.kernels.transfer import send
+from blockroll.kernels.rows import without_non_finite
 from blockroll.policies.base import Policy
 from blockroll.rollout.engine.cache.contract import Cache
 from blockroll.rollout.engine.drafted import (
@@ -32,74 +30,15 @@ from blockroll.rollout.engine.drafted import (
     fitted,
 )
 from blockroll.rollout.engine.drafting import Drafter, DraftRows, DraftStep
-from blockroll.rollout.engine.outcome import EMPTY, Flags, Outcome
+from blockroll.rollout.engine.launched import Beginning, Decoded, Launched, Verified
+from blockroll.rollout.engine.outcome import EMPTY, Flags, Unread
 from blockroll.rollout.engine.ragged import packing_of
 from blockroll.rollout.engine.running import RunningRequest
-from blockroll.rollout.engine.trace import EngineTimes, ForwardRows, StepTrace
+from blockroll.rollout.engine.trace import EngineTimes, ForwardRows
 from blockroll.samplers import Laws, step_uniforms
-from blockroll.types import POINT_MASS, Draft, Plan, PlanKind, Rows, Verdict
+from blockroll.types import POINT_MASS, Draft, Plan, PlanKind
 
 _NO_ORIGIN = (0, 0, 0)  # of drafts that no row of the policy gave
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Verified:
-    """A verdict and what it was made from; its cache rows are written, and not committed."""
-
-    verdict: Verdict
-    logits: tuple[Logits, ...]  # float32, causal; the rows of one forward, or of two
-    targets: tuple[Rows, ...]  # of the same rows
-    bad_targets_B: Tensor | None
-    is_empty_BL: Tensor | None  # rows that nothing may follow
-    leftover: object  # what the drafter left in the forward that verified
-    parts: tuple[tuple[Draft, Verdict], ...]  # the verifications it came from, in order
-    forward_rows: ForwardRows
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Decoded:
-    """What a step decided for each request, before any of it is a request's own."""
-
-    draft: Draft
-    verified: Verified
-    policy_logprobs_BL: Tensor
-    draft_uniforms_BK: Tensor
-    verify_uniforms: Tensor  # (B, L), and one column more where the first position was settled
-    attempts_B: Tensor
-    origins: Sequence[tuple[int, int, int]]  # of the draft rows: context, first slot and masks
-    outcome: Outcome
-    proposals: Sequence[object | None]  # what the drafter keeps for each request; None: nothing
-
-    def trace(
-        self,
-        batch: Sequence[RunningRequest],
-        num_before: Sequence[int],
-        *,
-        plan: Plan,
-        version: int,
-        precision: str,
-        is_last: bool,
-    ) -> StepTrace:
-        """The record of this step, once its tokens are the requests' own."""
-        return StepTrace(
-            requests=[running.request for running in batch],
-            plan=plan,
-            version=version,
-            precision=precision,
-            attempts_B=self.attempts_B,
-            num_before=num_before,
-            num_kept=[running.num_tokens - n for running, n in zip(batch, num_before, strict=True)],
-            origins=self.origins,
-            forward_rows=self.verified.forward_rows,
-            draft=self.draft,
-            draft_uniforms_BK=self.draft_uniforms_BK,
-            verify_uniforms=self.verify_uniforms,
-            targets=self.verified.targets,
-            verdict=self.verified.verdict,
-            parts=self.verified.parts,
-            policy_logprobs_BL=self.policy_logprobs_BL,
-            is_last=is_last,
-        )
 
 
 class Decoder:
@@ -125,18 +64,22 @@ class Decoder:
             return 0
         return self._drafters[plan.drafter].num_masks_at_start(plan)
 
-    def decode(
+    def launch(
         self,
         batch: Sequence[RunningRequest],
         plan: Plan,
         first_logits: Tensor | None = None,
         lengths: Sequence[int] | None = None,
-    ) -> Decoded:
-        """Decode slots 0.. by a plan. All forwards are done then; what they gave is for the caller to commit.
+        *,
+        behind: Launched | None = None,
+    ) -> Launched:
+        """Queue all of a step of slots 0.. by a plan; what it decides is on its way then.
 
         `first_logits` (B, K + 1, V) are the anchors' and the masks' rows of a batch whose prefill had both;
-        `lengths` the most drafts of each request.
+        `lengths` the most drafts of each request. `behind` is a step of the same plan that has all these
+        requests and is not read: `overlap.py` says which may have another one behind them.
         """
+        device, vocab_size = self._policy.device, self._policy.vocab_size
         step = DraftStep(
             plan=plan,
             batch=batch,
@@ -148,11 +91,8 @@ class Decoder:
         clock = self._clock()
         if plan.kind is not PlanKind.PLAIN and self._drafters[plan.drafter].start(step):
             self.times.start_s += self._charge("forward_s", clock) - clock
-        device, vocab_size = self._policy.device, self._policy.vocab_size
-        (state_4B,) = send([np.array([running.state for running in batch]).T], device)
-        anchors_B, seeds_B, attempts_B, positions_B = state_4B.unbind()
-        if plan.kind is not PlanKind.PLAIN:
-            step = replace(step, anchors_B=anchors_B)
+        begin = Beginning.of(batch, device, behind)
+        step = replace(step, anchors_B=begin.anchors_B, ahead=begin.ahead)
         laws = Laws.of([running.text for running in batch], vocab_size=vocab_size, device=device)
 
         clock = self._clock()
@@ -166,7 +106,12 @@ class Decoder:
         clock = self._charge("forward_s", clock)
         by_position = drafted.is_certain if isinstance(drafted, Draft) else laws.certain_draft
         draft_uniforms_BK, verify_uniforms = step_uniforms(
-            seeds_B, positions_B, attempts_B, plan.num_drafts, settles=settles, by_position=by_position
+            begin.seeds_B,
+            begin.positions_B,
+            begin.attempts_B,
+            plan.num_drafts,
+            settles=settles,
+            by_position=by_position,
         )
         draft, draft_rows, bad_drafts_B = self._drawn(drafted, laws, draft_uniforms_BK, settles=settles)
         draft_uniforms_BK, verify_uniforms = _of_width(
@@ -175,45 +120,53 @@ class Decoder:
         self._charge("sampler_s", clock)
         if settles:
             assert draft_rows is not None, "a two-forward plan drafts by rows behind the anchor's"
-            verified = self._settle_and_verify(draft_rows, draft, laws, verify_uniforms)
+            verified = self._settle_and_verify(step, draft_rows, draft, laws, verify_uniforms)
         else:
-            verified = self._verify(step, anchors_B, draft_rows, draft, laws, verify_uniforms)
+            verified = self._verify(step, begin.between_BN, draft_rows, draft, laws, verify_uniforms)
 
         clock = self._clock()
         policy_logprobs_BL = laws.policy_logprobs(verified.logits, verified.verdict)
-        clock = self._charge("sampler_s", clock)
         flags = Flags(
             drafts_B=bad_drafts_B,
             targets_B=verified.bad_targets_B,
             is_empty_BL=verified.is_empty_BL,
             is_invalid_B=is_invalid_B,
         )
-        outcome = Outcome.of(draft, verified.verdict, policy_logprobs_BL, flags, laws.failed)
-        clock = self._charge("wait_s", clock)
-        if outcome.is_invalid:
-            check_values(given, plan, vocab_size=vocab_size)
-        proposals: Sequence[object | None] = [None] * len(batch)
-        if plan.kind is not PlanKind.PLAIN:
-            drafter = self._drafters[plan.drafter]
-            proposals = drafter.keep(step, verified.leftover, verified.verdict, outcome)
-            check_kept(proposals, plan, batch_size=len(batch))
-            self._charge("forward_s", clock)
-        return Decoded(
+        outcome = Unread(draft, verified.verdict, policy_logprobs_BL, flags, laws.failed)
+        self._charge("sampler_s", clock)
+        return Launched(
+            step=step,
+            given=given,
             draft=draft,
             verified=verified,
             policy_logprobs_BL=policy_logprobs_BL,
             draft_uniforms_BK=draft_uniforms_BK,
             verify_uniforms=verify_uniforms,
-            attempts_B=attempts_B,
+            attempts_B=begin.attempts_B,
             origins=[_NO_ORIGIN] * len(batch) if isinstance(drafted, Draft) else drafted.origins,
             outcome=outcome,
-            proposals=proposals,
         )
+
+    def read(self, launched: Launched) -> Decoded:
+        """Wait for what a step has decided. All its forwards are done then; to commit is for the caller."""
+        clock = self._clock()
+        outcome = launched.outcome.read()
+        clock = self._charge("wait_s", clock)
+        step, verified = launched.step, launched.verified
+        if outcome.is_invalid:
+            check_values(launched.given, step.plan, vocab_size=self._policy.vocab_size)
+        proposals: Sequence[object | None] = [None] * len(step.batch)
+        if step.plan.kind is not PlanKind.PLAIN:
+            drafter = self._drafters[step.plan.drafter]
+            proposals = drafter.keep(step, verified.leftover, verified.verdict, outcome)
+            check_kept(proposals, step.plan, batch_size=len(step.batch))
+            self._charge("forward_s", clock)
+        return Decoded(launched=launched, outcome=outcome, proposals=proposals)
 
     def _verify(
         self,
         step: DraftStep,
-        anchors_B: Tensor,
+        between_BN: Tensor,
         draft_logits_BKV: Tensor | None,
         draft: Draft,
         laws: Laws,
@@ -221,7 +174,7 @@ class Decoder:
     ) -> Verified:
         """The anchor and all drafts in one forward, in which the drafter may draft as well."""
         clock = self._clock()
-        ids_BL = torch.cat([anchors_B[:, None], draft.token_ids_BK], dim=1)
+        ids_BL = torch.cat([step.anchors(), draft.token_ids_BK], dim=1)
         size, width = ids_BL.shape
         num_rows, packing = width, None
         match step.plan.kind:
@@ -229,10 +182,7 @@ class Decoder:
                 num_rows = step.plan.rows_per_forward
             case PlanKind.ONE_FORWARD:
                 packing = packing_of(draft, width, self._policy)
-        if packing is None:
-            window = self._cache.window(0, size, num_rows)
-        else:
-            window = self._cache.packed_window(0, packing)
+        window = step.window(num_rows) if packing is None else self._cache.packed_window(0, packing)
         leftover = None
         if step.plan.kind is not PlanKind.PLAIN:
             verifying = self._drafters[step.plan.drafter].verify(step, ids_BL, window)
@@ -246,7 +196,8 @@ class Decoder:
             logits_BLV = self._policy.verify_logits(ids_BL, window)
         clock = self._charge("forward_s", clock)
         logits_BLV, bad_targets_B = without_non_finite(logits_BLV)
-        targets = laws.target_rows(logits_BLV, draft.token_ids_BK, draft_logits_BKV, draft.num_drafts_B)
+        behind_BN = torch.cat([between_BN, draft.token_ids_BK], dim=1)
+        targets = laws.target_rows(logits_BLV, behind_BN, draft_logits_BKV, draft.num_drafts_B)
         verdict = verify_block(draft, targets.law, uniforms_BL)
         self._charge("sampler_s", clock)
         return Verified(
@@ -263,7 +214,7 @@ class Decoder:
         )
 
     def _settle_and_verify(
-        self, draft_logits: Tensor, draft: Draft, laws: Laws, uniforms: Tensor
+        self, step: DraftStep, draft_logits: Tensor, draft: Draft, laws: Laws, uniforms: Tensor
     ) -> Verified:
         """The first position from the draft forward's own anchor row, the others behind what stands there.
 
@@ -283,7 +234,7 @@ class Decoder:
         rest = draft.behind_first()
         ids_BK = torch.cat([settled.token_ids_BL, rest.token_ids_BK], dim=1)
         clock = self._charge("sampler_s", clock)
-        window = self._cache.window(0, size, num_drafts, num_pending=1)
+        window = step.window(num_drafts, num_pending=1)
         logits_BKV = self._policy.verify_logits(ids_BK, window)
         clock = self._charge("forward_s", clock)
         finite_BKV, bad_targets_B = without_non_finite(logits_BKV)

@@ -190,6 +190,7 @@ def replica_around(
         cache=config.cache,
         page_size=config.page_size,
         graphs=config.graphs,
+        overlap=config.overlap,
         observers=() if audit is None else (audit,),
         drafters=[HistoryDrafts(max_tokens=config.history_tokens)] if config.history_tokens else (),
     )

@@ -26,6 +26,7 @@ Shapes: B slots of one window, H key-value heads, R new rows, S keys, D head wid
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
@@ -34,6 +35,14 @@ from blockroll.kernels.block_attention import Packing
 from blockroll.policies.base import KVWindow, StateWindow
 
 ROW_STEP = 16  # keys handed to attention come in multiples of this, so that few shapes occur
+
+
+@dataclass(frozen=True, slots=True)
+class Ahead:
+    """Rows behind the valid ones that the host has not committed yet: of a step that is not read."""
+
+    rows_B: Tensor  # int64, how many the step commits for each request; a device alone knows
+    most: int  # of any of them
 
 
 class Window(KVWindow, Protocol):
@@ -70,11 +79,19 @@ class Cache(ABC):
         """Valid rows of the slots start..stop-1; below 0 for a text that begins so many rows later."""
 
     @abstractmethod
-    def window(self, start: int, stop: int, num_rows: int, *, num_pending: int = 0) -> Window:
+    def window(
+        self, start: int, stop: int, num_rows: int, *, num_pending: int = 0, ahead: Ahead | None = None
+    ) -> Window:
         """The open slots start..stop-1, for `num_rows` new rows each, behind their valid ones.
 
-        `num_pending` rows that an earlier forward of the same step wrote there stand before the new ones.
+        `num_pending` rows that an earlier forward of the same step wrote there stand before the new ones, and
+        before those, where the layout `has_ahead`, the rows of a step that is not read yet.
         """
+
+    @property
+    def has_ahead(self) -> bool:
+        """Whether windows may stand behind rows that the host has not committed."""
+        return False
 
     def settled_window(self, start: int, stop: int, num_rows: int) -> Window:
         """The same, for rows all of which will be committed: little is kept of recurrent states then."""

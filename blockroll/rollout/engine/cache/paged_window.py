@@ -18,7 +18,7 @@ from blockroll.kernels.cache_write import cache_write, places_of
 from blockroll.kernels.pages import Pages
 from blockroll.kernels.transfer import send, sent
 from blockroll.policies.base import StateWindow
-from blockroll.rollout.engine.cache.contract import ROW_STEP
+from blockroll.rollout.engine.cache.contract import ROW_STEP, Ahead
 from blockroll.rollout.engine.cache.page_memory import PageMemory
 
 
@@ -69,13 +69,15 @@ class PagedWindow:
         lengths: Sequence[int],
         num_rows: Sequence[int],
         packing: Packing | None = None,
+        ahead: Ahead | None = None,
     ) -> Self:
         """For requests with these pages, so many rows there, and so many new ones behind them.
 
-        Rows before a text, of a length below 0, are nobody's.
+        Rows before a text, of a length below 0, are nobody's. Rows `ahead` stand before the new ones.
         """
         device, size = memory.device, memory.page_size
         needed, step = max(map(sum, zip(lengths, num_rows, strict=True))), max(ROW_STEP, size)
+        needed += 0 if ahead is None else ahead.most
         width = -(-needed // step) * step // size
         rows = [[*table[:width], *[0] * (width - len(table))] for table in tables]
         picked = None
@@ -91,7 +93,7 @@ class PagedWindow:
         return cls(
             memory,
             table_BT,
-            lengths_B,
+            lengths_B if ahead is None else lengths_B + ahead.rows_B,
             num_rows[0],
             packing=packing,
             picked=picked,

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from blockroll.kernels.block_attention import Packing
 from blockroll.policies.base import Policy
-from blockroll.rollout.engine.cache.contract import Cache
+from blockroll.rollout.engine.cache.contract import Ahead, Cache
 from blockroll.rollout.engine.cache.finite import not_finite
 from blockroll.rollout.engine.cache.held import TextIndex
 from blockroll.rollout.engine.cache.page_memory import PageMemory
@@ -33,6 +33,7 @@ class PagedCache(Cache):
     """Texts in pages; those that have ended are named by numbers below 0."""
 
     page_size = 0
+    has_ahead = True
 
     def __init__(self, policy: Policy, *, page_size: int, num_slots: int = 0, max_rows: int = 0) -> None:
         """So many slots, all of them open and empty; `max_rows` bounds the rows of all pages, 0 does not."""
@@ -84,14 +85,13 @@ class PagedCache(Cache):
         """Valid rows of the slots start..stop-1; below 0 for a text that begins so many rows later."""
         return [len(text.tokens) - text.missing for text in self._open[start:stop]]
 
-    def window(self, start: int, stop: int, num_rows: int, *, num_pending: int = 0) -> "PagedWindow":
-        """The open slots start..stop-1, for `num_rows` new rows each, behind their valid ones.
-
-        `num_pending` rows that an earlier forward of the same step wrote there stand before the new ones.
-        """
+    def window(
+        self, start: int, stop: int, num_rows: int, *, num_pending: int = 0, ahead: Ahead | None = None
+    ) -> "PagedWindow":
+        """The open slots start..stop-1, for `num_rows` new rows each, behind valid, `ahead`, pending ones."""
         assert stop <= self.num_open, f"slots {start} to {stop - 1} are not all open: {self.num_open} are"
         lengths = [length + num_pending for length in self.lengths(start, stop)]
-        return self._window(start, lengths, [num_rows] * len(lengths))
+        return self._window(start, lengths, [num_rows] * len(lengths), ahead=ahead)
 
     def packed_window(self, start: int, packing: Packing) -> "PagedWindow":
         """The open slots from `start` on, for the rows of `packing` behind the valid ones of each."""
@@ -100,11 +100,17 @@ class PagedCache(Cache):
         return self._window(start, self.lengths(start, stop), packing.num_rows, packing)
 
     def _window(
-        self, start: int, lengths: Sequence[int], num_rows: Sequence[int], packing: Packing | None = None
+        self,
+        start: int,
+        lengths: Sequence[int],
+        num_rows: Sequence[int],
+        packing: Packing | None = None,
+        ahead: Ahead | None = None,
     ) -> PagedWindow:
         texts = self._open[start : start + len(lengths)]
-        self._take(texts, lengths, num_rows)
-        return PagedWindow.of(self.memory, self._tables(texts), lengths, num_rows, packing)
+        most_ahead = 0 if ahead is None else ahead.most
+        self._take(texts, lengths, [most_ahead + number for number in num_rows])
+        return PagedWindow.of(self.memory, self._tables(texts), lengths, num_rows, packing, ahead)
 
     def _take(self, texts: Sequence[PagedText], lengths: Sequence[int], num_rows: Sequence[int]) -> None:
         """Give texts pages to write so many rows behind so many, or raise before anything has changed."""

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from blockroll.kernels.block_attention import Packing
 from blockroll.policies.base import Policy
-from blockroll.rollout.engine.cache.contract import Cache, Window
+from blockroll.rollout.engine.cache.contract import Ahead, Cache, Window
 from blockroll.rollout.engine.cache.state import SlotStates
 
 
@@ -48,8 +48,11 @@ class RecurrentCache(Cache):
         """Valid rows of the slots start..stop-1; below 0 for a text that begins so many rows later."""
         return self._rows.lengths(start, stop)
 
-    def window(self, start: int, stop: int, num_rows: int, *, num_pending: int = 0) -> Window:
+    def window(
+        self, start: int, stop: int, num_rows: int, *, num_pending: int = 0, ahead: Ahead | None = None
+    ) -> Window:
         """The open slots start..stop-1, for `num_rows` new rows each, behind their valid ones."""
+        assert ahead is None, "a state stands where the host has committed rows"
         window = self._rows.window(start, stop, num_rows, num_pending=num_pending)
         lengths, counts = self.lengths(start, stop), [num_rows] * (stop - start)
         window.states = self._states.window(start, lengths, counts, num_pending)

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from blockroll.kernels.block_attention import Packing
 from blockroll.kernels.transfer import sent
 from blockroll.policies.base import Policy, StateWindow
-from blockroll.rollout.engine.cache.contract import ROW_STEP, Cache
+from blockroll.rollout.engine.cache.contract import ROW_STEP, Ahead, Cache
 from blockroll.rollout.engine.cache.finite import not_finite
 from blockroll.rollout.engine.cache.held import SlotTexts
 
@@ -48,11 +48,14 @@ class SlotCache(Cache):
         lengths, missing = self._texts.lengths(start, stop), self._missing[start:stop]
         return [length - number for length, number in zip(lengths, missing, strict=True)]
 
-    def window(self, start: int, stop: int, num_rows: int, *, num_pending: int = 0) -> "SlotWindow":
+    def window(
+        self, start: int, stop: int, num_rows: int, *, num_pending: int = 0, ahead: Ahead | None = None
+    ) -> "SlotWindow":
         """The open slots start..stop-1, for `num_rows` new rows each, behind their valid ones.
 
         `num_pending` rows that an earlier forward of the same step wrote there stand before the new ones.
         """
+        assert ahead is None, "rows of a slot lie where the host says"
         assert stop <= self.num_open, (
             f"slots {start} to {stop - 1} are not open, only the first {self.num_open}"
         )

@@ -1,0 +1,143 @@
+"""A step that is queued, what it has decided once that is read, and what the step behind it begins with.
+
+Shapes: B running requests, K drafted tokens, L = K + 1 verify rows, N tokens behind the committed text.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from blockroll.kernels.rows import Logits
+from blockroll.kernels.transfer import send
+from blockroll.rollout.engine.cache.contract import Ahead
+from blockroll.rollout.engine.drafting import DraftRows, DraftStep
+from blockroll.rollout.engine.outcome import Outcome, Unread
+from blockroll.rollout.engine.running import RunningRequest
+from blockroll.rollout.engine.trace import ForwardRows, StepTrace
+from blockroll.types import Draft, Rows, Verdict
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verified:
+    """A verdict and what it was made from; its cache rows are written, and not committed."""
+
+    verdict: Verdict
+    logits: tuple[Logits, ...]  # float32, causal; the rows of one forward, or of two
+    targets: tuple[Rows, ...]  # of the same rows
+    bad_targets_B: Tensor | None
+    is_empty_BL: Tensor | None  # rows that nothing may follow
+    leftover: object  # what the drafter left in the forward that verified
+    parts: tuple[tuple[Draft, Verdict], ...]  # the verifications it came from, in order
+    forward_rows: ForwardRows
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Launched:
+    """A step all of which is queued. Its requests may leave before it is read: its rows keep their order."""
+
+    step: DraftStep  # with its requests, by row
+    given: DraftRows | Draft  # by the drafter
+    draft: Draft
+    verified: Verified
+    policy_logprobs_BL: Tensor
+    draft_uniforms_BK: Tensor
+    verify_uniforms: Tensor  # (B, L), and one column more where the first position was settled
+    attempts_B: Tensor
+    origins: Sequence[tuple[int, int, int]]  # of the draft rows: context, first slot and masks
+    outcome: Unread
+
+    def rows_of(self, batch: Sequence[RunningRequest]) -> list[int]:
+        """The rows of these requests, each of which it has."""
+        rows = {running: row for row, running in enumerate(self.step.batch)}
+        return [rows[running] for running in batch]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Beginning:
+    """What a step needs to know of each request besides the cache, int64."""
+
+    anchors_B: Tensor
+    seeds_B: Tensor
+    attempts_B: Tensor
+    positions_B: Tensor  # of the next token
+    between_BN: Tensor  # tokens behind the text that the host has committed; the last one is the anchor
+    ahead: Ahead | None  # their rows in the cache, and that of the anchor before them
+
+    @classmethod
+    def of(cls, batch: Sequence[RunningRequest], device: torch.device, behind: Launched | None) -> Self:
+        """Behind what is committed; or behind a step that is not read, as its verdict says on the device."""
+        state_4B = np.array([running.state for running in batch]).T
+        if behind is None:
+            anchors_B, seeds_B, attempts_B, positions_B = send([state_4B], device)[0].unbind()
+            return cls(
+                anchors_B=anchors_B,
+                seeds_B=seeds_B,
+                attempts_B=attempts_B,
+                positions_B=positions_B,
+                between_BN=anchors_B.new_empty((len(batch), 0)),
+                ahead=None,
+            )
+        plan, verdict = behind.step.plan, behind.verified.verdict
+        state_4B[0] = behind.rows_of(batch)
+        state_4B[2] += plan.forwards_per_step
+        rows_B, seeds_B, attempts_B, positions_B = send([state_4B], device)[0].unbind()
+        tokens_BL, committed_B = verdict.token_ids_BL[rows_B], verdict.num_committed_B[rows_B]
+        return cls(
+            anchors_B=tokens_BL.gather(1, committed_B[:, None] - 1)[:, 0],
+            seeds_B=seeds_B,
+            attempts_B=attempts_B,
+            positions_B=positions_B + committed_B,
+            between_BN=tokens_BL,
+            ahead=Ahead(committed_B, plan.most_committed),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decoded:
+    """What a step decided for each request, before any of it is a request's own."""
+
+    launched: Launched
+    outcome: Outcome
+    proposals: Sequence[object | None]  # what the drafter keeps for each request; None: nothing
+
+    def of(self, batch: Sequence[RunningRequest]) -> "Decoded":
+        """For those of its requests that still run, in this order."""
+        rows = self.launched.rows_of(batch)
+        if rows == [*range(len(self.launched.step.batch))]:
+            return self
+        return replace(self, outcome=self.outcome.of(rows), proposals=[self.proposals[row] for row in rows])
+
+    def trace(
+        self,
+        num_before: Sequence[int],
+        *,
+        version: int,
+        precision: str,
+        is_last: bool,
+    ) -> StepTrace:
+        """The record of this step, once its tokens are the requests' own; all of them ran until then."""
+        launched = self.launched
+        batch = launched.step.batch
+        return StepTrace(
+            requests=[running.request for running in batch],
+            plan=launched.step.plan,
+            version=version,
+            precision=precision,
+            attempts_B=launched.attempts_B,
+            num_before=num_before,
+            num_kept=[running.num_tokens - n for running, n in zip(batch, num_before, strict=True)],
+            origins=launched.origins,
+            forward_rows=launched.verified.forward_rows,
+            draft=launched.draft,
+            draft_uniforms_BK=launched.draft_uniforms_BK,
+            verify_uniforms=launched.verify_uniforms,
+            targets=launched.verified.targets,
+            verdict=launched.verified.verdict,
+            parts=launched.verified.parts,
+            policy_logprobs_BL=launched.policy_logprobs_BL,
+            is_last=is_last,
+        )
