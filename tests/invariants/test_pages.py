@@ -96,11 +96,12 @@ def num_forwards(rollouts) -> dict[str, int]:
     return {each.request.request_id: each.stats.num_forwards for each in rollouts}
 
 
-def serve_at_random(policy, plan, *, num_steps: int, seed: int) -> None:
+def serve_at_random(policy, plan, *, num_steps: int, seed: int, **options) -> None:
     """Groups come, end early, outgrow the pages; weights count as changed, and prefixes are forgotten."""
     rng = random.Random(f"{plan.name} {seed}")
     longest = 34 + 20
-    engine = in_pages(policy, plan, max_rows=2 * rows_of_one(plan, longest), max_batch_size=7)
+    rows = 2 * rows_of_one(plan, longest)
+    engine = in_pages(policy, plan, max_rows=rows, max_batch_size=7, **options)
     finished, submitted, aborted = [], [], set()
     for step in range(num_steps):
         if engine.num_requests < 9:
