@@ -97,7 +97,7 @@ def _checked_sizes(draft: Draft, target: Rows | Tensor) -> tuple[int, int, int]:
     if draft.certain_B is not None:
         check_columns("certain_B", draft.certain_B, (size,), torch.bool)
     counts = draft.num_drafts
-    if counts is not None and (len(counts) != size or min(counts) < 0 or max(counts) > num_drafts):
+    if counts is not None and (len(counts) != size or not all(0 <= n <= num_drafts for n in counts)):
         raise InvalidInput(
             f"num_drafts is {[*counts]}: give 0 to {num_drafts}, which K is, for each of {size} requests"
         )

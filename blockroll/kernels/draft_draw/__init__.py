@@ -45,9 +45,11 @@ def draw_draft(
         is_greedy_B = temperature_B == 0
         certain = bool(is_greedy_B.all()) or (is_greedy_B if is_greedy_B.any() else False)
     rows = LogitRows(logits_BKV, temperature_B, certain is not False, cut, edits=edits)
-    check_rows("the draft's rows", rows, (size, num_drafts, logits_BKV.shape[2]))
+    check_rows("the law of the drafts", rows, (size, num_drafts, logits_BKV.shape[2]))
     check_columns("uniforms_BK", uniforms_BK, (size, num_drafts), torch.float64)
     if num_drafts_B is None:
         num_drafts_B = torch.full((size,), num_drafts, device=logits_BKV.device)
     check_columns("num_drafts_B", num_drafts_B, (size,), torch.int64)
+    if isinstance(certain, Tensor):
+        check_columns("certain", certain, (size,), torch.bool)
     return reference.draw(rows, uniforms_BK, num_drafts_B, certain)

@@ -9,9 +9,10 @@ Shapes: B requests, L rows, N rows, of a request those from the first on, A toke
 U edited tokens, V vocabulary.
 """
 
+from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import NamedTuple, Protocol, Self, TypeVar, runtime_checkable
+from typing import NamedTuple, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -31,17 +32,16 @@ _COLDEST = torch.finfo(torch.float32).tiny  # a temperature below it is this one
 _Rows = TypeVar("_Rows", bound=Rows)
 
 
-@runtime_checkable
-class Weighed(Protocol):
+class Weighed(Rows):
     """Rows that give their laws as weights."""
 
+    @abstractmethod
     def weights_at(self, requests_N: Tensor, offsets_N: Tensor) -> Weights:
         """Of these rows, each of a request and at an offset."""
-        ...
 
+    @abstractmethod
     def table(self) -> RowTable | None:
         """The same for compiled code; None where it does not serve."""
-        ...
 
 
 def table_of(
@@ -134,7 +134,7 @@ class Known(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class LogitRows(Rows):
+class LogitRows(Weighed):
     """softmax(logits / temperature), a point mass at temperature 0; mixed, edited and cut where asked."""
 
     logits_BLV: Tensor
@@ -290,6 +290,8 @@ class LogitRows(Rows):
 
     def _whole(self, logits_BLV: Tensor, requests: slice | Tensor) -> Weights:
         """As `_weights`, of a large vocabulary, before any row is cut."""
+        if logits_BLV.dtype in (torch.bfloat16, torch.float16):  # they stand for the float32 they are
+            logits_BLV = logits_BLV.float()
         is_greedy_B11 = self.temperature_B[requests][:, None, None] == 0
         temperature_B11 = _floored(self.temperature_B[requests]).to(logits_BLV.dtype)[:, None, None]
         if self.has_greedy:

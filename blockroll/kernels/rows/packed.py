@@ -17,10 +17,9 @@ from torch import Tensor
 from blockroll.kernels import transfer
 from blockroll.kernels.rows.compiled import At, RowTable
 from blockroll.kernels.rows.edits import Edits
-from blockroll.kernels.rows.logit_rows import LogitRows, table_of
+from blockroll.kernels.rows.logit_rows import LogitRows, Weighed, table_of
 from blockroll.kernels.rows.truncation import Cut
 from blockroll.kernels.rows.weights import Weights
-from blockroll.types import Rows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,7 +91,7 @@ def rectangle(logits_BLV: Logits) -> Tensor:
 
 
 @dataclass(frozen=True, slots=True)
-class PackedRows(Rows):
+class PackedRows(Weighed):
     """softmax(logits / temperature) of packed rows, a point mass at temperature 0; edited and cut."""
 
     packed: PackedLogits
