@@ -8,14 +8,13 @@ import pytest
 from blockroll.rollout.drafters.history import AcceptanceTable, Guess, Row, rows_behind
 from blockroll.rollout.drafters.history_index import (
     IDLE_PROMPTS,
-    ORDER,
     PLACES_PER_NGRAM,
     TEXTS_PER_PROMPT,
     HistoryIndex,
-    JobTexts,
     PromptTexts,
-    Source,
 )
+from blockroll.rollout.drafters.history_job import JobTexts
+from blockroll.rollout.drafters.history_text import ORDER, Source
 
 PROMPT = (1, 2, 3)
 
@@ -160,7 +159,7 @@ def test_what_runs_is_never_dropped():
         texts = index.of_prompt((prompt,))
         index.close(texts, written(texts, (4, 5, 6)))
     assert index.of_prompt(PROMPT) is running
-    assert [*running.text(number).tokens] == [*range(50)]
+    assert [*running.find(number).tokens] == [*range(50)]
 
 
 def test_texts_of_elsewhere_are_no_siblings_and_count_like_others():

@@ -17,7 +17,8 @@ import numpy as np
 from blockroll.errors import InvalidInput
 from blockroll.kernels.transfer import send
 from blockroll.policies.base import Policy
-from blockroll.rollout.drafters.history_index import HistoryIndex, Match, PromptTexts, Source
+from blockroll.rollout.drafters.history_index import HistoryIndex, PromptTexts
+from blockroll.rollout.drafters.history_text import Match, Source, Text
 from blockroll.rollout.engine.drafting import Drafter, DraftStep
 from blockroll.rollout.engine.running import RunningRequest
 from blockroll.types import HISTORY, POINT_MASS, Draft, FinishedText, Plan, Request, Rollout
@@ -75,12 +76,17 @@ class _Followed:
     """A request that runs, and its text in the index."""
 
     texts: PromptTexts
-    number: int
+    text: Text
     guesses: list[Guess] = field(default_factory=list)  # of the latest look
     drafts: list[int] = field(default_factory=list)  # of the guess that promises most,
     chances: list[float] = field(default_factory=list)  # and that each and all before it are accepted
     num_silent: int = 0  # tokens without a look after one that finds nothing; doubles with each
     looks_at: int = 0  # so many tokens of its completion
+
+    @property
+    def number(self) -> int:
+        """Of its text."""
+        return self.text.number
 
 
 class HistoryDrafts(Drafter):
@@ -116,6 +122,8 @@ class HistoryDrafts(Drafter):
         self.vocabulary: str | None = None  # of texts that came from a file
         self.is_asked = False  # whether a plan of its engine drafts from it
         self._followed: dict[str, _Followed] = {}
+        self._ending: _Followed | None = None  # what has ended, until the index has all of it
+        self._last: Rollout | None = None  # that has ended
 
     def check(self, plan: Plan, policy: Policy) -> None:
         """Learn from now on. InvalidInput where the history was written in another vocabulary."""
@@ -127,18 +135,30 @@ class HistoryDrafts(Drafter):
         self.is_asked = True
 
     def finished(self, rollout: Rollout) -> None:
-        """Keep its text, whichever plans drew it."""
-        if not self.is_asked:
+        """Keep its text, whichever plans drew it. Told again of the latest one, as behind an interrupt, it
+        keeps that once.
+        """
+        self._end()
+        if not self.is_asked or rollout is self._last:
             return
-        request = rollout.request
-        if request.request_id not in self._followed:
-            self._follow(request)
-        followed = self._followed.pop(request.request_id)
+        request_id = rollout.request.request_id
+        followed = self._follow(rollout.request)
         self._read(followed, rollout.token_ids)
-        self.index.close(followed.texts, followed.number)
+        # No calls up to the next: an interrupt finds the request running, or its text ending.
+        del self._followed[request_id]
+        self._ending = followed
+        self._last = rollout
+        self._end()
+
+    def _end(self) -> None:
+        """Let the index have all of a text that has ended."""
+        if self._ending is not None:
+            self.index.close(self._ending.texts, self._ending.number)
+            self._ending = None
 
     def tell(self, texts: Iterable[FinishedText]) -> None:
         """Keep texts that other engines of the job have finished."""
+        self._end()
         for text in texts:
             self.index.add(text.prompt_ids, text.token_ids)
 
@@ -150,9 +170,10 @@ class HistoryDrafts(Drafter):
         Of the texts of a prompt all are read before one is looked up. Prompts with more new tokens than one
         look may learn wait for the next.
         """
+        self._end()
         self.index.job.learn(_MOST_LEARNED)
         num_learned = 0
-        followed_B = [self._follow_request(running) for running in batch]
+        followed_B = [self._follow(running.request) for running in batch]
         due_B = [
             len(running.text.token_ids) >= followed.looks_at
             for followed, running in zip(followed_B, batch, strict=True)
@@ -177,6 +198,7 @@ class HistoryDrafts(Drafter):
 
     def propose(self, step: DraftStep) -> Draft:
         """Of each request the guess that promises most tokens, behind texts that are all read first."""
+        self._end()
         most, lengths = step.plan.num_drafts, step.lengths
         drafts: list[list[int]] = []
         if lengths is not None:  # chosen by the outlook on this very step
@@ -195,29 +217,27 @@ class HistoryDrafts(Drafter):
         return Draft(token_ids_BK=token_ids_BK, law=POINT_MASS, num_drafts_B=num_drafts_B, num_drafts=counts)
 
     def _up_to_date(self, running: RunningRequest) -> _Followed:
-        followed = self._follow_request(running)
+        followed = self._follow(running.request)
         self._read(followed, running.text.token_ids)
         return followed
 
-    def _follow_request(self, running: RunningRequest) -> _Followed:
-        request_id = running.request.request_id
-        if request_id not in self._followed:
-            self._follow(running.request)
-        return self._followed[request_id]
-
-    def _follow(self, request: Request) -> None:
-        """Open a text for it."""
-        texts = self.index.of_prompt(request.prompt_ids)
-        self._followed[request.request_id] = _Followed(texts, texts.open(request.group_id))
+    def _follow(self, request: Request) -> _Followed:
+        """The text of a request in the index, which begins with the first look."""
+        followed = self._followed.get(request.request_id)
+        if followed is None:
+            texts = self.index.of_prompt(request.prompt_ids)
+            followed = self._followed[request.request_id] = _Followed(texts, Text(request.group_id))
+        followed.texts.begin(followed.text)
+        return followed
 
     def _read(self, followed: _Followed, token_ids: Sequence[int]) -> None:
         """What was committed since the last time; guesses of a step that raised teach nothing."""
-        fresh = token_ids[len(followed.texts.text(followed.number).tokens) :]
+        fresh = token_ids[len(followed.text.tokens) :]
         if not fresh:
             return
-        for guess in followed.guesses:
+        guesses, followed.guesses = followed.guesses, []  # an interrupt has none of them count twice
+        for guess in guesses:
             self.acceptance.learn(guess, fresh)
-        followed.guesses = []
         followed.texts.extend(followed.number, fresh)
 
     def _look(self, followed: _Followed, running: RunningRequest, most: int, least_chance: float) -> None:

@@ -3,60 +3,24 @@
 Of each prompt, its texts: the prompt itself, those that run, and the latest that have ended. Over the whole
 job, the last place of each n-gram of a few orders. Both are bounded, and a token costs a fixed number of
 operations, however often it is repeated.
+
+An interrupt leaves no text half kept: what belongs together is stored without a call in between, where none
+comes. Whoever was interrupted calls again, and what is done stays as it is.
 """
 
-import math
 from array import array
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from enum import IntEnum
 from hashlib import blake2b
-from typing import TYPE_CHECKING
 
 from blockroll.errors import InvalidInput
+from blockroll.rollout.drafters.history_job import JobTexts
+from blockroll.rollout.drafters.history_text import ORDER, PROMPT, Match, Source, Text, Tokens
 
-if TYPE_CHECKING:
-    Tokens = array[int]
-else:
-    Tokens = array  # it takes no parameter before Python 3.12
-
-ORDER = 8  # the longest suffix that is looked up: longer ones find nothing better
-JOB_ORDERS = (8, 5, 3, 2)
 TEXTS_PER_PROMPT = 32  # that have ended
 PLACES_PER_NGRAM = 16  # in as many texts, the latest ones
 IDLE_PROMPTS = 8  # whose n-grams are kept while no text of theirs runs: siblings may come one by one
-_PROMPT = 0  # number of the text that a prompt itself is
-_END = -1  # stands behind each text of the job
 _ELSEWHERE = "\0"  # no group of an engine: what others have written is nobody's sibling
-
-
-class Source(IntEnum):
-    """Where a place was found."""
-
-    OWN = 0  # the text itself, with its prompt
-    SIBLINGS = 1  # texts of its group, running ones as far as they are committed
-    EARLIER = 2  # other texts of its prompt
-    JOB = 3  # any text that has ended
-
-
-@dataclass(slots=True)
-class Text:
-    """A completion as far as it is known, and how much of it has n-grams."""
-
-    tokens: Tokens
-    group: str | None
-    num_learned: int = 0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Match:
-    """Places behind the longest suffix that a source has, the latest first: a text and an offset in it."""
-
-    source: Source
-    order: int
-    places: list[tuple[Tokens, int]]
-    own: Tokens | None = None  # of these, the text that is drafted for: it goes on with its drafts
 
 
 class PromptTexts:
@@ -73,7 +37,7 @@ class PromptTexts:
         self._ended: OrderedDict[int, None] = OrderedDict()
         self._ngrams: dict[int, tuple[int, ...]] | None = None
         self._unlearned: dict[int, None] = {}  # texts with tokens that have no n-grams yet
-        self._next = _PROMPT + 1
+        self._next = PROMPT + 1
 
     @property
     def prompt(self) -> Tokens:
@@ -87,14 +51,24 @@ class PromptTexts:
 
     def open(self, group: str | None) -> int:
         """The number of a text that begins."""
-        number, self._next = self._next, self._next + 1
-        self._texts[number] = Text(array("i"), group)
-        self.num_running += 1
-        return number
+        text = Text(group)
+        self.begin(text)
+        return text.number
 
-    def text(self, number: int) -> Text:
-        """A text by its number."""
-        return self._texts[number]
+    def begin(self, text: Text) -> None:
+        """A text begins, once: it has a number from now on."""
+        number = self._next
+        if text.number:
+            return
+        # No calls from here on.
+        text.number = number
+        self._texts[number] = text
+        self._next = number + 1
+        self.num_running += 1
+
+    def find(self, number: int) -> Text | None:
+        """A text by its number; None: it was empty, or is kept no more."""
+        return self._texts.get(number)
 
     def tail(self, number: int) -> tuple[int, ...]:
         """The last tokens of prompt and text, as many as are looked up at most."""
@@ -102,26 +76,38 @@ class PromptTexts:
 
     def extend(self, number: int, token_ids: Iterable[int]) -> None:
         """More tokens of a text."""
-        tokens = self._texts[number].tokens
-        num_before = len(tokens)
-        tokens.extend(token_ids)
-        self.num_tokens += len(tokens) - num_before
+        text, fresh = self._texts[number], array("i", token_ids)
+        num_fresh = len(fresh)
+        # No calls from here on.
+        text.tokens += fresh
+        self.num_tokens += num_fresh
         self._unlearned[number] = None
 
     def close(self, number: int) -> None:
         """A text has ended. Twice as many as are kept may pile up before the oldest are dropped."""
-        self.num_running -= 1
-        if not self._texts[number].tokens:
-            del self._texts[number]
-            self._unlearned.pop(number, None)
+        text = self._texts.get(number)
+        if text is None:
             return
-        self._ended[number] = None
+        if not text.tokens:
+            self._unlearned.pop(number, None)
+            # No calls from here on.
+            del self._texts[number]
+            self.num_running -= 1
+            return
+        if not text.has_ended:
+            text.has_ended = True
+            self._ended[number] = None
+            self.num_running -= 1
         if len(self._ended) >= 2 * TEXTS_PER_PROMPT:
+            self.forget_ngrams()  # first: they name texts that are dropped
             while len(self._ended) > TEXTS_PER_PROMPT:
-                oldest, _ = self._ended.popitem(last=False)
-                self.num_tokens -= len(self._texts.pop(oldest).tokens)
+                oldest = next(iter(self._ended))
                 self._unlearned.pop(oldest, None)
-            self.forget_ngrams()
+                num_dropped = len(self._texts[oldest].tokens)
+                # No calls from here on.
+                del self._ended[oldest]
+                del self._texts[oldest]
+                self.num_tokens -= num_dropped
 
     @property
     def num_unlearned(self) -> int:
@@ -161,12 +147,12 @@ class PromptTexts:
                 return
 
     def _source(self, other: int, number: int, group: str | None) -> Source:
-        if other in (_PROMPT, number):
+        if other in (PROMPT, number):
             return Source.OWN
         return Source.SIBLINGS if self._texts[other].group == group else Source.EARLIER
 
     def _tokens(self, number: int) -> Tokens:
-        return self._prompt if number == _PROMPT else self._texts[number].tokens
+        return self._prompt if number == PROMPT else self._texts[number].tokens
 
     def _tail_before(self, number: int, offset: int) -> tuple[int, ...]:
         """The tokens that stand before one of a text."""
@@ -181,7 +167,7 @@ class PromptTexts:
         ngrams = self._ngrams
         if ngrams is None:
             ngrams = {}
-            self._learn_all(ngrams, _PROMPT, (), self._prompt, 0)
+            self._learn_all(ngrams, PROMPT, (), self._prompt, 0)
             for text in self._texts.values():
                 text.num_learned = 0
             self._unlearned = dict.fromkeys(self._texts)
@@ -221,83 +207,6 @@ class PromptTexts:
             else:
                 others = [each for each in held if each >> 32 != number]
                 ngrams[key] = (place, *others[: PLACES_PER_NGRAM - 1])
-
-
-@dataclass(slots=True)
-class _Generation:
-    """Texts one behind the other, and the last place of each n-gram."""
-
-    tokens: Tokens = field(default_factory=lambda: array("i"))
-    places: dict[int, int] = field(default_factory=dict)
-
-
-class JobTexts:
-    """All texts of a job: the last place of an n-gram, four orders, at most some 500 bytes a token.
-
-    Two generations of half the bound each; the older one is dropped when the newer is full. Texts get their
-    n-grams by `learn`, before something is looked up; of those that wait, the latest within the bound are
-    kept.
-    """
-
-    def __init__(self, max_tokens: int) -> None:
-        self._most = max(1, max_tokens // 2)
-        self._newer, self._older = _Generation(), _Generation()
-        self._waiting: deque[tuple[tuple[int, ...], Tokens]] = deque()
-        self._num_waiting = 0
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens that it holds."""
-        return len(self._newer.tokens) + len(self._older.tokens) + self._num_waiting
-
-    def add(self, tail: tuple[int, ...], token_ids: Iterable[int]) -> None:
-        """A text that has ended, behind the last tokens of its prompt."""
-        tokens = array("i", token_ids)
-        self._waiting.append((tail, tokens))
-        self._num_waiting += len(tokens) + 1  # with what stands behind it
-        while self.num_tokens > 2 * self._most and self._num_waiting:
-            self._drop_oldest()
-
-    def _drop_oldest(self) -> None:
-        if self._older.tokens:
-            self._older = _Generation()
-        elif self._newer.tokens:
-            self._newer = _Generation()
-        else:
-            _, tokens = self._waiting.popleft()
-            self._num_waiting -= len(tokens) + 1
-
-    def learn(self, most: float = math.inf) -> None:
-        """Make n-grams of texts that wait, the oldest first, until so many tokens have some."""
-        while self._waiting and most > 0:
-            tail, tokens = self._waiting.popleft()
-            self._num_waiting -= len(tokens) + 1
-            most -= len(tokens)
-            self._learn(tail, tokens)
-
-    def _learn(self, tail: tuple[int, ...], tokens: Tokens) -> None:
-        for token_id in (*tokens, _END):
-            if len(self._newer.tokens) >= self._most:
-                self._newer, self._older = _Generation(), self._newer
-            newer = self._newer
-            if token_id != _END:
-                for order in JOB_ORDERS:
-                    if order <= len(tail):
-                        newer.places[hash(tail[-order:])] = len(newer.tokens)
-                tail = (*tail[1 - ORDER :], token_id)
-            newer.tokens.append(token_id)
-
-    def match(self, tail: tuple[int, ...]) -> Match | None:
-        """The last place behind the longest suffix of these tokens, in texts that are learned."""
-        for order in JOB_ORDERS:
-            if order > len(tail):
-                continue
-            key = hash(tail[-order:])
-            for generation in (self._newer, self._older):
-                offset = generation.places.get(key)
-                if offset is not None:
-                    return Match(source=Source.JOB, order=order, places=[(generation.tokens, offset)])
-        return None
 
 
 class HistoryIndex:
@@ -341,29 +250,33 @@ class HistoryIndex:
 
     def add(self, prompt_ids: Sequence[int], token_ids: Iterable[int]) -> None:
         """A text that was written elsewhere: in an earlier process, or by another engine."""
-        texts = self.of_prompt(prompt_ids)
-        number = texts.open(_ELSEWHERE)
+        texts, text = self.of_prompt(prompt_ids), Text(_ELSEWHERE)
         try:
-            texts.extend(number, token_ids)
+            texts.begin(text)
+            texts.extend(text.number, token_ids)
         finally:
-            self.close(texts, number)
+            if text.number:
+                self.close(texts, text.number)
 
     def close(self, texts: PromptTexts, number: int) -> None:
-        """A text has ended: it is one of the job's, and the bounds hold again."""
-        tokens = texts.text(number).tokens
-        if tokens:
-            self.job.add(tuple(texts.prompt[-ORDER:]), tokens)
+        """A text has ended: it is one of the job's, and the bounds hold again. Once closed it stays so."""
+        text = texts.find(number)
+        if text is not None and text.tokens:
+            self.job.add(tuple(texts.prompt[-ORDER:]), text.tokens, text)
         texts.close(number)
-        if texts.num_running:
-            return
         key = _key(texts.prompt)
-        self._num_tokens += texts.num_tokens - self._counted.get(key, 0)
+        if texts.num_running or self._prompts.get(key) is not texts:
+            return
+        more = texts.num_tokens - self._counted.get(key, 0)
+        # No calls from here on.
+        self._num_tokens += more
         self._counted[key] = texts.num_tokens
         if texts.has_ngrams:
             self._idle[key] = None
         while len(self._idle) > IDLE_PROMPTS:
-            oldest, _ = self._idle.popitem(last=False)
+            oldest = next(iter(self._idle))
             self._prompts[oldest].forget_ngrams()
+            del self._idle[oldest]
         for _ in range(len(self._prompts)):
             if self._num_tokens <= self.max_tokens:
                 return
@@ -371,9 +284,13 @@ class HistoryIndex:
             if unused.num_running:
                 self._prompts.move_to_end(oldest)
                 continue
-            self._num_tokens -= self._counted.pop(oldest)
             self._idle.pop(oldest, None)
+            num_dropped = self._counted.get(oldest, 0)
+            # No calls from here on.
             del self._prompts[oldest]
+            self._num_tokens -= num_dropped
+            if oldest in self._counted:
+                del self._counted[oldest]
 
 
 def _key(prompt_ids: Sequence[int]) -> bytes:

@@ -85,7 +85,7 @@ class Drafter(ABC):
         """A request has left, for whatever reason, aborts too: forget its state, or learn from its text.
 
         Told before the rollout is returned, whichever plans decoded it. If this raises, the step raises, and
-        the next one tells it again, and those that left with it.
+        the next one tells it again, also where an interrupt came behind it.
         """
         return
 

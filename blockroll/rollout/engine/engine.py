@@ -138,6 +138,7 @@ class BareEngine:
         )
         self._overlaps = overlaps(policy, self._cache, overlap) and not observers
         self._in_flight: Launched | None = None  # has every request that runs, and no prompt beside it
+        self._told: dict[str, Rollout] = {}  # what drafters know of what no step has returned yet
         self._is_interrupted = False  # a change of what runs has begun and not ended
         self._clock = clock
         self._planning = (
@@ -242,7 +243,9 @@ class BareEngine:
         if not self._served.requests:
             self.check_integrity()
         self._tell_drafters(self._served.finished)
-        return self._served.take()
+        result = self._served.take()
+        self._told = {}
+        return result
 
     def _try_step(self) -> Shortage | None:
         """Run a step; of whom it was, if memory ran out."""
@@ -269,8 +272,12 @@ class BareEngine:
 
     def _tell_drafters(self, request_ids: Iterable[str]) -> None:
         for request_id in request_ids:
+            rollout = self._served.finished[request_id]
+            if self._told.get(request_id) is rollout:  # a step that raised behind it told them
+                continue
             for drafter in self._drafters.values():
-                drafter.finished(self._served.finished[request_id])
+                drafter.finished(rollout)
+            self._told[request_id] = rollout
 
     def check_integrity(self) -> None:
         """Raise AssertionError where requests, slots and cache contradict each other."""
