@@ -2,7 +2,7 @@
 
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from blockroll.errors import InvalidInput
@@ -10,42 +10,68 @@ from blockroll.policies.hf import HFPolicy
 from blockroll.policies.prompts import PromptEncoder
 
 GSM8K_FIELD = "question"
+NUM_SHOWN = 4  # sums that are worked out before the one that is asked
+
+Sum = tuple[int, int, int]
 
 
 def worked_prompts(policy: HFPolicy, count: int) -> list[tuple[int, ...]]:
-    """Sums behind two that are worked out, as tokens."""
+    """Sums behind some that are worked out, as tokens: as turns of a conversation where there is a template.
+
+    Equal counts give equal prompts, and a larger count begins with those of a smaller one.
+    """
     encode = PromptEncoder(policy.tokenizer, vocab_size=policy.vocab_size)
-    return [encode(text) for text in worked_arithmetic(count)]
+    write = worked_turns if _has_template(policy) else worked_text
+    return [encode(write(sums)) for sums in drawn_sums(count)]
 
 
 def gsm8k_prompts(policy: HFPolicy, path: Path) -> list[tuple[int, ...]]:
     """The questions of a GSM8K file as tokens, as a user's message where there is a chat template."""
     encode = PromptEncoder(policy.tokenizer, vocab_size=policy.vocab_size)
-    has_template = getattr(policy.tokenizer, "chat_template", None) is not None
+    has_template = _has_template(policy)
     return [
-        encode([{"role": "user", "content": question}] if has_template else question)
-        for question in gsm8k_questions(path)
+        encode([_turn("user", question)] if has_template else question) for question in gsm8k_questions(path)
     ]
 
 
-def worked_arithmetic(count: int, *, seed: int = 0) -> list[str]:
-    """Sums of three numbers, each behind two others that are worked out step by step.
+def _has_template(policy: HFPolicy) -> bool:
+    return getattr(policy.tokenizer, "chat_template", None) is not None
 
-    A pretrained model goes on as it was shown. Equal arguments give equal texts, and a larger `count` begins
-    with those of a smaller one.
-    """
+
+def _turn(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
+def drawn_sums(count: int, *, seed: int = 0) -> list[list[Sum]]:
+    """For each prompt the sums that are shown, and the one that is asked."""
     draw = random.Random(seed)
-    texts = []
-    for _ in range(count):
-        sums = [[draw.randint(10, 99) for _ in range(3)] for _ in range(3)]
-        shown = "".join(f"{asked(*each)}{worked(*each)}\n\n" for each in sums[:2])
-        texts.append(shown + asked(*sums[2]))
-    return texts
+    return [
+        [(draw.randint(10, 99), draw.randint(10, 99), draw.randint(10, 99)) for _ in range(NUM_SHOWN + 1)]
+        for _ in range(count)
+    ]
+
+
+def worked_turns(sums: Sequence[Sum]) -> list[dict[str, str]]:
+    """All but the last answered step by step: a model that follows instructions answers that likewise."""
+    turns = []
+    for each in sums[:-1]:
+        turns += [_turn("user", problem(*each)), _turn("assistant", worked(*each).strip())]
+    return [*turns, _turn("user", problem(*sums[-1]))]
+
+
+def worked_text(sums: Sequence[Sum]) -> str:
+    """The same as one text, which a pretrained model goes on with."""
+    return "".join(f"{asked(*each)}{worked(*each)}\n\n" for each in sums[:-1]) + asked(*sums[-1])
+
+
+def problem(a: int, b: int, c: int) -> str:
+    """What is asked."""
+    return f"Problem: {a} + {b} + {c}"
 
 
 def asked(a: int, b: int, c: int) -> str:
-    """A problem."""
-    return f"Problem: {a} + {b} + {c}\nSolution:"
+    """A problem, and where its solution begins."""
+    return f"{problem(a, b, c)}\nSolution:"
 
 
 def worked(a: int, b: int, c: int) -> str:

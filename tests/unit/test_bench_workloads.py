@@ -7,7 +7,7 @@ import statistics
 import pytest
 
 from blockroll.bench.bench import run_bench, to_record
-from blockroll.bench.prompts import gsm8k_questions, worked_arithmetic
+from blockroll.bench.prompts import drawn_sums, gsm8k_questions, worked_text, worked_turns
 from blockroll.bench.workload import TARGET, BenchOptions, Workload, make_waves, warm_up_wave
 from blockroll.errors import InvalidInput
 from blockroll.types import PLAIN, Plan
@@ -111,14 +111,16 @@ def test_a_workload_that_cannot_be_made_is_refused(changes, says):
 
 
 def test_worked_sums_are_right_and_begin_alike_for_any_count():
-    texts = worked_arithmetic(3)
-    assert texts[:2] == worked_arithmetic(2)
-    assert texts != worked_arithmetic(3, seed=1)
-    shown, asked = texts[0].split("\n\n")[0], texts[0].split("\n\n")[-1]
-    terms = [int(term) for term in shown.split("\n")[0].removeprefix("Problem: ").split(" + ")]
-    assert shown.endswith(f"The answer is {sum(terms)}.")
-    assert asked.startswith("Problem: ")
-    assert asked.endswith("\nSolution:")
+    drawn = drawn_sums(3)
+    assert drawn[:2] == drawn_sums(2)
+    assert drawn != drawn_sums(3, seed=1)
+    *shown, asked = worked_text(drawn[0]).split("\n\n")
+    turns = worked_turns(drawn[0])
+    assert [turn["role"] for turn in turns] == [*["user", "assistant"] * len(shown), "user"]
+    for text, terms, question, answer in zip(shown, drawn[0], turns[::2], turns[1::2], strict=False):
+        assert text == f"{question['content']}\nSolution: {answer['content']}"
+        assert text.endswith(f"The answer is {sum(terms)}.")
+    assert asked == f"{turns[-1]['content']}\nSolution:"
 
 
 def test_questions_of_gsm8k_are_read_in_order_and_a_bad_line_is_named(tmp_path):
