@@ -41,8 +41,8 @@ class Broken(Drafter):
         verifying = super().verify(step, ids_BL, window)
         return Verifying(logits_BLV=verifying.logits_BLV[:, :-1]) if self.verifies_short else verifying
 
-    def keep(self, step, leftover, verdict, outcome):
-        return [] if self.keeps_short else super().keep(step, leftover, verdict, outcome)
+    def keep(self, step, left, outcome):
+        return [] if self.keeps_short else super().keep(step, left, outcome)
 
 
 def changed(name, value, *, at=()):

@@ -22,7 +22,7 @@ from tests.models import adapted_policy, prompts
 from tests.recurrent_policy import RecurrentPolicy
 from tests.waits import Waits
 
-PLANS = {"plain": Plan(0), "two_forward": Plan(4)}
+PLANS = {"plain": Plan(0), "two_forward": Plan(4), "fused": Plan(4, (0, 2, 4))}
 EACH_PLAN = pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
 OPTIONS = {
     "alone": {},
@@ -96,11 +96,17 @@ def test_texts_and_counts_are_those_of_steps_in_turn(policy, plan, options, laun
     assert (launches["behind"] > 5) == (plan.num_drafts == 0 or options != "penalties")
 
 
+def forward_of(plan) -> str:
+    """The method of a policy that verifies."""
+    return "fused_rows" if plan.levels else "verify_logits"
+
+
 @EACH_PLAN
 def test_the_next_forward_is_queued_before_a_step_is_read(policy, plan, monkeypatch):
     events = []
-    verify, read = policy.verify_logits, Unread.read
-    monkeypatch.setattr(policy, "verify_logits", lambda *given: events.append("forward") or verify(*given))
+    name = forward_of(plan)
+    verify, read = getattr(policy, name), Unread.read
+    monkeypatch.setattr(policy, name, lambda *given: events.append("forward") or verify(*given))
     monkeypatch.setattr(Unread, "read", lambda self: events.append("read") or read(self))
     engine = in_pages(policy, plan)
     engine.submit(make_requests(prompts(4), Sampling(max_tokens=40, ignore_eos=True)))
@@ -150,13 +156,11 @@ def test_an_end_that_is_certain_costs_no_step_too_many(policy, max_tokens):
 @EACH_PLAN
 def test_a_batch_whose_requests_all_end_in_one_step_leaves_nothing(policy, plan, launches):
     """At a token that nobody foresaw: the step too many is dropped, and the engine is idle."""
-    (alone,) = finish(
-        in_pages(policy, plan, "off"), make_requests([(5, 6, 7)], Sampling(max_tokens=9))
-    ).values()
-    ends = Sampling(max_tokens=9, stop_token_ids=(alone.token_ids[3],), ignore_eos=True)
-    requests = [
-        dataclasses.replace(make_requests([(5, 6, 7)], ends)[0], request_id=f"r{index}") for index in range(4)
-    ]
+    options = {"max_tokens": 12, "ignore_eos": True}
+    (request,) = make_requests([(5, 6, 7)], Sampling(**options))
+    (alone,) = finish(in_pages(policy, plan, "off"), [request]).values()
+    ends = Sampling(**options, stop_token_ids=(alone.token_ids[7],))
+    requests = [dataclasses.replace(request, sampling=ends, request_id=f"r{index}") for index in range(4)]
     engine = in_pages(policy, plan)
     rollouts = finish(engine, requests)
     assert launches["behind"] > 0
@@ -230,10 +234,9 @@ def check_weights_between_steps(plan) -> None:
         (Plan(0), {"constraint": NoFives()}),
         (Plan(0), {"logits_processors": (lambda ids, scores: scores,)}),
         (Plan(4), {"min_tokens": 10}),
-        (Plan(4, (0, 4)), {}),
         (Plan(4, drafter=HISTORY), {}),
     ],
-    ids=["guide", "processor", "min_tokens_behind_drafts", "fused", "history"],
+    ids=["guide", "processor", "min_tokens_behind_drafts", "history"],
 )
 def test_what_the_host_does_between_two_steps_keeps_them_in_turn(policy, plan, options, launches):
     requests = make_requests(prompts(4), Sampling(max_tokens=10, **options))

@@ -15,7 +15,15 @@ from blockroll.rollout.engine.outcome import Unread
 from blockroll.types import Plan, Sampling
 from tests.engines import make_requests
 from tests.equality import assert_same_rollouts
-from tests.invariants.test_engine_faults import Breaking, Expected, Interrupted, finish, first_requests, serve
+from tests.invariants.test_engine_faults import (
+    Breaking,
+    Expected,
+    Interrupted,
+    by_name,
+    finish,
+    first_requests,
+)
+from tests.invariants.test_engine_faults import serve as serve_and_abort
 from tests.invariants.test_overlap import (
     EACH_PLAN,
     OPTIONS,
@@ -23,6 +31,7 @@ from tests.invariants.test_overlap import (
     assert_as_in_turn,
     check_weights_between_steps,
     counted_launches,
+    forward_of,
     in_pages,
 )
 from tests.invariants.test_pages import groups, num_forwards, rows_of_one, serve_at_random
@@ -43,26 +52,27 @@ def launches(monkeypatch):
 # NaN
 
 
-def spoil_the_third_forward(policy, monkeypatch):
-    verify, count = policy.verify_logits, 0
+def spoil_the_third_forward(policy, plan, monkeypatch):
+    name, count = forward_of(plan), 0
+    verify = getattr(policy, name)
 
     def spoiled(*given):
         nonlocal count
         count += 1
-        logits = verify(*given)
+        rows = verify(*given)
         if count == 3:
             with torch.inference_mode():
-                logits[1, -1, 3] = torch.nan
-        return logits
+                (rows.verify_logits_BLV if plan.levels else rows)[1, -1, 3] = torch.nan
+        return rows
 
-    monkeypatch.setattr(policy, "verify_logits", spoiled)
+    monkeypatch.setattr(policy, name, spoiled)
 
 
 @EACH_PLAN
 def test_nan_in_one_row_fails_its_request_alone(policy, plan, monkeypatch):
     requests = make_requests(prompts(4), Sampling(max_tokens=12, ignore_eos=True))
     untouched = finish(in_pages(policy, plan, "off"), requests)
-    spoil_the_third_forward(policy, monkeypatch)
+    spoil_the_third_forward(policy, plan, monkeypatch)
     engine = in_pages(policy, plan)
     late = finish(engine, requests)
     failed = late.pop("r1")
@@ -145,8 +155,18 @@ def test_a_forward_that_raises_behind_a_step_costs_no_token(policy, plan, expect
         expected[plan].check(engine, first)
 
 
+def serve_to_the_end(engine: Engine, interrupted: Interrupted) -> dict:
+    """Nothing is aborted: a fused text that goes on elsewhere starts with other drafts."""
+    engine.submit(first_requests())
+    finished = {}
+    while engine.num_requests:
+        finished |= by_name(interrupted.run(engine.step).finished)
+    return finished
+
+
 def interrupt_anywhere(policy, plan, expected, *, count: int) -> None:
     counting = Interrupted(0)
+    serve = serve_to_the_end if plan.levels else serve_and_abort
     serve(tight(policy, plan), counting)
     rng = random.Random(plan.name)
     for _ in range(count):
@@ -195,7 +215,7 @@ def attempts_not_advanced(monkeypatch):
 
 
 def positions_not_advanced(monkeypatch):
-    begun_otherwise(monkeypatch, lambda begin: {"positions_B": begin.positions_B - begin.ahead.rows_B})
+    begun_otherwise(monkeypatch, lambda begin: {"positions_B": begin.positions_B - begin.behind.ahead.rows_B})
 
 
 def text_without_its_last_token(monkeypatch):

@@ -18,7 +18,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from itertools import cycle
+from itertools import count, cycle
 from unittest import mock
 
 import numpy as np
@@ -27,6 +27,7 @@ import torch
 
 from blockroll.rollout.drafters.engine import Engine
 from blockroll.rollout.engine import step as decoding
+from blockroll.rollout.engine.step import Decoder
 from blockroll.types import Law, Plan, Request, Sampling
 from tests.engines import PlansInTurn
 from tests.law.engine_cells import PROMPT, Processing, State, step_cells
@@ -108,10 +109,11 @@ def engine_law(
     processing: Processing | None = None,
     interruption: Interruption | None = None,
     make_policy: Callable[[Toy, int], TablePolicy] = TablePolicy,
+    reads_late: bool = False,
 ) -> tuple[dict[Tokens, float], dict[Tokens, float]]:
     """The law of the first `length` tokens, and the same corrected by the product of pi / mu.
 
-    Steps take the plans in turn, over and over.
+    Steps take the plans in turn, over and over. `reads_late` queues each step behind one that is not read.
     """
     processing = processing or Processing()
     turns = cycle(plans)
@@ -130,7 +132,7 @@ def engine_law(
             for coins, volume in zip(*step_cells(toy, plan, state, weight, processing), strict=True)
         ]
         coins_C = [(*reached.coins, tuple(coins)) for _, reached, coins, _ in cells]
-        outcomes = _run(toy, steps, coins_C, weight, processing, interruption, make_policy)
+        outcomes = _run(toy, steps, coins_C, weight, processing, interruption, make_policy, reads_late)
         is_cut = interruption is not None and interruption.step == len(steps)
         for (state, reached, coins, volume), (new, num_accepted, drafted, ratio) in zip(
             cells, outcomes, strict=True
@@ -176,15 +178,19 @@ def _run(
     processing: Processing,
     interruption: Interruption | None,
     make_policy: Callable[[Toy, int], TablePolicy],
+    reads_late: bool,
 ) -> list:
     """Of the last of these steps, one plan each, per cell: tokens, number accepted, drafts, and pi / mu."""
     tables = [torch.tensor(step, dtype=torch.float64) for step in zip(*coins_C, strict=True)]
     step_index = [0]
+    num_launched = count()
     drafted: dict[str, Tokens] = {}
 
     first_use: dict[tuple[int, int, int, str], tuple[int, int]] = {}
 
     def given_uniforms(seeds_B, positions_B, attempts_B, num_drafts, *, settles, by_position):
+        if reads_late:  # the coins of a step too many decide nothing
+            step_index[0] = min(next(num_launched), len(tables) - 1)
         step = tables[step_index[0]][seeds_B]
         if interruption is not None:  # a coin that has served comes again, as its words would give it
             purposes = ["draft"] * num_drafts + ["accept"] * num_drafts + ["final"] * (1 + settles)
@@ -202,10 +208,14 @@ def _run(
                     step[b, column] = tables[used[0]][seed, used[1]]
         return step[:, :num_drafts], step[:, num_drafts:]
 
-    def remember(record):
-        for row, request_id in enumerate(record.request_ids):
-            count = int(record.draft.num_drafts_B[row])
-            drafted[request_id] = tuple(record.draft.token_ids_BK[row, :count].tolist())
+    def remember(request_ids, draft):
+        for row, request_id in enumerate(request_ids):
+            number = int(draft.num_drafts_B[row])
+            drafted[request_id] = tuple(draft.token_ids_BK[row, :number].tolist())
+
+    def read_and_remember(decoder, launched):
+        remember([running.request.request_id for running in launched.step.batch], launched.draft)
+        return read(decoder, launched)
 
     sampling = Sampling(
         temperature=toy.temperature,
@@ -222,20 +232,28 @@ def _run(
             make_policy(toy, max(plan.num_drafts for plan in plans)),
             plan=left[0] if len(set(left)) == 1 else PlansInTurn(*left),
             max_batch_size=len(coins_C),
-            observers=(remember,),
+            **options,
         )
 
-    with mock.patch.object(decoding, "step_uniforms", given_uniforms):
+    read = Decoder.read
+    options = {"observers": (lambda record: remember(record.request_ids, record.draft),)}
+    if reads_late:
+        options = {"cache": "pages", "page_size": 2, "overlap": "on"}
+    with (
+        mock.patch.object(decoding, "step_uniforms", given_uniforms),
+        mock.patch.object(Decoder, "read", read_and_remember if reads_late else read),
+    ):
         engine = make_engine()
         engine.submit(
             Request(request_id=str(c), prompt_ids=(PROMPT,), seed=c, sampling=sampling)
             for c in range(len(coins_C))
         )
         for step in range(len(plans)):
-            step_index[0] = step
+            step_index[0] = step if not reads_late else step_index[0]
             if interruption is not None and interruption.step == step:
                 engine = interruption.resumed(engine, make_engine, len(coins_C))
             result = engine.step()
+    assert not reads_late or next(num_launched) == len(plans) + 1
     assert not result.finished, "the toy must not end before the test does"
     commits = {commit.request_id: commit for commit in result.commits}
     rollouts = {r.request.request_id: r for r in engine.abort([str(c) for c in range(len(coins_C))])}

@@ -18,10 +18,18 @@ from torch import Tensor
 from blockroll.errors import InvalidInput
 from blockroll.kernels.transfer import sent
 from blockroll.policies.base import KVWindow, Policy
-from blockroll.rollout.engine.drafting import Drafter, DraftRows, DraftStep, Verifying
+from blockroll.rollout.engine.drafting import NO_ORIGIN, Drafter, DraftRows, DraftStep, Verifying
 from blockroll.rollout.engine.outcome import Outcome
 from blockroll.rollout.engine.running import RunningRequest
 from blockroll.types import MASK_ROWS, Plan, PlanKind, Verdict
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Proposals:
+    """Those of a batch, as the device knows them."""
+
+    logits_BKV: Tensor
+    num_drafts_B: Tensor  # int64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +45,7 @@ class MaskRows(Drafter):
     """Mask tokens draft a block; the law is the softmax of their rows, as each request samples drafts."""
 
     name = MASK_ROWS
+    can_overlap = True
 
     def check(self, plan: Plan, policy: Policy) -> None:
         """Refuse a policy without masks; warn of more drafts than it was trained for, or another layout."""
@@ -83,13 +92,15 @@ class MaskRows(Drafter):
                 running.start_proposal(Proposal(logits_KV=logits_KV, num_drafts=num_drafts, origin=origin))
         return True
 
-    def can_overlap(self, plan: Plan) -> bool:
-        """Where drafts begin at the anchor; what a fused step proposed is cut by what it accepted."""
-        return plan.kind is PlanKind.TWO_FORWARD
-
     def propose(self, step: DraftStep) -> DraftRows:
         """The rows that the step before has proposed, or those of a draft forward."""
-        device, num_drafts = step.policy.device, step.plan.num_drafts
+        device, num_drafts, behind = step.policy.device, step.plan.num_drafts, step.behind
+        if behind is not None and isinstance(behind.left, Proposals):
+            return DraftRows(
+                logits=behind.left.logits_BKV[behind.rows_B],
+                num_drafts_B=behind.left.num_drafts_B[behind.rows_B],
+                origins=[NO_ORIGIN] * len(step.batch),
+            )
         if step.plan.kind is PlanKind.FUSED:
             held = [_proposal(running) for running in step.batch]
             proposals = [proposal for proposal in held if proposal is not None]
@@ -107,7 +118,9 @@ class MaskRows(Drafter):
         return DraftRows(
             logits=rows,
             num_drafts_B=torch.full((len(step.batch),), num_drafts, device=device),
-            origins=[(running.num_tokens, 0, num_drafts) for running in step.batch],
+            origins=[
+                (running.num_tokens, 0, num_drafts) if behind is None else NO_ORIGIN for running in step.batch
+            ],
             num_drafts=[num_drafts] * len(step.batch),
         )
 
@@ -116,16 +129,14 @@ class MaskRows(Drafter):
         fused = step.policy.fused_rows(ids_BL, step.plan.levels, window)
         return Verifying(logits_BLV=fused.verify_logits_BLV, leftover=fused.proposal_states_BPLW)
 
-    def keep(
-        self, step: DraftStep, leftover: object, verdict: Verdict, outcome: Outcome
-    ) -> Sequence[Proposal | None]:
+    def leave(self, step: DraftStep, leftover: object, verdict: Verdict) -> Proposals | None:
         """The proposals made for what each request accepted.
 
         That is the one of the largest level p at or below the n accepted drafts. Its slot j stands p + 1 + j
         positions behind the old anchor, so slots n - p + 1 and up stand on those of the next drafts.
         """
         if step.plan.kind is not PlanKind.FUSED:
-            return [None] * len(step.batch)
+            return None
         assert isinstance(leftover, Tensor), "states (B, P, L, W) of a fused forward"
         num_drafts, device = step.plan.num_drafts, step.policy.device
         levels_P = _levels(step.plan.levels, device)
@@ -135,11 +146,18 @@ class MaskRows(Drafter):
         slots_BK = (shift_B[:, None] + 1 + torch.arange(num_drafts, device=device)).clamp(max=num_drafts)
         rows_B1 = torch.arange(len(step.batch), device=device)[:, None]
         logits_BKV = step.policy.proposal_logits(leftover[rows_B1, chosen_B[:, None], slots_BK])
+        return Proposals(logits_BKV=logits_BKV, num_drafts_B=num_drafts - shift_B)
+
+    def keep(self, step: DraftStep, left: object, outcome: Outcome) -> Sequence[Proposal | None]:
+        """The same, each its request's own."""
+        if not isinstance(left, Proposals):
+            return [None] * len(step.batch)
+        num_drafts = step.plan.num_drafts
         shifts = [
             accepted - max(level for level in step.plan.levels if level <= accepted)
             for accepted in outcome.num_accepted
         ]
-        rows = zip(step.batch, logits_BKV, shifts, outcome.num_committed, strict=True)
+        rows = zip(step.batch, left.logits_BKV, shifts, outcome.num_committed, strict=True)
         return [
             Proposal(
                 logits_KV=logits_KV,

@@ -20,6 +20,17 @@ from blockroll.rollout.engine.outcome import Outcome
 from blockroll.rollout.engine.running import RunningRequest
 from blockroll.types import Draft, Plan, Rollout, Verdict
 
+NO_ORIGIN = (0, 0, 0)  # of drafts that no row of the policy gave, or nobody asks where
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Behind:
+    """A step that is not read, of the same plan, before the one to draft for."""
+
+    rows_B: Tensor  # int64, in which of its rows each request is
+    ahead: Ahead  # what it puts behind the rows that are committed
+    left: object  # what `Drafter.leave` gave
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DraftStep:
@@ -32,7 +43,7 @@ class DraftStep:
     first_logits: Tensor | None  # float32 (B, K + 1, V), where the prefill brought them along
     lengths: Sequence[int] | None = None  # most drafts of each request, by its outlook; None: K
     anchors_B: Tensor | None = None  # int64, where they are on the device already
-    ahead: Ahead | None = None  # what a step that is not read puts behind the rows that are committed
+    behind: Behind | None = None  # what stands before it and is not read; None: nothing
 
     def anchors(self, first: int = 0) -> Tensor:
         """The last committed tokens of the requests from `first` on, int64 (B, 1)."""
@@ -42,7 +53,8 @@ class DraftStep:
 
     def window(self, num_rows: int, *, first: int = 0, num_pending: int = 0) -> Window:
         """Of the requests from `first` on, for so many rows behind those before their anchors."""
-        return self.cache.window(first, len(self.batch), num_rows, num_pending=num_pending, ahead=self.ahead)
+        ahead = None if self.behind is None else self.behind.ahead
+        return self.cache.window(first, len(self.batch), num_rows, num_pending=num_pending, ahead=ahead)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +64,7 @@ class DraftRows:
     logits: Tensor  # float32 (B, K, V); two-forward (B, K + 1, V), the anchor's causal row first
     num_drafts_B: Tensor  # int64, 0..K
     # By request, for the audit: tokens of the text that its rows know, slot of the first, masks in the block.
+    # Behind a step that is not read nobody asks for them, and `NO_ORIGIN` stands there.
     origins: Sequence[tuple[int, int, int]]
     num_drafts: Sequence[int] | None = None  # num_drafts_B, where the host knows it without a look
 
@@ -62,7 +75,7 @@ class Verifying:
 
     # Float32, causal: row i is the law of the token behind row i. Packed where the window was.
     logits_BLV: Logits
-    leftover: object = None  # for `Drafter.keep`
+    leftover: object = None  # for `Drafter.leave`
 
 
 class Drafter(ABC):
@@ -80,6 +93,9 @@ class Drafter(ABC):
     """
 
     name: str  # by which plans ask for it
+    # Whether it drafts for steps while the one before is not read. Then `propose` goes by `anchors`, `window`
+    # and `behind` of its step: what else the host knows of the requests is a step old.
+    can_overlap = False
 
     def finished(self, rollout: Rollout) -> None:
         """A request has left, for whatever reason, aborts too: forget its state, or learn from its text.
@@ -109,14 +125,6 @@ class Drafter(ABC):
 
     def start(self, step: DraftStep) -> bool:
         """Run what requests need that no step before has drafted for; whether that took a forward."""
-        return False
-
-    def can_overlap(self, plan: Plan) -> bool:
-        """Whether it drafts for a step of this plan while the step before is not read.
-
-        Then `propose` goes by `DraftStep.anchors` and `DraftStep.window` alone: what else the host knows of
-        the requests is a step old. And `keep` leaves nothing.
-        """
         return False
 
     @abstractmethod
@@ -152,11 +160,13 @@ class Drafter(ABC):
             )
         )
 
-    def keep(
-        self, step: DraftStep, leftover: object, verdict: Verdict, outcome: Outcome
-    ) -> Sequence[object | None]:
+    def leave(self, step: DraftStep, leftover: object, verdict: Verdict) -> object:
+        """What is left over for the next step, once the verdict is there, on the device alone."""
+        return leftover
+
+    def keep(self, step: DraftStep, left: object, outcome: Outcome) -> Sequence[object | None]:
         """By request, what `RunningRequest.proposal` holds once the verdict is final; None: nothing.
 
-        `outcome` is the verdict on the host: to ask a tensor would be one wait more.
+        `left` is what `leave` gave, `outcome` the verdict on the host: to ask tensors would be one wait more.
         """
         return [None] * len(step.batch)

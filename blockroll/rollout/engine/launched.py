@@ -14,7 +14,7 @@ from torch import Tensor
 from blockroll.kernels.rows import Logits
 from blockroll.kernels.transfer import send
 from blockroll.rollout.engine.cache.contract import Ahead
-from blockroll.rollout.engine.drafting import DraftRows, DraftStep
+from blockroll.rollout.engine.drafting import Behind, DraftRows, DraftStep
 from blockroll.rollout.engine.outcome import Outcome, Unread
 from blockroll.rollout.engine.running import RunningRequest
 from blockroll.rollout.engine.trace import ForwardRows, StepTrace
@@ -49,6 +49,7 @@ class Launched:
     attempts_B: Tensor
     origins: Sequence[tuple[int, int, int]]  # of the draft rows: context, first slot and masks
     outcome: Unread
+    left: object  # what its drafter has left for the next step
 
     def rows_of(self, batch: Sequence[RunningRequest]) -> list[int]:
         """The rows of these requests, each of which it has."""
@@ -65,7 +66,7 @@ class Beginning:
     attempts_B: Tensor
     positions_B: Tensor  # of the next token
     between_BN: Tensor  # tokens behind the text that the host has committed; the last one is the anchor
-    ahead: Ahead | None  # their rows in the cache, and that of the anchor before them
+    behind: Behind | None
 
     @classmethod
     def of(cls, batch: Sequence[RunningRequest], device: torch.device, behind: Launched | None) -> Self:
@@ -79,7 +80,7 @@ class Beginning:
                 attempts_B=attempts_B,
                 positions_B=positions_B,
                 between_BN=anchors_B.new_empty((len(batch), 0)),
-                ahead=None,
+                behind=None,
             )
         plan, verdict = behind.step.plan, behind.verified.verdict
         state_4B[0] = behind.rows_of(batch)
@@ -92,7 +93,7 @@ class Beginning:
             attempts_B=attempts_B,
             positions_B=positions_B + committed_B,
             between_BN=tokens_BL,
-            ahead=Ahead(committed_B, plan.most_committed),
+            behind=Behind(rows_B=rows_B, ahead=Ahead(committed_B, plan.most_committed), left=behind.left),
         )
 
 

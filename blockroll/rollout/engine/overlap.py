@@ -1,7 +1,8 @@
 """Which steps are queued before the one before them is read, so that a device never waits for the host.
 
 Such a step is *in flight* until it is read, one call of the engine later. It holds whatever the one before it
-turns out to have decided: anchors, positions and the rows of the cache follow from the verdict on the device.
+turns out to have decided: anchors, positions, proposals and the rows of the cache follow from the verdict on
+the device.
 Where that has ended a request, the request's share of the step in flight is dropped, and where something
 changes what forwards read, all of it: nothing of it is counted then, and whoever goes on decodes the same
 step with the same coins, since these go by what was committed.
@@ -49,7 +50,7 @@ def may_be_followed(
 ) -> bool:
     """Whether its plan can go on behind a step that is not read, for those of its requests that run."""
     plan = launched.step.plan
-    if plan.kind is not PlanKind.PLAIN and not drafters[plan.drafter].can_overlap(plan):
+    if plan.kind is not PlanKind.PLAIN and not drafters[plan.drafter].can_overlap:
         return False
     if any(_keeps_turns(running, plan) for running in batch):
         return False

@@ -29,7 +29,7 @@ from blockroll.rollout.engine.drafted import (
     check_verifying,
     fitted,
 )
-from blockroll.rollout.engine.drafting import Drafter, DraftRows, DraftStep
+from blockroll.rollout.engine.drafting import NO_ORIGIN, Drafter, DraftRows, DraftStep
 from blockroll.rollout.engine.launched import Beginning, Decoded, Launched, Verified
 from blockroll.rollout.engine.outcome import EMPTY, Flags, Unread
 from blockroll.rollout.engine.ragged import packing_of
@@ -37,8 +37,6 @@ from blockroll.rollout.engine.running import RunningRequest
 from blockroll.rollout.engine.trace import EngineTimes, ForwardRows
 from blockroll.samplers import Laws, step_uniforms
 from blockroll.types import POINT_MASS, Draft, Plan, PlanKind
-
-_NO_ORIGIN = (0, 0, 0)  # of drafts that no row of the policy gave
 
 
 class Decoder:
@@ -89,10 +87,11 @@ class Decoder:
             lengths=lengths,
         )
         clock = self._clock()
-        if plan.kind is not PlanKind.PLAIN and self._drafters[plan.drafter].start(step):
+        drafter = None if plan.kind is PlanKind.PLAIN else self._drafters[plan.drafter]
+        if drafter is not None and behind is None and drafter.start(step):
             self.times.start_s += self._charge("forward_s", clock) - clock
         begin = Beginning.of(batch, device, behind)
-        step = replace(step, anchors_B=begin.anchors_B, ahead=begin.ahead)
+        step = replace(step, anchors_B=begin.anchors_B, behind=begin.behind)
         laws = Laws.of([running.text for running in batch], vocab_size=vocab_size, device=device)
 
         clock = self._clock()
@@ -133,7 +132,11 @@ class Decoder:
             is_invalid_B=is_invalid_B,
         )
         outcome = Unread(draft, verified.verdict, policy_logprobs_BL, flags, laws.failed)
-        self._charge("sampler_s", clock)
+        clock = self._charge("sampler_s", clock)
+        left = None
+        if drafter is not None:
+            left = drafter.leave(step, verified.leftover, verified.verdict)
+            self._charge("forward_s", clock)
         return Launched(
             step=step,
             given=given,
@@ -143,8 +146,9 @@ class Decoder:
             draft_uniforms_BK=draft_uniforms_BK,
             verify_uniforms=verify_uniforms,
             attempts_B=begin.attempts_B,
-            origins=[_NO_ORIGIN] * len(batch) if isinstance(drafted, Draft) else drafted.origins,
+            origins=[NO_ORIGIN] * len(batch) if isinstance(drafted, Draft) else drafted.origins,
             outcome=outcome,
+            left=left,
         )
 
     def read(self, launched: Launched) -> Decoded:
@@ -152,13 +156,13 @@ class Decoder:
         clock = self._clock()
         outcome = launched.outcome.read()
         clock = self._charge("wait_s", clock)
-        step, verified = launched.step, launched.verified
+        step = launched.step
         if outcome.is_invalid:
             check_values(launched.given, step.plan, vocab_size=self._policy.vocab_size)
         proposals: Sequence[object | None] = [None] * len(step.batch)
         if step.plan.kind is not PlanKind.PLAIN:
             drafter = self._drafters[step.plan.drafter]
-            proposals = drafter.keep(step, verified.leftover, verified.verdict, outcome)
+            proposals = drafter.keep(step, launched.left, outcome)
             check_kept(proposals, step.plan, batch_size=len(step.batch))
             self._charge("forward_s", clock)
         return Decoded(launched=launched, outcome=outcome, proposals=proposals)
