@@ -8,7 +8,9 @@ import torch
 
 from blockroll.errors import InvalidInput
 from blockroll.kernels import transfer
+from blockroll.policies.hf import HFPolicy
 from blockroll.rollout.drafters.engine import Engine
+from blockroll.rollout.engine.cache.pages import PagedCache
 from blockroll.rollout.engine.outcome import Unread
 from blockroll.rollout.engine.plans import Choice
 from blockroll.rollout.engine.step import Decoder
@@ -136,6 +138,34 @@ def test_a_step_still_waits_once_and_behind_the_next_forward(plan, options, monk
             engine.step()
         assert_one_wait(waits)
         assert waits.num_sends <= 7, waits.sends
+
+
+def reached(value, seen) -> list:
+    """The tensors that an object holds, by its fields and those of what they hold."""
+    if id(value) in seen or isinstance(value, type | HFPolicy | Engine | PagedCache):
+        return []
+    seen.add(id(value))
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if isinstance(value, dict | list | tuple):
+        held = [*value.values()] if isinstance(value, dict) else [*value]
+    else:
+        names = [*getattr(value, "__dict__", ()), *getattr(type(value), "__slots__", ())]
+        held = [getattr(value, name) for name in names if hasattr(value, name)]
+    return [tensor for each in held for tensor in reached(each, seen)]
+
+
+@pytest.mark.parametrize("plan", [PLANS["plain"], PLANS["two_forward"]], ids=lambda plan: plan.name)
+def test_a_step_in_flight_holds_no_row_over_the_vocabulary(policy, plan):
+    """Beside those of the step behind it they would double what a step takes."""
+    engine = in_pages(policy, plan)
+    engine.submit(make_requests(prompts(4), Sampling(max_tokens=40, ignore_eos=True)))
+    engine.step()
+    tensors = reached(engine._in_flight, set())
+    assert len(tensors) > 5
+    assert not [
+        each.shape for each in tensors if each.untyped_storage().nbytes() >= 4 * 4 * policy.vocab_size
+    ]
 
 
 # No step too many, and what becomes of one

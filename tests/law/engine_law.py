@@ -27,6 +27,7 @@ import torch
 
 from blockroll.rollout.drafters.engine import Engine
 from blockroll.rollout.engine import step as decoding
+from blockroll.rollout.engine.outcome import Unread
 from blockroll.rollout.engine.step import Decoder
 from blockroll.types import Law, Plan, Request, Sampling
 from tests.engines import PlansInTurn
@@ -214,7 +215,7 @@ def _run(
             drafted[request_id] = tuple(draft.token_ids_BK[row, :number].tolist())
 
     def read_and_remember(decoder, launched):
-        remember([running.request.request_id for running in launched.step.batch], launched.draft)
+        remember([running.request.request_id for running in launched.step.batch], launched.outcome.draft)
         return read(decoder, launched)
 
     sampling = Sampling(
@@ -235,6 +236,11 @@ def _run(
             **options,
         )
 
+    class UnreadWithDraft(Unread):
+        def __init__(self, draft, *given):
+            super().__init__(draft, *given)
+            self.draft = draft
+
     read = Decoder.read
     options = {"observers": (lambda record: remember(record.request_ids, record.draft),)}
     if reads_late:
@@ -242,6 +248,7 @@ def _run(
     with (
         mock.patch.object(decoding, "step_uniforms", given_uniforms),
         mock.patch.object(Decoder, "read", read_and_remember if reads_late else read),
+        mock.patch.object(decoding, "Unread", UnreadWithDraft),
     ):
         engine = make_engine()
         engine.submit(

@@ -7,11 +7,9 @@ the requests' state.
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
-
-from torch import Tensor
 
 from blockroll.errors import InvalidInput
 from blockroll.policies.base import Policy
@@ -37,12 +35,13 @@ from blockroll.rollout.engine.trace import EngineTimes, Observer
 from blockroll.types import Plan, Request, Rollout
 
 
-class _Prepared(NamedTuple):
-    """What a step that follows none begins with, as `Decoder.launch` takes it."""
+class _Begun(NamedTuple):
+    """The step of a call."""
 
-    batch: list[RunningRequest]
-    lengths: Sequence[int] | None
-    first_logits: Tensor | None
+    step: Launched
+    started: float  # when it was launched, or this call began
+    start_s: float  # of the engine's times, then
+    is_measured: bool  # whether no prefill did a part of it
 
 
 class BareEngine:
@@ -115,7 +114,9 @@ class BareEngine:
         )
         self._scheduler = Scheduler(max_batch_size=max_batch_size)
         self._forwards = forwards_of(policy, self._cache, graphs)
-        self._decoder = Decoder(self._forwards, self._cache, self._drafters, clock)
+        self._decoder = Decoder(
+            self._forwards, self._cache, self._drafters, clock, is_observed=bool(observers)
+        )
         self._starter = Starter(policy, self.limits, decode, numbers_servings=len(drafters_of(plans)) > 1)
         self._served = ServedRequests(self._scheduler, self._cache, self._starter)
         self._admission = Admission(
@@ -299,47 +300,48 @@ class BareEngine:
 
     def _decode_batch(self, chunk: Chunk | None) -> None:
         """The step in flight; if there is none, one of those that run and those that a chunk makes whole."""
-        prepared = None if self._in_flight is not None else self._prepare(chunk)
-        started, start_s, num_commits = self._clock(), self.times.start_s, len(self._served.commits)
-        step = self._in_flight
-        if step is None:
-            assert prepared is not None
-            step = self._decoder.launch(prepared.batch, self.plan, prepared.first_logits, prepared.lengths)
+        if self._in_flight is not None:
+            begun = _Begun(self._in_flight, self._clock(), self.times.start_s, True)
+        else:
+            begun = self._begin(chunk)
+        step, num_commits = begun.step, len(self._served.commits)
         self._in_flight = self._launched_behind(step)
         self._settle(self._decoder.read(step))
         self._drop_unless_needed()
-        seconds = self._clock() - started
+        seconds = self._clock() - begun.started
         self.times.step_s += seconds
         self.times.num_steps += 1
-        is_measured = step.step.first_logits is None and (chunk is None or not chunk.partial)
-        if self._planning is not None and is_measured:
+        if self._planning is not None and begun.is_measured:
             self._planning.observe(
                 seconds=seconds,
-                start_seconds=self.times.start_s - start_s,
+                start_seconds=self.times.start_s - begun.start_s,
                 num_tokens=sum([len(commit.token_ids) for commit in self._served.commits[num_commits:]]),
                 is_last=len(self._scheduler.running) < len(step.step.batch),
                 is_followed=self._in_flight is not None,
             )
 
-    def _prepare(self, chunk: Chunk | None) -> _Prepared:
-        """Choose a plan and write the chunk."""
+    def _begin(self, chunk: Chunk | None) -> _Begun:
+        """Choose a plan, write the chunk, and queue a step that follows none."""
         running, joining = self._scheduler.running, self._scheduler.joining
         whole = [] if chunk is None else [joining[place] for place in chunk.whole]
         batch = self._served.of((*running, *whole))
-        lengths = None
+        lengths, first_logits = None, None
         if self._planning is not None:
             choice, choice_s = self._planning.choose(batch, len(whole), has_prefill=chunk is not None)
             self._change_plan(choice.plan, batch)
             lengths = choice.lengths
             self.times.step_s += choice_s
-        if chunk is None:
-            return _Prepared(batch, lengths, None)
-        is_first = all(each.proposal is None for each in batch)  # some may have been preempted
-        num_masks = self._decoder.num_masks_at_start(self.plan) if is_first else None
-        first_logits = self._admission.write(chunk, num_masks)
-        order = [(*running, *whole).index(request_id) for request_id in self._scheduler.running]
-        lengths = None if lengths is None else [lengths[place] for place in order]
-        return _Prepared([batch[place] for place in order], lengths, first_logits)
+        if chunk is not None:
+            is_first = all(each.proposal is None for each in batch)  # some may have been preempted
+            num_masks = self._decoder.num_masks_at_start(self.plan) if is_first else None
+            first_logits = self._admission.write(chunk, num_masks)
+            order = [(*running, *whole).index(request_id) for request_id in self._scheduler.running]
+            batch = [batch[place] for place in order]
+            lengths = None if lengths is None else [lengths[place] for place in order]
+        is_measured = first_logits is None and (chunk is None or not chunk.partial)
+        started, start_s = self._clock(), self.times.start_s
+        step = self._decoder.launch(batch, self.plan, first_logits, lengths)
+        return _Begun(step, started, start_s, is_measured)
 
     def _launched_behind(self, step: Launched) -> Launched | None:
         """The next step, queued before this one is read, if nothing between the two needs the host."""

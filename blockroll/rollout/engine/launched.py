@@ -36,11 +36,9 @@ class Verified:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Launched:
-    """A step all of which is queued. Its requests may leave before it is read: its rows keep their order."""
+class Record:
+    """What a `StepTrace` is made of: rows over the vocabulary, most of the memory that a step takes."""
 
-    step: DraftStep  # with its requests, by row
-    given: DraftRows | Draft  # by the drafter
     draft: Draft
     verified: Verified
     policy_logprobs_BL: Tensor
@@ -48,8 +46,18 @@ class Launched:
     verify_uniforms: Tensor  # (B, L), and one column more where the first position was settled
     attempts_B: Tensor
     origins: Sequence[tuple[int, int, int]]  # of the draft rows: context, first slot and masks
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Launched:
+    """A step all of which is queued. Its requests may leave before it is read: its rows keep their order."""
+
+    step: DraftStep  # with its requests, by row
+    given: DraftRows | Draft  # by the drafter; rows without their logits
+    verdict: Verdict
     outcome: Unread
     left: object  # what its drafter has left for the next step
+    record: Record | None  # None: nobody observes steps
 
     def rows_of(self, batch: Sequence[RunningRequest]) -> list[int]:
         """The rows of these requests, each of which it has."""
@@ -82,7 +90,7 @@ class Beginning:
                 between_BN=anchors_B.new_empty((len(batch), 0)),
                 behind=None,
             )
-        plan, verdict = behind.step.plan, behind.verified.verdict
+        plan, verdict = behind.step.plan, behind.verdict
         state_4B[0] = behind.rows_of(batch)
         state_4B[2] += plan.forwards_per_step
         rows_B, seeds_B, attempts_B, positions_B = send([state_4B], device)[0].unbind()
@@ -121,24 +129,25 @@ class Decoded:
         is_last: bool,
     ) -> StepTrace:
         """The record of this step, once its tokens are the requests' own; all of them ran until then."""
-        launched = self.launched
+        launched, record = self.launched, self.launched.record
+        assert record is not None, "a step that nobody observes"
         batch = launched.step.batch
         return StepTrace(
             requests=[running.request for running in batch],
             plan=launched.step.plan,
             version=version,
             precision=precision,
-            attempts_B=launched.attempts_B,
+            attempts_B=record.attempts_B,
             num_before=num_before,
             num_kept=[running.num_tokens - n for running, n in zip(batch, num_before, strict=True)],
-            origins=launched.origins,
-            forward_rows=launched.verified.forward_rows,
-            draft=launched.draft,
-            draft_uniforms_BK=launched.draft_uniforms_BK,
-            verify_uniforms=launched.verify_uniforms,
-            targets=launched.verified.targets,
-            verdict=launched.verified.verdict,
-            parts=launched.verified.parts,
-            policy_logprobs_BL=launched.policy_logprobs_BL,
+            origins=record.origins,
+            forward_rows=record.verified.forward_rows,
+            draft=record.draft,
+            draft_uniforms_BK=record.draft_uniforms_BK,
+            verify_uniforms=record.verify_uniforms,
+            targets=record.verified.targets,
+            verdict=record.verified.verdict,
+            parts=record.verified.parts,
+            policy_logprobs_BL=record.policy_logprobs_BL,
             is_last=is_last,
         )

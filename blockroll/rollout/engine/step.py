@@ -30,7 +30,7 @@ from blockroll.rollout.engine.drafted import (
     fitted,
 )
 from blockroll.rollout.engine.drafting import NO_ORIGIN, Drafter, DraftRows, DraftStep
-from blockroll.rollout.engine.launched import Beginning, Decoded, Launched, Verified
+from blockroll.rollout.engine.launched import Beginning, Decoded, Launched, Record, Verified
 from blockroll.rollout.engine.outcome import EMPTY, Flags, Unread
 from blockroll.rollout.engine.ragged import packing_of
 from blockroll.rollout.engine.running import RunningRequest
@@ -48,13 +48,19 @@ class Decoder:
         cache: Cache,
         drafters: Mapping[str, Drafter],
         clock: Callable[[], float],
+        *,
+        is_observed: bool = False,
     ) -> None:
-        """`drafters`, by their names, are those of every plan that a step may have."""
+        """`drafters`, by their names, are those of every plan that a step may have.
+
+        `is_observed` keeps what a trace of a step is made of, until the step is read.
+        """
         self.times = EngineTimes()
         self._drafters = drafters
         self._policy = policy
         self._cache = cache
         self._clock = clock
+        self._is_observed = is_observed
 
     def num_masks_at_start(self, plan: Plan) -> int | None:
         """Masks that the prefill of a whole batch should bring along, 0 for anchors alone; None: nothing."""
@@ -137,18 +143,26 @@ class Decoder:
         if drafter is not None:
             left = drafter.leave(step, verified.leftover, verified.verdict)
             self._charge("forward_s", clock)
+        record = None
+        if self._is_observed:
+            record = Record(
+                draft=draft,
+                verified=verified,
+                policy_logprobs_BL=policy_logprobs_BL,
+                draft_uniforms_BK=draft_uniforms_BK,
+                verify_uniforms=verify_uniforms,
+                attempts_B=begin.attempts_B,
+                origins=[NO_ORIGIN] * len(batch) if isinstance(drafted, Draft) else drafted.origins,
+            )
+        if isinstance(given, DraftRows):
+            given = replace(given, logits=given.logits.new_empty(0))
         return Launched(
-            step=step,
+            step=replace(step, first_logits=None, behind=None),
             given=given,
-            draft=draft,
-            verified=verified,
-            policy_logprobs_BL=policy_logprobs_BL,
-            draft_uniforms_BK=draft_uniforms_BK,
-            verify_uniforms=verify_uniforms,
-            attempts_B=begin.attempts_B,
-            origins=[NO_ORIGIN] * len(batch) if isinstance(drafted, Draft) else drafted.origins,
+            verdict=replace(verified.verdict, evidence=None),
             outcome=outcome,
             left=left,
+            record=record,
         )
 
     def read(self, launched: Launched) -> Decoded:
