@@ -188,3 +188,81 @@ def test_a_chat_and_nested_calls_of_two_threads_survive_replicas_that_are_killed
         kill(pool.health()[0].pid)
         with pytest.raises(ReplicaError, match=r"no replica is ready .* died: .* make another pool"):
             pool.chat(messages, sampling)
+
+
+@pytest.fixture
+def hanging(ray_session, checkpoint):  # noqa: F811 - the fixture
+    """A pool whose second replica can be stopped as a process that hangs is, and how."""
+    stopped = []
+    with make_ray_pool(PolicyConfig(path=checkpoint), CONFIG, client_timeout_s=10) as pool:
+
+        def stop():
+            stopped.append(pool.health()[1].pid)
+            os.kill(stopped[0], signal.SIGSTOP)
+            return stopped[0]
+
+        try:
+            yield pool, stop
+        finally:
+            for pid in filter(is_there, stopped):
+                os.kill(pid, signal.SIGCONT)
+
+
+def is_there(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def wait_for_end(pid: int) -> None:
+    deadline = time.monotonic() + 20
+    while is_there(pid):
+        assert time.monotonic() < deadline, "a replica that hangs was not ended"
+        time.sleep(0.1)
+
+
+@pytest.mark.slow
+def test_a_replica_that_hangs_in_an_update_is_dead_within_the_time_limit_and_others_go_on(hanging):
+    pool, stop = hanging
+    requests = asked(13, seed=1)
+    rollouts = pool.generate(requests)
+    finished = [next(rollouts)]
+    pid, began = stop(), time.monotonic()
+    receipts = pool.update(moved_update(1))
+    assert 10 <= time.monotonic() - began < 40
+    assert pool.states == ("READY", "DEAD")
+    assert [receipt.accepted for receipt in receipts] == [True, False]
+    assert receipts[1].error == "replica 1 did not answer within 10 s"
+    finished += rollouts
+    check_complete(requests, finished)
+    assert all(rollout.error is None for rollout in finished)
+    wait_for_end(pid)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("is_limited", [True, False], ids=["limited", "planted without a limit"])
+def test_a_replica_that_hangs_when_it_is_told_what_to_expect_is_named(hanging, is_limited):
+    pool, stop = hanging
+    replica, errors = pool._members[1].replica, []
+    if not is_limited:
+        replica._update_timeout_s = None
+
+    def expect():
+        try:
+            replica.expect(0)
+        except ReplicaError as error:
+            errors.append(str(error))
+
+    pid, thread = stop(), threading.Thread(target=expect)
+    thread.start()
+    thread.join(20)
+    assert thread.is_alive() != is_limited
+    if is_limited:
+        assert errors == ["replica 1 did not answer within 10 s"]
+        wait_for_end(pid)
+    else:
+        os.kill(pid, signal.SIGCONT)
+        thread.join(20)
+        assert not errors

@@ -14,7 +14,7 @@ from typing import Any, Self
 
 import numpy as np
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import GetTimeoutError, RayError
 
 from blockroll.errors import (
     BlockrollError,
@@ -109,11 +109,16 @@ class ReplicaActor:
 class RayReplica:
     """A replica actor, seen from the pool. One poll is always under way while it has requests."""
 
-    def __init__(self, replica_id: int, actor: Any, *, is_own: bool = True) -> None:
-        """A handle of an actor; only the process whose own it is may close it."""
+    def __init__(
+        self, replica_id: int, actor: Any, *, is_own: bool = True, update_timeout_s: float = 600
+    ) -> None:
+        """A handle of an actor; only the process whose own it is may close it.
+
+        One that has not taken an update within `update_timeout_s` is killed, and dead from then on.
+        """
         self.replica_id = replica_id
         self._calls = ActorCalls(replica_id, actor)
-        self._is_own = is_own
+        self._is_own, self._update_timeout_s = is_own, update_timeout_s
         self._client = uuid.uuid4().hex
         self._held: dict[str, Request] = {}  # submitted, and not back yet
         self._pending: ray.ObjectRef[Any] | None = None
@@ -133,7 +138,10 @@ class RayReplica:
         name: str | None = None,
         client_timeout_s: float = 600,
     ) -> Self:
-        """A new actor around what `build` makes there; others can find it by `name`."""
+        """A new actor around what `build` makes there; others can find it by `name`.
+
+        `client_timeout_s` bounds how long it waits for processes that share it, and they for its updates.
+        """
         threads = str(num_threads)
         options: dict[str, Any] = {} if name is None else {"name": name, "namespace": NAMESPACE}
         actor = (
@@ -146,7 +154,7 @@ class RayReplica:
             )
             .remote(build, num_threads=num_threads, client_timeout_s=client_timeout_s)
         )
-        return cls(replica_id, actor)
+        return cls(replica_id, actor, update_timeout_s=client_timeout_s)
 
     @classmethod
     def join(cls, replica_id: int, name: str) -> Self:
@@ -185,13 +193,22 @@ class RayReplica:
         return finished
 
     def update(self, update: WeightUpdate) -> UpdateReceipt:
-        """Swap weights between two polls."""
-        receipt: UpdateReceipt = self._calls.ask("update", update)
+        """Swap weights between two polls. ReplicaError, and its process ends, where it does not answer."""
+        receipt: UpdateReceipt = self._ask_in_time("update", update)
         return receipt
 
     def expect(self, version: int) -> None:
-        """Serve nothing, to no process, by weights older than this."""
-        self._calls.ask("expect", version)
+        """Serve nothing, to no process, by weights older than this; it ends where it does not answer."""
+        self._ask_in_time("expect", version)
+
+    def _ask_in_time(self, method: str, argument: Any) -> Any:
+        """What the actor answers. Late it is killed: it could still serve by weights that nobody knows."""
+        try:
+            return self._calls.ask(method, argument, timeout_s=self._update_timeout_s)
+        except ReplicaError as error:
+            if isinstance(error.__cause__, GetTimeoutError):
+                self._calls.kill()
+            raise
 
     def abort(self, request_ids: Sequence[str]) -> tuple[Rollout, ...]:
         """End requests now; those of them that a poll under way has finished come back too."""
