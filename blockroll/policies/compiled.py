@@ -42,7 +42,8 @@ Compile = Literal["auto", "on", "off"]
 _ROWS = (1, 8, 16, 32, 64, 128, 320)  # that are timed under `auto`
 _ALL_ROWS = 1 << 62
 _MOST_TIMED = 8  # layers
-_TURNS = 3  # of which the best counts
+_TURNS = 3  # of each, one after the other, of which the best counts,
+_MOST_TURNS = 9  # and more of them before modules are found faster
 _LEAST_WIDTH = 64  # under `auto`, of the hidden states
 
 
@@ -246,14 +247,17 @@ class CompiledLayers:
 
     def _faster_rows(self) -> int:
         """The most rows up to which all that were timed take no longer than the model's own modules."""
+        runs = (self._compiled_once, self._own_once)
         most = 0
         for num_rows in _ROWS:
-            compiled, own = (
-                min(seconds_of(partial(run, num_rows)) for _ in range(_TURNS))
-                for run in (self._compiled_once, self._own_once)
-            )
-            if compiled > own:
-                break
+            turns: list[list[float]] = []
+            while len(turns) < _MOST_TURNS:  # what else the machine does may slow either
+                turns += [[seconds_of(partial(run, num_rows)) for run in runs] for _ in range(_TURNS)]
+                compiled, own = map(min, zip(*turns, strict=True))
+                if compiled <= own:
+                    break
+            else:
+                return most
             most = num_rows
         return most
 

@@ -615,8 +615,17 @@ void attend(const model *m, const number *q, const number *keys, const number *v
         int64_t offset = text * text_stride + head_of_keys * head_stride;
         const product of_keys = {keys + offset, 0, num_keys};
         first = first / TILE_OUT * TILE_OUT;
-        for (int64_t s = first; s < end; s += TILE_OUT)
-            block(of_keys, s, q + part * of_group * d, of_group, d, scores, stride);
+        int64_t key = first;
+        const number *queries = q + part * of_group * d;
+        number *pairs = of_group > TILE_ROWS ? matrix_rows(queries, of_group, d) : NULL;
+        if (pairs) {
+            matrix_begin();
+            for (; key < end && key + STRIP <= num_keys; key += STRIP)
+                matrix_strip(keys + offset + key * d, pairs, of_group, d, scores + key, stride);
+            matrix_end();
+            free(pairs);
+        }
+        for (; key < end; key += TILE_OUT) block(of_keys, key, queries, of_group, d, scores, stride);
         for (int64_t row = 0; row < of_group; row++)
             weigh(scores + row * stride, sees + (mask_rows == 1 ? 0 : row % rows) * num_keys, first, end, scaling, cap);
         mix(of_group, scores, stride, values + offset, d, d, first, end, mixed, d);
