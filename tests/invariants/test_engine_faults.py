@@ -196,8 +196,8 @@ def rows_named_without_a_forward(monkeypatch):
 def rows_committed_before_the_forward(monkeypatch):
     window = SlotCache.window
 
-    def wrong(cache, start, stop, num_rows, *, num_pending=0):
-        opened = window(cache, start, stop, num_rows, num_pending=num_pending)
+    def wrong(cache, start, stop, num_rows, **options):
+        opened = window(cache, start, stop, num_rows, **options)
         cache._texts.extend(start, [5] * num_rows)
         return opened
 

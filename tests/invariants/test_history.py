@@ -366,5 +366,4 @@ def test_auto_drafts_from_history_and_changes_no_text_of_a_policy_without_drafts
     assert_same_rollouts(plain, drafted, policy)
     assert accepted(drafted) > 5
     names = {plan.name for each in drafted.values() for plan, _ in each.stats.steps_by_plan}
-    assert len(names) > 2
-    assert "plain" in names
+    assert {"plain"} < names
