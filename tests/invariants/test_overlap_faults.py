@@ -185,7 +185,7 @@ def test_an_interrupt_at_any_call_changes_no_token(policy, plan, expected):
 @pytest.mark.slow
 @EACH_PLAN
 def test_interrupts_at_many_calls_change_no_token(policy, plan, expected):
-    interrupt_anywhere(policy, plan, expected[plan], count=80)
+    interrupt_anywhere(policy, plan, expected[plan], count=24)
 
 
 # Planted
