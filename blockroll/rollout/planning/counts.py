@@ -10,6 +10,7 @@ _HALF_LIFE = 1024  # request-steps after which a count of tokens weighs half
 _SHARE_TO_LOOK = 0.005  # of the time, that looks which find nothing may take,
 _STEPS_TO_LOOK = 1.0  # beyond so many plain steps
 _LONGEST_LOOK = 4.0  # plain steps that a look is charged: what took longer was a pause
+_LOOKS_KEPT = 8  # of which the mean says what a look takes
 _LEAST_WAIT = 8  # steps until a look that is not paid for
 _MOST_SILENT = 31  # steps without a look behind looks that found nothing again and again
 
@@ -52,6 +53,7 @@ class Looks:
     """When to look into history next: seldom where looks find nothing, and not before that is paid for."""
 
     next_at: int = 0  # this many steps
+    cost: float = 0.0  # of a look, in plain steps
     _account: Account = field(default_factory=Account)
     _num_silent: int = 0  # steps that the latest look is followed by without one,
     _most_silent: int = _MOST_SILENT  # at most: those that pay for one
@@ -78,6 +80,7 @@ class Looks:
     def charge(self, look: float, lost: float) -> None:
         """A look took so many plain steps, and the steps that it chose lost so many, or saved them."""
         look = min(look, _LONGEST_LOOK)
+        self.cost += (look - self.cost) / _LOOKS_KEPT
         self._most_silent = min(math.ceil(look / _SHARE_TO_LOOK), _MOST_SILENT)
         self._account.add(look + lost)
 

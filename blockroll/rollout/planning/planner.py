@@ -323,7 +323,7 @@ class Planner:
                 continue
             work = one_more._replace(rows=drafts.rows)
             tokens = 1 + trust * drafts.expected / size
-            speed = tokens / self.costs.cost(work)
+            speed = tokens / (self.costs.cost(work) + self._looks.cost)
             if speed > fastest:
                 plan = next(each for each in self._looked_up if each.num_drafts >= drafts.widest)
                 best = dataclasses.replace(looked, plan=plan, work=work, tokens=tokens)
@@ -333,8 +333,11 @@ class Planner:
         return best, few.lengths(chances)
 
     def _is_worth_switching(self, best: Chosen, step: NextStep) -> bool:
-        """Whether history wins by a margin. From a fused plan and back costs a draft forward."""
-        cost = self.costs.cost(best.work)
+        """Whether history wins by a margin, with the look that each of its steps takes.
+
+        From a fused plan and back costs a draft forward.
+        """
+        cost = self.costs.cost(best.work) + self._looks.cost
         gain = best.tokens - best.rate * cost
         is_on = self._last_run.drafter == HISTORY
         if self._in_use.kind is PlanKind.FUSED:
