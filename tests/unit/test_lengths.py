@@ -10,6 +10,7 @@ from blockroll.rollout.engine.plans import NextStep, StepsTaken
 from blockroll.rollout.planning.lengths import verifiable
 from blockroll.rollout.planning.planner import Planner
 from blockroll.types import PLAIN, Plan
+from tests.worlds import World
 
 LOOKED_UP = tuple(Plan(size, drafter="history") for size in (1, 2, 4, 8, 16))
 LEAST_SAVED = 12  # rows, as a policy of 30 layers says,
@@ -135,3 +136,13 @@ def test_where_drafts_always_pay_some_plain_steps_keep_predictions_true(size):
     assert sum(plain) < 16
     predicted, achieved = planner.speedups
     assert predicted == pytest.approx(achieved, rel=0.15)
+
+
+@pytest.mark.parametrize(("look", "is_worth"), [(0.0, True), (0.15, False)])
+def test_drafts_from_history_are_worth_their_look_too(look, is_worth):
+    """They save a tenth of a step; `look` is what finding them takes of one."""
+    world, batch_size = World(row_cost=0.01, chances=(0.2,)), 8
+    world.look_s = look * world.seconds(PLAIN, batch_size) / batch_size
+    chosen = world.run(Planner(LOOKED_UP), 1000, batch_size)[200:]
+    assert (chosen.count(PLAIN) < len(chosen) / 2) == is_worth
+    assert is_worth or chosen.count(PLAIN) > 0.95 * len(chosen)

@@ -155,16 +155,6 @@ def test_a_short_run_on_a_machine_never_met_stays_within_three_hundredths_of_pla
         assert lost_s + looks_s < 0.03 * num_steps * plain_s, Counter(chosen)
 
 
-@pytest.mark.parametrize(("look", "is_worth"), [(0.0, True), (0.15, False)])
-def test_drafts_from_history_are_worth_their_look_too(look, is_worth):
-    """They save a tenth of a step; `look` is what finding them takes of one."""
-    world, batch_size = World(row_cost=0.01, chances=(0.2,)), 8
-    world.look_s = look * world.seconds(PLAIN, batch_size) / batch_size
-    chosen = world.run(Planner(LOOKED_UP), 1000, batch_size)[200:]
-    assert (chosen.count(PLAIN) < len(chosen) / 2) == is_worth
-    assert is_worth or chosen.count(PLAIN) > 0.95 * len(chosen)
-
-
 def test_a_plain_step_is_chosen_for_many_until_something_else_may_be():
     world, planner = World(draft_agrees=0.1, look_s=1e-3), Planner([*PLANS, *LOOKED_UP])
     world.run(planner, 400, 8)
