@@ -1,7 +1,6 @@
 """Drafts from history through whole engines: what is drafted, from where, and whose the text stays."""
 
 import dataclasses
-import itertools
 import re
 from collections import Counter
 
@@ -343,11 +342,17 @@ def test_prompts_that_repeat_one_token_are_served():
 
 
 def test_auto_drafts_from_history_and_changes_no_text_of_a_policy_without_drafts():
-    """Epochs of groups, and a prompt that repeats one token, by a clock that finds all steps alike."""
+    """Epochs of groups, and a prompt that repeats one token, by a clock that counts forwards alone."""
     policy = random_policy(scale=3.0)
-    ticks = itertools.count()
+    num_forwards = 0
+
+    def count(*given):
+        nonlocal num_forwards
+        num_forwards += 1
+
+    policy.output_head.register_forward_pre_hook(count)
     planner = Planner(candidate_plans(policy, with_mask_rows=False))
-    engine = Engine(policy, plan=planner, max_batch_size=4, clock=lambda: 1e-3 * next(ticks))
+    engine = Engine(policy, plan=planner, max_batch_size=4, clock=lambda: 1e-3 * num_forwards)
     texts = [(7,) * 60, *prompts(3)]
     drafted, plain = {}, {}
     for epoch in range(8):
@@ -366,4 +371,5 @@ def test_auto_drafts_from_history_and_changes_no_text_of_a_policy_without_drafts
     assert_same_rollouts(plain, drafted, policy)
     assert accepted(drafted) > 5
     names = {plan.name for each in drafted.values() for plan, _ in each.stats.steps_by_plan}
-    assert {"plain"} < names
+    assert len(names) > 2
+    assert "plain" in names
