@@ -126,6 +126,15 @@ class Breaking:
             hook.remove()
 
 
+def break_one_forward(make, expected: "Expected", number: int, error: type[BaseException]) -> None:
+    """An engine that `make` gives serves all the same, though its n-th forward raises."""
+    engine = make()
+    with Breaking(engine.policy, number, error) as breaking:
+        first = finish(engine, first_requests())
+        assert breaking.count > number
+    expected.check(engine, first)
+
+
 def num_forwards(policy, plan) -> int:
     with Breaking(policy, 0, RuntimeError) as counting:
         finish(make_engine(policy, plan), first_requests())
@@ -137,11 +146,8 @@ def test_a_step_whose_forward_raised_can_be_repeated_whichever_it_was(policy, pl
     """Prefill, draft, verify, fused or the head alone: out of memory, Ctrl-C, anything."""
     total = num_forwards(policy, plan)
     for number in (*range(1, 7), *range(9, total, 26)):
-        engine = make_engine(policy, plan)
-        with Breaking(policy, number, ERRORS[number % len(ERRORS)]) as breaking:
-            first = finish(engine, first_requests())
-            assert breaking.count > number
-        expected[plan].check(engine, first)
+        error = ERRORS[number % len(ERRORS)]
+        break_one_forward(lambda: make_engine(policy, plan), expected[plan], number, error)
 
 
 def abort_after_a_broken_forward(policy, plan, expected, number: int) -> None:
@@ -281,12 +287,14 @@ def by_name(rollouts) -> dict:
     return {rollout.request.request_id: rollout for rollout in rollouts}
 
 
-def interrupt_anywhere(policy, plan, expected, *, count: int, seed: int) -> None:
+def interrupt_anywhere(make, expected: "Expected", *, count: int, serve=serve) -> None:
+    """So many engines that `make` gives, each interrupted once at a call drawn at random."""
     counting = Interrupted(0)
-    serve(make_engine(policy, plan), counting)
-    rng = random.Random(f"{plan.name} {seed}")
+    engine = make()
+    serve(engine, counting)
+    rng = random.Random(engine.plan.name)
     for _ in range(count):
-        engine, interrupted = make_engine(policy, plan), Interrupted(rng.randrange(1, counting.count))
+        engine, interrupted = make(), Interrupted(rng.randrange(1, counting.count))
         first = serve(engine, interrupted)
         assert interrupted.count > interrupted.number
         expected.check(engine, first)
@@ -295,7 +303,7 @@ def interrupt_anywhere(policy, plan, expected, *, count: int, seed: int) -> None
 
 @pytest.mark.parametrize("plan", [PLAIN, TWO_FORWARD], ids=lambda plan: plan.name)
 def test_an_interrupt_at_any_call_changes_no_token(policy, plan, expected):
-    interrupt_anywhere(policy, plan, expected[plan], count=4, seed=0)
+    interrupt_anywhere(lambda: make_engine(policy, plan), expected[plan], count=4)
 
 
 def test_memory_that_cannot_be_had_changes_nothing(policy, expected, monkeypatch):

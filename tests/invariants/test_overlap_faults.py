@@ -1,7 +1,6 @@
 """Faults beside a step in flight, and planted bugs of steps that are read late."""
 
 import dataclasses
-import random
 
 import pytest
 import torch
@@ -16,12 +15,13 @@ from blockroll.types import Plan, Sampling
 from tests.engines import make_requests
 from tests.equality import assert_same_rollouts
 from tests.invariants.test_engine_faults import (
-    Breaking,
     Expected,
     Interrupted,
+    break_one_forward,
     by_name,
     finish,
     first_requests,
+    interrupt_anywhere,
 )
 from tests.invariants.test_engine_faults import serve as serve_and_abort
 from tests.invariants.test_overlap import (
@@ -148,11 +148,7 @@ def tight(policy, plan) -> Engine:
 @EACH_PLAN
 def test_a_forward_that_raises_behind_a_step_costs_no_token(policy, plan, expected):
     for number, error in ((5, RuntimeError), (8, torch.OutOfMemoryError), (13, KeyboardInterrupt)):
-        engine = tight(policy, plan)
-        with Breaking(policy, number, error) as breaking:
-            first = finish(engine, first_requests())
-            assert breaking.count > number
-        expected[plan].check(engine, first)
+        break_one_forward(lambda: tight(policy, plan), expected[plan], number, error)
 
 
 def serve_to_the_end(engine: Engine, interrupted: Interrupted) -> dict:
@@ -164,28 +160,20 @@ def serve_to_the_end(engine: Engine, interrupted: Interrupted) -> dict:
     return finished
 
 
-def interrupt_anywhere(policy, plan, expected, *, count: int) -> None:
-    counting = Interrupted(0)
+def interrupt_tight_engines(policy, plan, expected, *, count: int) -> None:
     serve = serve_to_the_end if plan.levels else serve_and_abort
-    serve(tight(policy, plan), counting)
-    rng = random.Random(plan.name)
-    for _ in range(count):
-        engine, interrupted = tight(policy, plan), Interrupted(rng.randrange(1, counting.count))
-        first = serve(engine, interrupted)
-        assert interrupted.count > interrupted.number
-        expected.check(engine, first)
-        engine.check_integrity()
+    interrupt_anywhere(lambda: tight(policy, plan), expected, count=count, serve=serve)
 
 
 @EACH_PLAN
 def test_an_interrupt_at_any_call_changes_no_token(policy, plan, expected):
-    interrupt_anywhere(policy, plan, expected[plan], count=3)
+    interrupt_tight_engines(policy, plan, expected[plan], count=3)
 
 
 @pytest.mark.slow
 @EACH_PLAN
 def test_interrupts_at_many_calls_change_no_token(policy, plan, expected):
-    interrupt_anywhere(policy, plan, expected[plan], count=24)
+    interrupt_tight_engines(policy, plan, expected[plan], count=24)
 
 
 # Planted

@@ -1,7 +1,5 @@
 """Forwards that raise, memory that is not there and interrupts, while pages are shared and evicted."""
 
-import random
-
 import pytest
 import torch
 
@@ -13,12 +11,11 @@ from blockroll.types import Plan
 from tests.equality import assert_same_rollouts
 from tests.invariants.test_engine_faults import (
     ERRORS,
-    Breaking,
     Expected,
-    Interrupted,
+    break_one_forward,
     finish,
     first_requests,
-    serve,
+    interrupt_anywhere,
 )
 from tests.models import adapted_policy
 
@@ -47,33 +44,18 @@ def make_engine(policy, plan) -> Engine:
 @pytest.mark.parametrize("plan", PLANS[1:], ids=lambda plan: plan.name)
 def test_a_forward_that_raises_costs_no_page_and_no_token(policy, plan, expected):
     for number in (2, 11):
-        engine = make_engine(policy, plan)
-        with Breaking(policy, number, ERRORS[number % len(ERRORS)]) as breaking:
-            first = finish(engine, first_requests())
-            assert breaking.count > number
-        expected[plan].check(engine, first)
-
-
-def interrupt_anywhere(policy, plan, expected, *, count: int) -> None:
-    counting = Interrupted(0)
-    serve(make_engine(policy, plan), counting)
-    rng = random.Random(plan.name)
-    for _ in range(count):
-        engine, interrupted = make_engine(policy, plan), Interrupted(rng.randrange(1, counting.count))
-        first = serve(engine, interrupted)
-        assert interrupted.count > interrupted.number
-        expected.check(engine, first)
-        engine.check_integrity()
+        error = ERRORS[number % len(ERRORS)]
+        break_one_forward(lambda: make_engine(policy, plan), expected[plan], number, error)
 
 
 def test_an_interrupt_at_any_call_changes_no_token_and_loses_no_page(policy, expected):
-    interrupt_anywhere(policy, PLANS[1], expected[PLANS[1]], count=2)
+    interrupt_anywhere(lambda: make_engine(policy, PLANS[1]), expected[PLANS[1]], count=2)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("plan", PLANS[:2], ids=lambda plan: plan.name)
 def test_interrupts_at_many_calls_change_no_token_and_lose_no_page(policy, plan, expected):
-    interrupt_anywhere(policy, plan, expected[plan], count=40)
+    interrupt_anywhere(lambda: make_engine(policy, plan), expected[plan], count=40)
 
 
 def interrupt_every_kind_of_change(policy) -> None:

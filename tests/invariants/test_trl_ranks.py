@@ -46,8 +46,9 @@ def reports(folder, *options):
 )
 def test_colocated_replicas_of_two_ranks_draw_the_learners_law(tmp_path, options):
     first, second = reports(tmp_path, *options)
+    is_aligned = "--align" in options
     # In bfloat16 the last bit of a logit moves a rare token's probability by half, and few others'.
-    is_aligned, (rounding, spread) = "--align" in options, (1, 0.05) if "--bf16" in options else (1e-3, 1e-3)
+    most, std, mean = (2.0, 0.05, 0.01) if "--bf16" in options else (1.001, 1e-3, 3e-5)
     assert first["shares"] == second["shares"] == is_aligned
     # Ranks learn from different rollouts and keep one adapter.
     assert_same_rows(first["adapter"], second["adapter"])
@@ -56,10 +57,9 @@ def test_colocated_replicas_of_two_ranks_draw_the_learners_law(tmp_path, options
     assert first["drawn"] != second["drawn"]
     for step, row in enumerate(first["logs"]):
         assert row["rollout/weight_version"] == step
-        assert row["rollout_corr/rollout_is_mean"] == pytest.approx(1, abs=spread)
-        assert row["rollout_corr/rollout_is_std"] < spread
-        assert row["rollout_corr/rollout_is_max"] == pytest.approx(1, abs=rounding)
-        assert row["rollout_corr/rollout_is_min"] == pytest.approx(1, abs=rounding)
+        assert row["rollout_corr/rollout_is_mean"] == pytest.approx(1, abs=mean)
+        assert row["rollout_corr/rollout_is_std"] < std
+        assert 1 / most < row["rollout_corr/rollout_is_min"] <= row["rollout_corr/rollout_is_max"] < most
         assert is_aligned or row["rollout/acceptance_rate"] > 0.2
     last = first["logs"][-1]
     gap, error = (last[f"sampling/surprisal_minus_entropy/run_{name}"] for name in ("mean", "se"))

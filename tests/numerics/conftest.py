@@ -2,7 +2,10 @@
 
 import pytest
 
+from blockroll.kernels.rows import logit_rows
+from blockroll.kernels.rows.compiled import rows_library
 from blockroll.policies.compiled import CompiledLayers
+from tests.numerics.rows_by_hand import WAYS
 
 
 @pytest.fixture
@@ -16,3 +19,13 @@ def calls(monkeypatch):
 
     monkeypatch.setattr(CompiledLayers, "_run", counted)
     return rows
+
+
+@pytest.fixture(params=WAYS)
+def vocab_size(request, monkeypatch):
+    """Of laws in each way that rows are read."""
+    if request.param == "torch":
+        monkeypatch.setattr(logit_rows, "rows_library", lambda: None)
+    elif request.param == "compiled" and rows_library() is None:
+        pytest.skip("there is no C compiler")
+    return WAYS[request.param]

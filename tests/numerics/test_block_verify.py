@@ -14,14 +14,12 @@ from torch import Tensor
 from blockroll.errors import InvalidInput
 from blockroll.kernels.block_verify import chosen_logprobs, reference, settle_first, verify_block
 from blockroll.kernels.rows import Cut, Edits, LogitRows, Mix, PackedLogits, PackedRows, logit_rows
-from blockroll.kernels.rows.compiled import rows_library
 from blockroll.types import POINT_MASS, Draft, Verdict
 from tests.numerics.rows_by_hand import (
     NUM_DRAFTS,
     SIZE,
     SMALL,
     TEMPERATURES,
-    WAYS,
     WIDE,
     coins,
     edits_of,
@@ -35,15 +33,6 @@ COUNTS = torch.tensor([3, 3, 3, 1, 0, 2])
 OPTIONS = ["plain", "cut", "mixed", "edited", "all"]
 KINDS = ["drawn", "certain", "either"]
 ROUNDING = 2e-6  # of float32 weights
-
-
-@pytest.fixture(params=WAYS)
-def vocab_size(request, monkeypatch):
-    if request.param == "torch":
-        monkeypatch.setattr(logit_rows, "rows_library", lambda: None)
-    elif request.param == "compiled" and rows_library() is None:
-        pytest.skip("there is no C compiler")
-    return WAYS[request.param]
 
 
 def target_of(vocab_size: int, option: str, *, size: int = NUM_DRAFTS + 1) -> LogitRows:

@@ -10,15 +10,13 @@ import torch
 
 from blockroll.errors import InvalidInput
 from blockroll.kernels.draft_draw import draft_probs, draw_draft, reference
-from blockroll.kernels.rows import Cut, Edits, LogitRows, logit_rows
-from blockroll.kernels.rows.compiled import rows_library
+from blockroll.kernels.rows import Cut, Edits, LogitRows
 from blockroll.types import POINT_MASS
 from tests.numerics.rows_by_hand import (
     NUM_DRAFTS,
     SIZE,
     SMALL,
     TEMPERATURES,
-    WAYS,
     coins,
     edits_of,
     probs_by_hand,
@@ -28,15 +26,6 @@ from tests.numerics.rows_by_hand import (
 )
 
 SHAPE = (SIZE, NUM_DRAFTS)
-
-
-@pytest.fixture(params=WAYS)
-def vocab_size(request, monkeypatch):
-    if request.param == "torch":
-        monkeypatch.setattr(logit_rows, "rows_library", lambda: None)
-    elif request.param == "compiled" and rows_library() is None:
-        pytest.skip("there is no C compiler")
-    return WAYS[request.param]
 
 
 def rows_of(vocab_size: int, *, cut: bool, edited: bool) -> LogitRows:

@@ -83,9 +83,10 @@ class Shrinking:
         if num_rows:
             self._release()
             self._say(
+                "prefill",
                 f"memory ran out in a prefill of {num_begun} rows: its chunks have {num_rows} at most from "
                 "now on, and no token is lost. Lower prefill_chunk, or memory_fraction, which leaves "
-                f"forwards more room. The allocator said: {shortage.reason}"
+                f"forwards more room. The allocator said: {shortage.reason}",
             )
             return
         self._num_in_a_row += 1
@@ -108,9 +109,10 @@ class Shrinking:
         self._scheduler.max_batch_size = max(num_slots, self._scheduler.num_slots)
         self._release()
         self._say(
+            "step",
             f"memory ran out in a step of {len(batch)} requests, {num_joining} of them joining: at most "
             f"{bound} run together from now on, and no token is lost. Lower max_batch_size, or "
-            f"memory_fraction, which leaves forwards more room. The allocator said: {shortage.reason}"
+            f"memory_fraction, which leaves forwards more room. The allocator said: {shortage.reason}",
         )
 
     def _release(self) -> None:
@@ -130,9 +132,8 @@ class Shrinking:
                 f"(keys and values of {size(keys)}), had no room",
             )
 
-    def _say(self, sentence: str) -> None:
+    def _say(self, kind: str, sentence: str) -> None:
         """Once of its kind as a warning."""
-        kind = sentence.partition(" of ")[0]
         level = logging.INFO if kind in self._said else logging.WARNING
         self._said.add(kind)
         logger.log(level, "%s", sentence)

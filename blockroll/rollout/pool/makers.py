@@ -98,8 +98,8 @@ def make_ray_pool(
 
     With a `name` other processes can join: `join_ray_pool(name, ...)`. What one of them leaves behind ends
     when it has asked nothing for `client_timeout_s`, and a replica that has not taken an update in that time
-    is ended. Closing the pool ends its actors, and Ray if it was
-    started for them. InvalidInput if Ray gives a replica one of the `taken_devices`, named host:index.
+    is ended. Closing the pool ends its actors, and Ray if it was started for them. InvalidInput if Ray gives
+    a replica one of the `taken_devices`, named host:index.
     """
     from blockroll.rollout.pool.ray_cluster import connect
     from blockroll.rollout.pool.ray_replica import RayReplica, check_disjoint, put_buckets
