@@ -45,6 +45,7 @@ def test_ray_equals_in_process_token_for_token(pool, checkpoint):
     assert_same_rollouts(run(policy, requests, Plan(4), max_batch_size=8), pool.generate(requests), policy)
 
 
+@pytest.mark.slow
 def test_actors_are_processes_of_their_own_with_the_threads_they_were_given(pool):
     reports = pool.health()
     assert len({report.pid for report in reports} | {os.getpid()}) == 3
@@ -62,6 +63,7 @@ def test_updates_travel_through_the_object_store_and_are_checked(pool):
     assert {version for r in rollouts for version in r.policy_versions} == {1}
 
 
+@pytest.mark.slow
 def test_a_replica_whose_bucket_is_lost_on_the_way_is_stale_and_serves_nothing(pool):
     replica = pool._members[1].replica
     inner = replica.update

@@ -125,7 +125,7 @@ def test_a_wrong_sampler_that_reports_the_policys_logprobs_is_seen_in_surprisal(
     assert row["sampling/surprisal_minus_entropy/mean"] > 4 * row["sampling/surprisal_minus_entropy/se"]
 
 
-@pytest.mark.parametrize("cls", [GRPOTrainer, RLOOTrainer])
+@pytest.mark.parametrize("cls", [GRPOTrainer, pytest.param(RLOOTrainer, marks=pytest.mark.slow)])
 def test_iterations_accumulation_and_evaluation_work_as_in_the_stock_trainer(tmp_path, cls):
     made = trainer(
         tmp_path,

@@ -175,6 +175,7 @@ def test_none_among_the_arguments_asks_for_nothing(tmp_path):
     assert made.rollouts.sampling.stop == ()
 
 
+@pytest.mark.slow
 def test_generation_kwargs_that_are_options_of_sampling_are_obeyed(tmp_path):
     plain = RolloutConfig(plan="plain")
     digits = [load_tokenizer("tiny")(digit, add_special_tokens=False)["input_ids"] for digit in "0123456789"]

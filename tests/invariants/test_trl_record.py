@@ -78,6 +78,7 @@ def test_an_audit_lies_where_the_config_says_and_is_resumed_there(tmp_path):
     assert not (tmp_path / "blockroll" / "audit").exists()
 
 
+@pytest.mark.slow
 def test_a_run_from_the_start_does_not_write_between_the_rows_of_another(tmp_path):
     config = RolloutConfig(plan="two_forward", audit="all")
     made = trainer(tmp_path, rollout=config, options={"max_steps": 1})

@@ -81,6 +81,7 @@ def are_on_policy(rows):
     return ratios == pytest.approx([1] * len(ratios), abs=1e-3)
 
 
+@pytest.mark.slow
 def test_training_again_goes_on_from_the_pools_own_version(tmp_path):
     with RolloutPool.from_pretrained("tiny", plan="plain") as pool:
         made = trainer(tmp_path, rollout=pool, reward_funcs=even_share)
@@ -124,6 +125,7 @@ def test_weights_that_a_script_changes_between_calls_are_a_version_of_their_own(
     assert evaluated(made) == 4
 
 
+@pytest.mark.slow
 def test_evaluation_after_the_best_model_was_loaded_draws_from_the_best_model(tmp_path):
     with RolloutPool.from_pretrained("tiny", plan="plain") as pool:
         made = trainer(
