@@ -40,7 +40,7 @@ HOMES = {
     "ray": ("rollout.pool.ray_*", "rollout.pool.weight_sync.*"),
     "reasoning_gym": ("rl_loops.envs*",),
     "transformers": ("policies.*", "bench.reference", "rl_loops.trl.*"),
-    "triton": ("kernels.*.fused",),
+    "triton": ("kernels.*.fused*",),
     "peft": ("rl_loops.trl.weights",),
     "trl": ("rl_loops.trl.*",),
     "vllm": ("bench.peer_worker",),
