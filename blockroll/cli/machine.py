@@ -162,12 +162,15 @@ def _print_report(model: str, report: "PolicyReport", console: Console) -> None:
 def _machine() -> Iterator[tuple[str, str]]:
     import torch
 
+    from blockroll.kernels.choice import choose
+
     is_cuda = torch.cuda.is_available()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     yield "device", torch.cuda.get_device_name() if is_cuda else "cpu (no accelerator that torch can use)"
     yield "cores", str(cores)
     yield "torch threads", str(torch.get_num_threads())
     yield "OMP_NUM_THREADS", os.environ.get("OMP_NUM_THREADS", "not set")
+    yield "kernels", str(choose("auto", torch.device("cuda" if is_cuda else "cpu")))
 
 
 def _versions() -> Iterator[tuple[str, str]]:

@@ -9,15 +9,27 @@ Shapes: B requests, H query heads, G key-value heads, R query rows, S keys, D he
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
-from blockroll.kernels.block_attention import AttendedRows, masked_attention, window_attention
+from blockroll.kernels.block_attention import (
+    AttendedRows,
+    BlockRows,
+    block_attention,
+    masked_attention,
+    window_attention,
+)
 
 ATTENTION_NAME = "blockroll"
+
+
+class _Options(TypedDict):
+    scaling: float | None
+    softcap: float | None
+    dropout: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,10 +43,43 @@ class Attended:
         """Bool (B, 1, R, S), contiguous; of packed rows, of the rectangle that they would be."""
         return self.rows.mask(self.sliding_windows[layer])
 
-    def outputs(self, layer: int, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
-        """`window_attention` of a layer's rows."""
-        window = self.sliding_windows[layer]
-        return window_attention(query, key, value, self.rows, sliding_window=window, **options)
+    def outputs(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scaling: float | None = None,
+        softcap: float | None = None,
+        dropout: float = 0.0,
+    ) -> Tensor:
+        """`window_attention` of a layer's rows, or `block_attention` where prefixes are read from pages."""
+        rows, window = self.rows, self.sliding_windows[layer]
+        if not isinstance(rows, BlockRows) or rows.pages is None:
+            return window_attention(
+                query,
+                key,
+                value,
+                rows,
+                scaling=scaling,
+                softcap=softcap,
+                sliding_window=window,
+                dropout=dropout,
+            )
+        output = block_attention(
+            query.to(key.dtype),  # under autocast some norms give float32
+            key,
+            value,
+            rows.pages(layer),
+            rows.layout,
+            rows.lengths_B,
+            packing=rows.packing,
+            scaling=scaling,
+            softcap=softcap,
+            sliding_window=window,
+        )
+        return output.to(query.dtype)
 
 
 def attend(
@@ -55,7 +100,7 @@ def attend(
     or none. `softcap` c bends the scores to c * tanh(score / c) before the softmax (Gemma 2, section 2).
     """
     given = (query_BHRD, key_BGSD, value_BGSD)
-    options: dict[str, Any] = {"scaling": scaling, "softcap": softcap, "dropout": dropout}
+    options: _Options = {"scaling": scaling, "softcap": softcap, "dropout": dropout}
     if attended is None:
         return masked_attention(*given, attention_mask, **options), None
     layer: Any = module.layer_idx

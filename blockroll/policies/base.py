@@ -6,6 +6,7 @@ whose states are asked for.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol, Self, runtime_checkable
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from blockroll.kernels.block_attention import Packing
+from blockroll.kernels.pages import Pages
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,12 +89,18 @@ class KVWindow(Protocol):
         """Recurrent states, beside the keys and values; None: of a policy that has none."""
         ...
 
+    @property
+    def pages(self) -> Callable[[int], Pages] | None:
+        """Of each layer the pages that attention reads itself; None: `update` returns what it reads."""
+        ...
+
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
         """Write the new rows (B, H, R, D) of one layer and return all keys and values (B, H, extent, D).
 
-        What is given is the window's to keep: its caller writes nothing there afterwards.
+        Where attention reads pages, the new ones alone. What is given is the window's to keep: its caller
+        writes nothing there afterwards.
         """
         ...
 

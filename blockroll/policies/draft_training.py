@@ -250,6 +250,7 @@ class TextKeys:
     """Keys and values of one pass, behind those of clean rows from an earlier one; nothing is cached."""
 
     states = None
+    pages = None
 
     def __init__(self, before: Sequence[tuple[Tensor, Tensor]] = ()) -> None:
         self.before = before

@@ -8,6 +8,7 @@ class GrowingWindow:
     """Texts from their first token on, for forwards one after another."""
 
     states = None
+    pages = None
 
     def __init__(self, num_texts: int) -> None:
         self.lengths_B = torch.zeros(num_texts, dtype=torch.int64)

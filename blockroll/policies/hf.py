@@ -281,7 +281,7 @@ class HFPolicy:
             ids_BC,
             num_masks=layout.num_masks,
             positions_BR=positions_BR,
-            rows=BlockRows.of(layout, window.lengths_B, window.extent, packing),
+            rows=BlockRows.of(layout, window.lengths_B, window.extent, packing, window.pages),
             window=window,
             num_tokens_B=num_tokens_B,
         )
@@ -318,7 +318,7 @@ class HFPolicy:
             if self._rotary is not None:
                 stack.enter_context(self._rotary.of_texts(num_tokens_B))
             attended = attention.Attended(rows=rows, sliding_windows=self._sliding_windows)
-            if not torch.is_autocast_enabled(self.device.type):
+            if not torch.is_autocast_enabled(self.device.type) and window.pages is None:
                 states_BRW = self.compiled.states(
                     ids_BR,
                     positions_BR,

@@ -227,6 +227,7 @@ def _setting(config: Mapping[str, Any], rows: Rows) -> dict[str, str]:
         "plan": f"{last['plan']}, T {rollout['temperature']:g}, up to {rollout['max_tokens']} tokens",
         "update": f"{train['prompts_per_step']} prompts times {train['group_size']} rollouts, learning rate "
         f"{train['learning_rate']:g}, clip {train['clip_epsilon']:g}, {train['learner_threads']} threads",
+        "kernels": last.get("kernels", "not recorded"),
         "policy version": f"{last['sync/version']:.0f} served by every replica at the end",
         "failed": f"{last['rollout/failed_total']:.0f} rollouts, {last['reward/failed_total']:.0f} rewards, "
         f"{last['sync/checksum_fail_total']:.0f} refused weight updates",

@@ -169,6 +169,7 @@ class Run:
                 "frac_reward_zero_std": advantages.frac_zero_std,
                 "policy_version": step - 1,
                 "plan": self._plan_name,
+                "kernels": self.pool.kernels,
                 **rollout_metrics(batch),
                 **learner_metrics,
                 "perf/update_s": now - update_start,

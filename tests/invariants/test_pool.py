@@ -91,6 +91,7 @@ class Saboteur:
     def __init__(self, replica, damage):
         self._replica, self.damage = replica, damage
         self.replica_id, self.limits = replica.replica_id, replica.limits
+        self.kernels = replica.kernels
         self.submit, self.poll, self.abort = replica.submit, replica.poll, replica.abort
         self.health, self.close, self.expect = replica.health, replica.close, replica.expect
 

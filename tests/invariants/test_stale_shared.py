@@ -18,6 +18,7 @@ class Client:
     def __init__(self, replica, name):
         self._shared, self._name = SharedReplica(replica, client_timeout_s=600), name
         self.replica_id, self.limits = replica.replica_id, replica.limits
+        self.kernels = replica.kernels
         self.health, self.close = replica.health, lambda: self._shared.leave(name)
         self._shared.enter(name)
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from blockroll.kernels.block_attention.layout import RowLayout
 from blockroll.kernels.block_attention.packing import Packing
+from blockroll.kernels.pages import Pages
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,17 +63,23 @@ class BlockRows(AttendedRows):
 
     layout: RowLayout
     lengths_B: Tensor  # int64, rows of each prefix; below 0 for a text that begins so many rows later
+    pages: Callable[[int], Pages] | None = None  # of each layer, where prefixes are read from them
 
     @classmethod
     def of(
-        cls, layout: RowLayout, lengths_B: Tensor, extent: int, packing: Packing | None = None
+        cls,
+        layout: RowLayout,
+        lengths_B: Tensor,
+        extent: int,
+        packing: Packing | None = None,
+        pages: Callable[[int], Pages] | None = None,
     ) -> "BlockRows":
-        """Where keys come in the order of the cache, `extent` of them."""
+        """Where keys come in the order of the cache, `extent` of them, or their prefixes lie in pages."""
 
         def make_mask(sliding_window: int | None) -> Tensor:
             return layout.mask(lengths_B, extent, sliding_window=sliding_window)
 
-        return cls(make_mask=make_mask, layout=layout, lengths_B=lengths_B, packing=packing)
+        return cls(make_mask=make_mask, layout=layout, lengths_B=lengths_B, packing=packing, pages=pages)
 
 
 def _folded(mask_B1RS: Tensor, repeats: int) -> Tensor:

@@ -115,6 +115,8 @@ class Colocated:
         # Each rank has a device of its own, but for those that run on the processors of one machine.
         num_engines = trainer.accelerator.num_processes if self.policy.device.type == "cpu" else 1
         self._replica = replica_around(self.policy, config, replica_id=rank, num_engines=num_engines)
+        if rank == 0:
+            logger.info("kernels: %s", self._replica.kernels)
         if self._replica.notice is not None and rank == 0:
             logger.warning(self._replica.notice)
         planner = self._replica.engine.planner

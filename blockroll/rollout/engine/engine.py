@@ -9,16 +9,16 @@ the requests' state.
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
 
 from blockroll.errors import InvalidInput
+from blockroll.kernels.choice import Kernels, using
 from blockroll.policies.base import Policy
 from blockroll.rollout.engine.admission import Admission
-from blockroll.rollout.engine.cache.layouts import PAGE_SIZE, Layout, make_cache
+from blockroll.rollout.engine.cache.layouts import PAGE_SIZE, Layout, kernels_of, make_cache
 from blockroll.rollout.engine.chunks import MAX_PREFILL_ROWS, PREFILL_CHUNK
 from blockroll.rollout.engine.drafting import Drafter
 from blockroll.rollout.engine.ends import Decode
-from blockroll.rollout.engine.launched import Decoded, Launched
+from blockroll.rollout.engine.launched import Begun, Decoded, Launched
 from blockroll.rollout.engine.overlap import Overlap, may_be_followed, overlaps
 from blockroll.rollout.engine.plans import PlanChooser, Planning, at_hand, check_plan, drafters_of
 from blockroll.rollout.engine.prefill import Chunk
@@ -33,15 +33,6 @@ from blockroll.rollout.engine.starting import Starter
 from blockroll.rollout.engine.step import Decoder
 from blockroll.rollout.engine.trace import EngineTimes, Observer
 from blockroll.types import Plan, Request, Rollout
-
-
-class _Begun(NamedTuple):
-    """The step of a call."""
-
-    step: Launched
-    started: float  # when it was launched, or this call began
-    start_s: float  # of the engine's times, then
-    is_measured: bool  # whether no prefill did a part of it
 
 
 class BareEngine:
@@ -61,6 +52,7 @@ class BareEngine:
         page_size: int = PAGE_SIZE,
         graphs: Graphs = "auto",
         overlap: Overlap = "auto",
+        kernels: Kernels = "auto",
         prefill_chunk: int = PREFILL_CHUNK,
         max_prefill_rows: int = MAX_PREFILL_ROWS,
         decode: Decode | None = None,
@@ -81,8 +73,9 @@ class BareEngine:
         slots as long as the longest text, or in pages of `page_size` rows, taken as texts grow. `graphs` says
         whether forwards over pages run in few shapes, captured as graphs on a GPU (`repeated.py`). `overlap`
         says whether a step is queued before the one before is read: never where `observers` are told of steps
-        in between. A forward of a prefill has at most `max_prefill_rows` rows, and `prefill_chunk` where
-        requests wait for it.
+        in between. `kernels` says which form of the operations runs: `auto` is Triton's on a GPU, and what it
+        came to stands in `kernels`, with the reason. A forward of a prefill has at most `max_prefill_rows`
+        rows, and `prefill_chunk` where requests wait for it.
         """
         self._observers = observers = tuple(observers)
         self.planner = None if isinstance(plan, Plan) else plan
@@ -97,7 +90,9 @@ class BareEngine:
         self.policy = policy
         self.plan = plans[0]  # of the latest step
         self.policy_version = policy_version
-        self._cache = make_cache(policy, cache, page_size=page_size, max_rows=max_cache_rows)
+        self.kernels = kernels_of(kernels, policy.device, cache)
+        sizes = {"page_size": page_size, "max_rows": max_cache_rows}
+        self._cache = make_cache(policy, cache, self.kernels.form, **sizes)
         self._room = CacheRoom(
             page_size=self._cache.page_size,
             max_slots=max_batch_size,
@@ -291,17 +286,18 @@ class BareEngine:
     @contextmanager
     def _change(self) -> Iterator[None]:
         """Around all that changes what runs: begins by putting right what an exception left half done."""
-        if self._is_interrupted:
-            self._in_flight = None
-            self._served.restore()
-        self._is_interrupted = True
-        yield
-        self._is_interrupted = False
+        with using(self.kernels.form):
+            if self._is_interrupted:
+                self._in_flight = None
+                self._served.restore()
+            self._is_interrupted = True
+            yield
+            self._is_interrupted = False
 
     def _decode_batch(self, chunk: Chunk | None) -> None:
         """The step in flight; if there is none, one of those that run and those that a chunk makes whole."""
         if self._in_flight is not None:
-            begun = _Begun(self._in_flight, self._clock(), self.times.start_s, True)
+            begun = Begun(self._in_flight, self._clock(), self.times.start_s, True)
         else:
             begun = self._begin(chunk)
         step, num_commits = begun.step, len(self._served.commits)
@@ -320,7 +316,7 @@ class BareEngine:
                 is_followed=self._in_flight is not None,
             )
 
-    def _begin(self, chunk: Chunk | None) -> _Begun:
+    def _begin(self, chunk: Chunk | None) -> Begun:
         """Choose a plan, write the chunk, and queue a step that follows none."""
         running, joining = self._scheduler.running, self._scheduler.joining
         whole = [] if chunk is None else [joining[place] for place in chunk.whole]
@@ -341,7 +337,7 @@ class BareEngine:
         is_measured = first_logits is None and (chunk is None or not chunk.partial)
         started, start_s = self._clock(), self.times.start_s
         step = self._decoder.launch(batch, self.plan, first_logits, lengths)
-        return _Begun(step, started, start_s, is_measured)
+        return Begun(step, started, start_s, is_measured)
 
     def _launched_behind(self, step: Launched) -> Launched | None:
         """The next step, queued before this one is read, if nothing between the two needs the host."""

@@ -5,7 +5,7 @@ Shapes: B running requests, K drafted tokens, L = K + 1 verify rows, N tokens be
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import NamedTuple, Self
 
 import numpy as np
 import torch
@@ -103,6 +103,15 @@ class Beginning:
             between_BN=tokens_BL,
             behind=Behind(rows_B=rows_B, ahead=Ahead(committed_B, plan.most_committed), left=behind.left),
         )
+
+
+class Begun(NamedTuple):
+    """The step of one call of an engine."""
+
+    step: Launched
+    started: float  # when it was launched, or this call began
+    start_s: float  # of the engine's times, then
+    is_measured: bool  # whether no prefill did a part of it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

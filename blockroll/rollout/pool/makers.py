@@ -192,6 +192,7 @@ def replica_around(
         page_size=config.page_size,
         graphs=config.graphs,
         overlap=config.overlap,
+        kernels=config.kernels,
         observers=() if audit is None else (audit,),
         drafters=[HistoryDrafts(max_tokens=config.history_tokens)] if config.history_tokens else (),
     )
@@ -220,6 +221,7 @@ def _pool(
     on_close: Callable[[], None] | None = None,
     is_joined: bool = False,
 ) -> RolloutPool:
+    logger.info("kernels: %s", "; ".join(dict.fromkeys(each.kernels for each in replicas)))
     notice = next((each.notice for each in replicas if each.notice is not None), None)
     if notice is not None:
         logger.warning(notice)

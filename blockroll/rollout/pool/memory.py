@@ -13,7 +13,7 @@ from blockroll.config import RolloutConfig
 from blockroll.errors import InvalidInput
 from blockroll.policies.footprint import Footprint
 from blockroll.rollout.engine.budget import CacheBudget, size
-from blockroll.rollout.engine.cache.layouts import layout_of
+from blockroll.rollout.engine.cache.layouts import kernels_of, layout_of
 from blockroll.rollout.engine.cache.state import StateMemory
 from blockroll.rollout.engine.chunks import MAX_PREFILL_ROWS
 from blockroll.rollout.engine.repeated import repeats, shapes_of
@@ -85,7 +85,8 @@ class CachePlan:
             _check_weights(footprint, memory, device, num_engines)
         to_come = footprint.loaded if device is not None else footprint.packed - policy.packed.num_bytes
         max_length = config.max_length or policy.max_length
-        has_pages = layout_of(place, config.cache) == "pages"
+        form = kernels_of(config.kernels, place, config.cache).form
+        has_pages = layout_of(place, config.cache, form) == "pages"
         shapes = set()
         if not policy.state_shape and repeats(config.graphs, place, has_pages=has_pages):
             sizes = {"max_size": config.max_batch_size, "max_length": max_length}

@@ -82,6 +82,7 @@ class RolloutPool:
         self.limits = min((each.limits for each in replicas), key=lambda limits: limits.longest_text)
         self.tokenizer = tokenizer
         self.num_refused_updates = 0
+        self.kernels = "; ".join(dict.fromkeys(each.kernels for each in replicas))
         self._sampling = sampling or Sampling()
         self._weights_dtype = weights_dtype
         self._is_joined = is_joined

@@ -61,8 +61,8 @@ class ReplicaActor:
     def limits(self) -> Limits | BlockrollError:
         return self._refusal or self._replica.limits
 
-    def notice(self) -> str | None:
-        return self._replica.notice
+    def told(self) -> tuple[str | None, str]:
+        return self._replica.notice, self._replica.kernels
 
     def enter(self, client: str) -> None:
         self._shared.enter(client)
@@ -126,6 +126,7 @@ class RayReplica:
         self._arrived: tuple[Rollout, ...] = ()  # finished by a poll whose result an abort had to wait for
         self.limits: Limits
         self.notice: str | None = None
+        self.kernels = ""
 
     @classmethod
     def start(
@@ -171,7 +172,7 @@ class RayReplica:
         if isinstance(limits, BlockrollError):
             raise limits
         self.limits = limits
-        self.notice = self._calls.ask("notice")
+        self.notice, self.kernels = self._calls.ask("told")
         self._calls.ask("enter", self._client)
 
     def submit(self, requests: Sequence[Request]) -> None:

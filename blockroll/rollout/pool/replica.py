@@ -41,6 +41,7 @@ class Replica(Protocol):
     replica_id: int
     limits: Limits
     notice: str | None  # what whoever made it should know; said once for a pool
+    kernels: str  # which form of them runs there, and why
 
     def submit(self, requests: Sequence[Request]) -> None:
         """Queue checked requests."""
@@ -113,6 +114,7 @@ class LocalReplica:
         self._weights: list[tuple[str, Tensor]] = list(named_weights(model))
         self._adapter_weights = [] if adapter is None else list(named_adapter_weights(adapter))
         self.notice: str | None = None
+        self.kernels = str(engine.kernels)
         self._check_finite_weights = check_finite_weights
         self._is_whole = True  # False while weights are written, and after an error in the middle of it
         self._expected = engine.policy_version

@@ -1,10 +1,11 @@
-"""Which layout a cache has."""
+"""Which layout a cache has, and which form of the kernels runs over it."""
 
 from typing import Literal
 
 import torch
 
 from blockroll.errors import InvalidInput
+from blockroll.kernels.choice import Chosen, Form, Kernels, choose
 from blockroll.policies.base import Policy
 from blockroll.rollout.engine.cache.contract import Cache
 from blockroll.rollout.engine.cache.pages import PagedCache
@@ -17,22 +18,33 @@ PAGE_SIZE = 16
 MAX_PAGE_SIZE = 1024
 
 
-def layout_of(device: torch.device, layout: Layout) -> Layout:
-    """`auto` is slots on a CPU, where attention reads keys in place, and pages elsewhere."""
+def layout_of(device: torch.device, layout: Layout, form: Form) -> Layout:
+    """`auto` is slots on a CPU, where torch's attention reads keys in place, and pages for kernels."""
     if layout == "auto":
-        return "slots" if device.type == "cpu" else "pages"
+        return "slots" if device.type == "cpu" and form == "reference" else "pages"
     return layout
 
 
-def make_cache(policy: Policy, layout: Layout, *, page_size: int, max_rows: int) -> Cache:
+def kernels_of(kernels: Kernels, device: torch.device, layout: Layout) -> Chosen:
+    """What runs on a device over a cache of this layout; InvalidInput where `triton` has no pages to read."""
+    chosen = choose(kernels, device)
+    if chosen.form == "reference" or layout_of(device, layout, chosen.form) == "pages":
+        return chosen
+    if kernels == "triton":
+        raise InvalidInput("kernels is 'triton', which reads keys in pages; set cache to 'pages' or 'auto'")
+    return Chosen(chosen.form, f"{chosen.reason}; attention by torch, because the cache is in slots")
+
+
+def make_cache(policy: Policy, layout: Layout, form: Form, *, page_size: int, max_rows: int) -> Cache:
     """A cache for a policy, its pages of so many rows; `max_rows` bounds those of all pages, 0 does not."""
+    layout = layout_of(policy.device, layout, form)
     rows = _rows(policy, layout, page_size=page_size, max_rows=max_rows)
     return RecurrentCache(policy, rows, max_rows=max_rows) if policy.state_shape else rows
 
 
 def _rows(policy: Policy, layout: Layout, *, page_size: int, max_rows: int) -> Cache:
     check_page_size(page_size)
-    match layout_of(policy.device, layout):
+    match layout:
         case "slots":
             return SlotCache(policy)
         case "pages":

@@ -1,18 +1,19 @@
 """What one forward sees of a cache in pages.
 
-A device kernel reads `table_BT` and `lengths_B`; `update` is the definition, by gathering.
+Kernels read the pages themselves. On a CPU `update` hands out all keys and values, gathered.
 
 Shapes: P pages, B slots of one window, T pages of the longest table, H key-value heads, R new rows, S = T *
 page_size keys, D head width; of a packed window N rows.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from blockroll.kernels import choice
 from blockroll.kernels.block_attention import Packing
 from blockroll.kernels.cache_write import cache_write, places_of
 from blockroll.kernels.pages import Pages
@@ -50,8 +51,8 @@ class PagedWindow:
         self.table_BT, self.lengths_B = table_BT, lengths_B  # int64; page 0 where a request has fewer
         self.packing, self.picked = packing, picked
         self.extent = table_BT.shape[1] * size
-        heads_H1 = torch.arange(memory.num_heads, device=table_BT.device)[:, None]
-        self._read_N = (table_BT[:, None] * memory.num_heads + heads_H1).flatten()
+        self.pages: Callable[[int], Pages] | None = self._pages if choice.is_triton() else None
+        self._read_N: Tensor | None = None  # where all rows lie, once they are asked for
         self._written = picked if packing is None else (packing.request_N, packing.offset_N)
         if self._written is not None:
             request_N, row_N = self._written
@@ -104,12 +105,18 @@ class PagedWindow:
     ) -> tuple[Tensor, Tensor]:
         """Write one layer's new rows (B, H, R, D) to their pages; return its keys and values (B, H, S, D).
 
+        Where attention reads the pages itself, it returns the new rows, in the type of the pages.
         A packed window takes packed rows (1, H, N, D), and of a rectangle the rows that are a request's.
         """
-        keys, values = self.memory.layer(layer_idx)
-        pages = Pages(keys_NGZD=keys, values_NGZD=values, table_BT=self.table_BT)
+        pages = self._pages(layer_idx)
         cache_write(self._rows(key_states), self._rows(value_states), pages, self._places)
-        return self._read(keys), self._read(values)
+        if self.pages is not None:
+            return key_states.to(pages.keys_NGZD.dtype), value_states.to(pages.values_NGZD.dtype)
+        return self._read(pages.keys_NGZD), self._read(pages.values_NGZD)
+
+    def _pages(self, layer_idx: int) -> Pages:
+        keys, values = self.memory.layer(layer_idx)
+        return Pages(keys_NGZD=keys, values_NGZD=values, table_BT=self.table_BT)
 
     def _rows(self, states: Tensor) -> Tensor:
         """Those that are written, (1, H, N, D) where these are not all of a rectangle."""
@@ -121,5 +128,8 @@ class PagedWindow:
     def _read(self, held: Tensor) -> Tensor:
         """All rows of these requests, gathered."""
         _, heads, size, width = held.shape
+        if self._read_N is None:
+            heads_H1 = torch.arange(heads, device=held.device)[:, None]
+            self._read_N = (self.table_BT[:, None] * heads + heads_H1).flatten()
         read = held.view(-1, size * width).index_select(0, self._read_N)
         return read.view(len(self.table_BT), heads, self.extent, width)

@@ -248,6 +248,7 @@ class SlotWindow:
     """What one forward sees of the cache; stands in for transformers' cache object."""
 
     states: StateWindow | None = None
+    pages = None  # attention is handed keys in place
 
     def __init__(
         self,
