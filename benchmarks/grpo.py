@@ -23,7 +23,7 @@ from benchmarks.cells import measured
 from benchmarks.rows import Row
 from benchmarks.trl_timing import GENERATE_S, OURS, STOCK, train, train_in_turn
 from benchmarks.workload import RUNS, SMOLLM2, working_dtype
-from blockroll.bench.prompts import asked, worked
+from blockroll.bench.prompts import worked_text, worked_turns
 from blockroll.config import PolicyConfig, RolloutConfig, RunConfig, TrainConfig
 from blockroll.rl_loops import loop
 from blockroll.rl_loops.tasks import from_rows
@@ -40,24 +40,36 @@ SIBLINGS = 8
 PROMPTS_PER_STEP = 2
 NUM_PROMPTS = 2  # every step asks them all again
 LEARNING_RATE = 2e-5
-ANSWER = re.compile(r"The answer is (\d+)")
+ANSWER = re.compile(r"[Tt]he answer is (\d{1,6})")
 
 
-def problems(seed: int) -> list[Row]:
-    """The prompts of a run, sums of three digits, each behind one that is worked out; and their answers."""
+def problems(seed: int, path: str) -> list[Row]:
+    """The prompts of a run, sums behind one that is worked out, and their answers.
+
+    They are turns of a conversation where the checkpoint brings a chat template, else text.
+    """
     draw = random.Random(f"grpo-{seed}")
-    drawn = [[[draw.randint(1, 9) for _ in range(3)] for _ in range(2)] for _ in range(NUM_PROMPTS)]
-    return [
-        {"prompt": f"{asked(*shown)}{worked(*shown)}\n\n{asked(*last)}", "answer": sum(last)}
-        for shown, last in drawn
-    ]
+    write = worked_turns if (Path(path) / "chat_template.jinja").is_file() else worked_text
+    drawn = [[_sum(draw) for _ in range(2)] for _ in range(NUM_PROMPTS)]
+    return [{"prompt": write(sums), "answer": sum(sums[-1])} for sums in drawn]
 
 
-def is_right(completions: Sequence[str], answer: Sequence[int], **_: object) -> list[float]:
-    """1 if the first answer that is given is the sum."""
-    found = [ANSWER.search(text) for text in completions]
+def _sum(draw: random.Random) -> tuple[int, int, int]:
+    return draw.randint(1, 9), draw.randint(1, 9), draw.randint(1, 9)
+
+
+def closeness(
+    completions: Sequence[str | list[dict[str, str]]], answer: Sequence[int], **_: object
+) -> list[float]:
+    """1 / (1 + how far the first answer that is given is off the sum); 0 where none is given.
+
+    The model is seldom right; a reward for that alone would be 0 in whole groups, from which nothing learns.
+    """
+    texts = [each if isinstance(each, str) else each[-1]["content"] for each in completions]
+    found = [ANSWER.search(text) for text in texts]
     return [
-        float(each is not None and int(each[1]) == right) for each, right in zip(found, answer, strict=True)
+        0.0 if each is None else 1 / (1 + abs(int(each[1]) - right))
+        for each, right in zip(found, answer, strict=True)
     ]
 
 
@@ -66,7 +78,7 @@ def grpo(
     *,
     seeds: Sequence[int] = (0, 1, 2),
     steps: int = 4,
-    max_tokens: int = 32,
+    max_tokens: int = 48,
     bf16: bool | None = None,
     folder: Path | None = None,
 ) -> list[Row]:
@@ -145,8 +157,8 @@ def run_trainer(
         batch=PROMPTS_PER_STEP * SIBLINGS,
         group=SIBLINGS,
         model=path,
-        reward=is_right,
-        dataset=Dataset.from_list(problems(seed)),
+        reward=closeness,
+        dataset=Dataset.from_list(problems(seed, path)),
         arguments={"max_completion_length": max_tokens, "learning_rate": LEARNING_RATE, "bf16": bf16},
         callbacks=[callback],
         **({} if by == TRL else {"rollout": RolloutConfig(plan=plan)}),
@@ -166,7 +178,7 @@ def run_loop(
     plan: str, callback: Any, *, path: str, seed: int, steps: int, max_tokens: int, bf16: bool
 ) -> list[Row]:
     """Of our loop; its learner multiplies in the precision of its weights, which is float32."""
-    rows = problems(seed)
+    rows = problems(seed, path)
     config = RunConfig(
         name=f"{plan}_{seed}_{steps}",
         runs_dir=str(RUNS / "grpo"),
@@ -183,7 +195,7 @@ def run_loop(
         ),
     )
     shutil.rmtree(config.run_dir, ignore_errors=True)  # of a run that was stopped
-    task = from_rows(name="sums", train=rows, held_out=rows[:1], reward_fn=is_right)
+    task = from_rows(name="sums", train=rows, held_out=rows[:1], reward_fn=closeness)
 
     def wait(metrics: Mapping[str, Any]) -> None:
         callback.on_step_end(None, None, None)

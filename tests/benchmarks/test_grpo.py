@@ -21,12 +21,20 @@ def test_every_arm_has_a_row_with_its_times_over_trls_and_over_plain(tmp_path, m
     assert "| our loop | auto | " in readme_shows.grpo_table(rows)
 
 
-def test_answers_to_problems_are_right_if_the_first_that_is_given_is_the_sum():
-    first = grpo.problems(0)[0]
+def test_a_reward_falls_with_the_distance_of_the_first_answer_from_the_sum(tmp_path):
+    first = grpo.problems(0, TINY_POLICY_DIR)[0]
     assert first["prompt"].endswith("\nSolution:")
-    texts = [f"The answer is {first['answer']}. The answer is 1.", "The answer is 1.", "nothing"]
-    assert grpo.is_right(texts, [first["answer"]] * 3) == [1.0, 0.0, 0.0]
-    assert grpo.problems(0) == grpo.problems(0) != grpo.problems(1)
+    right = first["answer"]
+    texts = [f"The answer is {right}. The answer is 1.", f"so the answer is {right + 3}", "nothing"]
+    assert grpo.closeness(texts, [right] * 3) == [1.0, 0.25, 0.0]
+    assert grpo.closeness([[{"role": "assistant", "content": texts[0]}]], [right]) == [1.0]
+    assert grpo.problems(0, tmp_path) == grpo.problems(0, tmp_path) != grpo.problems(1, tmp_path)
+
+
+def test_a_checkpoint_with_a_chat_template_is_asked_in_turns(tmp_path):
+    (tmp_path / "chat_template.jinja").touch()
+    (first, *_) = grpo.problems(0, tmp_path)
+    assert [turn["role"] for turn in first["prompt"]] == ["user", "assistant", "user"]
 
 
 def test_the_first_step_warms_up():
