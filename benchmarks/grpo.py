@@ -3,8 +3,8 @@
     python -m benchmarks.evidence trl grpo
 
 SmolLM2 (`examples/smollm2.py` says how to get it), two prompts that come again every step, 8 siblings
-each. Ours decode plainly and by `auto`. Each run has a process of its own, and one at a time takes a step
-(benchmarks/trl_timing.py), so ratios are of the same minutes of the machine.
+each. Ours decode plainly and by `auto`, each beside TRL's own. Each run has a process of its own, and one at
+a time takes a step (benchmarks/trl_timing.py), so ratios are of the same minutes of the machine.
 """
 
 import random
@@ -89,23 +89,29 @@ def grpo(
     if bf16 is None:
         bf16 = working_dtype() == "bfloat16"
     cells: dict[str, Callable[[], list[Row]]] = {
-        f"seed {seed}, {steps} steps": partial(
-            cell, str(path), seed, steps=steps, max_tokens=max_tokens, bf16=bf16
+        f"seed {seed}, {steps} steps, {ours}": partial(
+            cell, str(path), seed, ours, steps=steps, max_tokens=max_tokens, bf16=bf16
         )
         for seed in seeds
+        for ours in (OUR_TRAINER, OUR_LOOP)
     }
     return measured("trl_grpo", cells, folder=folder)
 
 
-def cell(path: str, seed: int, *, steps: int, max_tokens: int, bf16: bool) -> list[Row]:
-    """One seed of every arm, who comes first going round with the seed."""
-    arms = [*ARMS[seed % len(ARMS) :], *ARMS[: seed % len(ARMS)]]
+def cell(path: str, seed: int, ours: str, *, steps: int, max_tokens: int, bf16: bool) -> list[Row]:
+    """One seed of ours, and of TRL's own beside it; who comes first goes round with the seed.
+
+    Three processes at once: each holds weights, their gradients and Adam's moments.
+    """
+    arms = [arm for arm in ARMS if arm[0] in (TRL, ours)]
+    arms = [*arms[seed % len(arms) :], *arms[: seed % len(arms)]]
     common = {"path": path, "seed": seed, "steps": steps, "max_tokens": max_tokens, "bf16": bf16}
     runs = train_in_turn({f"{by}, {plan}": partial(run_arm, by, plan, **common) for by, plan in arms})
     return [
         {
             "by": by,
             "plan": plan,
+            "beside": ours,
             **{name: common[name] for name in ("seed", "steps", "max_tokens", "bf16")},
             "prompts": NUM_PROMPTS,
             "prompts_per_step": PROMPTS_PER_STEP,
@@ -122,6 +128,7 @@ def cell(path: str, seed: int, *, steps: int, max_tokens: int, bf16: bool) -> li
             },
         }
         for by, plan in ARMS
+        if by in (TRL, ours)
     ]
 
 

@@ -11,7 +11,8 @@ from blockroll.policies.loading import TINY_POLICY_DIR
 def test_every_arm_has_a_row_with_its_times_over_trls_and_over_plain(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # the loop's runs lie below
     rows = grpo.grpo(TINY_POLICY_DIR, seeds=(0,), steps=2, max_tokens=8, bf16=False, folder=tmp_path)
-    assert [(row["by"], row["plan"]) for row in rows] == [*grpo.ARMS]
+    assert {(row["by"], row["plan"]) for row in rows} == {*grpo.ARMS}
+    assert [row["by"] for row in rows].count(grpo.TRL) == 2  # once beside each of ours
     for row in rows:
         assert len(row["reward"]) == len(row["generate_s"]) == len(row["step_s"]) == 2
         assert row["generate_over_trl"] > 0
