@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from benchmarks import (
     readme_drafts,
+    readme_kernels,
     readme_law,
     readme_learning,
     readme_pages,
@@ -23,7 +24,7 @@ from benchmarks import (
 from benchmarks.rows import ROOT, has_rows, read
 
 PAGE = ROOT / "docs" / "measured.md"
-BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
+KERNELS = ROOT / "docs" / "kernels.md"
 
 
 class Section(NamedTuple):
@@ -150,9 +151,21 @@ def measured_page() -> str:
 
 def with_section(readme: str) -> str:
     """The README with its measured section as the rows have it."""
-    before, _, rest = readme.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}\n\n{measured_section()}\n\n{END}{after}"
+    return put_between(readme, "measured", measured_section())
+
+
+def with_table(page: str) -> str:
+    """The page of the kernels with the table of those that were compiled."""
+    return put_between(page, "compiled", readme_kernels.compiled_table(read("kernels_compiled")))
+
+
+def put_between(text: str, name: str, made: str) -> str:
+    """A text with what was made between its marks of that name."""
+    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+    assert text.count(begin) == text.count(end) == 1, f"the text must have {begin} and {end} once"
+    before, _, rest = text.partition(begin)
+    _, _, after = rest.partition(end)
+    return f"{before}{begin}\n\n{made}\n\n{end}{after}"
 
 
 if __name__ == "__main__":
@@ -160,3 +173,5 @@ if __name__ == "__main__":
     PAGE.write_text(measured_page() + "\n")
     readme_path = ROOT / "README.md"
     readme_path.write_text(with_section(readme_path.read_text()))
+    if has_rows("kernels_compiled"):
+        KERNELS.write_text(with_table(KERNELS.read_text()))

@@ -17,6 +17,7 @@ DEPENDS = {
     "constraints": ENGINE,
     "audit": ENGINE,
     "trl": (*ENGINE, "rl_loops"),
+    "kernels": ("kernels",),
 }
 MARK = "> Measured at package commit"
 

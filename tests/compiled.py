@@ -87,7 +87,8 @@ def compiled(op: str, build: Build, target: str) -> Row:
     problems += [f"{name} is {taken[name]}" for name in ("scratch", "spills") if taken[name]]
     return {
         "op": op,
-        "kernel": build.label,
+        "kernel": build.kernel.__name__,
+        "label": build.label,
         "target": target,
         "triton": triton.__version__,
         "warps": build.num_warps,

@@ -15,6 +15,8 @@ def test_every_measured_figure_is_rendered_from_the_committed_rows():
     page = readme.PAGE.read_text().removesuffix("\n")
     assert stale.unmarked(readme.measured_page()) == stale.unmarked(page)
     assert assisted.with_table(assisted.PAGE.read_text()) == assisted.PAGE.read_text()
+    if rows.has_rows("kernels_compiled"):
+        assert readme.with_table(readme.KERNELS.read_text()) == readme.KERNELS.read_text()
 
 
 def test_every_result_file_is_named_for_its_subject_and_bears_the_package_commit():
