@@ -6,7 +6,7 @@
 A test holds the page against the rows.
 """
 
-from benchmarks.readme import BEGIN, END
+from benchmarks.readme import put_between
 from benchmarks.rows import ROOT, Row, read
 
 PAGE = ROOT / "docs" / "correctness-kit.md"
@@ -14,9 +14,7 @@ PAGE = ROOT / "docs" / "correctness-kit.md"
 
 def with_table(page: str) -> str:
     """The page with its table as the rows have it."""
-    before, _, rest = page.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}\n\n{table(read('law_assisted'))}\n\n{END}{after}"
+    return put_between(page, "measured", table(read("law_assisted")))
 
 
 def table(rows: list[Row]) -> str:
