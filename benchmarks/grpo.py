@@ -2,8 +2,8 @@
 
     python -m benchmarks.evidence trl grpo
 
-SmolLM2 (`examples/smollm2.py` says how to get it), two prompts that come again every step, 8 siblings
-each. Ours decode plainly and by `auto`, each beside TRL's own. Each run has a process of its own, and one at
+SmolLM2 (`examples/smollm2.py` says how to get it), a prompt that comes again every step, 8 siblings of
+it. Ours decode plainly and by `auto`, each beside TRL's own. Each run has a process of its own, and one at
 a time takes a step (benchmarks/trl_timing.py), so ratios are of the same minutes of the machine.
 """
 
@@ -37,8 +37,8 @@ ARMS = (
     (OUR_LOOP, "auto"),
 )
 SIBLINGS = 8
-PROMPTS_PER_STEP = 2
-NUM_PROMPTS = 2  # every step asks them all again
+PROMPTS_PER_STEP = 1
+NUM_PROMPTS = 1  # every step asks them all again
 LEARNING_RATE = 2e-5
 ANSWER = re.compile(r"[Tt]he answer is (\d{1,6})")
 
@@ -101,7 +101,7 @@ def grpo(
 def cell(path: str, seed: int, ours: str, *, steps: int, max_tokens: int, bf16: bool) -> list[Row]:
     """One seed of ours, and of TRL's own beside it; who comes first goes round with the seed.
 
-    Three processes at once: each holds weights, their gradients and Adam's moments.
+    Three processes at once: each holds weights, gradients, Adam's moments and activations of a step.
     """
     arms = [arm for arm in ARMS if arm[0] in (TRL, ours)]
     arms = [*arms[seed % len(arms) :], *arms[: seed % len(arms)]]
