@@ -92,8 +92,8 @@ class RolloutConfig(SamplingOptions):
     # Whether a step is queued before the one before is read, so that a device never waits for the host;
     # "auto": where it runs behind the host and the cache is in pages.
     overlap: Literal["auto", "on", "off"] = "auto"
-    # Which form of attention, cache and sampler runs: definitions in torch, or Triton's kernels; "auto":
-    # Triton's on a GPU, and where it cannot run, the log and `blockroll doctor` say why.
+    # Which form of attention, cache, sampler and learner's log-probabilities runs: definitions in torch, or
+    # Triton's kernels; "auto": Triton's on a GPU, and where it cannot run, log and `blockroll doctor` say why.
     kernels: Literal["auto", "reference", "triton"] = "auto"
     mix_weight: Weight = 1.0  # of the policy in the law: 1 is lossless, below 1 mixes draft rows in
     max_tokens: Positive = 64  # completion length at most

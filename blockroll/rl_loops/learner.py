@@ -19,6 +19,7 @@ from torch import Tensor
 
 from blockroll.config import TrainConfig
 from blockroll.errors import CheckpointError, InvalidInput
+from blockroll.kernels.choice import Kernels, choose, using
 from blockroll.kernels.selective_logprob import OutputHead, TokenLaws, selective_logprob
 from blockroll.policies.hf import HFPolicy
 from blockroll.rl_loops.advantages import Advantages
@@ -37,10 +38,13 @@ SAVED = ("optimizer", "num_optimizer_steps", "num_skipped")
 class Learner:
     """Model and optimizer. Equal state, batches and threads give equal weights."""
 
-    def __init__(self, policy: HFPolicy, config: TrainConfig, algorithm: Algorithm) -> None:
+    def __init__(
+        self, policy: HFPolicy, config: TrainConfig, algorithm: Algorithm, kernels: Kernels = "auto"
+    ) -> None:
         """Take over the policy's model, which must be float32: smaller types lose small updates.
 
-        InvalidInput for another type, and for a model whose own logits are not what its head makes of states.
+        `kernels` says what makes log-probabilities of states, forward and backward. InvalidInput for another
+        type, and for a model whose own logits are not what its head makes of states.
         """
         dtypes = {parameter.dtype for parameter in policy.model.parameters()}
         if dtypes != {torch.float32}:
@@ -51,6 +55,8 @@ class Learner:
         self.model = policy.model
         self.config = config
         self.algorithm = algorithm
+        self.kernels = choose(kernels, policy.device)
+        log.info("kernels of the learner: %s", self.kernels)
         self.num_optimizer_steps = 0
         self.num_skipped = 0
         self.optimizer = torch.optim.AdamW(
@@ -254,14 +260,15 @@ class Learner:
         temperatures = torch.tensor([r.request.sampling.logprob_temperature for r in rollouts], device=device)
         sizes = torch.tensor([len(rollout.token_ids) for rollout in rollouts], device=device)
         tokens_N = torch.tensor([token for rollout in rollouts for token in rollout.token_ids], device=device)
-        return selective_logprob(
-            hidden_NW,
-            _head(self.policy),
-            tokens_N,
-            temperatures.repeat_interleave(sizes),
-            memory_bytes=self.config.logits_memory_mb << 20,
-            with_entropy=with_entropy,
-        )
+        with using(self.kernels.form):
+            return selective_logprob(
+                hidden_NW,
+                _head(self.policy),
+                tokens_N,
+                temperatures.repeat_interleave(sizes),
+                memory_bytes=self.config.logits_memory_mb << 20,
+                with_entropy=with_entropy,
+            )
 
     @contextlib.contextmanager
     def _threads(self) -> Iterator[None]:

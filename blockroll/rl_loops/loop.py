@@ -155,7 +155,9 @@ def _run_to_the_end(
         plan = read_plan(config.rollout.plan, policy)
         if isinstance(plan, Plan):
             Engine.check_plan(plan, policy)  # here, not in each of the replicas
-        learner = Learner(policy, config.train, ALGORITHMS[config.train.algorithm])
+        learner = Learner(
+            policy, config.train, ALGORITHMS[config.train.algorithm], kernels=config.rollout.kernels
+        )
         if checkpoint is not None:
             learner.load_state_dict(checkpoint.state["learner"])
         audit_dir = audit_folder(config)
