@@ -93,7 +93,7 @@ class RolloutConfig(SamplingOptions):
     # "auto": where it runs behind the host and the cache is in pages.
     overlap: Literal["auto", "on", "off"] = "auto"
     # Which form of attention, cache, sampler and learner's log-probabilities runs: definitions in torch, or
-    # Triton's kernels; "auto": Triton's on a GPU, and where it cannot run, log and `blockroll doctor` say why.
+    # Triton's kernels; "auto": Triton's on a GPU; where it cannot run, log and `blockroll doctor` say why.
     kernels: Literal["auto", "reference", "triton"] = "auto"
     mix_weight: Weight = 1.0  # of the policy in the law: 1 is lossless, below 1 mixes draft rows in
     max_tokens: Positive = 64  # completion length at most
