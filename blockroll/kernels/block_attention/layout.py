@@ -47,6 +47,10 @@ class RowLayout:
         """R."""
         return self.num_clean + self.num_masks
 
+    def offsets(self, device: torch.device) -> Tensor:
+        """The position of each row, int64 (R,), counted from the end of the cached prefix; made once."""
+        return _offsets(self, device)
+
     def positions(self, lengths_B: Tensor) -> Tensor:
         """Absolute positions, int64 (B, R), behind prefixes of these lengths; 0 before the first token."""
         return (lengths_B[:, None] + _offsets(self, lengths_B.device)).clamp(min=0)
@@ -96,7 +100,6 @@ def _last(layout: RowLayout, device: torch.device) -> Tensor | None:
 
 @lru_cache(maxsize=256)
 def _offsets(layout: RowLayout, device: torch.device) -> Tensor:
-    """The position of each row, int64 (R,), counted from the end of the cached prefix."""
     slots = range(1, layout.width + 1)
     offsets = [*range(layout.num_clean), *(level + slot for level in layout.levels for slot in slots)]
     return sent(offsets, device)
