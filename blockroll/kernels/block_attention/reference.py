@@ -28,9 +28,12 @@ def paged_attention(
     """Softmax over the keys that each row sees, in float64, segment by segment: (B, R, H, D).
 
     A segment reads the prefix, the clean rows up to its level and its own, and nothing else: whatever other
-    blocks, stale rows and pages behind a text hold, it is the same bit for bit.
+    blocks, stale rows and pages behind a text hold, it is the same bit for bit. Rows before a text's first
+    token are zeros, and no row sees them.
     """
     positions_BR = layout.positions(lengths_B)
+    is_text_BR = lengths_B[:, None] + layout.offsets(lengths_B.device) >= 0
+    new = [_texts(each.double(), is_text_BR) for each in (key_BGRD, value_BGRD)]
     prefix = [_prefix(held, pages.table_BT, lengths_B) for held in (pages.keys_NGZD, pages.values_NGZD)]
     index_S = torch.arange(prefix[0].shape[2], device=lengths_B.device)
     is_prefix_BS = index_S < lengths_B[:, None]
@@ -44,13 +47,14 @@ def paged_attention(
         is_block = own != clean
         places = [seen, own] if is_block else [own]
         keys_BGSD, values_BGSD = (
-            torch.cat([held, *(new[:, :, place] for place in places)], dim=2).double()
-            for held, new in zip(prefix, (key_BGRD, value_BGRD), strict=True)
+            torch.cat([held, *(rows[:, :, place] for place in places)], dim=2)
+            for held, rows in zip(prefix, new, strict=True)
         )
         new_BM = torch.cat([positions_BR[:, place] for place in places], dim=1)
         key_position_BS = torch.cat([index_S.expand(len(lengths_B), -1), new_BM], dim=1)
         row_position_BR1 = positions_BR[:, own, None]
-        sees_new_BRM = torch.ones_like(row_position_BR1 >= new_BM[:, None])
+        is_text_BM = torch.cat([is_text_BR[:, place] for place in places], dim=1)
+        sees_new_BRM = is_text_BM[:, None].expand(-1, row_position_BR1.shape[1], -1)
         if not is_block:
             sees_new_BRM = sees_new_BRM.tril()
         prefix_BRS = is_prefix_BS[:, None].expand(-1, sees_new_BRM.shape[1], -1)
@@ -64,9 +68,13 @@ def paged_attention(
 
 def _prefix(held_NGZD: Tensor, table_BT: Tensor, lengths_B: Tensor) -> Tensor:
     """Rows (B, G, T * Z, D) of the pages of each request; zeros behind its prefix, whatever lies there."""
-    rows_BGSD = held_NGZD[table_BT].transpose(1, 2).flatten(2, 3)
-    is_prefix_BS = torch.arange(rows_BGSD.shape[2], device=lengths_B.device) < lengths_B[:, None]
-    return torch.where(is_prefix_BS[:, None, :, None], rows_BGSD, 0)
+    rows_BGSD = held_NGZD[table_BT].transpose(1, 2).flatten(2, 3).double()
+    return _texts(rows_BGSD, torch.arange(rows_BGSD.shape[2], device=lengths_B.device) < lengths_B[:, None])
+
+
+def _texts(rows_BGSD: Tensor, is_text_BS: Tensor) -> Tensor:
+    """Zeros in place of rows that are no text's, whatever these hold."""
+    return torch.where(is_text_BS[:, None, :, None], rows_BGSD, 0)
 
 
 def _attended(
@@ -77,14 +85,15 @@ def _attended(
     scaling: float | None,
     softcap: float | None,
 ) -> Tensor:
-    """The formula, (B, H, R, D)."""
+    """The formula, (B, H, R, D); zeros where a row sees nothing."""
     repeats = query_BHRD.shape[1] // keys_BGSD.shape[1]
     keys_BHSD, values_BHSD = (each.repeat_interleave(repeats, dim=1) for each in (keys_BGSD, values_BGSD))
     scale = query_BHRD.shape[-1] ** -0.5 if scaling is None else scaling
     scores_BHRS = query_BHRD @ keys_BHSD.transpose(2, 3) * scale
     if softcap is not None:
         scores_BHRS = softcap * torch.tanh(scores_BHRS / softcap)
-    return scores_BHRS.masked_fill(~sees_BRS[:, None], -torch.inf).softmax(dim=-1) @ values_BHSD
+    weights_BHRS = scores_BHRS.masked_fill(~sees_BRS[:, None], -torch.inf).softmax(dim=-1)
+    return weights_BHRS.masked_fill(~sees_BRS.any(dim=-1)[:, None, :, None], 0) @ values_BHSD
 
 
 def packed_attention(
