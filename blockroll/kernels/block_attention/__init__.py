@@ -91,9 +91,9 @@ def check_served(pages: Pages) -> None:
     keys, values = pages.keys_NGZD, pages.values_NGZD
     if keys.shape[3] not in HEAD_WIDTHS or pages.size not in PAGE_SIZES or keys.dtype not in TYPES:
         raise InvalidInput(
-            f"pages have {pages.size} rows of heads of width {keys.shape[3]} in {keys.dtype}; Triton's kernels "
-            f"serve {PAGE_SIZES} rows, widths {HEAD_WIDTHS} and {', '.join(map(str, TYPES))}: set the size of "
-            "pages to one of these, or kernels to 'reference'"
+            f"pages have {pages.size} rows of heads of width {keys.shape[3]}, {keys.dtype}; Triton's kernels "
+            f"serve {PAGE_SIZES} rows, widths {HEAD_WIDTHS} and {', '.join(map(str, TYPES))}: give pages of "
+            "one of these, or set kernels to 'reference'"
         )
     *outer, inner = keys.stride()
     if keys.stride() != values.stride() or inner != 1 or any(stride % 16 for stride in outer):

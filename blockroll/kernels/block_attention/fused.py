@@ -6,6 +6,7 @@ Shapes: B requests, H query heads, G key heads, R rows, D head width, C chunks; 
 """
 
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -47,7 +48,7 @@ class Tiles:
 
 
 # By head width, from few rows to many. These compile without spills for gfx942, gfx950 and sm_90.
-_HALF = {
+_HALF: dict[int, tuple[Tiles, ...]] = {
     32: (
         Tiles(Tile(16, 64, 4, 2), Tile(16, 16, 4, 1, 8)),
         Tiles(Tile(64, 32, 4, 2), Tile(64, 16, 4, 1, 4)),
@@ -68,7 +69,7 @@ _HALF = {
         Tiles(Tile(64, 32, 8, 2), Tile(64, 32, 8, 2)),
     ),
 }
-_SINGLE = {
+_SINGLE: dict[int, tuple[Tiles, ...]] = {
     32: (Tiles(Tile(64, 32, 4, 2), Tile(64, 16, 8, 2)),),
     64: (Tiles(Tile(64, 32, 8, 2), Tile(64, 16, 8, 2)),),
     128: (Tiles(Tile(64, 16, 8, 2), Tile(64, 16, 8, 2)),),
@@ -105,13 +106,11 @@ def block_attention(
     if not out_BRHD.numel():
         return out_BRHD.to(query_BHRD.dtype)
     key_heads, repeats = key.shape[1], num_heads // key.shape[1]
-    starts, counts = (
-        _all_rows(rows, device) if packing is None else (packing.starts_B, packing.num_rows_B)
-    )
+    starts, counts = _all_rows(rows, device) if packing is None else (packing.starts_B, packing.num_rows_B)
     num_tiled = rows * repeats if packing is None else _OF_PACKED
     tiles = config(dtype, width, num_tiled)
     # Where rows are many a prefix has fewer chunks: its partial results are no more than its keys.
-    least_chunk = max(LEAST_CHUNK.value, triton.next_power_of_2(num_tiled))
+    least_chunk = max(LEAST_CHUNK, triton.next_power_of_2(num_tiled))
     num_chunks = most_chunks(pages.table_BT.shape[1] * pages.size, least_chunk)
     part_CNHD = torch.empty((num_chunks, size * rows, num_heads, width), dtype=torch.float32, device=device)
     scale = width**-0.5 if scaling is None else scaling
@@ -193,7 +192,7 @@ def _run_tail(
 
 
 def _operand(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """In this type, and as kernels are compiled for: rows are contiguous, and all begin at a multiple of 16."""
+    """In this type, and as kernels are compiled for: rows are contiguous and begin at multiples of 16."""
     tensor = tensor.to(dtype)
     *outer, inner = tensor.stride()
     is_aligned = inner == 1 and not any(each % 16 for each in outer) and tensor.data_ptr() % 16 == 0
@@ -262,7 +261,7 @@ def _build(kernel: Any, name: str, width: int, tile: Tile, *, capped: bool, wind
         else floats.get(each, "i32" if each.islower() else tensors.get(each, f"*{name}"))
         for each in kernel.arg_names
     }
-    strides = {each for each in types if each[-2:] in ("_b", "_h", "_g", "_r", "_n", "_z")}
+    is_stride = re.compile("(query|key|value|page)_[a-z]").fullmatch
     stage = "prefix" if kernel is prefix_stage else "tail"
     asked = " capped" * capped + " windowed" * windowed
     return Build(
@@ -272,5 +271,5 @@ def _build(kernel: Any, name: str, width: int, tile: Tile, *, capped: bool, wind
         constants=constants,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
-        aligned=frozenset(strides | {each for each in types if each.isupper() and types[each] != "constexpr"}),
+        aligned=frozenset(each for each in types if types[each].startswith("*") or is_stride(each)),
     )

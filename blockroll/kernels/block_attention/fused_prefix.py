@@ -1,7 +1,8 @@
 """The first stage of attention over pages: all rows of a request over one chunk of its prefix.
 
-The rows of all query heads of one key head are one tile, so a page is read once for all of them. Of each chunk
-and row stay the softmax over its keys and the logarithm of its mass: partial results, which the tail merges.
+The rows of all query heads of one key head are one tile, so a page is read once for all of them. Of each
+chunk and row stay the softmax over its keys and the logarithm of its mass: partial results, which the tail
+merges.
 
 Shapes: B requests, R rows of each, H query heads, G key heads, C chunks, D head width; N rows in all; a tile
 has M rows of one key head, r * (H / G) + h, and N keys.
@@ -14,8 +15,8 @@ from blockroll.kernels.block_attention.fused_softmax import added, chunk_size, s
 
 # Integers that change from call to call: a kernel is not compiled anew for them.
 UNSPECIALIZED = (
-    "rows_step", "request_step", "table_width", "page_shift", "num_rows", "num_key_heads", "repeats", "num_tiles",
-    "num_chunks", "least_chunk", "window", "num_dies",
+    "rows_step", "request_step", "table_width", "page_shift", "num_rows", "num_key_heads", "repeats",
+    "num_tiles", "num_chunks", "least_chunk", "window", "num_dies",
 )  # fmt: skip
 
 

@@ -8,25 +8,26 @@ Shapes: M rows of a tile, N keys of a tile, D head width.
 import triton
 import triton.language as tl
 
-# Keys of a chunk, and the chunks that a prefix is split into where neither bound says otherwise.
-LEAST_CHUNK = tl.constexpr(256)
-MOST_CHUNK = tl.constexpr(4096)
-CHUNKS = tl.constexpr(32)
-DOUBLINGS = tl.constexpr(4)  # from the least to the most
+LEAST_CHUNK, MOST_CHUNK = 256, 4096  # keys
+CHUNKS = 32  # that a prefix is split into, where neither bound says otherwise
+
+_LEAST = tl.constexpr(LEAST_CHUNK)
+_CHUNKS = tl.constexpr(CHUNKS)
+_DOUBLINGS = tl.constexpr((MOST_CHUNK // LEAST_CHUNK).bit_length() - 1)
 
 
 def most_chunks(extent: int, least: int) -> int:
     """Chunks that no prefix of up to `extent` rows has more of."""
-    by_least = -(-extent // max(least, LEAST_CHUNK.value))
-    return min(by_least, max(CHUNKS.value, -(-extent // MOST_CHUNK.value)))
+    by_least = -(-extent // max(least, LEAST_CHUNK))
+    return min(by_least, max(CHUNKS, -(-extent // MOST_CHUNK)))
 
 
 @triton.jit
 def chunk_size(length, least):
     """Of a request's own length alone, so that nothing beside it in a batch changes how keys are summed."""
-    size = length * 0 + LEAST_CHUNK
-    for _ in tl.static_range(DOUBLINGS):
-        size = tl.where(length > size * CHUNKS, size * 2, size)
+    size = length * 0 + _LEAST
+    for _ in tl.static_range(_DOUBLINGS):
+        size = tl.where(length > size * _CHUNKS, size * 2, size)
     return tl.maximum(size, least)
 
 
