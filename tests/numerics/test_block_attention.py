@@ -19,6 +19,7 @@ from blockroll.rollout.engine.cache.pages import PagedCache
 from tests.models import prompts, random_policy
 from tests.numerics.attention_by_hand import LAYOUTS, LENGTHS, PAGE, Numbers, by_hand, numbers, paged
 
+
 def in_a_window(given, lengths, *, stale=100.0):
     """Keys and values (B, G, S, D) as a contiguous cache has them, new rows behind the prefix."""
     extent = max(lengths) + given.query.shape[2] + 3
@@ -228,6 +229,19 @@ def test_rows_before_a_texts_first_token_see_something_and_change_nothing():
     assert mask[0, 0, 2:, 0].all()  # the first token is the third row
     assert not mask[0, 0, 2, 1:].any()
     assert layout.positions(torch.tensor([-2, 0])).tolist() == [[0, 0, 0, 1, 2, 3], [0, 1, 2, 3, 4, 5]]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_rows_before_a_texts_first_token_are_seen_by_none_over_pages(options):
+    layout, lengths = causal_rows(6), (-2, 0, -5, 3, -7)
+    given = numbers(layout, lengths=lengths)
+    want = by_hand(given, layout, lengths, **options)
+    for each in (given.query, *given.new):
+        each[0, :, :2] = each[2, :, :5] = each[4] = torch.nan
+    found = defined(given, layout, lengths, **options)
+    torch.testing.assert_close(found, want, atol=1e-12, rtol=0)
+    assert (found[0, :2] == 0).all()
+    assert (found[4] == 0).all()
 
 
 @pytest.mark.parametrize(

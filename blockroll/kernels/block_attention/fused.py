@@ -61,7 +61,7 @@ _HALF: dict[int, tuple[Tiles, ...]] = {
     ),
     128: (
         Tiles(Tile(16, 64, 4, 2), Tile(16, 16, 4, 1, 8)),
-        Tiles(Tile(64, 32, 4, 2), Tile(64, 16, 4, 1)),
+        Tiles(Tile(64, 32, 4, 2), Tile(64, 32, 8, 1, 2)),
         Tiles(Tile(128, 32, 8, 2), Tile(128, 32, 8, 2)),
     ),
     256: (
