@@ -68,6 +68,11 @@ SECTIONS = (
         "Speed and memory: a cache in slots and in pages",
         lambda: readme_pages.pages_table(read("speed_pages")),
     ),
+    Section(
+        "kernels_logprob_memory",
+        "Memory of a learner's log-probabilities",
+        lambda: readme_kernels.logprob_memory_table(read("kernels_logprob_memory")),
+    ),
     Section("drafts_conversions", "What an adapter drafts", readme_drafts.drafts_table),
     Section("drafts_smollm2", "SmolLM2-135M-Instruct, converted by adapter", readme_drafts.smollm2_table),
     Section(

@@ -1,4 +1,4 @@
-"""What kernels take of the GPUs they are compiled for, for docs/kernels.md."""
+"""What kernels take: of the GPUs they are compiled for, for docs/kernels.md, and of memory."""
 
 from collections.abc import Iterable, Sequence
 
@@ -33,6 +33,33 @@ def compiled_table(rows: Sequence[Row]) -> str:
         "waves on a SIMD. No time was measured."
     )
     return "\n".join((*lines, "", caption))
+
+
+def logprob_memory_table(rows: Sequence[Row]) -> str:
+    """Bytes for each token, by vocabulary: a line for each way."""
+    vocabularies = [*dict.fromkeys(row["vocabulary"] for row in rows)]
+    lines = [
+        f"| log-probabilities and gradients | {' | '.join(f'V = {size:,}' for size in vocabularies)} |",
+        f"| --- | {' | '.join('---:' for _ in vocabularies)} |",
+    ]
+    for way in dict.fromkeys(row["way"] for row in rows):
+        found = {row["vocabulary"]: row for row in rows if row["way"] == way}
+        cells = (_memory(found[size]) for size in vocabularies)
+        lines.append(f"| {way} | {' | '.join(cells)} |")
+    bound = next(row["memory_mb"] for row in rows if row["memory_mb"] is not None)
+    caption = (
+        "Memory that each further token takes at the peak of a forward and a backward pass through an output "
+        f"head, states {rows[0]['width']} wide, in float32 ({rows[0]['device']}); in brackets the peak with "
+        "the most tokens, gradients of states and head in it. The bound is "
+        f"{bound} MiB, `train.logits_memory_mb`."
+    )
+    return "\n".join((*lines, "", caption))
+
+
+def _memory(row: Row) -> str:
+    return (
+        f"{row['bytes_per_token'] / 1e3:,.1f} kB ({row['tokens'][1]:,}: {row['peak_bytes'][1] / 1e6:,.0f} MB)"
+    )
 
 
 def _taken(rows: Sequence[Row]) -> str:

@@ -193,14 +193,12 @@ def test_float32_values_and_gradients_are_within_1e_5_of_the_plain_formula(vocab
 
 def test_a_temperature_that_takes_no_part_in_the_gradient_is_found_out(monkeypatch):
     """As if the law of temperature 1 were learned from: the gradient check above can fail."""
-    real = reference.laws_of_logits
+    real = reference.logit_gradients
 
-    def untempered(logits, tokens, temperature, with_entropy):
-        laws = real(logits, tokens, temperature, with_entropy)
-        at_one = real(logits, tokens, torch.ones_like(temperature), with_entropy).logprobs_N
-        return laws._replace(logprobs_N=at_one + (laws.logprobs_N - at_one).detach())
+    def untempered(logits, softcap, tokens, temperature, gradient):
+        return real(logits, softcap, tokens, torch.ones_like(temperature), gradient)
 
-    monkeypatch.setattr(reference, "laws_of_logits", untempered)
+    monkeypatch.setattr(reference, "logit_gradients", untempered)
     with pytest.raises(RuntimeError, match="Jacobian mismatch"):
         test_values_and_gradients_are_those_of_the_plain_formula(7, 13, 2, True, None)
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 # Numbers per token and vocabulary entry that are there at once, forward and backward: logits, their soft cap,
@@ -75,7 +76,7 @@ def laws_of_states(
 
 
 class _Pieces(torch.autograd.Function):
-    """`torch.utils.checkpoint` would hold what it computed in cycles, until garbage is collected."""
+    """Keeps what was given, and makes logits of a piece once more for the gradient."""
 
     @staticmethod
     def forward(
@@ -104,27 +105,48 @@ class _Pieces(torch.autograd.Function):
         return logprobs_N, entropies_N
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Any) -> Any:
-        tokens_N, temperature_N, states_NW, *weights = ctx.saved_tensors
-        gradient_N = gradients[0]
-        is_autocast, dtype = ctx.autocast
-        trained = [each for each in weights if each is not None and each.requires_grad]
-        sums: list[Tensor] = []
-        states_gradient_NW = torch.empty_like(states_NW)
+        tokens_N, temperature_N, states_NW, weight_VW, bias_V = ctx.saved_tensors
+        is_autocast, autocast_dtype = ctx.autocast
+        dtype = autocast_dtype if is_autocast else weight_VW.dtype
+        head = OutputHead(weight_VW=weight_VW.to(dtype), bias_V=bias_V, softcap=ctx.softcap)
+        of_states, of_weight, of_bias = ctx.needs_input_grad[-3:]
+        # Sums over pieces are in the precision of the logits, and made in place: no second one is there.
+        exact = torch.float64 if dtype == torch.float64 else torch.float32
+        states_gradient_NW = torch.empty_like(states_NW) if of_states else None
+        weight_gradient_VW = torch.zeros_like(weight_VW, dtype=exact) if of_weight else None
+        bias_gradient_V = torch.zeros_like(bias_V, dtype=exact) if of_bias else None
         for piece in _pieces(len(tokens_N), ctx.num_rows):
-            with torch.enable_grad(), torch.autocast(ctx.kind, dtype=dtype, enabled=is_autocast):
-                states = states_NW[piece].detach().requires_grad_()
-                head = OutputHead(weight_VW=weights[0], bias_V=weights[1], softcap=ctx.softcap)
-                laws = laws_of_logits(head.logits(states), tokens_N[piece], temperature_N[piece], False)
-            found = torch.autograd.grad(laws.logprobs_N, [states, *trained], gradient_N[piece])
-            states_gradient_NW[piece] = found[0]
-            if not sums:
-                sums = [*found[1:]]
-            else:
-                sums = [total.add_(each) for total, each in zip(sums, found[1:], strict=True)]
-        by_weight = iter(sums)
-        of_head = [next(by_weight) if each is not None and each.requires_grad else None for each in weights]
-        return (*[None] * 5, states_gradient_NW, *of_head)
+            with torch.autocast(ctx.kind, dtype=autocast_dtype, enabled=is_autocast):
+                logits_NV = head.logits(states_NW[piece])
+            given = (tokens_N[piece], temperature_N[piece], gradients[0][piece])
+            gradient_NV = logit_gradients(logits_NV, ctx.softcap, *given).to(dtype)
+            if states_gradient_NW is not None:
+                states_gradient_NW[piece] = gradient_NV @ head.weight_VW
+            if weight_gradient_VW is not None:
+                weight_gradient_VW.addmm_(gradient_NV.T.to(exact), states_NW[piece].to(dtype).to(exact))
+            if bias_gradient_V is not None:
+                bias_gradient_V += gradient_NV.sum(dim=0, dtype=exact)
+            del logits_NV, gradient_NV  # before the next piece makes its own
+        found = (states_gradient_NW, weight_gradient_VW, bias_gradient_V)
+        of_given = zip(found, (states_NW, weight_VW, bias_V), strict=True)
+        return (*[None] * 5, *(each if each is None else each.to(of.dtype) for each, of in of_given))
+
+
+def logit_gradients(
+    logits_NV: Tensor, softcap: float | None, tokens_N: Tensor, temperature_N: Tensor, gradient_N: Tensor
+) -> Tensor:
+    """Of logits before their cap, from the gradient of the tokens' log-probabilities; the logits are used up.
+
+    A token's is (1 if it is the chosen one - its probability) / temperature, times 1 - tanh^2 of a cap.
+    """
+    factor_N1 = (gradient_N / temperature_N).to(logits_NV.dtype)[:, None]
+    gradient_NV = (logits_NV / temperature_N[:, None]).softmax(dim=-1).mul_(-factor_N1)
+    gradient_NV.scatter_add_(-1, tokens_N[:, None], factor_N1)
+    if softcap is not None:
+        gradient_NV.mul_(logits_NV.div_(softcap).square_().neg_().add_(1))
+    return gradient_NV
 
 
 def _pieces(count: int, num_rows: int) -> Iterator[slice]:
