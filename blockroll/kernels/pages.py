@@ -10,6 +10,11 @@ from torch import Tensor
 
 from blockroll.errors import InvalidInput
 
+# What Triton's kernels are cut for.
+HEAD_WIDTHS = (32, 64, 128, 256)
+PAGE_SIZES = (16, 32, 64, 128)
+TYPES = (torch.float32, torch.bfloat16, torch.float16)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pages:
@@ -42,3 +47,20 @@ class Pages:
     def num_heads(self) -> int:
         """Key heads."""
         return self.keys_NGZD.shape[1]
+
+    def check_served(self) -> None:
+        """InvalidInput where Triton's kernels have no configuration for these pages."""
+        keys, values = self.keys_NGZD, self.values_NGZD
+        width, dtype = keys.shape[3], keys.dtype
+        if width not in HEAD_WIDTHS or self.size not in PAGE_SIZES or dtype not in TYPES:
+            raise InvalidInput(
+                f"pages have {self.size} rows of heads of width {width}, {dtype}; Triton's kernels serve "
+                f"{PAGE_SIZES} rows, widths {HEAD_WIDTHS} and {', '.join(map(str, TYPES))}: give pages of "
+                "these, or set kernels to 'reference'"
+            )
+        *outer, inner = keys.stride()
+        if keys.stride() != values.stride() or inner != 1 or any(stride % 16 for stride in outer):
+            raise InvalidInput(
+                f"keys in pages have strides {keys.stride()} and values {values.stride()}: give both alike, "
+                "with rows that are contiguous and begin at multiples of 16 numbers"
+            )

@@ -2,12 +2,14 @@
 
 import pytest
 import torch
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from blockroll.errors import InvalidInput
 from blockroll.kernels.cache_write import cache_write, places_of, reference
 from blockroll.kernels.pages import Pages
 
 HEADS, WIDTH = 2, 3
+SEEDED = torch.Generator().manual_seed(0)
 TABLE = torch.tensor([[4, 1, 6], [2, 7, 0], [5, 3, 0]])
 
 
@@ -74,6 +76,55 @@ def test_masks_go_to_scratch_and_to_no_page():
     assert_holds(held, written_by_hand(new, 4, index, [[request] * 2 for request in range(3)]))
     for spare, given in zip(scratch, new, strict=True):
         assert torch.equal(spare, given[:, :, 2:])
+
+
+def turned_by_transformers(key, positions, dtype):
+    """As Llama's layers turn keys at these positions, and the cosines and sines that they turn by."""
+    width = key.shape[-1]
+    angles = positions[..., None].float() * 1e4 ** -(torch.arange(0, width, 2) / width)
+    cos, sin = (each(torch.cat([angles, angles], dim=-1)).to(dtype) for each in (torch.cos, torch.sin))
+    return apply_rotary_pos_emb(key, key, cos, sin)[1], (cos, sin)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_keys_that_come_as_projected_are_turned_in_place_as_a_model_turns_them(dtype):
+    places = places_of(TABLE, 4, torch.tensor([[3, 4], [0, 1], [7, 6]]))
+    positions = torch.tensor([[3, 4, 5, 6], [0, 1, 2, 3], [7, 6, 5, 9]])
+    keys, values = (torch.randn(3, HEADS, 4, 6, generator=SEEDED).to(dtype) for _ in range(2))
+    turned, rotary = turned_by_transformers(keys, positions, dtype)
+    assert not torch.equal(turned, keys)
+    held = []
+    for key, turn in ((keys, rotary), (turned.clone(), None)):
+        kept, scratch = (
+            [torch.zeros(*shape, 6, dtype=dtype) for _ in range(2)] for shape in ((8, 2, 4), (3, 2, 2))
+        )
+        over = Pages(keys_NGZD=kept[0], values_NGZD=kept[1], table_BT=TABLE)
+        cache_write(key, values, over, places, scratch=(scratch[0], scratch[1]), rotary=turn)
+        assert torch.equal(key, turned)
+        held.append([*kept, *scratch])
+    assert all(torch.equal(one, other) for one, other in zip(*held, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("rotary", "sentence"),
+    [
+        ((torch.ones(3, 3, WIDTH), torch.ones(3, 4, WIDTH)), "cosines are"),
+        ((torch.ones(3, 4, WIDTH), torch.ones(3, 4, WIDTH).double()), "sines are torch.float64"),
+    ],
+)
+def test_angles_of_other_rows_or_another_type_are_refused(rotary, sentence):
+    keys, values = rows(4)
+    places = places_of(TABLE, 4, torch.zeros(3, 4, dtype=torch.int64))
+    with pytest.raises(InvalidInput, match=sentence):
+        cache_write(keys, values, pages(4), places, rotary=rotary)
+
+
+def test_scratch_of_another_type_is_refused():
+    keys, values = rows(4)
+    places = places_of(TABLE, 4, torch.zeros(3, 2, dtype=torch.int64))
+    scratch = (torch.zeros(3, HEADS, 2, WIDTH, dtype=torch.float64),) * 2
+    with pytest.raises(InvalidInput, match=r"scratch is torch\.float64"):
+        cache_write(keys, values, pages(4), places, scratch=scratch)
 
 
 @pytest.mark.parametrize("fault", ["the page before", "heads for rows"])

@@ -6,7 +6,6 @@ CPU one is made, once for all layers of a kind.
 Shapes: B requests, H query heads, G key heads, R new rows, S keys, D head width.
 """
 
-import torch
 from torch import Tensor
 
 from blockroll.errors import InvalidInput
@@ -28,11 +27,6 @@ __all__ = [
 ]
 
 masked_attention = reference.masked_attention
-
-# What tiles of Triton's form are cut for.
-HEAD_WIDTHS = (32, 64, 128, 256)
-PAGE_SIZES = (16, 32, 64, 128)
-TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def block_attention(
@@ -77,30 +71,13 @@ def block_attention(
     given = (query_BHRD, key_BGRD, value_BGRD, pages, layout, lengths_B)
     options = (scaling, softcap, sliding_window)
     if is_triton():
-        check_served(pages)
+        pages.check_served()
         from blockroll.kernels.block_attention import fused
 
         return fused.block_attention(*given, packing, *options)
     if packing is not None:
         return reference.packed_attention(*given, packing, *options)
     return reference.paged_attention(*given, *options)
-
-
-def check_served(pages: Pages) -> None:
-    """InvalidInput for pages that no tile of Triton's form is cut for."""
-    keys, values = pages.keys_NGZD, pages.values_NGZD
-    if keys.shape[3] not in HEAD_WIDTHS or pages.size not in PAGE_SIZES or keys.dtype not in TYPES:
-        raise InvalidInput(
-            f"pages have {pages.size} rows of heads of width {keys.shape[3]}, {keys.dtype}; Triton's kernels "
-            f"serve {PAGE_SIZES} rows, widths {HEAD_WIDTHS} and {', '.join(map(str, TYPES))}: give pages of "
-            "one of these, or set kernels to 'reference'"
-        )
-    *outer, inner = keys.stride()
-    if keys.stride() != values.stride() or inner != 1 or any(stride % 16 for stride in outer):
-        raise InvalidInput(
-            f"keys in pages have strides {keys.stride()} and values {values.stride()}: give both alike, with "
-            "rows that are contiguous and begin at multiples of 16 numbers"
-        )
 
 
 def window_attention(

@@ -10,6 +10,7 @@ from torch import Tensor
 from blockroll.errors import InvalidInput
 from blockroll.kernels.cache_write import reference
 from blockroll.kernels.cache_write.reference import Places
+from blockroll.kernels.choice import is_triton
 from blockroll.kernels.pages import Pages
 
 __all__ = ["Places", "cache_write", "places_of"]
@@ -52,12 +53,15 @@ def cache_write(
     places: Places,
     *,
     scratch: tuple[Tensor, Tensor] | None = None,
+    rotary: tuple[Tensor, Tensor] | None = None,
 ) -> None:
     """Write the first C rows to their places, in the type of the pages, and nothing else there.
 
     Of rows that are nobody's zeros are written to page 0. Rows behind the first C are masks: they go to
     `scratch`, keys and values (B, G, M, D) that no text owns, and are never committed. No two rows of texts
-    may have one place. InvalidInput where shapes do not belong together.
+    may have one place. With `rotary`, cosines and sines (B, R, D) of the positions of all rows in the type of
+    the keys, as transformers' Llama and Qwen make them, keys come as they were projected: they are turned in
+    place, for attention reads them next, and written so. InvalidInput where shapes do not belong together.
     """
     size, heads, rows, width = key_BGRD.shape
     num_placed = places.page_BC.shape[1]
@@ -74,4 +78,27 @@ def cache_write(
             f"there are {rows} new rows, places for {num_placed} and scratch for {num_spare}: give room "
             "for all"
         )
-    reference.write(key_BGRD, value_BGRD, pages, places, scratch)
+    if rotary is not None:
+        _check_rotary(key_BGRD, rotary)
+    if scratch is not None and any(each.dtype != pages.keys_NGZD.dtype for each in scratch):
+        raise InvalidInput(
+            f"scratch is {scratch[0].dtype} and {scratch[1].dtype}: give both as the pages, "
+            f"{pages.keys_NGZD.dtype}"
+        )
+    if is_triton():
+        pages.check_served()
+        from blockroll.kernels.cache_write import fused
+
+        fused.write(key_BGRD, value_BGRD, pages, places, scratch, rotary)
+    else:
+        reference.write(key_BGRD, value_BGRD, pages, places, scratch, rotary)
+
+
+def _check_rotary(key_BGRD: Tensor, rotary: tuple[Tensor, Tensor]) -> None:
+    size, _, rows, width = key_BGRD.shape
+    for name, each in zip(("cosines", "sines"), rotary, strict=True):
+        if each.shape != (size, rows, width) or each.dtype != key_BGRD.dtype:
+            raise InvalidInput(
+                f"{name} are {each.dtype} {tuple(each.shape)}, and keys {key_BGRD.dtype} "
+                f"{tuple(key_BGRD.shape)}: give (B, R, D) of the same rows in the type of the keys"
+            )

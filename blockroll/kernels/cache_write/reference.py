@@ -6,6 +6,7 @@ page.
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from blockroll.kernels.pages import Pages
@@ -38,8 +39,11 @@ def write(
     pages: Pages,
     places: Places,
     scratch: tuple[Tensor, Tensor] | None,
+    rotary: tuple[Tensor, Tensor] | None,
 ) -> None:
     """Rows that have a place to it, those behind them to scratch."""
+    if rotary is not None:
+        key_BGRD.copy_(rotated(key_BGRD, *rotary))
     num_placed = places.page_BC.shape[1]
     is_nobodys = (places.page_BC == 0)[..., None, None] if places.has_gaps else None
     for held_NGZD, new_BGRD in ((pages.keys_NGZD, key_BGRD), (pages.values_NGZD, value_BGRD)):
@@ -51,3 +55,13 @@ def write(
     if scratch is not None:
         for spare_BGMD, new_BGRD in zip(scratch, (key_BGRD, value_BGRD), strict=True):
             spare_BGMD.copy_(new_BGRD[:, :, num_placed:])
+
+
+def rotated(x_BGRD: Tensor, cos_BRD: Tensor, sin_BRD: Tensor) -> Tensor:
+    """Pairs (i, i + D / 2) turned by the angles of their row, each product rounded to the type of x.
+
+    Source: RoFormer (arXiv 2104.09864), section 3.2, with halves for pairs as Llama and Qwen have them.
+    """
+    first, second = x_BGRD.chunk(2, dim=-1)
+    turned_BGRD = torch.cat([-second, first], dim=-1)
+    return x_BGRD * cos_BRD[:, None] + turned_BGRD * sin_BRD[:, None]
