@@ -11,7 +11,7 @@ The parts, with about what each takes on a quiet machine with 2 cores, one threa
   each, at batch 1 4 minutes each.
 
 GSM8K's questions are left out, by name, without a file of them. `speed peers_two_threads` measures `even` on
-two threads.
+two threads, `speed peers_float32` all of it in float32.
 """
 
 import time
@@ -22,7 +22,7 @@ from pathlib import Path
 
 from benchmarks.cells import GIVEN, measured
 from benchmarks.rows import Row
-from benchmarks.workload import SMOLLM2, threads
+from benchmarks.workload import SMOLLM2, threads, working_dtype
 from blockroll.bench.bench import PEERS_PYTHON, BenchOptions, run_bench, to_record
 from blockroll.bench.peer import PEERS
 from blockroll.bench.peer_pool import PeerPool
@@ -218,6 +218,12 @@ def peers() -> list[Row]:
     return measure(cells, prompts=prompts)
 
 
+def peers_float32() -> list[Row]:
+    """The same in float32, for processors that do not multiply in bfloat16."""
+    cells, prompts = every_cell(GIVEN.gsm8k)
+    return measure(cells, prompts=prompts, name=f"{NAME}_float32", dtype="float32")
+
+
 def peers_two_threads() -> list[Row]:
     """Plain decoding on two."""
     cells, prompts = every_cell(GIVEN.gsm8k)
@@ -229,4 +235,4 @@ if __name__ == "__main__":
     if (reason := missing()) is not None:
         raise SystemExit(f"{NAME}: {reason}")
     every, makers = every_cell(GIVEN.gsm8k)
-    start(every, prompts=makers)
+    start(every, prompts=makers, dtype=working_dtype())

@@ -49,6 +49,11 @@ SECTIONS = (
         lambda: readme_peers.peers_page(read("speed_peers")),
     ),
     Section(
+        "speed_peers_float32",
+        "Speed: the same in float32, on a processor without a matrix unit",
+        lambda: readme_peers.peers_page(read("speed_peers_float32")),
+    ),
+    Section(
         "speed_grouped",
         "Speed: grouped rollouts of a real model",
         lambda: readme_shows.grouped_table(read("speed_grouped")),

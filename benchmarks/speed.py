@@ -52,5 +52,9 @@ def experiments() -> dict[str, Callable[[], list[Row]]]:
     if (reason := peers.missing()) is not None:
         print(f"speed: peers is left out: {reason}")
     else:
-        found |= {"peers": peers.peers, "peers_two_threads": peers.peers_two_threads}
+        found |= {
+            "peers": peers.peers,
+            "peers_float32": peers.peers_float32,
+            "peers_two_threads": peers.peers_two_threads,
+        }
     return found
