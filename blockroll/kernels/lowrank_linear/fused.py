@@ -44,7 +44,7 @@ HALF = {
     16: Blocks(32, 128, 64, 16, num_warps=4, num_stages=4),
     32: Blocks(32, 128, 64, 32, num_warps=4, num_stages=4),
     64: Blocks(32, 64, 64, 64, num_warps=4, num_stages=4),
-    128: Blocks(32, 32, 32, 128, num_warps=8, num_stages=3),
+    128: Blocks(16, 32, 32, 128, num_warps=8, num_stages=3),
 }
 FLOAT = {
     16: Blocks(32, 64, 32, 16, num_warps=4, num_stages=4),
