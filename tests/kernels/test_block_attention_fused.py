@@ -8,6 +8,7 @@ from blockroll.kernels.block_attention import Packing, RowLayout, block_attentio
 from blockroll.kernels.choice import using
 from blockroll.kernels.pages import Pages
 from blockroll.policies.layout import causal_rows, fused_rows
+from tests.kernels.far_apart import far_apart
 from tests.numerics.attention_by_hand import LAYOUTS, Numbers, by_hand, numbers, paged
 
 BOUNDS = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
@@ -231,20 +232,16 @@ def test_rows_are_taken_as_a_model_lays_them_and_elsewhere_copied():
         assert torch.equal(attended(Numbers(query, [key, value], given.prefix), layout), want)
 
 
-def test_pages_beyond_two_billion_numbers_are_read():
-    """The pool is larger than memory that is touched: only pages that are written are there."""
-    torch.use_deterministic_algorithms(False)
-    layout, lengths, size = causal_rows(1), (40,), 128
+def test_pages_that_no_int32_tells_apart_are_read(monkeypatch):
+    torch.use_deterministic_algorithms(False)  # or all of the memory would be written
+    layout, lengths = causal_rows(1), (40,)
     given = drawn(layout, lengths=lengths, dtype=torch.bfloat16)
-    num_pages = (1 << 31) // (size * WIDTH) + 2
-    held = torch.empty(num_pages, 1, size, WIDTH, dtype=torch.bfloat16)
-    prefix = [given.prefix[0], given.prefix[0]]
-    held[-1, :, :40] = prefix[0][0]
-    pages = Pages(keys_NGZD=held, values_NGZD=held, table_BT=torch.tensor([[num_pages - 1]]))
-    given = Numbers(given.query, given.new, prefix)
-    assert_near(
-        attended(given, layout, lengths, pages=pages), by_hand(given, layout, lengths), torch.bfloat16
-    )
+    near = paged([given.prefix[0]] * 2)
+    far = far_apart(near.keys_NGZD, monkeypatch)
+    pages = Pages(keys_NGZD=far, values_NGZD=far, table_BT=near.table_BT)
+    want = by_hand(Numbers(given.query, given.new, [given.prefix[0]] * 2), layout, lengths)
+    assert near.table_BT[0, :3].max() > 2
+    assert_near(attended(given, layout, lengths, pages=pages), want, torch.bfloat16)
 
 
 def test_the_host_asks_a_device_for_no_number(monkeypatch):

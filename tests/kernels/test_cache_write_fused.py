@@ -1,8 +1,5 @@
 """`cache_write` in Triton, interpreted: bit for bit what its definition writes, and nothing else."""
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -10,6 +7,8 @@ from blockroll.errors import InvalidInput
 from blockroll.kernels.cache_write import cache_write, fused, places_of, reference
 from blockroll.kernels.choice import using
 from blockroll.kernels.pages import Pages
+from tests.kernels.far_apart import far_apart
+from tests.kernels.planted import planted
 from tests.numerics.test_cache_write import turned_by_transformers
 
 TABLE = torch.tensor([[4, 1, 6], [2, 7, 0], [5, 3, 0]])
@@ -134,17 +133,17 @@ def test_rows_are_taken_as_a_model_lays_them_and_elsewhere_copied():
             torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
 
 
-def test_pages_beyond_two_billion_numbers_are_written():
-    """The pool is larger than memory that is touched: only a page that is written is there."""
-    num_pages = (1 << 31) // (16 * 32) + 2
-    held = [torch.empty(num_pages, 1, 16, 32, dtype=torch.bfloat16) for _ in range(2)]
-    table = torch.tensor([[num_pages - 1]])
-    over = Pages(keys_NGZD=held[0], values_NGZD=held[1], table_BT=table)
+def test_pages_that_no_int32_tells_apart_are_written(monkeypatch):
+    near = pages(heads=1, dtype=torch.bfloat16)
+    far = [far_apart(each[:4], monkeypatch) for each in (near.keys_NGZD, near.values_NGZD)]
+    table = torch.tensor([[3]])
     key, value = drawn(1, size=1, heads=1, dtype=torch.bfloat16)
+    over = Pages(keys_NGZD=far[0], values_NGZD=far[1], table_BT=table)
     with using("triton"):
         cache_write(key, value, over, places_of(table, 16, torch.tensor([[7]])))
-    assert torch.equal(held[0][-1, 0, 7], key[0, 0, 0])
-    assert torch.equal(held[1][-1, 0, 7], value[0, 0, 0])
+    for held, new in zip(far, (key, value), strict=True):
+        assert torch.equal(held[3, 0, 7], new[0, 0, 0])
+        assert held[:3].isnan().all()
 
 
 def test_without_rows_nothing_is_written():
@@ -179,28 +178,20 @@ def test_pages_that_no_tile_is_cut_for_are_refused():
         written("triton", drawn(3, width=48), over, places_of(TABLE, 16, torch.tensor(ACROSS)))
 
 
-@pytest.mark.parametrize(
-    ("old", "new"),
-    [
-        ("page_row * page_z + head", "page_row * page_z + page_z + head"),
-        ("row < num_placed\n", "row < num_placed - 1\n"),
-        ("(row - num_placed).to", "(num_placed + 1 - row).to"),
-        ("-wide_second_EH, COS", "wide_second_EH, COS"),
-        (".to(kind).to(tl.float32)).to(kind)", ").to(kind)"),
-        ("(has_gaps != 0) & (page == 0)", "page < 0"),
-        ("head_E1 < num_heads", "head_E1 < num_heads - 1"),
-    ],
-)
-def test_a_fault_is_found(old, new, tmp_path, monkeypatch):
-    """Kernels are made of their source, so the fault is written to a file and loaded."""
-    source = Path(fused.__file__).read_text()
-    assert source.count(old) == 1, f"{old!r} is not there once"
-    path = tmp_path / "planted.py"
-    path.write_text(source.replace(old, new))
-    spec = importlib.util.spec_from_file_location("planted", path)
-    wrong = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(wrong)
-    monkeypatch.setattr(fused, "write_rows", wrong.write_rows)
+FAULTS = {
+    "the row behind": ("page_row * page_z + head", "page_row * page_z + page_z + head"),
+    "a row less": ("row < num_placed\n", "row < num_placed - 1\n"),
+    "masks in another order": ("(row - num_placed).to", "(num_placed + 1 - row).to"),
+    "turned backwards": ("-wide_second_EH, COS", "wide_second_EH, COS"),
+    "a product as it is": (".to(kind).to(tl.float32)).to(kind)", ").to(kind)"),
+    "what nobody has": ("(has_gaps != 0) & (page == 0)", "page < 0"),
+    "a head less": ("head_E1 < num_heads", "head_E1 < num_heads - 1"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_is_found(fault, tmp_path, monkeypatch):
+    monkeypatch.setattr(fused, "write_rows", planted(tmp_path, fused, *FAULTS[fault]).write_rows)
     with pytest.raises(AssertionError):
         _compared()
 
