@@ -66,13 +66,15 @@ _HALF: dict[int, tuple[Tiles, ...]] = {
     ),
 }
 _SINGLE: dict[int, tuple[Tiles, ...]] = {
-    32: (Tiles(Tile(64, 32, 4, 2), Tile(64, 16, 8, 2)),),
+    32: (Tiles(Tile(64, 32, 4, 1), Tile(64, 16, 8, 2)),),
     64: (Tiles(Tile(64, 32, 8, 2), Tile(64, 16, 8, 2)),),
     128: (Tiles(Tile(64, 16, 8, 2), Tile(64, 16, 8, 2)),),
     256: (Tiles(Tile(32, 16, 8, 2), Tile(32, 16, 8, 2)),),
 }
 _TYPES = {torch.bfloat16: ("bf16", _HALF), torch.float16: ("fp16", _HALF), torch.float32: ("fp32", _SINGLE)}
 _NO_WINDOW = 1 << 30
+# A chunk has so many for each row: what partial results take is then a quarter of what keys do, or less.
+_KEYS_OF_A_ROW = 8
 _OF_PACKED = 64  # rows of a request, whatever its own are: others' numbers must not decide
 
 
@@ -106,8 +108,7 @@ def block_attention(
     starts, counts = _all_rows(rows, device) if packing is None else (packing.starts_B, packing.num_rows_B)
     num_tiled = rows * repeats if packing is None else _OF_PACKED
     tiles = config(dtype, width, num_tiled)
-    # Where rows are many a prefix has fewer chunks: its partial results are no more than its keys.
-    least_chunk = max(LEAST_CHUNK, triton.next_power_of_2(num_tiled))
+    least_chunk = max(LEAST_CHUNK, triton.next_power_of_2(num_tiled * _KEYS_OF_A_ROW))
     num_chunks = most_chunks(pages.table_BT.shape[1] * pages.size, least_chunk)
     part_CNHD = torch.empty((num_chunks, size * rows, num_heads, width), dtype=torch.float32, device=device)
     scale = width**-0.5 if scaling is None else scaling
