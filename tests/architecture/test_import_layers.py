@@ -46,6 +46,7 @@ HOMES = {
     "vllm": ("bench.peer_worker",),
     "typer": ("cli", "cli.*"),
     "wandb": ("rl_loops.tracking",),
+    "xxhash": ("rollout.pool.weight_sync.*",),
 }
 TORCH_FREE = ("config*", "errors")
 

@@ -1,17 +1,19 @@
 """Packing weights into checksummed buckets.
 
 A bucket is a flat byte array that holds whole tensors one after another, each aligned to its elements. The
-manifest names every tensor, where it lies, and the checksum of each bucket (BLAKE2b, 128 bits). Its own
-checksum covers names, dtypes, shapes and bytes of all tensors in order: a replica recomputes it from the
-weights it really holds.
+manifest names every tensor, where it lies, and the checksum of each bucket. Its own checksum covers names,
+dtypes, shapes and bytes of all tensors in order: a replica recomputes it from the weights it really holds.
+
+Checksums are XXH3 with 128 bits. They find what broke on the way, every tensor five times an update: they say
+nothing against somebody who wants to deceive, and are read as fast as memory.
 """
 
-import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from xxhash import xxh3_128
 
 from blockroll.errors import InvalidInput
 from blockroll.types import TensorSpec, WeightManifest, WeightUpdate
@@ -68,7 +70,7 @@ def make_update(
     """
     specs: list[TensorSpec] = []
     buckets: list[list[Bytes]] = [[]]
-    digest = hashlib.blake2b(digest_size=16)
+    digest = xxh3_128()
     filled = 0
     for name, tensor in tensors:
         if tensor.is_meta:
@@ -111,7 +113,7 @@ def make_update(
 
 def weights_checksum(tensors: NamedTensors) -> str:
     """Checksum of names, dtypes, shapes and bytes, in order: equal to the manifest's if the weights are."""
-    digest = hashlib.blake2b(digest_size=16)
+    digest = xxh3_128()
     for name, tensor in tensors:
         source = tensor.detach()
         digest_tensor(digest, name, source, _bytes_of(source))
@@ -119,8 +121,8 @@ def weights_checksum(tensors: NamedTensors) -> str:
 
 
 def bucket_checksum(bucket: Bytes) -> str:
-    """BLAKE2b of a bucket's bytes, 128 bits in hexadecimal."""
-    return hashlib.blake2b(np.ascontiguousarray(bucket).data, digest_size=16).hexdigest()
+    """XXH3 of a bucket's bytes, 128 bits in hexadecimal."""
+    return xxh3_128(np.ascontiguousarray(bucket).data).hexdigest()
 
 
 def load_update(update: WeightUpdate, own: Sequence[tuple[str, Tensor]]) -> None:
@@ -148,7 +150,7 @@ def _bytes_of(tensor: Tensor) -> Bytes:
     return flat
 
 
-def digest_tensor(digest: "hashlib.blake2b", name: str, tensor: Tensor, data: Bytes) -> None:
+def digest_tensor(digest: xxh3_128, name: str, tensor: Tensor, data: Bytes) -> None:
     """Let a checksum of weights take in one tensor."""
     digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
     digest.update(data.data)

@@ -1,6 +1,5 @@
 """Every check of a weight update. All of them pass before the first weight changes."""
 
-import hashlib
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from xxhash import xxh3_128
 
 from blockroll.errors import (
     BucketMissing,
@@ -68,7 +68,7 @@ def check_weights(update: WeightUpdate, own: Sequence[tuple[str, Tensor]], *, ar
     _check_names(update, own)
     buckets = _checked_buckets(update)
     _check_layout(update, own, buckets)
-    digest = hashlib.blake2b(digest_size=16)
+    digest = xxh3_128()
     for spec, (name, target) in zip(update.manifest.tensors, own, strict=True):
         source, data = tensor_in(buckets[spec.bucket], spec, target)
         digest_tensor(digest, name, source, data)
