@@ -17,6 +17,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -25,10 +26,12 @@ from torch.nn import functional as F
 from benchmarks import rows
 from benchmarks.gpu_engines import EngineSizes, engines
 from benchmarks.rows import Row
+from blockroll.config import TrainConfig
 from blockroll.kernels.block_attention import RowLayout, block_attention
 from blockroll.kernels.block_verify import verify_block
-from blockroll.kernels.choice import choose, using
+from blockroll.kernels.choice import Form, choose, using
 from blockroll.kernels.draft_draw import draw_draft
+from blockroll.kernels.lowrank_linear import lowrank_linear
 from blockroll.kernels.pages import Pages
 from blockroll.kernels.rows import Cut, LogitRows
 from blockroll.kernels.selective_logprob import OutputHead, selective_logprob
@@ -218,7 +221,7 @@ def verification(sizes: Sizes, device: torch.device, roof: Roof, repeats: int) -
 
 
 def learning(sizes: Sizes, device: torch.device, roof: Roof, repeats: int) -> Iterator[Row]:
-    """Log-probabilities of tokens and their gradient, against logits of all of them."""
+    """Log-probabilities of tokens and their gradient in bounded memory, against logits of all of them."""
     num_tokens, width = sizes.trained_tokens, sizes.hidden
     states = torch.randn((num_tokens, width), dtype=torch.bfloat16, device=device, requires_grad=True)
     weight = torch.randn((sizes.vocab_size, width), dtype=torch.bfloat16, device=device) * width**-0.5
@@ -226,12 +229,16 @@ def learning(sizes: Sizes, device: torch.device, roof: Roof, repeats: int) -> It
     tokens_N = torch.randint(sizes.vocab_size, (num_tokens,), device=device)
     temperature_N = torch.ones(num_tokens, device=device)
 
-    def step(form: str) -> None:
+    def step(form: Form, memory_bytes: int) -> None:
         with using(form):
-            laws = selective_logprob(states, head, tokens_N, temperature_N, memory_bytes=1 << 40)
-            laws.logprobs_N.sum().backward()
+            laws = selective_logprob(states, head, tokens_N, temperature_N, memory_bytes=memory_bytes)
+            torch.autograd.grad(laws.logprobs_N.sum(), [states, head.weight_VW])
 
-    runs: dict[str, Run] = {"ours": lambda: step("triton"), "torch": lambda: step("reference")}
+    bound = TrainConfig().logits_memory_mb << 20
+    runs: dict[str, Run] = {
+        "ours": lambda: step("triton", bound),
+        "torch": lambda: step("reference", 1 << 40),  # logits of all tokens at once
+    }
     took = in_turns(runs, device, min(repeats, 7))
     peaks = {name: _peak(run, device) for name, run in runs.items()}
     flops = 2 * num_tokens * sizes.vocab_size * width
@@ -243,7 +250,7 @@ def learning(sizes: Sizes, device: torch.device, roof: Roof, repeats: int) -> It
         "ours_s": took["ours"],
         "torch_s": took["torch"],
         "over_torch": took["torch"] / took["ours"],
-        "share_of_product": 5 * flops / took["ours"] / roof.flops_per_s,
+        "share_of_product": 4 * flops / took["ours"] / roof.flops_per_s,  # logits twice, states, head
         "ours_peak_bytes": peaks["ours"],
         "torch_peak_bytes": peaks["torch"],
     }
@@ -259,6 +266,34 @@ def _peak(run: Run, device: torch.device) -> int | None:
     return int(torch.cuda.max_memory_allocated(device) - before)
 
 
+def adapter(sizes: Sizes, device: torch.device, roof: Roof, repeats: int) -> Iterator[Row]:
+    """The draft adapter's update of mask rows, against products of all of torch's."""
+    rank, width, out = 32, sizes.hidden, 3 * sizes.hidden
+    down, up = (torch.randn(shape, device=device) * 0.02 for shape in ((rank, width), (out, rank)))
+    for batch in sizes.verified:
+        masks = sizes.num_drafts
+        x_BRI = torch.randn((batch, 1 + masks, width), dtype=torch.bfloat16, device=device)
+        base_BRO = torch.zeros((batch, 1 + masks, out), dtype=torch.bfloat16, device=device)
+
+        def step(form: Form, base: Tensor = base_BRO, x: Tensor = x_BRI) -> None:
+            with using(form), torch.no_grad():
+                lowrank_linear(base, x, down, up, first_row=1)
+
+        runs: dict[str, Run] = {"ours": partial(step, "triton"), "torch": partial(step, "reference")}
+        took = in_turns(runs, device, repeats)
+        moved = batch * masks * (2 * width + 4 * out) + 4 * rank * (width + out)
+        yield {
+            "op": "lowrank_linear",
+            "case": f"rank {rank}",
+            "batch": batch,
+            "num_rows": batch * masks,
+            "ours_s": took["ours"],
+            "torch_s": took["torch"],
+            "over_torch": took["torch"] / took["ours"],
+            "share_of_copy": moved / took["ours"] / roof.bytes_per_s,
+        }
+
+
 def decoding(sizes: Sizes, device: torch.device, roof: Roof, repeats: int) -> Iterator[Row]:
     """Whole engines beside `generate`."""
     return engines(sizes.engines, device)
@@ -268,6 +303,7 @@ PARTS = {
     "attention": attention,
     "verification": verification,
     "learning": learning,
+    "adapter": adapter,
     "engines": decoding,
 }
 

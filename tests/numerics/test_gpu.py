@@ -139,6 +139,32 @@ def test_log_probabilities_and_their_gradients():
         torch.testing.assert_close(found, defined, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("width", [96, 128])  # of odd and of even tiles
+def test_log_probabilities_of_bfloat16_are_those_of_exact_logits(width):
+    """The definition rounds logits to the head's type, so it is asked in float64."""
+    states = torch.randn((300, width), device=GPU).bfloat16().requires_grad_()
+    weight = (torch.randn((4097, width), device=GPU) * 0.1).bfloat16().requires_grad_()
+    bias = torch.randn(4097, device=GPU).bfloat16().requires_grad_()
+    tokens_N, heat_N = torch.randint(4097, (300,), device=GPU), torch.full((300,), 0.7, device=GPU)
+
+    def step(form, given, memory_bytes):
+        head = OutputHead(weight_VW=given[1], bias_V=given[2], softcap=20.0)
+        with using(form):
+            laws = selective_logprob(
+                given[0], head, tokens_N, heat_N, memory_bytes=memory_bytes, with_entropy=True
+            )
+        return laws, torch.autograd.grad(laws.logprobs_N.sum(), given)
+
+    given = (states, weight, bias)
+    exact = tuple(each.detach().double().requires_grad_() for each in given)
+    want, gradients = step("reference", exact, 1 << 34)
+    found, others = step("triton", given, 1 << 20)  # in many parts
+    for got, expected in zip(found, want, strict=True):
+        torch.testing.assert_close(got.double(), expected, rtol=0, atol=1e-4)
+    for got, expected in zip(others, gradients, strict=True):
+        assert (got.double() - expected).abs().max() < 0.02 * expected.abs().max()
+
+
 def test_updates_of_mask_rows():
     base, x = torch.randn((3, 7, 320), device=GPU), torch.randn((3, 7, 192), device=GPU)
     down, up = torch.randn((16, 192), device=GPU) * 0.1, torch.randn((320, 16), device=GPU) * 0.1
