@@ -51,16 +51,22 @@ class Pages:
     def check_served(self) -> None:
         """InvalidInput where Triton's kernels have no configuration for these pages."""
         keys, values = self.keys_NGZD, self.values_NGZD
-        width, dtype = keys.shape[3], keys.dtype
-        if width not in HEAD_WIDTHS or self.size not in PAGE_SIZES or dtype not in TYPES:
-            raise InvalidInput(
-                f"pages have {self.size} rows of heads of width {width}, {dtype}; Triton's kernels serve "
-                f"{PAGE_SIZES} rows, widths {HEAD_WIDTHS} and {', '.join(map(str, TYPES))}: give pages of "
-                "these, or set kernels to 'reference'"
-            )
+        problem = unserved(keys.shape[3], self.size, keys.dtype)
+        if problem is not None:
+            raise InvalidInput(f"{problem}: give pages of these, or set kernels to 'reference'")
         *outer, inner = keys.stride()
         if keys.stride() != values.stride() or inner != 1 or any(stride % 16 for stride in outer):
             raise InvalidInput(
                 f"keys in pages have strides {keys.stride()} and values {values.stride()}: give both alike, "
                 "with rows that are contiguous and begin at multiples of 16 numbers"
             )
+
+
+def unserved(width: int, page_size: int, dtype: torch.dtype) -> str | None:
+    """Why Triton's kernels have no configuration for such pages; None: they have."""
+    if width in HEAD_WIDTHS and page_size in PAGE_SIZES and dtype in TYPES:
+        return None
+    return (
+        f"pages have {page_size} rows of heads of width {width}, {dtype}; Triton's kernels serve "
+        f"{PAGE_SIZES} rows, widths {HEAD_WIDTHS} and {', '.join(map(str, TYPES))}"
+    )

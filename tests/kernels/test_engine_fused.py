@@ -8,6 +8,7 @@ from blockroll.errors import InvalidInput
 from blockroll.kernels import choice
 from blockroll.policies.hf import HFPolicy
 from blockroll.rollout.drafters.engine import Engine
+from blockroll.rollout.engine.cache import layouts
 from blockroll.types import HISTORY, Law, Plan, Sampling
 from tests.engines import make_requests, run
 from tests.equality import assert_same_rollouts
@@ -124,3 +125,19 @@ def test_outside_of_an_engines_work_nothing_is_chosen(adapted):
 def test_slots_are_refused(adapted):
     with pytest.raises(InvalidInput, match="kernels is 'triton', which reads keys in pages; set cache to"):
         Engine(adapted, plan=Plan(0), kernels="triton", cache="slots")
+
+
+def test_heads_that_no_kernel_serves_are_refused_before_anything_runs():
+    narrow = adapted_policy()
+    with pytest.raises(InvalidInput, match="kernels is 'triton', and pages have 16 rows of heads of width 8"):
+        Engine(narrow, plan=Plan(0), kernels="triton")
+
+
+def test_auto_says_why_it_does_without_kernels(monkeypatch):
+    """On a GPU, that is; here a device is taken for one."""
+    monkeypatch.setattr(layouts, "choose", lambda kernels, device: choice.Chosen("triton", "a GPU"))
+    engine = Engine(adapted_policy(), plan=Plan(0), kernels="auto", cache="pages")
+    assert engine.kernels.form == "reference"
+    assert "heads of width 8" in engine.kernels.reason
+    in_slots = Engine(adapted_policy(head_dim=HEAD_DIM), plan=Plan(0), kernels="auto", cache="slots")
+    assert str(in_slots.kernels) == "triton (a GPU; attention by torch, because the cache is in slots)"

@@ -6,7 +6,8 @@ import torch
 
 from blockroll.errors import InvalidInput
 from blockroll.kernels.choice import Chosen, Form, Kernels, choose
-from blockroll.policies.base import Policy
+from blockroll.kernels.pages import unserved
+from blockroll.policies.base import KVShape, Policy
 from blockroll.rollout.engine.cache.contract import Cache
 from blockroll.rollout.engine.cache.pages import PagedCache
 from blockroll.rollout.engine.cache.recurrent import RecurrentCache
@@ -25,11 +26,20 @@ def layout_of(device: torch.device, layout: Layout, form: Form) -> Layout:
     return layout
 
 
-def kernels_of(kernels: Kernels, device: torch.device, layout: Layout) -> Chosen:
-    """What runs on a device over a cache of this layout; InvalidInput where `triton` has no pages to read."""
+def kernels_of(
+    kernels: Kernels, device: torch.device, layout: Layout, kv_shape: KVShape, page_size: int
+) -> Chosen:
+    """What runs on a device over such a cache; InvalidInput where `triton` has no pages that it serves."""
     chosen = choose(kernels, device)
-    if chosen.form == "reference" or layout_of(device, layout, chosen.form) == "pages":
+    if chosen.form == "reference":
         return chosen
+    if layout_of(device, layout, chosen.form) == "pages":
+        problem = unserved(kv_shape.width, page_size, kv_shape.dtype)
+        if problem is None:
+            return chosen
+        if kernels == "triton":
+            raise InvalidInput(f"kernels is 'triton', and {problem}; use 'auto' to do without them")
+        return Chosen("reference", problem)
     if kernels == "triton":
         raise InvalidInput("kernels is 'triton', which reads keys in pages; set cache to 'pages' or 'auto'")
     return Chosen(chosen.form, f"{chosen.reason}; attention by torch, because the cache is in slots")
