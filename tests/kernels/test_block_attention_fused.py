@@ -160,6 +160,18 @@ def test_a_request_alone_is_the_same_bit_for_bit(dtype):
         assert torch.equal(found[0], together[request])
 
 
+@pytest.mark.filterwarnings("ignore:All-NaN slice")  # the interpreter's maximum of a row of NaN
+def test_nan_in_one_request_changes_no_bit_of_another():
+    layout = fused_rows(1, (0,))
+    given = drawn(layout)
+    want = attended(given, layout)
+    for each in (given.query, *given.new, *(prefix[1] for prefix in given.prefix)):
+        each[-1:] = torch.nan
+    found = attended(given, layout)
+    assert torch.equal(found[0], want[0])
+    assert found[1].isnan().all()
+
+
 def test_a_packed_request_alone_is_the_same_bit_for_bit_whatever_rows_others_have():
     layout, counts = causal_rows(24), (24, 2)
     given = drawn(layout, dtype=torch.bfloat16)

@@ -69,7 +69,7 @@ _SINGLE: dict[int, tuple[Tiles, ...]] = {
     32: (Tiles(Tile(64, 32, 4, 1), Tile(64, 16, 8, 2)),),
     64: (Tiles(Tile(64, 32, 8, 2), Tile(64, 16, 8, 2)),),
     128: (Tiles(Tile(64, 16, 8, 2), Tile(64, 16, 8, 2)),),
-    256: (Tiles(Tile(32, 16, 8, 2), Tile(32, 16, 8, 2)),),
+    256: (Tiles(Tile(32, 16, 8, 1), Tile(32, 16, 8, 2)),),
 }
 _TYPES = {torch.bfloat16: ("bf16", _HALF), torch.float16: ("fp16", _HALF), torch.float32: ("fp32", _SINGLE)}
 _NO_WINDOW = 1 << 30
