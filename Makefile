@@ -53,7 +53,7 @@ test-slow: $(INSTALLED) $(OLDEST_TRITON)/.installed
 
 # On a machine with a GPU, by a Python that has torch for it, triton, transformers and what blockroll needs.
 gpu:
-	$(GPU_PYTHON) -m pytest tests/numerics/test_gpu.py
+	$(GPU_PYTHON) -m pytest tests/numerics/test_gpu.py tests/numerics/test_gpu_attention.py
 	$(GPU_PYTHON) -m benchmarks.gpu
 
 machines: $(INSTALLED)
