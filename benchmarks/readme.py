@@ -46,7 +46,7 @@ SECTIONS = (
     Section(
         "speed_peers",
         "Speed: a real model beside transformers and vLLM",
-        lambda: readme_peers.peers_page(read("speed_peers")),
+        lambda: readme_peers.peers_page(read("speed_peers"), picture="images/speed_peers.png"),
     ),
     Section(
         "speed_peers_float32",

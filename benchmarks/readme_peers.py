@@ -12,12 +12,13 @@ PROMPTS = {"worked": "worked arithmetic", "gsm8k": "GSM8K"}
 Group = tuple[str, float, int]  # prompts, temperature, batch
 
 
-def peers_page(rows: Sequence[Row]) -> str:
-    """All of it, as far as there are rows."""
+def peers_page(rows: Sequence[Row], *, picture: str | None = None) -> str:
+    """All of it, as far as there are rows, with their picture if there is one."""
     even, grouped = of_workload(rows, "even"), of_workload(rows, "grouped")
     parts = [even_table(even)] if even else []
     if grouped:
-        parts += ["![Tokens per second beside transformers and vLLM](images/speed_peers.png)"]
+        if picture is not None:
+            parts += [f"![Tokens per second beside transformers and vLLM]({picture})"]
         parts += [grouped_table(grouped)]
     return "\n\n".join(parts)
 
