@@ -60,7 +60,7 @@ def choose(kernels: Kernels, device: torch.device) -> Chosen:
         raise InvalidInput(f"kernels is {kernels!r}; allowed are 'auto', 'reference' and 'triton'")
     if kernels == "reference":
         return Chosen("reference", "asked for")
-    if device.type == "cpu" and (kernels == "auto" or not _is_interpreted()):
+    if device.type == "cpu" and (kernels == "auto" or not is_interpreted()):
         reason = "on a CPU the definitions run: Triton compiles for GPUs"
         if kernels == "triton":
             raise InvalidInput(
@@ -78,7 +78,8 @@ def choose(kernels: Kernels, device: torch.device) -> Chosen:
     return Chosen("triton", f"Triton {installed}, {where}")
 
 
-def _is_interpreted() -> bool:
+def is_interpreted() -> bool:
+    """Whether Triton runs kernels step by step on a CPU, rather than compiling them."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 

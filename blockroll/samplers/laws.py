@@ -25,6 +25,7 @@ from torch import Tensor
 from blockroll.errors import RequestFailed
 from blockroll.kernels.block_verify import chosen_logprobs
 from blockroll.kernels.draft_draw import draw_draft
+from blockroll.kernels.philox import Uniforms
 from blockroll.kernels.rows import Cut, Edits, LogitRows, Logits, Mix, PackedLogits, PackedRows, rectangle
 from blockroll.kernels.transfer import fetch
 from blockroll.samplers.brought import allowed_rows, processed
@@ -83,7 +84,12 @@ class Laws:
             else _flags(tuple([text.is_policy for text in texts]), device),
         )
 
-    def draw(self, logits_BKV: Tensor, uniforms_BK: Tensor, num_drafts_B: Tensor) -> Draft:
+    @property
+    def edits_rows(self) -> bool:
+        """Whether rows are edited before they are laws, and must be finite for that."""
+        return self.processing is not None and self.processing.may_be_empty
+
+    def draw(self, logits_BKV: Tensor, uniforms_BK: Uniforms, num_drafts_B: Tensor) -> Draft:
         """Drafts from their rows, processed as far as the committed text decides."""
         given = (logits_BKV, self.draft_temperature_B, uniforms_BK, num_drafts_B)
         if self.processing is None:
@@ -168,7 +174,7 @@ class _Processing:
         self,
         logits_BKV: Tensor,
         temperature_B: Tensor,
-        uniforms_BK: Tensor,
+        uniforms_BK: Uniforms,
         num_drafts_B: Tensor,
         certain: Tensor | bool,
     ) -> Draft:

@@ -20,7 +20,7 @@ from blockroll.types.rollout import (
 )
 from blockroll.types.rows import Rows
 from blockroll.types.sampling import Constraint, Guide, LogitsProcessor, Sampling, SamplingOptions
-from blockroll.types.verdict import POINT_MASS, Draft, Evidence, PointMass, Verdict
+from blockroll.types.verdict import POINT_MASS, Draft, Evidence, PointMass, RowFault, Verdict
 
 __all__ = [
     "DRAFTERS",
@@ -46,6 +46,7 @@ __all__ = [
     "Request",
     "Rollout",
     "RolloutStats",
+    "RowFault",
     "Rows",
     "Sampling",
     "SamplingOptions",

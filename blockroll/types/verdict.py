@@ -5,7 +5,7 @@ Shapes: B requests, K drafted tokens, L = K + 1 target positions, V vocabulary.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import Enum
+from enum import Enum, IntEnum
 from typing import TYPE_CHECKING, Final
 
 from blockroll.errors import InvalidInput
@@ -13,6 +13,14 @@ from blockroll.types.rows import Rows
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+class RowFault(IntEnum):
+    """What is wrong with a row that holds no law. Kernels that find it take the even law instead."""
+
+    NONE = 0
+    NOT_FINITE = 1  # NaN, or infinity above 0
+    EMPTY = 2  # no token has any probability
 
 
 class PointMass(Enum):
@@ -36,6 +44,7 @@ class Draft:
     num_drafts_B: "Tensor"  # int64, 0..K: how many drafts each request really has
     certain_B: "Tensor | None" = None  # bool: whose drafts were certain under a law of rows; None: nobody's
     num_drafts: Sequence[int] | None = None  # num_drafts_B, where the host knows it without a look
+    faults_BK: "Tensor | None" = None  # int32, `RowFault` of the rows they came from; None: nobody looked
 
     def __post_init__(self) -> None:
         if self.law is None:
@@ -63,6 +72,7 @@ class Draft:
             law=law,
             num_drafts_B=self.num_drafts_B - 1,
             certain_B=self.certain_B,
+            faults_BK=None if self.faults_BK is None else self.faults_BK[:, 1:],
         )
 
 
@@ -93,6 +103,7 @@ class Verdict:
     is_draft_BL: "Tensor"  # bool: the token is an accepted draft; the others were drawn from the target
     behavior_logprobs_BL: "Tensor"  # float64, log of the law each token was drawn from
     evidence: "Evidence | None" = None  # of one verification; None where two were joined
+    faults_BL: "Tensor | None" = None  # int32, `RowFault` of target rows; None: nobody looked
 
     @property
     def num_accepted_B(self) -> "Tensor":

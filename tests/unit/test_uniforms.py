@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 import torch
 
+from blockroll.kernels.philox import Coins, _rounds, beside, drawn, either
 from blockroll.samplers import step_uniforms, token_uniforms
-from blockroll.samplers.uniforms import Purpose, _rounds, philox4x32, u52
+from blockroll.samplers.uniforms import Purpose, philox4x32, step_coins, u52
 
 _MASK = 0xFFFFFFFF
 
@@ -232,3 +233,28 @@ def test_torch_rounds_equal_those_in_numpy():
     in_numpy = _rounds(x.numpy(), y.numpy(), key.numpy(), constants=np.array, swap=np.flipud)
     for words, others in zip(in_torch, in_numpy, strict=True):
         assert (words.numpy() == others).all()
+
+
+def both_ways(**options):
+    seeds_B, positions_B = torch.tensor([3, -5, 2**63 - 1]), torch.tensor([10, 2**31, 7])
+    given = (seeds_B, positions_B, torch.tensor([0, 4, 9]), 3)
+    return step_uniforms(*given, **options), step_coins(*given, **options)
+
+
+@pytest.mark.parametrize("by_position", [False, True, torch.tensor([True, False, True])], ids=str)
+@pytest.mark.parametrize("settles", [False, True])
+def test_coins_are_the_uniforms_that_they_stand_for(settles, by_position):
+    for uniforms, coins in zip(*both_ways(settles=settles, by_position=by_position), strict=True):
+        assert isinstance(coins, Coins)
+        assert (coins.shape, coins.dtype, coins.dim()) == (uniforms.shape, uniforms.dtype, uniforms.dim())
+        assert torch.equal(drawn(coins), uniforms)
+
+
+def test_coins_are_taken_apart_and_joined_as_uniforms_are():
+    (_, uniforms), (_, coins) = both_ways(settles=True)
+    for index in ((slice(None), slice(1, 3)), (slice(1, 2), slice(None)), (slice(None), [0, -1])):
+        assert torch.equal(drawn(coins[index]), uniforms[index])
+    parts = [(each[:, :2], each[:, -2:]) for each in (uniforms, coins)]
+    assert torch.equal(*(drawn(beside(*each)) for each in parts))
+    is_first_B = torch.tensor([False, True, False])
+    assert torch.equal(*(drawn(either(is_first_B, *each)) for each in parts))

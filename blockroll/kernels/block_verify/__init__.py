@@ -14,6 +14,8 @@ from torch import Tensor
 
 from blockroll.errors import InvalidInput
 from blockroll.kernels.block_verify import reference
+from blockroll.kernels.choice import is_triton
+from blockroll.kernels.philox import Uniforms, drawn
 from blockroll.kernels.rows import Logits, as_rows
 from blockroll.kernels.rows.checks import check_columns, check_rows
 from blockroll.types import Draft, PointMass, Rows, Verdict
@@ -23,7 +25,7 @@ __all__ = ["chosen_logprobs", "join_verdicts", "settle_first", "verify_block"]
 join_verdicts = reference.join_verdicts
 
 
-def verify_block(draft: Draft, target: Rows | Tensor, uniforms_BL: Tensor) -> Verdict:
+def verify_block(draft: Draft, target: Rows | Tensor, uniforms_BL: Uniforms) -> Verdict:
     """Accept the longest draft prefix the target allows, then take one token from the target.
 
     Law: if each draft token was drawn from its row of `draft.law`, no draft depends on the uniforms, and
@@ -34,15 +36,20 @@ def verify_block(draft: Draft, target: Rows | Tensor, uniforms_BL: Tensor) -> Ve
     of draft i, and the last one draws the token behind those accepted, from the residual after a rejection.
     Source of the second rule: Leviathan et al. 2023, appendix A.1; Chen et al. 2023, theorem 1.
     `target` (B, L, V) may be probabilities: rows that sum to one, float64. K may be zero, and a request may
-    have fewer drafts than K. Uniforms are float64. InvalidInput where shapes or types do not belong together.
+    have fewer drafts than K. Uniforms are float64, or the coins that they are made from. InvalidInput where
+    shapes or types do not belong together.
     """
     size, num_drafts, vocab_size = _checked_sizes(draft, target)
     check_rows("the target", target, (size, num_drafts + 1, vocab_size))
     check_columns("uniforms_BL", uniforms_BL, (size, num_drafts + 1), torch.float64)
-    return reference.verify(draft, as_rows(target), uniforms_BL)
+    if is_triton():
+        from blockroll.kernels.block_verify import fused
+
+        return fused.verify(draft, target, uniforms_BL)
+    return reference.verify(draft, as_rows(target), drawn(uniforms_BL))
 
 
-def settle_first(draft: Draft, target: Rows | Tensor, uniforms_B2: Tensor) -> Verdict:
+def settle_first(draft: Draft, target: Rows | Tensor, uniforms_B2: Uniforms) -> Verdict:
     """The first position alone, whatever becomes of the others: its draft if accepted, else what replaces it.
 
     Of `target` the first row counts. `uniforms_B2` are its accept coin and the coin of the token that
@@ -60,7 +67,11 @@ def settle_first(draft: Draft, target: Rows | Tensor, uniforms_B2: Tensor) -> Ve
         )
     check_rows("the target", target, (size, num_rows, vocab_size))
     check_columns("uniforms_B2", uniforms_B2, (size, 2), torch.float64)
-    return reference.settle(draft, as_rows(target), uniforms_B2)
+    if is_triton():
+        from blockroll.kernels.block_verify import fused
+
+        return fused.settle(draft, target, uniforms_B2)
+    return reference.settle(draft, as_rows(target), drawn(uniforms_B2))
 
 
 def chosen_logprobs(
@@ -81,6 +92,10 @@ def chosen_logprobs(
             f"for tokens {(size, width)}: give parts that are as wide together, and one temperature for each "
             "request"
         )
+    if is_triton():
+        from blockroll.kernels.block_verify import fused
+
+        return fused.chosen_logprobs(parts, is_chosen_BL, token_ids_BL, temperature_B)
     return reference.chosen_logprobs(parts, is_chosen_BL, token_ids_BL, temperature_B)
 
 

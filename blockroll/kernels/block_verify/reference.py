@@ -228,6 +228,9 @@ def join_verdicts(first: Verdict, rest: Verdict) -> Verdict:
         num_committed_B=first.num_committed_B + rest.num_committed_B,
         is_draft_BL=torch.cat([first.is_draft_BL, rest.is_draft_BL], dim=1),
         behavior_logprobs_BL=torch.cat([first.behavior_logprobs_BL, rest.behavior_logprobs_BL], dim=1),
+        faults_BL=None
+        if first.faults_BL is None or rest.faults_BL is None
+        else torch.cat([first.faults_BL, rest.faults_BL], dim=1),
     )
 
 

@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 from blockroll.errors import InvalidInput
+from blockroll.kernels.choice import is_triton
 from blockroll.kernels.draft_draw import reference
+from blockroll.kernels.philox import Uniforms, drawn
 from blockroll.kernels.rows import Cut, Edits, LogitRows
 from blockroll.kernels.rows.checks import check_columns, check_rows
 from blockroll.types import Draft
@@ -20,7 +22,7 @@ draft_probs = reference.draft_probs
 def draw_draft(
     logits_BKV: Tensor,
     temperature_B: Tensor,
-    uniforms_BK: Tensor,
+    uniforms_BK: Uniforms,
     num_drafts_B: Tensor | None = None,
     *,
     cut: Cut | None = None,
@@ -52,4 +54,8 @@ def draw_draft(
     check_columns("num_drafts_B", num_drafts_B, (size,), torch.int64)
     if isinstance(certain, Tensor):
         check_columns("certain", certain, (size,), torch.bool)
-    return reference.draw(rows, uniforms_BK, num_drafts_B, certain)
+    if is_triton():
+        from blockroll.kernels.draft_draw import fused
+
+        return fused.drawn(rows, uniforms_BK, num_drafts_B, certain)
+    return reference.draw(rows, drawn(uniforms_BK), num_drafts_B, certain)

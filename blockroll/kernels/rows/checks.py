@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from blockroll.errors import InvalidInput
+from blockroll.kernels.philox import Uniforms
 from blockroll.kernels.rows.edits import Edits, Mix
 from blockroll.kernels.rows.logit_rows import LogitRows
 from blockroll.kernels.rows.packed import PackedRows
@@ -16,7 +17,7 @@ from blockroll.types import Rows
 _LOGITS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def check_columns(name: str, given: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+def check_columns(name: str, given: Uniforms, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     """Raise InvalidInput unless this is a tensor of such a shape and type."""
     if given.dtype != dtype or given.shape != shape:
         raise InvalidInput(f"{name} is {_form(given)}: give {_name(dtype)} {shape}")
@@ -75,7 +76,7 @@ def _check_mix(name: str, mix: Mix, shape: tuple[int, int, int]) -> None:
         )
 
 
-def _form(given: Tensor) -> str:
+def _form(given: Uniforms) -> str:
     return f"{_name(given.dtype)} {tuple(given.shape)}"
 
 

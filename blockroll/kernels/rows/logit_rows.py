@@ -20,6 +20,7 @@ from torch import Tensor
 from blockroll.kernels import transfer
 from blockroll.kernels.rows.compiled import At, Looked, RowTable, rows_library
 from blockroll.kernels.rows.edits import Edits, Mix
+from blockroll.kernels.rows.tiles import Tiled
 from blockroll.kernels.rows.truncation import Cut, truncate, truncated
 from blockroll.kernels.rows.weights import Drawn, Weights, inverse_cdf
 from blockroll.types import Rows
@@ -144,14 +145,16 @@ class LogitRows(Weighed):
     mix: Mix | None = None  # or mixes,
     edits: Edits | None = None  # or has any logit of its own
     known: Known | None = None
+    tiled: Tiled | None = None  # what kernels have read of them
 
     @property
     def shape(self) -> torch.Size:
         return self.logits_BLV.shape
 
     def probs_of(self, token_ids_BN: Tensor) -> Tensor:
-        if self.known is not None and _is_same(self.known.token_ids_BL, token_ids_BN):
-            return self.known.probs_BL
+        known_BN = self.known_of(token_ids_BN)
+        if known_BN is not None:
+            return known_BN
         table = self.table()
         if table is not None:
             size, width = token_ids_BN.shape
@@ -162,6 +165,11 @@ class LogitRows(Weighed):
             ids_BN = token_ids_BN[place]
             probs_BN[place] = weights.probs_of(ids_BN.reshape(-1, 1)).view(ids_BN.shape)
         return probs_BN
+
+    def known_of(self, token_ids_BN: Tensor) -> Tensor | None:
+        """Probabilities of the very tokens that were drawn from these rows; None: these are others."""
+        is_known = self.known is not None and _is_same(self.known.token_ids_BL, token_ids_BN)
+        return self.known.probs_BL if self.known is not None and is_known else None
 
     def logprobs_of(self, token_ids_BN: Tensor) -> Tensor:
         """Their logarithms, also where a probability is too small for float64; no temperature is 0.
@@ -213,7 +221,10 @@ class LogitRows(Weighed):
         mix = None if self.mix is None else self.mix.behind_first()
         edits = None if self.edits is None else self.edits.of(slice(None), slice(1, None))
         known = None if self.known is None else Known(*(each_BL[:, 1:] for each_BL in self.known))
-        return replace(self, logits_BLV=self.logits_BLV[:, 1:], mix=mix, edits=edits, known=known)
+        tiled = None if self.tiled is None else self.tiled.of(slice(1, None))
+        return replace(
+            self, logits_BLV=self.logits_BLV[:, 1:], mix=mix, edits=edits, known=known, tiled=tiled
+        )
 
     def dense(self) -> Tensor:
         table = self.table()
@@ -246,7 +257,7 @@ class LogitRows(Weighed):
 
     def as_they_are(self) -> Self:
         """The law of rows that are mixed and edited already."""
-        return replace(self, mix=None, edits=None)
+        return replace(self, mix=None, edits=None, tiled=None)
 
     def drawn(self, uniforms_BL: Tensor) -> tuple[Tensor, Self]:
         """A token of each row, by inverse CDF, and these rows, which know then how likely that was."""

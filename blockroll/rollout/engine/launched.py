@@ -29,6 +29,7 @@ class Verified:
     logits: tuple[Logits, ...]  # float32, causal; the rows of one forward, or of two
     targets: tuple[Rows, ...]  # of the same rows
     bad_targets_B: Tensor | None
+    bad_anchors_B: Tensor | None = None  # the first target rows, where the forward that drafts has these
     is_empty_BL: Tensor | None  # rows that nothing may follow
     leftover: object  # what the drafter left in the forward that verified
     parts: tuple[tuple[Draft, Verdict], ...]  # the verifications it came from, in order

@@ -19,7 +19,9 @@ import torch
 from torch import Tensor
 
 from blockroll.kernels.block_verify import join_verdicts, settle_first, verify_block
-from blockroll.kernels.rows import without_non_finite
+from blockroll.kernels.choice import is_triton
+from blockroll.kernels.philox import Uniforms, beside, drawn, either
+from blockroll.kernels.rows import Logits, without_non_finite
 from blockroll.policies.base import Policy
 from blockroll.rollout.engine.cache.contract import Cache
 from blockroll.rollout.engine.drafted import (
@@ -35,8 +37,8 @@ from blockroll.rollout.engine.outcome import EMPTY, Flags, Unread
 from blockroll.rollout.engine.ragged import packing_of
 from blockroll.rollout.engine.running import RunningRequest
 from blockroll.rollout.engine.trace import EngineTimes, ForwardRows
-from blockroll.samplers import Laws, step_uniforms
-from blockroll.types import POINT_MASS, Draft, Plan, PlanKind
+from blockroll.samplers import Laws, step_coins, step_uniforms
+from blockroll.types import POINT_MASS, Draft, Plan, PlanKind, RowFault
 
 
 class Decoder:
@@ -110,7 +112,7 @@ class Decoder:
                 drafted = fitted(given, vocab_size=vocab_size)
         clock = self._charge("forward_s", clock)
         by_position = drafted.is_certain if isinstance(drafted, Draft) else laws.certain_draft
-        draft_uniforms_BK, verify_uniforms = step_uniforms(
+        draft_uniforms_BK, verify_uniforms = (step_coins if is_triton() else step_uniforms)(
             begin.seeds_B,
             begin.positions_B,
             begin.attempts_B,
@@ -132,7 +134,7 @@ class Decoder:
         clock = self._clock()
         policy_logprobs_BL = laws.policy_logprobs(verified.logits, verified.verdict)
         flags = Flags(
-            drafts_B=bad_drafts_B,
+            drafts_B=_or(bad_drafts_B, verified.bad_anchors_B),
             targets_B=verified.bad_targets_B,
             is_empty_BL=verified.is_empty_BL,
             is_invalid_B=is_invalid_B,
@@ -149,8 +151,8 @@ class Decoder:
                 draft=draft,
                 verified=verified,
                 policy_logprobs_BL=policy_logprobs_BL,
-                draft_uniforms_BK=draft_uniforms_BK,
-                verify_uniforms=verify_uniforms,
+                draft_uniforms_BK=drawn(draft_uniforms_BK),
+                verify_uniforms=drawn(verify_uniforms),
                 attempts_B=begin.attempts_B,
                 origins=[NO_ORIGIN] * len(batch) if isinstance(drafted, Draft) else drafted.origins,
             )
@@ -188,7 +190,7 @@ class Decoder:
         draft_logits_BKV: Tensor | None,
         draft: Draft,
         laws: Laws,
-        uniforms_BL: Tensor,
+        uniforms_BL: Uniforms,
     ) -> Verified:
         """The anchor and all drafts in one forward, in which the drafter may draft as well."""
         clock = self._clock()
@@ -213,7 +215,7 @@ class Decoder:
         else:
             logits_BLV = self._policy.verify_logits(ids_BL, window)
         clock = self._charge("forward_s", clock)
-        logits_BLV, bad_targets_B = without_non_finite(logits_BLV)
+        logits_BLV, bad_targets_B = _fit(logits_BLV, laws)
         behind_BN = torch.cat([between_BN, draft.token_ids_BK], dim=1)
         targets = laws.target_rows(logits_BLV, behind_BN, draft_logits_BKV, draft.num_drafts_B)
         verdict = verify_block(draft, targets.law, uniforms_BL)
@@ -222,8 +224,8 @@ class Decoder:
             verdict=verdict,
             logits=(logits_BLV,),
             targets=(targets.law,),
-            bad_targets_B=bad_targets_B,
-            is_empty_BL=targets.is_empty_BL,
+            bad_targets_B=_or(bad_targets_B, _not_finite(verdict.faults_BL)),
+            is_empty_BL=_or(targets.is_empty_BL, _empty(verdict.faults_BL)),
             leftover=leftover,
             parts=((draft, verdict),),
             forward_rows=ForwardRows(
@@ -232,7 +234,7 @@ class Decoder:
         )
 
     def _settle_and_verify(
-        self, step: DraftStep, draft_logits: Tensor, draft: Draft, laws: Laws, uniforms: Tensor
+        self, step: DraftStep, draft_logits: Tensor, draft: Draft, laws: Laws, uniforms: Uniforms
     ) -> Verified:
         """The first position from the draft forward's own anchor row, the others behind what stands there.
 
@@ -255,16 +257,19 @@ class Decoder:
         window = step.window(num_drafts, num_pending=1)
         logits_BKV = self._policy.verify_logits(ids_BK, window)
         clock = self._charge("forward_s", clock)
-        finite_BKV, bad_targets_B = without_non_finite(logits_BKV)
+        finite_BKV, bad_targets_B = _fit(logits_BKV, laws)
         others = laws.target_rows(finite_BKV, ids_BK, draft_logits_BKV[:, 1:], rest.num_drafts_B)
         verified = verify_block(rest, others.law, uniforms[:, 1 : num_drafts + 1])
         self._charge("sampler_s", clock)
+        verdict = join_verdicts(settled, verified)
+        is_empty_BL = _joined(first.is_empty_BL, others.is_empty_BL, num_drafts)
         return Verified(
-            verdict=join_verdicts(settled, verified),
+            verdict=verdict,
             logits=(anchor_logits_B1V, finite_BKV),
             targets=(first.law, others.law),
-            bad_targets_B=bad_targets_B,
-            is_empty_BL=_joined(first.is_empty_BL, others.is_empty_BL, num_drafts),
+            bad_targets_B=_or(bad_targets_B, _not_finite(verified.faults_BL)),
+            bad_anchors_B=_not_finite(settled.faults_BL),
+            is_empty_BL=_or(is_empty_BL, _empty(verdict.faults_BL)),
             leftover=None,
             parts=((draft, settled), (rest, verified)),
             forward_rows=ForwardRows(size, num_drafts, size * num_drafts),
@@ -278,15 +283,15 @@ class Decoder:
         return Draft(token_ids_BK=no_tokens_B0, law=POINT_MASS, num_drafts_B=no_tokens_B0.sum(dim=1))
 
     def _drawn(
-        self, drafted: DraftRows | Draft, laws: Laws, uniforms_BK: Tensor, *, settles: bool
+        self, drafted: DraftRows | Draft, laws: Laws, uniforms_BK: Uniforms, *, settles: bool
     ) -> tuple[Draft, Tensor | None, Tensor | None]:
         """Drafts, the rows they were drawn from if they come from rows, and which requests' rows were bad."""
         if isinstance(drafted, Draft):
             return drafted, None, None
-        rows, bad_B = without_non_finite(drafted.logits)
+        rows, bad_B = _fit(drafted.logits, laws)
         assert isinstance(rows, Tensor), "draft rows are no packed ones"
         draft = laws.draw(rows[:, 1:] if settles else rows, uniforms_BK, drafted.num_drafts_B)
-        return draft, rows, bad_B
+        return draft, rows, _or(bad_B, _not_finite(draft.faults_BK))
 
     def _charge(self, part: str, since: float) -> float:
         now = self._clock()
@@ -295,8 +300,8 @@ class Decoder:
 
 
 def _of_width(
-    num_drafts: int, draft_BK: Tensor, verify: Tensor, *, by_position: Tensor | bool
-) -> tuple[Tensor, Tensor]:
+    num_drafts: int, draft_BK: Uniforms, verify: Uniforms, *, by_position: Tensor | bool
+) -> tuple[Uniforms, Uniforms]:
     """The uniforms of a step with so many drafts, of those that its plan may have.
 
     The first ones; but the one that draws the token behind the drafts stays where no position says which.
@@ -304,10 +309,35 @@ def _of_width(
     if num_drafts == draft_BK.shape[1]:
         return draft_BK, verify
     first, last = verify[:, : num_drafts + 1], verify[:, draft_BK.shape[1] :]
-    with_last = torch.cat([verify[:, :num_drafts], last], dim=1)
+    with_last = beside(verify[:, :num_drafts], last)
     if isinstance(by_position, Tensor):
-        return draft_BK[:, :num_drafts], torch.where(by_position[:, None], first, with_last)
+        return draft_BK[:, :num_drafts], either(by_position, first, with_last)
     return draft_BK[:, :num_drafts], first if by_position else with_last
+
+
+def _fit(logits_BLV: Logits, laws: Laws) -> tuple[Logits, Tensor | None]:
+    """Logits fit for the sampler, and which requests held NaN or infinity; None: none, or it is told later.
+
+    Kernels tell it of the rows that they read.
+    """
+    if is_triton() and not laws.edits_rows:
+        return logits_BLV, None
+    return without_non_finite(logits_BLV)
+
+
+def _not_finite(faults_BL: Tensor | None) -> Tensor | None:
+    return None if faults_BL is None else (faults_BL == RowFault.NOT_FINITE).any(dim=1)
+
+
+def _empty(faults_BL: Tensor | None) -> Tensor | None:
+    return None if faults_BL is None else faults_BL == RowFault.EMPTY
+
+
+def _or(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+    """Flags of both; None stands for no flag."""
+    if one is None or other is None:
+        return other if one is None else one
+    return one | other
 
 
 def _joined(first_B1: Tensor | None, others_BK: Tensor | None, num_others: int) -> Tensor | None:
