@@ -17,19 +17,18 @@ def _triton():
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _patched_once(_triton):
+def _patched_once():
     """What kernels call finds Triton's language patched already.
 
     The interpreter patches it once more at every call, on top of what is there: the longer a kernel runs, the
     longer each of its operations takes. Only the module that Triton's own functions see is left to patch.
     """
-    import triton.language as tl
-    from triton.runtime import interpreter
-
+    interpreter = pytest.importorskip("triton.runtime.interpreter")
+    core = pytest.importorskip("triton.language").core
     patched = set()
 
     def call(function, *args, **kwargs):
-        seen = {id(each) for each in function.fn.__globals__.values() if each is tl.core}
+        seen = {id(each) for each in function.fn.__globals__.values() if each is core}
         if not seen <= patched:
             interpreter._patch_lang(function.fn)
             patched.update(seen)
