@@ -189,6 +189,7 @@ def test_rows_behind_the_first_are_verified_as_rows_of_their_own(kind):
     assert_same(*(verify_block(each, target.behind_first(), behind) for each in (draft, anew)))
 
 
+@pytest.mark.failure(54)
 @pytest.mark.parametrize("vocab_size", SIZES)
 def test_a_request_alone_has_the_bits_that_it_has_in_a_batch(vocab_size):
     """By both rules, cut and not, and in another place of the batch."""

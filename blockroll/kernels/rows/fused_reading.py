@@ -78,6 +78,13 @@ def probs_of(y_NW, ids_NW, is_on_NW, top_N, factor_N, edge_N, last_N, scale_N, i
 
 
 @triton.jit
+def u52_of(high, low):
+    """A float64 in the open interval (0, 1) from two 32-bit words: 52 bits and a half, exact."""
+    word = (high.to(tl.int64) << 20) | (low.to(tl.int64) >> 12)
+    return (word.to(tl.float64) + 0.5) * 2.220446049250313e-16  # 2 ** -52
+
+
+@triton.jit
 def uniform_of(UNIFORMS, SEEDS, WORDS, request, column, num_columns, plane, is_given, is_on):
     """A uniform of each request: as it was given, or the `u52` of its counter words."""
     at = request * num_columns + column
@@ -89,6 +96,5 @@ def uniform_of(UNIFORMS, SEEDS, WORDS, request, column, num_columns, plane, is_g
         c2 = tl.load(WORDS + plane + at, mask=is_on, other=0).to(tl.int32)
         c3 = tl.load(WORDS + 2 * plane + at, mask=is_on, other=0).to(tl.int32)
         high, low, _, _ = tl.philox(seed, tl.zeros_like(c1), c1, c2, c3)
-        word = (high.to(tl.int64) << 20) | (low.to(tl.int64) >> 12)
-        u = (word.to(tl.float64) + 0.5) * 2.220446049250313e-16
+        u = u52_of(high, low)
     return u
