@@ -141,3 +141,9 @@ def test_auto_says_why_it_does_without_kernels(monkeypatch):
     assert "heads of width 8" in engine.kernels.reason
     in_slots = Engine(adapted_policy(head_dim=HEAD_DIM), plan=Plan(0), kernels="auto", cache="slots")
     assert str(in_slots.kernels) == "triton (a GPU; attention by torch, because the cache is in slots)"
+
+
+def test_a_vocabulary_that_no_kernel_serves_is_refused_before_anything_runs(adapted, monkeypatch):
+    monkeypatch.setattr(layouts, "LARGEST_VOCABULARY", 10)
+    with pytest.raises(InvalidInput, match="the vocabulary has 24 tokens; Triton's kernels serve 10 at most"):
+        Engine(adapted, plan=Plan(0), kernels="triton")

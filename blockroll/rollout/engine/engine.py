@@ -90,7 +90,7 @@ class BareEngine:
         self.policy = policy
         self.plan = plans[0]  # of the latest step
         self.policy_version = policy_version
-        self.kernels = kernels_of(kernels, policy.device, cache, policy.kv_shape, page_size)
+        self.kernels = kernels_of(kernels, policy, cache, page_size)
         sizes = {"page_size": page_size, "max_rows": max_cache_rows}
         self._cache = make_cache(policy, cache, self.kernels.form, **sizes)
         self._room = CacheRoom(

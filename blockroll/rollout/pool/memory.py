@@ -85,8 +85,7 @@ class CachePlan:
             _check_weights(footprint, memory, device, num_engines)
         to_come = footprint.loaded if device is not None else footprint.packed - policy.packed.num_bytes
         max_length = config.max_length or policy.max_length
-        pages = footprint.kv_shape, config.page_size
-        form = kernels_of(config.kernels, place, config.cache, *pages).form
+        form = kernels_of(config.kernels, policy, config.cache, config.page_size, place).form
         has_pages = layout_of(place, config.cache, form) == "pages"
         shapes = set()
         if not policy.state_shape and repeats(config.graphs, place, has_pages=has_pages):

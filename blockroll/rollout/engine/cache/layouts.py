@@ -7,7 +7,8 @@ import torch
 from blockroll.errors import InvalidInput
 from blockroll.kernels.choice import Chosen, Form, Kernels, choose
 from blockroll.kernels.pages import unserved
-from blockroll.policies.base import KVShape, Policy
+from blockroll.kernels.rows.tiles import LARGEST_VOCABULARY
+from blockroll.policies.base import Policy
 from blockroll.rollout.engine.cache.contract import Cache
 from blockroll.rollout.engine.cache.pages import PagedCache
 from blockroll.rollout.engine.cache.recurrent import RecurrentCache
@@ -27,19 +28,25 @@ def layout_of(device: torch.device, layout: Layout, form: Form) -> Layout:
 
 
 def kernels_of(
-    kernels: Kernels, device: torch.device, layout: Layout, kv_shape: KVShape, page_size: int
+    kernels: Kernels, policy: Policy, layout: Layout, page_size: int, device: torch.device | None = None
 ) -> Chosen:
-    """What runs on a device over such a cache; InvalidInput where `triton` has no pages that it serves."""
+    """What runs for a policy over such a cache, on its device or another; InvalidInput where `triton` has no
+    pages, or none that it serves."""
+    device = device or policy.device
     chosen = choose(kernels, device)
     if chosen.form == "reference":
         return chosen
-    if layout_of(device, layout, chosen.form) == "pages":
-        problem = unserved(kv_shape.width, page_size, kv_shape.dtype)
-        if problem is None:
-            return chosen
+    has_pages = layout_of(device, layout, chosen.form) == "pages"
+    shape = policy.kv_shape
+    problem = unserved(shape.width, page_size, shape.dtype) if has_pages else None
+    if policy.vocab_size > LARGEST_VOCABULARY:
+        problem = f"the vocabulary has {policy.vocab_size} tokens; Triton's kernels serve {LARGEST_VOCABULARY} at most"
+    if problem is not None:
         if kernels == "triton":
             raise InvalidInput(f"kernels is 'triton', and {problem}; use 'auto' to do without them")
         return Chosen("reference", problem)
+    if has_pages:
+        return chosen
     if kernels == "triton":
         raise InvalidInput("kernels is 'triton', which reads keys in pages; set cache to 'pages' or 'auto'")
     return Chosen(chosen.form, f"{chosen.reason}; attention by torch, because the cache is in slots")
