@@ -40,7 +40,8 @@ def kernels_of(
     shape = policy.kv_shape
     problem = unserved(shape.width, page_size, shape.dtype) if has_pages else None
     if policy.vocab_size > LARGEST_VOCABULARY:
-        problem = f"the vocabulary has {policy.vocab_size} tokens; Triton's kernels serve {LARGEST_VOCABULARY} at most"
+        most = LARGEST_VOCABULARY
+        problem = f"the vocabulary has {policy.vocab_size} tokens; Triton's kernels serve {most} at most"
     if problem is not None:
         if kernels == "triton":
             raise InvalidInput(f"kernels is 'triton', and {problem}; use 'auto' to do without them")
