@@ -60,6 +60,7 @@ def test_texts_of_a_random_policy(adapted, plan, law):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:plan fused.* layout this policy was not trained for:UserWarning")
 @pytest.mark.parametrize(
     ("plan", "law"),
     [*((plan, TARGET) for plan in PLANS), *((plan, MIXED) for plan in ("two_forward", "fused"))],

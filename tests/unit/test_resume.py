@@ -241,9 +241,9 @@ def test_a_folder_that_appears_while_a_run_gets_ready_is_not_taken_over(tmp_path
     config = config_for(tmp_path, policy_path)
     init = Learner.__init__
 
-    def meanwhile(self, *arguments):
+    def meanwhile(self, *arguments, **options):
         config.run_dir.mkdir()
-        init(self, *arguments)
+        init(self, *arguments, **options)
 
     monkeypatch.setattr(Learner, "__init__", meanwhile)
     with pytest.raises(RunExists, match="another process"):
