@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from blockroll.config import cache_dir
+from blockroll.kernels.choice import Form
 from blockroll.policies.base import Policy
 from blockroll.rollout.engine import engine
 from blockroll.rollout.engine.cache.contract import Cache
@@ -68,9 +69,9 @@ def layout(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
     return str(request.param)
 
 
-def in_small_pages(policy: Policy, layout: Layout, *, page_size: int, max_rows: int) -> Cache:
+def in_small_pages(policy: Policy, layout: Layout, form: Form, *, page_size: int, max_rows: int) -> Cache:
     assert (layout, page_size) == ("auto", PAGE_SIZE), "the test says itself how its cache lies"
-    return make_cache(policy, "pages", page_size=4, max_rows=max_rows)
+    return make_cache(policy, "pages", form, page_size=4, max_rows=max_rows)
 
 
 @pytest.fixture(scope="session")

@@ -186,6 +186,7 @@ class Stubborn:
         self.replica_id, self.limits, self.update = replica.replica_id, replica.limits, replica.update
         self.submit, self.poll, self.health = replica.submit, replica.poll, replica.health
         self.close, self.expect = replica.close, replica.expect
+        self.kernels = replica.kernels
 
     def abort(self, request_ids):
         raise OSError("the abort went wrong")
