@@ -15,6 +15,9 @@ PAGE = Path(__file__).parents[2] / "docs" / "correctness-kit.md"
 VERSION = Version(transformers.__version__)
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def short_run(tmp_path_factory):
     """Its rows by check, and what it printed."""
@@ -33,7 +36,6 @@ def short_run(tmp_path_factory):
     return {row["check"]: row for row in rows}, done.stdout
 
 
-@pytest.mark.slow
 def test_the_verify_step_of_transformers_is_exact_and_its_float32_within_1e_5(short_run):
     rows, _ = short_run
     own = [row for check, row in rows.items() if check.startswith("_speculative_sampling")]

@@ -15,6 +15,7 @@ from blockroll.types import Plan, Request, Sampling
 from tests.engines import make_requests
 from tests.equality import assert_same_rollouts
 from tests.models import EOS_ID, FAMILIES, adapted_policy
+from tests.params import slow_beyond
 
 PLANS = pytest.mark.parametrize(
     "plan", [Plan(0), Plan(4), Plan(4, (0, 2, 4))], ids=["plain", "two_forward", "fused"]
@@ -139,7 +140,7 @@ def test_a_long_text_among_held_ones_is_computed_alone(policy, forwards):
 
 
 @PLANS
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", slow_beyond(3, FAMILIES))
 def test_whatever_comes_and_goes_held_rows_equal_a_cold_prefill(family, plan):
     come_and_go(family, plan)
 

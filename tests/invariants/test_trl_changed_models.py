@@ -14,6 +14,7 @@ from blockroll.rl_loops.trl import weights
 from blockroll.rollout.pool.pool import RolloutPool
 from blockroll.types import Sampling
 from tests.invariants.test_trl_peft import gap, lora, small_model, small_trainer
+from tests.params import slow_beyond
 from tests.trl_trainers import BEST_OF_EVERY_STEP, ROWS
 
 pytestmark = pytest.mark.filterwarnings(
@@ -67,7 +68,7 @@ def merged_for_good(made):
     made.model = made.model_wrapped = made.model.merge_and_unload().requires_grad_(True)
 
 
-@pytest.mark.parametrize("change", [second_adapter, adapter_deleted, scaled, merged_for_good])
+@pytest.mark.parametrize("change", slow_beyond(2, [second_adapter, scaled, adapter_deleted, merged_for_good]))
 def test_adapters_that_are_exchanged_between_trainings_are_generated_with(tmp_path, change):
     made = trained(tmp_path, peft_config=lora())
     version = made.rollouts.version
@@ -138,7 +139,7 @@ def other_setting(made):
 
 
 @pytest.mark.parametrize("change", [other_forward, other_setting])
-@pytest.mark.parametrize("run", ["train", "evaluate"])
+@pytest.mark.parametrize("run", slow_beyond(1, ["train", "evaluate"]))
 def test_another_forward_is_an_error_where_the_next_run_begins(tmp_path, change, run):
     made = trained(tmp_path, eval_dataset=ROWS.select(range(4)), options={"per_device_eval_batch_size": 4})
     change(made)

@@ -10,6 +10,7 @@ from peft import LoraConfig
 from blockroll.config import RolloutConfig
 from blockroll.rl_loops.trl import trainers
 from blockroll.rl_loops.trl.metrics import PADDING
+from tests.params import slow_beyond
 from tests.trl_trainers import ROWS, even_share, logs, trainer
 
 pytestmark = pytest.mark.filterwarnings(
@@ -207,7 +208,7 @@ NOISES = {
 }
 
 
-@pytest.mark.parametrize("noise", NOISES)
+@pytest.mark.parametrize("noise", slow_beyond(1, NOISES))
 def test_a_forward_that_draws_random_numbers_accuses_no_sampler(tmp_path, caplog, noise):
     options, arguments = NOISES[noise]
     made = trainer(

@@ -23,6 +23,7 @@ from blockroll.rl_loops.trl.weights import full_weights
 from blockroll.rollout.engine.cache.slots import SlotCache
 from blockroll.rollout.pool.pool import RolloutPool
 from tests.models import FAMILIES, SHAPE
+from tests.params import slow_beyond
 from tests.trl_trainers import even_share, logs, trainer
 
 pytestmark = [
@@ -142,7 +143,7 @@ SETUPS = {
 }
 
 
-@pytest.mark.parametrize("name", SETUPS)
+@pytest.mark.parametrize("name", slow_beyond(7, SETUPS))
 def test_the_generating_model_equals_the_trained_one(tmp_path, name):
     config, family, tied = SETUPS[name]
     made = small_trainer(tmp_path, small_model(family, tied=tied), peft_config=config)

@@ -13,6 +13,7 @@ from blockroll.types import Plan, Rollout, RolloutStats
 from tests.law.engine_law import Interruption, engine_law
 from tests.law.integrate import max_difference, target_law
 from tests.law.toys import TOYS
+from tests.params import slow_beyond
 
 LENGTH = 3
 # Every forward of a step: a prefill at first, then those that draft, verify and propose.
@@ -28,7 +29,7 @@ ABORTS = [(plan, *moment) for plan, moments in MOMENTS.items() for moment in mom
 
 
 @pytest.mark.parametrize(("plan", "step", "broken"), ABORTS, ids=lambda value: getattr(value, "name", value))
-@pytest.mark.parametrize("name", ["stochastic", "hot"])
+@pytest.mark.parametrize("name", slow_beyond(1, ["stochastic", "hot"]))
 def test_the_law_of_an_aborted_text_that_goes_on_is_the_policy_s(plan, step, broken, name):
     moment = Interruption(step=step, broken_forward=broken)
     law, _ = engine_law(TOYS[name], plan, length=LENGTH, interruption=moment)

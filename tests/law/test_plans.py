@@ -17,6 +17,7 @@ from blockroll.types import Law, Plan, Sampling
 from tests.law.engine_law import engine_law
 from tests.law.integrate import max_difference, target_law
 from tests.law.toys import TOYS
+from tests.params import slow_beyond
 
 PLANS = [
     Plan(0),
@@ -35,7 +36,7 @@ SWITCHES = [
     (Plan(2, (0, 2)), Plan(1, (0, 1)), Plan(0)),
     (Plan(2), Plan(2, (0,)), Plan(2, (0, 2))),
 ]
-WEIGHTS = [0.0, 0.25, 0.5]
+WEIGHTS = [0.5, 0.0, 0.25]
 LENGTH = 3
 POSITIVE = ["stochastic", "argmax_draft", "hot", "cold"]  # an engine takes -inf logits for a failed forward
 
@@ -50,7 +51,7 @@ def test_committed_tokens_follow_the_target_law_under_every_plan(plan, name):
 
 
 @pytest.mark.parametrize("plan", DRAFTING, ids=lambda plan: plan.name)
-@pytest.mark.parametrize("weight", WEIGHTS)
+@pytest.mark.parametrize("weight", slow_beyond(1, WEIGHTS))
 @pytest.mark.parametrize("name", POSITIVE)
 def test_the_product_of_pi_over_mu_corrects_the_mixed_law(plan, weight, name):
     """Over the joint law of text and block path; without the correction the law is visibly another."""

@@ -21,6 +21,7 @@ from blockroll.types import Plan
 from tests.law.engine_law import PROMPT, Processing, engine_law, processed_law
 from tests.law.integrate import Toy, max_difference, target_law
 from tests.law.toys import TOYS
+from tests.params import slow_beyond
 
 PLANS = [Plan(0), Plan(2), Plan(2, (0,)), Plan(2, (0, 2)), Plan(2, (0, 1, 2))]
 # Under every processing the plan of most paths is left to the slow tests; one of fewer levels is not.
@@ -132,14 +133,14 @@ def large(request, monkeypatch):
 
 
 @pytest.mark.parametrize("plan", [PLANS[1], PLANS[3]], ids=lambda plan: plan.name)
-@pytest.mark.parametrize("name", ["top_k", "top_p", "min_p", "top_k_then_top_p", "all"])
+@pytest.mark.parametrize("name", slow_beyond(2, ["top_p", "min_p", "all", "top_k", "top_k_then_top_p"]))
 def test_rows_of_a_large_vocabulary_have_the_same_law(large, plan, name):
     law, _ = engine_law(TOYS["hot"], plan, length=2, processing=PROCESSINGS[name])
     assert max_difference(law, processed_law(TOYS["hot"], PROCESSINGS[name], 2)) < large
 
 
 @pytest.mark.parametrize("plan", [PLANS[1], PLANS[3]], ids=lambda plan: plan.name)
-@pytest.mark.parametrize("name", ["nothing", "repetition"])
+@pytest.mark.parametrize("name", slow_beyond(1, ["repetition", "nothing"]))
 def test_mixed_rows_of_a_large_vocabulary_are_corrected_by_pi_over_mu(large, plan, name):
     toy, processing = TOYS["hot"], PROCESSINGS.get(name, Processing())
     law, corrected = engine_law(toy, plan, length=2, weight=0.5, processing=processing)
@@ -172,7 +173,7 @@ class _Undrafted:
 
 @pytest.mark.parametrize("plan", EACH_PLAN[1:], ids=lambda plan: plan.name)
 @pytest.mark.parametrize("name", ["repetition", "presence_and_frequency", "bias"])
-@pytest.mark.parametrize("weight", [1.0, 0.5])
+@pytest.mark.parametrize("weight", slow_beyond(1, [0.5, 1.0]))
 def test_pi_over_mu_corrects_what_keeps_every_token(plan, name, weight):
     """Penalties and biases leave full support, so that the product of pi/mu gives the policy's own law."""
     toy = TOYS["hot"]

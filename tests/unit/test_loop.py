@@ -22,6 +22,7 @@ from blockroll.rollout.engine.requests import derive_seed
 from blockroll.rollout.pool.makers import build_replica, make_pool
 from blockroll.rollout.pool.pool import RolloutPool
 from blockroll.rollout.pool.replica import LocalReplica
+from tests.params import slow_beyond
 from tests.runs import TASK, config_for, run, save_policy, stop_after
 
 REQUIRED = [
@@ -106,7 +107,7 @@ def test_a_checkpoint_is_a_policy_that_still_drafts(tmp_path, policy_path):
     assert policy.tokenizer is not None
 
 
-@pytest.mark.parametrize("plan", ["plain", "two_forward"])
+@pytest.mark.parametrize("plan", slow_beyond(1, ["two_forward", "plain"]))
 def test_reward_rises_on_a_task_that_random_weights_can_learn(tmp_path, policy_path, plan):
     options = {"prompts_per_step": 4, "group_size": 16, "learning_rate": 2e-2, "lr_scheduler": "constant"}
     rows = run(config_for(tmp_path, policy_path, plan=plan, steps=16, eval_every=0, **options)).metrics

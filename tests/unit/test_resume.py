@@ -24,6 +24,7 @@ from blockroll.rl_loops.tracking import read_lines
 from blockroll.rollout.audit.check import check_audit
 from blockroll.rollout.audit.files import audit_files, read_audit
 from tests.equality import assert_same_rows, assert_same_weights
+from tests.params import slow_beyond
 from tests.runs import TASK, config_for, even_share, run, stop_after, untimed, weights_of
 
 
@@ -81,7 +82,7 @@ PLACES = {
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("crash")], ids=["ctrl-c", "exception"])
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("place", slow_beyond(4, PLACES))
 def test_whatever_cuts_a_run_off_it_keeps_the_last_whole_step_and_goes_on_token_for_token(
     tmp_path, policy_path, whole, monkeypatch, place, error
 ):
