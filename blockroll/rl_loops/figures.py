@@ -32,7 +32,7 @@ PAGE_COLOURS = {INK: "currentColor", GRID: "var(--grid)"}
 BLUE, AMBER, TEAL, SLATE = "#3d7fd6", "#d9822b", "#2a9d8f", "#8c96a8"
 STEPS = LinearSegmentedColormap.from_list("steps", ["#9cc3f0", "#3d7fd6", "#6a3fb5"])
 STYLE: Any = {
-    "font.size": 10,
+    "font.size": 9.5,
     "font.family": "sans-serif",
     "svg.fonttype": "none",
     "text.color": INK,
@@ -56,7 +56,7 @@ STYLE: Any = {
 def draw(plot: Callable[[Axes], None]) -> str:
     """The SVG text of one figure, ready to stand in a page."""
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(5.6, 3.1), layout="constrained")
+        figure = Figure(figsize=(4.5, 2.8), layout="constrained")
         plot(figure.subplots())
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
@@ -74,14 +74,14 @@ def reward(train: Series, evaluation: Series) -> Callable[[Axes], None]:
         steps, values = _columns(train)
         axes.plot(steps, values, color=BLUE, alpha=0.3, linewidth=1)
         smooth = [statistics.fmean(values[max(0, i - 4) : i + 1]) for i in range(len(values))]
-        axes.plot(steps, smooth, color=BLUE, linewidth=2, label="training prompts (mean of 5 steps)")
+        axes.plot(steps, smooth, color=BLUE, linewidth=2, label="training (mean of 5)")
         if evaluation:
             axes.plot(
                 *_columns(evaluation), color=AMBER, linewidth=2, marker="o", markersize=5, label="held out"
             )
         axes.set(xlabel="step", ylabel="mean reward")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.legend(loc="lower right", fontsize=9)
+        legend_above(axes)
 
     return plot
 
@@ -147,9 +147,22 @@ def speed(rows: Sequence[Mapping[str, Any]]) -> Callable[[Axes], None]:
         axes.set(xlabel="requests decoded together", ylabel="tokens per second")
         axes.margins(y=0.15)
         axes.grid(axis="x", visible=False)
-        axes.legend(loc="upper left", fontsize=9)
+        legend_above(axes)
 
     return plot
+
+
+def legend_above(axes: Axes) -> None:
+    """A legend that covers no curve."""
+    axes.legend(
+        loc="lower left",
+        bbox_to_anchor=(-0.02, 1.0),
+        ncols=2,
+        fontsize=9,
+        borderpad=0.2,
+        handlelength=1.4,
+        columnspacing=1.2,
+    )
 
 
 def save_bench(rows: Sequence[Mapping[str, Any]], path: Path) -> None:

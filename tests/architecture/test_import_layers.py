@@ -33,7 +33,7 @@ HOMES = {
     "gymnasium": ("rl_loops.envs*",),
     "huggingface_hub": ("policies.loading",),
     "llguidance": ("samplers.constraints",),
-    "matplotlib": ("rl_loops.report", "rl_loops.figures"),
+    "matplotlib": ("rl_loops.figures", "rl_loops.watch.figures"),
     "pydantic": ("config.*",),
     "pydantic_core": ("config.*",),
     "pyarrow": ("rollout.audit.*",),

@@ -9,26 +9,11 @@ import yaml
 
 from blockroll.config import RunConfig, to_mapping
 from blockroll.errors import InvalidInput
-from blockroll.rl_loops.report import evaluations, write_report
+from blockroll.rl_loops.report import write_report
+from blockroll.rl_loops.watch.rows import evaluations
+from tests.watch_rows import SAID, TESTS, guarded_rows, plain_row
 
 VOID = {"meta", "br", "link", "path", "use", "rect"}
-
-
-def step_row(step, **changes):
-    row = {
-        "step": step,
-        "reward": 0.4 + 0.1 * step,
-        "plan": "two_forward(8)",
-        "rollout/acceptance_rate": 0.7 - 0.01 * step,
-        "rollout/tokens_per_forward": 2.5,
-        "perf/weight_sync_s": 0.02,
-        "sync/version": float(step),
-        "sync/engines_stale": 0.0,
-        "rollout/failed_total": 0.0,
-        "reward/failed_total": 0.0,
-        "sync/checksum_fail_total": 0.0,
-    }
-    return {**row, **changes}
 
 
 def run_folder(path, rows, samples=(), speed=None):
@@ -84,7 +69,7 @@ SAMPLE = {
 
 
 def test_a_whole_run_makes_a_page_with_six_figures_and_no_link_to_elsewhere(tmp_path):
-    rows = [step_row(1, **{"eval/initial_reward": 0.4}), step_row(2), step_row(3, **{"eval/reward": 0.7})]
+    rows = [plain_row(1, **{"eval/initial_reward": 0.4}), plain_row(2), plain_row(3, **{"eval/reward": 0.7})]
     text = page(run_folder(tmp_path / "demo", rows, [SAMPLE], SPEED))
     assert text.count("<svg") == 6
     assert "2.50×" in text  # noqa: RUF001
@@ -98,8 +83,18 @@ def test_a_whole_run_makes_a_page_with_six_figures_and_no_link_to_elsewhere(tmp_
     }
 
 
+def test_what_a_guard_watched_is_drawn_and_told_at_the_top(tmp_path):
+    text = page(run_folder(tmp_path / "demo", guarded_rows(60, 40)))
+    assert text.index(SAID) < text.index('class="tiles"')
+    cards = re.findall(r"<article[^>]*><h2>([^<]*)</h2>(.*?)</article>", text, re.DOTALL)
+    drawn = {title for title, body in cards if "<svg" in body}
+    assert {"Evidence", "Reward difference", "Acceptance by position", "Reward against acceptance"} <= drawn
+    rows_of_tests = re.findall(r'<td><i class="swatch"[^>]*></i>([^<]*)</td>', dict(cards)["Evidence"])
+    assert sorted(rows_of_tests) == sorted(TESTS)
+
+
 def test_texts_of_the_policy_are_shown_and_never_run(tmp_path):
-    text = page(run_folder(tmp_path / "demo", [step_row(1)], [SAMPLE]))
+    text = page(run_folder(tmp_path / "demo", [plain_row(1)], [SAMPLE]))
     assert "<script" not in text
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in text
     assert "1&lt;2&amp;3" in text
@@ -107,7 +102,7 @@ def test_texts_of_the_policy_are_shown_and_never_run(tmp_path):
 
 def test_a_plain_run_without_speed_or_evaluation_says_so_instead_of_drawing(tmp_path):
     text = page(
-        run_folder(tmp_path / "demo", [step_row(1, plan="plain", **{"rollout/acceptance_rate": None})])
+        run_folder(tmp_path / "demo", [plain_row(1, plan="plain", **{"rollout/acceptance_rate": None})])
     )
     assert "Plain decoding drafts nothing" in text
     assert "Not measured in this run" in text
@@ -115,12 +110,12 @@ def test_a_plain_run_without_speed_or_evaluation_says_so_instead_of_drawing(tmp_
 
 
 def test_evaluations_start_at_the_policy_the_run_started_from():
-    rows = [step_row(1, **{"eval/initial_reward": 0.4}), step_row(2, **{"eval/reward": 0.6}), step_row(3)]
+    rows = [plain_row(1, **{"eval/initial_reward": 0.4}), plain_row(2, **{"eval/reward": 0.6}), plain_row(3)]
     assert evaluations(rows) == [(0.0, 0.4), (2.0, 0.6)]
 
 
 def test_writing_twice_gives_the_same_page(tmp_path):
-    folder = run_folder(tmp_path / "demo", [step_row(1), step_row(2)], [SAMPLE], SPEED)
+    folder = run_folder(tmp_path / "demo", [plain_row(1), plain_row(2)], [SAMPLE], SPEED)
     assert page(folder) == page(folder)
 
 
