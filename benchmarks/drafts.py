@@ -30,7 +30,7 @@ from blockroll.rl_loops.convert import METRICS_FILE, STATE_FILE, load_convert_co
 from blockroll.rl_loops.tracking import read_lines
 from blockroll.rollout.planning.acceptance import AcceptanceByPosition
 from blockroll.rollout.planning.reading import read_plan
-from blockroll.types import PLAIN, Law, Plan, Sampling
+from blockroll.types import PLAIN, Law, Plan, Sampling, counted
 
 PLANS = (TWO_FORWARD, *FUSED)
 
@@ -46,8 +46,8 @@ def conversions(adapter: Path | None = None, *, count: int = 400, plans: Sequenc
         if plan.layout not in policy.trained_layouts:
             continue
         sampling = Sampling(max_tokens=64, law=Law(weight))
-        acceptance = AcceptanceByPosition(plan.num_drafts)
-        rollouts = decode(policy, requests(prompts(policy, count), sampling), plan, acceptance)
+        rollouts = decode(policy, requests(prompts(policy, count), sampling), plan)
+        acceptance = AcceptanceByPosition(counted(rollout.stats.steps for rollout in rollouts))
         num_tokens = sum(len(rollout.token_ids) for rollout in rollouts)
         num_forwards = sum(rollout.stats.num_forwards for rollout in rollouts)
         rows.append(

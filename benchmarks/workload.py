@@ -17,7 +17,6 @@ from blockroll.rl_loops.arithmetic import problems, reward
 from blockroll.rl_loops.convert import STATE_FILE, convert, load_convert_config
 from blockroll.rl_loops.loop import load_run_config
 from blockroll.rollout.drafters.engine import Engine
-from blockroll.rollout.planning.acceptance import AcceptanceByPosition
 from blockroll.types import Plan, Request, Rollout, Sampling
 
 RUNS = Path("runs") / "evidence"
@@ -44,17 +43,9 @@ def requests(texts: Iterable[tuple[int, ...]], sampling: Sampling, *, seed: int 
     ]
 
 
-def decode(
-    policy: HFPolicy, wanted: Sequence[Request], plan: Plan, acceptance: AcceptanceByPosition | None = None
-) -> list[Rollout]:
+def decode(policy: HFPolicy, wanted: Sequence[Request], plan: Plan) -> list[Rollout]:
     """All rollouts, in the order of the requests."""
-    engine = Engine(
-        policy,
-        plan=plan,
-        max_batch_size=BATCH,
-        max_length=512,
-        observers=() if acceptance is None else (acceptance,),
-    )
+    engine = Engine(policy, plan=plan, max_batch_size=BATCH, max_length=512)
     engine.submit(wanted)
     finished: dict[str, Rollout] = {}
     while engine.num_requests:

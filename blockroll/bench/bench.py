@@ -32,7 +32,6 @@ from blockroll.bench.rows import (
     Setting,
     describe_setting,
     to_record,
-    with_acceptance,
     with_passed,
     with_speed,
 )
@@ -59,8 +58,6 @@ from blockroll.bench.workload import (
 from blockroll.errors import InvalidInput, PeerFailed
 from blockroll.policies.hf import HFPolicy
 from blockroll.rollout.drafters.engine import Engine
-from blockroll.rollout.engine.trace import StepTrace
-from blockroll.rollout.planning.acceptance import AcceptanceByPosition
 from blockroll.rollout.planning.planner import Planner
 from blockroll.types import PLAIN, Law, Plan, Request, Rollout
 
@@ -147,7 +144,7 @@ class _Bench:
         laws = [Law(weight) for weight in options.mix_weights]
         # A planner that served two laws would choose for one by what the other accepts.
         self._pairs = [
-            (copy.deepcopy(plan), law) for plan in plans for law in (laws if _most_drafts(plan) else [TARGET])
+            (copy.deepcopy(plan), law) for plan in plans for law in (laws if _drafts(plan) else [TARGET])
         ]
         self._policy = policy
         self._options = options
@@ -161,7 +158,7 @@ class _Bench:
         rows = self._timed(workload, prompts)
         for index, (plan, law) in enumerate(self._pairs):
             if rows[index].skipped is None:
-                rows[index] = self._examined(rows[index], plan, law, workload, prompts)
+                rows[index] = self._judged(rows[index], plan, law, workload, prompts)
         return rows
 
     def _timed(self, workload: Workload, prompts: Prompts) -> list[BenchRow]:
@@ -233,17 +230,10 @@ class _Bench:
             version=subject.version,
         )
 
-    def _examined(
+    def _judged(
         self, row: BenchRow, plan: Plan | Planner, law: Law, workload: Workload, prompts: Prompts
     ) -> BenchRow:
-        """Add what untimed passes tell: acceptance by position, and pass@k."""
-        num_drafts = _most_drafts(plan)
-        # The epochs of a group, decoded at once, would not be what was measured.
-        if num_drafts and self._options.shape != "grouped":
-            waves = make_waves(prompts, workload, 0, self._options, law=law)
-            acceptance = AcceptanceByPosition(num_drafts)
-            self._decode(plan, [request for wave in waves for request in wave], observer=acceptance)
-            row = with_acceptance(row, acceptance)
+        """Add what an untimed pass tells: pass@k."""
         if self._judge is not None:
             # A batch size changes no law, and under a fixed plan no token.
             key = (plan.name, law, workload.temperature, workload.max_tokens)
@@ -254,13 +244,7 @@ class _Bench:
             row = with_passed(row, self._passed[key])
         return row
 
-    def _decode(
-        self,
-        plan: Plan | Planner,
-        requests: Sequence[Request],
-        *,
-        observer: Callable[[StepTrace], None] | None = None,
-    ) -> list[Rollout]:
+    def _decode(self, plan: Plan | Planner, requests: Sequence[Request]) -> list[Rollout]:
         """All rollouts of an engine of its own, in the order they end.
 
         A planner goes on from what it knows; what it learns here is left behind.
@@ -270,7 +254,6 @@ class _Bench:
             plan=copy.deepcopy(plan),
             max_batch_size=min(len(requests), max(self._options.batches)),
             max_length=max(len(request.prompt_ids) + request.sampling.max_tokens for request in requests),
-            observers=() if observer is None else (observer,),
         )
         engine.submit(requests)
         finished: list[Rollout] = []
@@ -320,9 +303,9 @@ def _task(workload: Workload, prompts: Prompts, options: BenchOptions, policy: H
     )
 
 
-def _most_drafts(plan: Plan | Planner) -> int:
+def _drafts(plan: Plan | Planner) -> bool:
     plans = plan.candidates if isinstance(plan, Planner) else (plan,)
-    return max(each.num_drafts for each in plans)
+    return any(each.num_drafts for each in plans)
 
 
 def _key(subject: Subject) -> tuple[str, str]:

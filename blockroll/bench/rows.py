@@ -18,6 +18,7 @@ from blockroll.kernels.processor import processor
 from blockroll.policies.hf import HFPolicy
 from blockroll.rollout.engine.trace import EngineTimes
 from blockroll.rollout.planning.acceptance import AcceptanceByPosition
+from blockroll.types import counted
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,7 +87,7 @@ class BenchRow:
     tokens_per_forward: float | None = None  # over all repeats; prefill excluded
     share_by_plan: dict[str, float] | None = None  # of the steps of single requests
     acceptance_rate: float | None = None  # over all repeats
-    # Entry i is draft i + 1 of a step; over the first repeat's requests, decoded once more.
+    # Entry i is draft i + 1 of a step; over all repeats.
     acceptance_by_position: tuple[float | None, ...] | None = None  # accepted / reached
     accepted_at_least: tuple[float | None, ...] | None = None  # share of steps that accept i + 1 or more
     num_verify_steps: int | None = None  # behind the two
@@ -115,9 +116,11 @@ def with_speed(row: BenchRow, repeats: Sequence[Sequence[Wave]], plain: Sequence
     rollouts = [rollout for wave in waves for rollout in wave.rollouts or ()]
     latencies_ms = [1000 * latency for wave in waves for latency in wave.latencies_s]
     num_tokens = sum(wave.num_tokens for wave in waves)
+    counts = counted(rollout.stats.steps for rollout in rollouts)
+    acceptance = AcceptanceByPosition(counts)
     steps: Counter[str] = Counter()
-    for rollout in rollouts:
-        steps.update({plan.name: count for plan, count in rollout.stats.steps_by_plan})
+    for step, count in counts.items():
+        steps[step.plan.name] += count
     return replace(
         row,
         tokens_per_s=statistics.median(speeds),
@@ -151,16 +154,9 @@ def with_speed(row: BenchRow, repeats: Sequence[Sequence[Wave]], plain: Sequence
             sum(rollout.stats.num_accepted for rollout in rollouts),
             sum(rollout.stats.num_drafted for rollout in rollouts),
         ),
-    )
-
-
-def with_acceptance(row: BenchRow, acceptance: AcceptanceByPosition) -> BenchRow:
-    """The row with acceptance by draft position."""
-    return replace(
-        row,
-        acceptance_by_position=acceptance.conditional,
-        accepted_at_least=acceptance.at_least,
-        num_verify_steps=acceptance.num_steps,
+        acceptance_by_position=acceptance.conditional or None,
+        accepted_at_least=acceptance.at_least or None,
+        num_verify_steps=acceptance.num_steps or None,
     )
 
 

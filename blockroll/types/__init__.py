@@ -20,6 +20,7 @@ from blockroll.types.rollout import (
 )
 from blockroll.types.rows import Rows
 from blockroll.types.sampling import Constraint, Guide, LogitsProcessor, Sampling, SamplingOptions
+from blockroll.types.steps import RequestStep, StepCounts, counted
 from blockroll.types.verdict import POINT_MASS, Draft, Evidence, PointMass, RowFault, Verdict
 
 __all__ = [
@@ -44,15 +45,18 @@ __all__ = [
     "ReplicaHealth",
     "ReplicaState",
     "Request",
+    "RequestStep",
     "Rollout",
     "RolloutStats",
     "RowFault",
     "Rows",
     "Sampling",
     "SamplingOptions",
+    "StepCounts",
     "TensorSpec",
     "UpdateReceipt",
     "Verdict",
     "WeightManifest",
     "WeightUpdate",
+    "counted",
 ]

@@ -10,6 +10,7 @@ from typing import Literal, NamedTuple
 from blockroll.errors import InvalidInput
 from blockroll.types.plan import Law, Plan
 from blockroll.types.sampling import Sampling
+from blockroll.types.steps import StepCounts
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 
@@ -22,13 +23,33 @@ class RolloutStats:
     num_reused: int = 0  # and that were taken over from a text with the same beginning
     num_preempted: int = 0  # times that it gave its place up to others, and was prefilled anew
     num_forwards: int = 0  # request-forwards: both forwards of two-forward count
-    num_verify_steps: int = 0  # steps that checked drafts
     num_shortages: int = 0  # its steps that were undone, because memory ran out
-    num_drafted: int = 0  # drafts submitted to verify
-    num_accepted: int = 0  # accepted drafts that were committed
-    steps_by_plan: tuple[tuple[Plan, int], ...] = ()  # each plan that ran, in the order of its first step
+    steps: StepCounts = ()  # what its other steps did
     # Tokens per second over plain steps', predicted and achieved by all that a planner chose until it ended.
     speedups: tuple[float, float] | None = field(default=None, compare=False)
+
+    @property
+    def steps_by_plan(self) -> tuple[tuple[Plan, int], ...]:
+        """Each plan that ran, in the order of its first step."""
+        counts: dict[Plan, int] = {}
+        for step, count in self.steps:
+            counts[step.plan] = counts.get(step.plan, 0) + count
+        return tuple(counts.items())
+
+    @property
+    def num_verify_steps(self) -> int:
+        """Steps that checked drafts."""
+        return sum(count for step, count in self.steps if step.num_drafts)
+
+    @property
+    def num_drafted(self) -> int:
+        """Drafts submitted to verify."""
+        return sum(count * step.num_drafts for step, count in self.steps)
+
+    @property
+    def num_accepted(self) -> int:
+        """Accepted drafts that were committed."""
+        return sum(count * step.num_accepted for step, count in self.steps)
 
     @property
     def acceptance_rate(self) -> float:

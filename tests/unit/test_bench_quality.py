@@ -12,7 +12,7 @@ from blockroll.bench.workload import make_waves
 from blockroll.errors import InvalidInput
 from blockroll.rollout.drafters.engine import Engine
 from blockroll.rollout.planning.acceptance import AcceptanceByPosition
-from blockroll.types import Plan
+from blockroll.types import PLAIN, Plan, RequestStep
 from tests.models import prompts
 from tests.unit.bench import OPTIONS, PLANS, WORKLOAD
 
@@ -28,10 +28,11 @@ def test_acceptance_by_position_is_what_a_hand_count_of_the_records_gives(saved,
     records = []
     engine = Engine(policy, plan=plan, observers=(records.append,))
     workload = dataclasses.replace(WORKLOAD, max_tokens=20)
-    for wave in make_waves(prompts(5), workload, 0, options):
-        engine.submit(wave)
-    while engine.num_requests:
-        engine.step()
+    for repeat in range(options.repeats):
+        for wave in make_waves(prompts(5), workload, repeat, options):
+            engine.submit(wave)
+        while engine.num_requests:
+            engine.step()
     steps = [
         (
             int(record.draft.num_drafts_B[b]),
@@ -51,9 +52,19 @@ def test_acceptance_by_position_is_what_a_hand_count_of_the_records_gives(saved,
 
 
 def test_acceptance_without_steps_is_unknown():
-    acceptance = AcceptanceByPosition(2)
+    plain = RequestStep(PLAIN, None, 0, (False,), 1)
+    for counts in ({}, {plain: 3}):
+        acceptance = AcceptanceByPosition(counts)
+        assert acceptance.num_steps == 0
+        assert acceptance.conditional == acceptance.length_shares == acceptance.at_least == ()
 
-    assert acceptance.conditional == acceptance.at_least == (None, None)
+
+def test_a_position_that_no_step_reached_is_unknown():
+    acceptance = AcceptanceByPosition({RequestStep(Plan(2, (0,)), 0, 2, (False,), 1): 3})
+
+    assert acceptance.conditional == (0.0, None)
+    assert acceptance.at_least == (0.0, 0.0)
+    assert acceptance.length_shares == (1.0, 0.0, 0.0)
 
 
 @pytest.mark.parametrize("num_samples", [1, 2, 5])

@@ -38,6 +38,7 @@ class Proposal:
 
     logits_KV: Tensor  # float32; rows behind `num_drafts` hold no meaning
     num_drafts: int
+    level: int | None  # accepted drafts that it assumes; None: it came from a draft forward
     origin: tuple[int, int, int]  # tokens of the text its rows know, slot of the first, masks in the block
 
 
@@ -89,7 +90,9 @@ class MaskRows(Drafter):
         for logits_KV, running in zip(rows[:, 1:], late, strict=True):
             if _proposal(running) is None:
                 origin = (running.num_tokens, 0, num_drafts)
-                running.start_proposal(Proposal(logits_KV=logits_KV, num_drafts=num_drafts, origin=origin))
+                running.start_proposal(
+                    Proposal(logits_KV=logits_KV, num_drafts=num_drafts, level=None, origin=origin)
+                )
         return True
 
     def propose(self, step: DraftStep) -> DraftRows:
@@ -148,24 +151,32 @@ class MaskRows(Drafter):
         logits_BKV = step.policy.proposal_logits(leftover[rows_B1, chosen_B[:, None], slots_BK])
         return Proposals(logits_BKV=logits_BKV, num_drafts_B=num_drafts - shift_B)
 
+    def levels(self, step: DraftStep) -> Sequence[int | None]:
+        """Of a fused step's; what such a step has left is not what another plan verifies."""
+        if step.plan.kind is not PlanKind.FUSED:
+            return super().levels(step)
+        proposals = [_proposal(running) for running in step.batch]
+        return [proposal.level if proposal is not None else None for proposal in proposals]
+
     def keep(self, step: DraftStep, left: object, outcome: Outcome) -> Sequence[Proposal | None]:
         """The same, each its request's own."""
         if not isinstance(left, Proposals):
             return [None] * len(step.batch)
         num_drafts = step.plan.num_drafts
-        shifts = [
-            accepted - max(level for level in step.plan.levels if level <= accepted)
-            for accepted in outcome.num_accepted
+        levels = [
+            max(level for level in step.plan.levels if level <= accepted) for accepted in outcome.num_accepted
         ]
-        rows = zip(step.batch, left.logits_BKV, shifts, outcome.num_committed, strict=True)
+        shifts = [accepted - level for accepted, level in zip(outcome.num_accepted, levels, strict=True)]
+        rows = zip(step.batch, left.logits_BKV, levels, shifts, outcome.num_committed, strict=True)
         return [
             Proposal(
                 logits_KV=logits_KV,
                 num_drafts=num_drafts - shift,
+                level=level,
                 # It knows all but the drafts past its level and the token that the verdict added.
                 origin=(running.num_tokens + num_committed - shift - 1, shift + 1, num_drafts + 1),
             )
-            for running, logits_KV, shift, num_committed in rows
+            for running, logits_KV, level, shift, num_committed in rows
         ]
 
 

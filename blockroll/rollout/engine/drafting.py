@@ -164,6 +164,13 @@ class Drafter(ABC):
         """What is left over for the next step, once the verdict is there, on the device alone."""
         return leftover
 
+    def levels(self, step: DraftStep) -> Sequence[int | None]:
+        """By request, the level of the proposal that its drafts came from; None: they came from none.
+
+        Asked when the step is read, with what `keep` gave for the step before still in place.
+        """
+        return [None] * len(step.batch)
+
     def keep(self, step: DraftStep, left: object, outcome: Outcome) -> Sequence[object | None]:
         """By request, what `RunningRequest.proposal` holds once the verdict is final; None: nothing.
 

@@ -121,6 +121,7 @@ class Decoded:
 
     launched: Launched
     outcome: Outcome
+    levels: Sequence[int | None]  # of the proposals that drafts came from, by request; None: of none
     proposals: Sequence[object | None]  # what the drafter keeps for each request; None: nothing
 
     def of(self, batch: Sequence[RunningRequest]) -> "Decoded":
@@ -128,7 +129,12 @@ class Decoded:
         rows = self.launched.rows_of(batch)
         if rows == [*range(len(self.launched.step.batch))]:
             return self
-        return replace(self, outcome=self.outcome.of(rows), proposals=[self.proposals[row] for row in rows])
+        return replace(
+            self,
+            outcome=self.outcome.of(rows),
+            levels=[self.levels[row] for row in rows],
+            proposals=[self.proposals[row] for row in rows],
+        )
 
     def trace(
         self,

@@ -3,7 +3,7 @@
 from blockroll.errors import RequestFailed
 from blockroll.rollout.engine.ends import StopRule
 from blockroll.samplers.text import Text
-from blockroll.types import Commit, FinishReason, Guide, Plan, Request, Rollout, RolloutStats
+from blockroll.types import Commit, FinishReason, Guide, Plan, Request, RequestStep, Rollout, RolloutStats
 
 
 class RunningRequest:
@@ -32,11 +32,8 @@ class RunningRequest:
         self._num_forwards = stats.num_forwards
         self._num_preempted = stats.num_preempted
         self.first_attempt = 0  # attempts count on from here; it may be set before the first step
-        self._num_verify_steps = stats.num_verify_steps
         self._num_shortages = stats.num_shortages
-        self._num_drafted = stats.num_drafted
-        self._num_accepted = stats.num_accepted
-        self._steps_by_plan = dict(stats.steps_by_plan)
+        self._steps = dict(stats.steps)
         self.proposal: object | None = None  # what its drafter keeps for the position behind the anchor
 
     @property
@@ -105,11 +102,13 @@ class RunningRequest:
         *,
         plan: Plan,
         num_drafts: int,
+        level: int | None,
         proposal: object | None,
     ) -> Commit:
         """One step has run, with so many drafts to verify: append its tokens up to the end of the request.
 
-        `proposal` is for the position behind the new anchor. Raises RequestFailed where the text cannot be
+        `level` is that of the proposal the drafts came from, None where they came from none; `proposal` is
+        for the position behind the new anchor. Raises RequestFailed where the text cannot be
         decoded or the constraint raises; then no column has changed.
         """
         kept, finish_reason = self._stop_rule.cut(self._token_ids, token_ids, self.text.guide)
@@ -119,18 +118,15 @@ class RunningRequest:
                 self.text.guide.advance(kept_ids)
             except Exception as error:
                 raise RequestFailed(f"its constraint raised {error!r}") from error
-        num_accepted, steps_by_plan = sum(kept_drafts), {**self._steps_by_plan}
-        steps_by_plan[plan] = steps_by_plan.get(plan, 0) + 1
+        step = RequestStep(plan, level, num_drafts, tuple(is_draft), kept)
+        steps = {**self._steps, step: self._steps.get(step, 0) + 1}
         num_forwards = plan.forwards_per_step
         commit = Commit(
             request_id=self.request.request_id, token_ids=tuple(kept_ids), is_draft=tuple(kept_drafts)
         )
         # No calls from here on: an interrupt finds all of it as it was, or all of it changed.
-        self.finish_reason, self.proposal, self._steps_by_plan = finish_reason, proposal, steps_by_plan
+        self.finish_reason, self.proposal, self._steps = finish_reason, proposal, steps
         self._num_forwards += num_forwards
-        self._num_verify_steps += num_drafts > 0
-        self._num_drafted += num_drafts
-        self._num_accepted += num_accepted
         self._token_ids += kept_ids
         self._policy_logprobs += policy_logprobs[:kept]
         self._behavior_logprobs += behavior_logprobs[:kept]
@@ -157,11 +153,8 @@ class RunningRequest:
                 num_reused=self._num_reused,
                 num_preempted=self._num_preempted,
                 num_forwards=self._num_forwards,
-                num_verify_steps=self._num_verify_steps,
                 num_shortages=self._num_shortages,
-                num_drafted=self._num_drafted,
-                num_accepted=self._num_accepted,
-                steps_by_plan=tuple(self._steps_by_plan.items()),
+                steps=tuple(self._steps.items()),
                 speedups=speedups,
             ),
             error=self.error,

@@ -109,6 +109,7 @@ class ServedRequests:
                     version,
                     plan=plan,
                     num_drafts=outcome.num_drafts[slot],
+                    level=decoded.levels[slot],
                     proposal=decoded.proposals[slot],
                 )
             except RequestFailed as refusal:

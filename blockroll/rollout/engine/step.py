@@ -176,12 +176,14 @@ class Decoder:
         if outcome.is_invalid:
             check_values(launched.given, step.plan, vocab_size=self._policy.vocab_size)
         proposals: Sequence[object | None] = [None] * len(step.batch)
+        levels: Sequence[int | None] = [None] * len(step.batch)
         if step.plan.kind is not PlanKind.PLAIN:
             drafter = self._drafters[step.plan.drafter]
+            levels = drafter.levels(step)
             proposals = drafter.keep(step, launched.left, outcome)
             check_kept(proposals, step.plan, batch_size=len(step.batch))
             self._charge("forward_s", clock)
-        return Decoded(launched=launched, outcome=outcome, proposals=proposals)
+        return Decoded(launched=launched, outcome=outcome, levels=levels, proposals=proposals)
 
     def _verify(
         self,

@@ -1,41 +1,31 @@
 """Acceptance by draft position: how far into a block drafts hold."""
 
-from blockroll.rollout.engine.trace import StepTrace
+from collections.abc import Mapping
+
+from blockroll.types import RequestStep
 
 
 class AcceptanceByPosition:
-    """Counts verdicts by draft position. An engine's observer; position 1 is the first draft of a step.
+    """Of counted steps; position 1 is the first draft of a step.
 
-    A position is reached if the step commits a token there. Where the first position is settled by itself,
-    the second is reached whether or not the first draft was accepted. Verdicts are counted as they are drawn:
-    accepted drafts that an end token or `max_tokens` cuts off count here, and not in a rollout's acceptance
-    rate.
+    A position is reached if the step drew a token there. Where the first position is settled by itself,
+    the second is reached whether or not the first draft was accepted. Verdicts are counted as they were
+    drawn: accepted drafts that an end token or `max_tokens` cuts off count here, and not in a rollout's
+    acceptance rate.
     """
 
-    def __init__(self, num_drafts: int) -> None:
-        """`num_drafts` is the most that a step has."""
-        self.num_steps = 0  # of single requests, with at least one draft
-        self._num_reached_K = [0] * num_drafts  # steps that had a draft there and committed a token there
-        self._num_accepted_K = [0] * num_drafts  # steps that accepted the draft there
-        self._num_at_least_K = [0] * num_drafts  # steps that accepted so many drafts, or more
-
-    def __call__(self, record: StepTrace) -> None:
-        """Count one step of a batch."""
-        rows = zip(
-            record.draft.num_drafts_B.tolist(),
-            record.verdict.num_committed_B.tolist(),
-            record.verdict.is_draft_BL.tolist(),
-            strict=True,
-        )
-        for num_drafts, num_committed, is_draft_L in rows:
-            self.num_steps += num_drafts > 0
-            num_accepted = 0
-            for position in range(min(num_committed, num_drafts)):
-                self._num_reached_K[position] += 1
-                if is_draft_L[position]:
-                    self._num_accepted_K[position] += 1
-                    self._num_at_least_K[num_accepted] += 1
-                    num_accepted += 1
+    def __init__(self, counts: Mapping[RequestStep, int]) -> None:
+        """Request-steps by what they did."""
+        drafted = [(step.verdicts, count) for step, count in counts.items() if step.num_drafts]
+        most = max((step.num_drafts for step in counts), default=0)
+        self.num_steps = sum(count for _, count in drafted)  # of single requests, with at least one draft
+        self._num_reached_K, self._num_accepted_K = [0] * most, [0] * most
+        self._num_of_length = [0] * (most + 1)  # steps that accepted just so many drafts
+        for verdicts, count in drafted:
+            self._num_of_length[sum(verdicts)] += count
+            for position, is_accepted in enumerate(verdicts):
+                self._num_reached_K[position] += count
+                self._num_accepted_K[position] += count * is_accepted
 
     @property
     def conditional(self) -> tuple[float | None, ...]:
@@ -44,7 +34,12 @@ class AcceptanceByPosition:
         return tuple(accepted / reached if reached else None for accepted, reached in pairs)
 
     @property
-    def at_least(self) -> tuple[float | None, ...]:
-        """Share of steps that accepted so many drafts or more; their sum is the mean number accepted."""
-        steps = self.num_steps
-        return tuple(count / steps if steps else None for count in self._num_at_least_K)
+    def length_shares(self) -> tuple[float, ...]:
+        """Share of steps that accepted just 0, 1 and so on drafts; empty where no step had drafts."""
+        return tuple(count / self.num_steps for count in self._num_of_length) if self.num_steps else ()
+
+    @property
+    def at_least(self) -> tuple[float, ...]:
+        """Share of steps that accepted 1, 2 and so on drafts or more; their sum is the mean accepted."""
+        steps, lengths = self.num_steps, self._num_of_length
+        return tuple(sum(lengths[number:]) / steps for number in range(1, len(lengths)) if steps)
