@@ -94,7 +94,10 @@ def test_killing_a_replica_in_the_middle_loses_and_repeats_no_rollout(pool, chec
             time.sleep(0.5)
     assert pool.states == ("READY", "DEAD")
     assert pool.num_redispatched > 0
-    assert_same_rollouts(want, got, policy)
+    near_ties = assert_same_rollouts(want, got, policy)
+    for rollout in got:
+        name = rollout.request.request_id
+        assert name in near_ties or rollout.stats.steps == want[name].stats.steps
 
 
 @pytest.mark.slow
