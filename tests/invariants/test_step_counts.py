@@ -108,7 +108,7 @@ def test_counts_that_are_wrong_are_found(policy, monkeypatch, fault):
 
     monkeypatch.setattr(RunningRequest, "commit", wrong)
     hand, rollouts = in_slots(policy, FUSED, Sampling())
-    assert len(differing(hand, rollouts)) > 5
+    assert len(differing(hand, rollouts)) >= 3
 
 
 @pytest.mark.parametrize("sampling", [Sampling(max_tokens=24), Sampling(max_tokens=24, draft_temperature=0)])
