@@ -1,0 +1,150 @@
+"""Evidence that may be read after every step: an e-process with fresh starts, and a confidence sequence.
+
+Bets (`rollout/calibration/bets.py`) lose a little for as long as a claim is true, and a fault that comes
+late would first have to win that back. So new ones are begun again and again: with W_k, the mean wealth of
+the bets that begin before step k and are worth 1 until then,
+
+    E_n = sum over k of w_k W_k,n,      w_k = 1 / (k (k + 1)),      sum of all w_k = 1
+
+is an e-process too: under the claim P(there is an n with E_n >= 1 / alpha) <= alpha. Of each bet, with the
+product P_n of its factors, W_k,n = P_n / P_k, so the sum of w_k / P_k is all that is kept of earlier starts.
+
+Shapes: G bets of each side.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import numpy as np
+
+from blockroll.errors import CheckpointError, InvalidInput
+from blockroll.rollout.calibration.bets import NUM_BETS, Bets
+
+Sides = Literal["above", "below", "both"]
+_STARTS_PER_OCTAVE = 64  # new starts get rarer, so that those of a long run still weigh something
+
+
+class EProcess:
+    """Evidence against one claim, over all steps so far. `log_e` is in nats; 0 says nothing."""
+
+    def __init__(self, sides: Sides = "both") -> None:
+        """`sides`: where the mean is claimed not to be."""
+        self._chosen = {"above": [0], "below": [1], "both": [0, 1]}[sides]
+        self.sides = sides
+        self.num_values = 0
+        self.excess = 0.0
+        self.num_steps = 0
+        self.log_e = 0.0
+        self.log_e_max = 0.0
+        self._num_starts = 0
+        self._total_2G = np.zeros((2, NUM_BETS))  # log P_n,
+        self._starts_2G = np.full((2, NUM_BETS), -np.inf)  # and log of the sum of w_k / P_k
+
+    def add(self, bets: Bets) -> float:
+        """Those of one step; gives `log_e`. Infinite wealth stays: what had no probability has happened."""
+        if _is_start(self.num_steps):
+            self._num_starts += 1
+            log_weight = -math.log(self._num_starts * (self._num_starts + 1))
+            self._starts_2G = np.logaddexp(self._starts_2G, log_weight - self._total_2G)
+        self.num_steps += 1
+        self.num_values += bets.num_values
+        self.excess += bets.excess
+        self._total_2G = self._total_2G + bets.log_wealth_2G
+        self.log_e = math.inf if math.isinf(self.log_e_max) else self._log_e()
+        self.log_e_max = max(self.log_e_max, self.log_e)
+        return self.log_e
+
+    def _log_e(self) -> float:
+        if np.isposinf(self._total_2G[self._chosen]).any():
+            return math.inf
+        terms = (self._total_2G + self._starts_2G)[self._chosen].ravel()
+        # The starts that are still to come are worth 1 each, and weigh 1 / (number of starts + 1) together.
+        terms = np.append(terms - math.log(len(terms)), -math.log(self._num_starts + 1))
+        return float(np.logaddexp.reduce(terms))
+
+    def state_dict(self) -> dict[str, Any]:
+        """What `load_state_dict` goes on from."""
+        return {
+            "sides": self.sides,
+            "num_values": self.num_values,
+            "excess": self.excess,
+            "num_steps": self.num_steps,
+            "log_e": self.log_e,
+            "log_e_max": self.log_e_max,
+            "num_starts": self._num_starts,
+            "total": self._total_2G.tolist(),
+            "starts": self._starts_2G.tolist(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state_dict()`; CheckpointError if that was of other sides."""
+        if state["sides"] != self.sides:
+            raise CheckpointError(f"evidence of sides {state['sides']!r} goes on as such, got {self.sides!r}")
+        self.num_values, self.num_steps = int(state["num_values"]), int(state["num_steps"])
+        self.excess = float(state["excess"])
+        self.log_e, self.log_e_max = float(state["log_e"]), float(state["log_e_max"])
+        self._total_2G = np.array(state["total"], dtype=np.float64)
+        self._starts_2G = np.array(state["starts"], dtype=np.float64)
+        self._num_starts = int(state["num_starts"])
+
+
+def _is_start(step: int) -> bool:
+    """Whether bets begin before this step, counted from 0: every one at first, then ever fewer an octave."""
+    return step % (1 << max(0, step.bit_length() - _STARTS_PER_OCTAVE.bit_length())) == 0
+
+
+class ConfidenceSequence:
+    """Bounds on a mean in [0, 1] that hold at all times at once, with probability 1 - alpha.
+
+    Of values whose mean given the past moves, it bounds the mean of these means, weighed as below.
+    Predictable plug-in empirical Bernstein, Waudby-Smith and Ramdas, Theorem 2, with L = log(2 / alpha):
+
+        m_t = (1/2 + sum y) / (t + 1),      v_t = (1/4 + sum (y_i - m_i)^2) / (t + 1),
+        r_t = min(sqrt(2 L / (v_{t-1} t log(1 + t))), 1/2),
+        sum r y / sum r  +-  (L + sum (y - m_{t-1})^2 (-log(1 - r) - r)) / sum r
+    """
+
+    def __init__(self, alpha: float) -> None:
+        if not 0 < alpha < 1:
+            raise InvalidInput(f"alpha must be between 0 and 1, got {alpha}; 0.05 is usual")
+        self.alpha = alpha
+        self.num_values = 0
+        self.low, self.high = 0.0, 1.0
+        self._total, self._squares = 0.5, 0.25
+        self._rates, self._weighted, self._spread = 0.0, 0.0, 0.0
+
+    def add(self, value: float) -> None:
+        """One value, in [0, 1]."""
+        if not 0 <= value <= 1:
+            raise InvalidInput(f"a value must be between 0 and 1, got {value}; scale it by its bounds")
+        log_term = math.log(2 / self.alpha)
+        before, t = self.num_values, self.num_values + 1
+        mean = self._total / (before + 1)
+        variance = self._squares / (before + 1)
+        rate = min(math.sqrt(2 * log_term / (variance * t * math.log(1 + t))), 0.5)
+        self._rates += rate
+        self._weighted += rate * value
+        self._spread += (value - mean) ** 2 * (-math.log1p(-rate) - rate)
+        self.num_values = t
+        self._total += value
+        self._squares += (value - self._total / (t + 1)) ** 2
+        middle, width = self._weighted / self._rates, (log_term + self._spread) / self._rates
+        self.low, self.high = max(0.0, middle - width), min(1.0, middle + width)
+
+    @property
+    def mean(self) -> float:
+        """Of the values so far, each once; NaN without one."""
+        return (self._total - 0.5) / self.num_values if self.num_values else math.nan
+
+    def state_dict(self) -> dict[str, Any]:
+        """What `load_state_dict` goes on from."""
+        return dict(vars(self))
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state_dict()`; CheckpointError if that was of another alpha."""
+        if state["alpha"] != self.alpha:
+            raise CheckpointError(
+                f"a confidence sequence of alpha {state['alpha']} goes on as such, got {self.alpha}"
+            )
+        vars(self).update(state)
