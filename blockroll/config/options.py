@@ -100,6 +100,9 @@ class RolloutConfig(SamplingOptions):
     # Of a TRL trainer: at which weights the generating policy's law is compared with the trained one's.
     check_sync: Literal["off", "first", "every"] = "first"  # "first": as they begin, and once they have moved
     check_finite_weights: bool = True  # whether an update with NaN or infinity in it is refused
+    # Of so many decoding steps one is looked at: whether its tokens follow the laws that are stated for them.
+    # 0: none; None: 32 where a guard reads what is seen, else none.
+    watch_every: Count | None = None
     audit: Literal["off", "share", "all"] = "off"  # of which requests every token is recorded
     audit_share: Share = 0.05  # of the requests, whole, chosen by a hash of their ids
     audit_dir: PathText = ""  # where; a run writes to its own folder unless this says otherwise

@@ -25,7 +25,7 @@ ROWS = (
 )
 RANKS = {unit: rank for rank, units in enumerate(ROWS) for unit in units}
 # The same inside a unit: what watches or chooses for an engine stands above it, and pools above all of them.
-FLOORS = {"rollout": (("engine",), ("drafters", "planning", "audit"), ("pool", "running"))}
+FLOORS = {"rollout": (("engine",), ("drafters", "planning", "audit", "calibration"), ("pool", "running"))}
 
 # Modules that may import a package; `*` also matches dots.
 HOMES = {

@@ -60,9 +60,9 @@ def counted_launches(monkeypatch) -> Counter:
     counted: Counter = Counter()
     launch = Decoder.launch
 
-    def counting(self, *arguments, behind=None):
+    def counting(self, *arguments, behind=None, **options):
         counted["alone" if behind is None else "behind"] += 1
-        return launch(self, *arguments, behind=behind)
+        return launch(self, *arguments, behind=behind, **options)
 
     monkeypatch.setattr(Decoder, "launch", counting)
     return counted

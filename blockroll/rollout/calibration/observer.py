@@ -9,7 +9,9 @@ faults, so all are bet on; what is claimed of each is exact under the stated law
                certain draft, whether x is the draft. A residual replaced by mu, a wrong draft law
     tail       whether x has less than a hundredth of the likeliest token's probability: what mu gives such
                tokens. Truncation that nobody stated, a tail that is lost
-    accept     whether the draft was accepted: min(1, mu / q). A wrong draft law, a reused coin
+    accept     whether the draft was accepted: min(1, mu / q). A wrong draft law, a wrong rule
+    reused     whether the accept coin lies where the draft's uniform did, in the draft's interval of its
+               cumulative law: q. One coin for both
     draft      as surprisal, of the draft under the law it was drawn from. A mis-stated draft law
     coins      the uniform that drew a token, behind accepted drafts or without any: 1/2
     residual   the same of a token in place of a rejected draft: 1/2. A reused coin
@@ -25,7 +27,7 @@ from blockroll.rollout.calibration.bets import Bets
 from blockroll.rollout.engine.trace import StepTrace
 from blockroll.types import Draft, PointMass, Rows, Verdict
 
-FUNCTIONALS = ("surprisal", "draft_set", "tail", "accept", "draft", "coins", "residual")
+FUNCTIONALS = ("surprisal", "draft_set", "tail", "accept", "reused", "draft", "coins", "residual")
 BOUND = 12.0  # nats, of a surprisal
 TAIL = 0.01  # of the likeliest token's probability
 DEAD_BAND = 1e-4  # by which a mean may lie beside its claim: float32 rounds by less, bfloat16 by more
@@ -57,7 +59,7 @@ class Calibration:
         num_committed_B = verdict.num_committed_B.cpu().numpy()
         is_reached_B = offsets_B < num_committed_B
         has_draft_B = offsets_B < num_drafts_B
-        self._look_at_drafts(draft, requests_B[has_draft_B], offsets_B[has_draft_B])
+        self._look_at_drafts(draft, verdict, requests_B[has_draft_B], offsets_B[has_draft_B])
         place = (requests_B[is_reached_B], offsets_B[is_reached_B])
         self._look_at_tokens(target, draft, verdict, *place, has_draft_B[is_reached_B])
         self._look_at_coins(draft, verdict, num_drafts_B, num_committed_B)
@@ -115,7 +117,9 @@ class Calibration:
         figures = torch.stack([verdict.is_draft_BL[at].double(), expected_N]).cpu().numpy()
         self._bet("accept", *figures)
 
-    def _look_at_drafts(self, draft: Draft, requests_N: np.ndarray, offsets_N: np.ndarray) -> None:
+    def _look_at_drafts(
+        self, draft: Draft, verdict: Verdict, requests_N: np.ndarray, offsets_N: np.ndarray
+    ) -> None:
         if isinstance(draft.law, PointMass) or not len(requests_N):
             return
         device = draft.token_ids_BK.device
@@ -125,10 +129,16 @@ class Calibration:
         )
         drawn_N = ~_certain(draft, requests)
         at = (requests[drawn_N], offsets[drawn_N])
-        rows_NV = _draft_rows(draft, at)
-        probs_N = rows_NV.gather(1, draft.token_ids_BK[at][:, None])[:, 0]
-        figures = torch.stack([_scaled(probs_N.log()), _mean_surprisal(rows_NV)]).cpu().numpy()
-        self._bet("draft", *figures)
+        rows_NV, tokens_N1 = _draft_rows(draft, at), draft.token_ids_BK[at][:, None]
+        probs_N = rows_NV.gather(1, tokens_N1)[:, 0]
+        highs_N = rows_NV.cumsum(dim=1).gather(1, tokens_N1)[:, 0]
+        assert verdict.evidence is not None, "each part of a step has its evidence"
+        coins_N = verdict.evidence.coins_BK[at]
+        is_inside_N = (coins_N < highs_N) & (coins_N >= highs_N - probs_N)
+        figures = [_scaled(probs_N.log()), _mean_surprisal(rows_NV), is_inside_N.double(), probs_N]
+        surprisal_N, its_mean_N, inside_N, inside_mean_N = torch.stack(figures).cpu().numpy()
+        self._bet("draft", surprisal_N, its_mean_N)
+        self._bet("reused", inside_N, inside_mean_N)
 
     def _look_at_coins(
         self, draft: Draft, verdict: Verdict, num_drafts_B: np.ndarray, num_committed_B: np.ndarray

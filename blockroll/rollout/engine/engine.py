@@ -31,7 +31,7 @@ from blockroll.rollout.engine.served import ServedRequests, StepResult
 from blockroll.rollout.engine.shortage import Shortage, Shrinking, is_shortage, shortage_of
 from blockroll.rollout.engine.starting import Starter
 from blockroll.rollout.engine.step import Decoder
-from blockroll.rollout.engine.trace import EngineTimes, Observer
+from blockroll.rollout.engine.trace import EngineTimes, Observer, Observers, Watcher
 from blockroll.types import Plan, Request, Rollout
 
 
@@ -57,7 +57,7 @@ class BareEngine:
         max_prefill_rows: int = MAX_PREFILL_ROWS,
         decode: Decode | None = None,
         policy_version: int = 0,
-        observers: Iterable[Observer] = (),
+        observers: Iterable[Observer | Watcher] = (),
         drafters: Iterable[Drafter] = (),
         reproducible: bool = False,
         clock: Callable[[], float] = time.perf_counter,
@@ -65,19 +65,20 @@ class BareEngine:
         """`max_length` 0 is what the policy was built for.
 
         Stop strings are looked for in what `decode` makes of tokens; None: the policy's own tokenizer, with
-        special tokens kept. `observers` are told of every step in turn, once it is final. `drafters` serve
+        special tokens kept. `observers` are told of every step in turn, once it is final, a `Watcher` of one
+        in so many. `drafters` serve
         the plans that name them; one of the class of an own one takes its place. `reproducible` refuses
         requests whose text would depend on the plans that a planner chooses. The cache has room for the
         longest text that the requests at hand can become. `max_cache_rows` bounds its rows over all slots:
         then fewer than `max_batch_size` requests run together. 0: no bound. `cache` is how its rows lie: in
         slots as long as the longest text, or in pages of `page_size` rows, taken as texts grow. `graphs` says
         whether forwards over pages run in few shapes, captured as graphs on a GPU (`repeated.py`). `overlap`
-        says whether a step is queued before the one before is read: never where `observers` are told of steps
-        in between. `kernels` says which form of the operations runs: `auto` is Triton's on a GPU, and what it
+        says whether a step is queued before the one before is read: never where one of them is observed.
+        `kernels` says which form of the operations runs: `auto` is Triton's on a GPU, and what it
         came to stands in `kernels`, with the reason. A forward of a prefill has at most `max_prefill_rows`
         rows, and `prefill_chunk` where requests wait for it.
         """
-        self._observers = observers = tuple(observers)
+        self._observers = Observers(observers)
         self.planner = None if isinstance(plan, Plan) else plan
         plans = (plan,) if isinstance(plan, Plan) else plan.candidates
         self._drafters = at_hand((make() for make in self.own_drafters), drafters)
@@ -88,7 +89,7 @@ class BareEngine:
                 f"max_length is {max_length}, but the policy serves {policy.max_length} positions"
             )
         self.policy = policy
-        self.plan = plans[0]  # of the latest step
+        self.plan = self._asked = plans[0]  # of the latest step, and without a planner of all
         self.policy_version = policy_version
         self.kernels = kernels_of(kernels, policy, cache, page_size)
         sizes = {"page_size": page_size, "max_rows": max_cache_rows}
@@ -109,30 +110,18 @@ class BareEngine:
         )
         self._scheduler = Scheduler(max_batch_size=max_batch_size)
         self._forwards = forwards_of(policy, self._cache, graphs)
-        self._decoder = Decoder(
-            self._forwards, self._cache, self._drafters, clock, is_observed=bool(observers)
-        )
+        self._decoder = Decoder(self._forwards, self._cache, self._drafters, clock)
         self._starter = Starter(policy, self.limits, decode, numbers_servings=len(drafters_of(plans)) > 1)
         self._served = ServedRequests(self._scheduler, self._cache, self._starter)
+        parts = (self._cache, self._scheduler, self._served, self._room)
         self._admission = Admission(
-            policy,
-            self._cache,
-            self._scheduler,
-            self._served,
-            self._room,
-            prefill_chunk=prefill_chunk,
-            max_prefill_rows=max_prefill_rows,
+            policy, *parts, prefill_chunk=prefill_chunk, max_prefill_rows=max_prefill_rows
         )
         self._shrinking = Shrinking(
-            self._forwards,
-            self._cache,
-            self._scheduler,
-            self._served,
-            self._room,
-            self._admission,
-            keeps_proposals=self.planner is None,
+            self._forwards, *parts, self._admission, keeps_proposals=self.planner is None
         )
-        self._overlaps = overlaps(policy, self._cache, overlap) and not observers
+        self._overlaps = overlaps(policy, self._cache, overlap) and not self._observers.want_all
+        self._held: Plan | None = None  # by which all steps decode, whatever was asked or is chosen
         self._in_flight: Launched | None = None  # has every request that runs, and no prompt beside it
         self._told: dict[str, Rollout] = {}  # what drafters know of what no step has returned yet
         self._is_interrupted = False  # a change of what runs has begun and not ended
@@ -225,6 +214,16 @@ class BareEngine:
             self._served.forget_rows()
             self._admission.write_missing(keeps_proposals=self._planning is None)
 
+    def hold_plan(self, plan: Plan | None) -> None:
+        """Decode by this plan from the next step on, those that run too; None: as asked or chosen again."""
+        if plan is not None:
+            check_plan(plan, self.policy, self._drafters)
+        with self._change():
+            self._drop_in_flight()
+            for running in self._served.requests.values():
+                running.proposal = None
+            self._held, self.plan = plan, plan or self._asked
+
     def step(self) -> StepResult:
         """Write the next chunk of what joins, if anything does; decode one step for every request that runs.
 
@@ -307,7 +306,7 @@ class BareEngine:
         seconds = self._clock() - begun.started
         self.times.step_s += seconds
         self.times.num_steps += 1
-        if self._planning is not None and begun.is_measured:
+        if self._planning is not None and begun.is_measured and self._held is None:
             self._planning.observe(
                 seconds=seconds,
                 start_seconds=self.times.start_s - begun.start_s,
@@ -322,7 +321,9 @@ class BareEngine:
         whole = [] if chunk is None else [joining[place] for place in chunk.whole]
         batch = self._served.of((*running, *whole))
         lengths, first_logits = None, None
-        if self._planning is not None:
+        if self._held is not None:
+            self._change_plan(self._held, batch)
+        elif self._planning is not None:
             choice, choice_s = self._planning.choose(batch, len(whole), has_prefill=chunk is not None)
             self._change_plan(choice.plan, batch)
             lengths = choice.lengths
@@ -336,7 +337,9 @@ class BareEngine:
             lengths = None if lengths is None else [lengths[place] for place in order]
         is_measured = first_logits is None and (chunk is None or not chunk.partial)
         started, start_s = self._clock(), self.times.start_s
-        step = self._decoder.launch(batch, self.plan, first_logits, lengths)
+        is_observed = self._observers.want_next
+        step = self._decoder.launch(batch, self.plan, first_logits, lengths, is_observed=is_observed)
+        self._observers.launched()
         return Begun(step, started, start_s, is_measured)
 
     def _launched_behind(self, step: Launched) -> Launched | None:
@@ -344,13 +347,16 @@ class BareEngine:
         batch = self._served.of(self._scheduler.running)
         if (
             not self._overlaps
-            or not (self._planning is None or self._planning.holds(len(batch)))
+            or step.record is not None
+            or self._observers.want_next
+            or not (self._planning is None or self._held or self._planning.holds(len(batch)))
             or self._admission.is_needed
             or not may_be_followed(step, batch, self._cache, self._drafters)
         ):
             return None
-        if self._planning is not None:
+        if self._planning is not None and self._held is None:
             self._planning.choose(batch, 0)
+        self._observers.launched()
         return self._decoder.launch(batch, self.plan, behind=step)
 
     def _drop_unless_needed(self) -> None:
@@ -383,13 +389,9 @@ class BareEngine:
             # The share of a request that had ended: others may have its pages by now, and read them.
             self._drop_in_flight()
             self._cache.scrub_all()
-        if not self._observers:
-            return
-        trace = decoded.trace(
-            num_before,
-            version=self.policy_version,
-            precision=str(self.policy.kv_shape.dtype).removeprefix("torch."),
-            is_last=not self._served.requests,
-        )
-        for observer in self._observers:
-            observer(trace)
+        if decoded.launched.record is not None:
+            precision = str(self.policy.kv_shape.dtype).removeprefix("torch.")
+            is_last = not self._served.requests
+            self._observers.tell(
+                decoded.trace(num_before, version=self.policy_version, precision=precision, is_last=is_last)
+            )

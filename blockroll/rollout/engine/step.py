@@ -50,19 +50,13 @@ class Decoder:
         cache: Cache,
         drafters: Mapping[str, Drafter],
         clock: Callable[[], float],
-        *,
-        is_observed: bool = False,
     ) -> None:
-        """`drafters`, by their names, are those of every plan that a step may have.
-
-        `is_observed` keeps what a trace of a step is made of, until the step is read.
-        """
+        """`drafters`, by their names, are those of every plan that a step may have."""
         self.times = EngineTimes()
         self._drafters = drafters
         self._policy = policy
         self._cache = cache
         self._clock = clock
-        self._is_observed = is_observed
 
     def num_masks_at_start(self, plan: Plan) -> int | None:
         """Masks that the prefill of a whole batch should bring along, 0 for anchors alone; None: nothing."""
@@ -78,12 +72,14 @@ class Decoder:
         lengths: Sequence[int] | None = None,
         *,
         behind: Launched | None = None,
+        is_observed: bool = False,
     ) -> Launched:
         """Queue all of a step of slots 0.. by a plan; what it decides is on its way then.
 
         `first_logits` (B, K + 1, V) are the anchors' and the masks' rows of a batch whose prefill had both;
         `lengths` the most drafts of each request. `behind` is a step of the same plan that has all these
-        requests and is not read: `overlap.py` says which may have another one behind them.
+        requests and is not read: `overlap.py` says which may have another one behind them. `is_observed`
+        keeps what a trace of it is made of, until it is read.
         """
         device, vocab_size = self._policy.device, self._policy.vocab_size
         step = DraftStep(
@@ -146,7 +142,7 @@ class Decoder:
             left = drafter.leave(step, verified.leftover, verified.verdict)
             self._charge("forward_s", clock)
         record = None
-        if self._is_observed:
+        if is_observed:
             record = Record(
                 draft=draft,
                 verified=verified,

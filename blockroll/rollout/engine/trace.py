@@ -5,7 +5,7 @@ Audit, acceptance and tests subscribe to an engine (`Engine(observers=...)`); th
 Shapes: B requests, K drafted tokens, L = K + 1 target positions, V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -103,3 +103,42 @@ class Observer(Protocol):
     def __call__(self, trace: StepTrace, /) -> None:
         """One step of a batch. What it raises comes out of `Engine.step`, whose results are not lost."""
         ...
+
+
+class Watcher:
+    """An observer of one step in so many, and of none in between: what it costs is shared by these."""
+
+    def __init__(self, observer: Observer, *, every: int) -> None:
+        self.observer, self.every = observer, every
+
+
+class Observers:
+    """Who is told of which steps. A step that somebody is told of keeps what its trace is made of."""
+
+    def __init__(self, observers: Iterable[Observer | Watcher]) -> None:
+        given = tuple(observers)
+        self._of_all = tuple(each for each in given if not isinstance(each, Watcher))
+        self._of_some = tuple(each for each in given if isinstance(each, Watcher))
+        self._num_launched = 0
+
+    @property
+    def want_all(self) -> bool:
+        """Whether somebody is told of every step."""
+        return bool(self._of_all)
+
+    @property
+    def want_next(self) -> bool:
+        """Whether somebody is told of the step that is launched next."""
+        return self.want_all or any(self._num_launched % each.every == 0 for each in self._of_some)
+
+    def launched(self) -> None:
+        """A step is."""
+        self._num_launched += 1
+
+    def tell(self, trace: StepTrace) -> None:
+        """Of the step that was launched last."""
+        for observer in self._of_all:
+            observer(trace)
+        for watcher in self._of_some:
+            if (self._num_launched - 1) % watcher.every == 0:
+                watcher.observer(trace)

@@ -16,8 +16,10 @@ from blockroll.errors import InvalidInput
 from blockroll.policies.hf import HFPolicy
 from blockroll.policies.loading import load_tokenizer, resolve_checkpoint, resolve_device
 from blockroll.rollout.audit.writer import AuditWriter
+from blockroll.rollout.calibration.observer import Calibration
 from blockroll.rollout.drafters.engine import Engine
 from blockroll.rollout.drafters.history import HistoryDrafts
+from blockroll.rollout.engine.trace import Watcher
 from blockroll.rollout.pool.memory import CachePlan, DeviceMemory, num_sharing, plan_of
 from blockroll.rollout.pool.pool import RolloutPool
 from blockroll.rollout.pool.replica import LocalReplica, Replica
@@ -176,6 +178,8 @@ def replica_around(
     memory that is free is shared by so many engines.
     """
     audit = _audit(config, replica_id, pool_id)
+    every = config.watch_every or 0
+    calibration = Calibration(replica_id) if every else None
     plan = plan_of(policy, config)
     cache = CachePlan.of(policy, config, plan, DeviceMemory.of(policy.device), num_engines=num_engines)
     if cache.budget.is_scarce:
@@ -193,7 +197,10 @@ def replica_around(
         graphs=config.graphs,
         overlap=config.overlap,
         kernels=config.kernels,
-        observers=() if audit is None else (audit,),
+        observers=[
+            *([] if audit is None else [audit]),
+            *([] if calibration is None else [Watcher(calibration, every=every)]),
+        ],
         drafters=[HistoryDrafts(max_tokens=config.history_tokens)] if config.history_tokens else (),
     )
     replica = LocalReplica(
@@ -202,6 +209,7 @@ def replica_around(
         adapter=policy.adapter,
         replica_id=replica_id,
         check_finite_weights=config.check_finite_weights,
+        calibration=calibration,
         **({} if audit is None else {"on_close": audit.flush}),
     )
     if engine.planner is not None and not policy.can_draft:

@@ -11,22 +11,25 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import nn
 
 from blockroll.errors import InvalidInput, ReplicaError, WeightSyncError
 from blockroll.policies.prompts import Messages, OverlongRule, PromptInput, check_messages
+from blockroll.rollout.calibration.bets import Bets
 from blockroll.rollout.engine.requests import check_request
 from blockroll.rollout.pool.calls import Member, Rollouts
 from blockroll.rollout.pool.group_order import GroupOrder
 from blockroll.rollout.pool.histories import load_histories, save_histories
+from blockroll.rollout.pool.members import added, evidence_of, holds, refit
 from blockroll.rollout.pool.prompted import as_requests, make_requests
 from blockroll.rollout.pool.replica import Replica
 from blockroll.rollout.pool.router import Router
 from blockroll.rollout.pool.weight_sync import make_update, named_weights, unwrapped
 from blockroll.types import (
+    Plan,
     ReplicaHealth,
     ReplicaState,
     Request,
@@ -39,6 +42,7 @@ from blockroll.types.names import names_options
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
 Transport = Callable[[WeightUpdate], WeightUpdate]
 
 
@@ -286,10 +290,22 @@ class RolloutPool:
 
     def release_memory(self) -> None:
         """Give back what living replicas hold between two `generate` calls: keys and values."""
-        with self._router.alone():
-            for member in self._members:
-                if member.state != "DEAD":
-                    member.replica.release_memory()
+        self._of_living(lambda replica: replica.release_memory())
+
+    def hold_plan(self, plan: Plan | None) -> None:
+        """Decode by this plan on every living replica, from their next steps on; None: as was asked.
+
+        InvalidInput, and nothing changes, where the policy cannot follow it.
+        """
+        self._of_living(lambda replica: replica.hold_plan(plan))
+
+    def take_evidence(self) -> dict[str, Bets]:
+        """What replicas have bet on their own tokens since the last call, by functional, all added up.
+
+        Empty without `rollout.watch_every`, and where another process has made the replicas. What a replica
+        had bet before it died is lost, which biases nothing.
+        """
+        return added(self._of_living(evidence_of)) if not self._is_joined else {}
 
     def save_history(self, folder: Path, *, first: int = 0) -> None:
         """Write the texts that drafts are looked up in into a folder, which living replicas can reach.
@@ -311,8 +327,7 @@ class RolloutPool:
 
     def health(self) -> tuple[ReplicaHealth, ...]:
         """What every living replica says of itself."""
-        with self._router.alone():
-            return tuple(member.replica.health() for member in self._members if member.state != "DEAD")
+        return self._of_living(lambda replica: replica.health())
 
     def close(self) -> None:
         """Stop every replica, whatever one of them raises; calling it again changes nothing.
@@ -330,6 +345,10 @@ class RolloutPool:
             for member in self._members:
                 stack.callback(member.replica.close)
 
+    def _of_living(self, ask: Callable[[Replica], T]) -> tuple[T, ...]:
+        with self._router.alone():
+            return tuple(ask(member.replica) for member in self._members if member.state != "DEAD")
+
     def _send(self, update: WeightUpdate, living: Sequence[Member]) -> list[UpdateReceipt]:
         """Hand an update to the living replicas; their states say afterwards what they hold."""
         before = {member: member.state for member in living}
@@ -337,11 +356,13 @@ class RolloutPool:
             member.state = "STALE"
         try:
             with ThreadPoolExecutor(max_workers=len(living)) as executor:
-                receipts = list(executor.map(lambda member: self._update_member(member, update), living))
+                answers = list(executor.map(lambda member: refit(member, update), living))
         except BaseException:
             self.version = update.version  # who has it is not known: all are stale until the next one
             self._announce(living)
             raise
+        receipts = [answer.receipt for answer in answers]
+        self.num_refused_updates += sum(answer.was_refused for answer in answers)
         is_published = any(receipt.accepted for receipt in receipts)
         if is_published:
             self.version = update.version
@@ -351,7 +372,7 @@ class RolloutPool:
                 continue
             if not is_published:
                 member.state = before[member] if receipt.version >= 0 else "STALE"
-            elif receipt.accepted and _holds(receipt, update):
+            elif receipt.accepted and holds(receipt, update):
                 member.state = "READY"
             member.error = None
             if member.state == "STALE":
@@ -372,27 +393,3 @@ class RolloutPool:
                 except ReplicaError as death:
                     member.state, member.error = "DEAD", death
                     logger.error("%s", death)
-
-    def _update_member(self, member: Member, update: WeightUpdate) -> UpdateReceipt:
-        try:
-            receipt = member.replica.update(update)
-            if not receipt.accepted:
-                self.num_refused_updates += 1
-                logger.warning("replica %d refused, trying once more: %s", receipt.replica_id, receipt.error)
-                receipt = member.replica.update(update)
-        except ReplicaError as death:
-            member.state, member.error = "DEAD", death
-            logger.error("%s", death)
-            receipt = UpdateReceipt(
-                replica_id=member.replica.replica_id,
-                accepted=False,
-                version=-1,
-                checksum="",
-                error=str(death),
-            )
-        return receipt
-
-
-def _holds(receipt: UpdateReceipt, update: WeightUpdate) -> bool:
-    """Whether the replica has just the weights that were sent."""
-    return (receipt.version, receipt.checksum) == (update.version, update.manifest.checksum)

@@ -24,13 +24,14 @@ from blockroll.errors import (
     StaleReplica,
     WeightSyncError,
 )
+from blockroll.rollout.calibration.bets import Bets
 from blockroll.rollout.drafters.history import MAX_TOKENS
 from blockroll.rollout.engine.requests import Limits
 from blockroll.rollout.pool.ray_calls import ActorCalls
 from blockroll.rollout.pool.replica import LocalReplica
 from blockroll.rollout.pool.shared import SharedReplica
 from blockroll.rollout.pool.untold import UntoldTexts
-from blockroll.types import FinishedText, ReplicaHealth, Request, Rollout, UpdateReceipt, WeightUpdate
+from blockroll.types import FinishedText, Plan, ReplicaHealth, Request, Rollout, UpdateReceipt, WeightUpdate
 
 _POLL_WAIT_S = 0.02
 _START_TIMEOUT_S = 120.0
@@ -95,6 +96,12 @@ class ReplicaActor:
 
     def release_memory(self) -> None:
         self._replica.release_memory()
+
+    def hold_plan(self, plan: Plan | None) -> None:
+        self._replica.hold_plan(plan)
+
+    def take_evidence(self) -> dict[str, Bets]:
+        return self._replica.take_evidence()
 
     def save_history(self, path: Path) -> None:
         self._replica.save_history(path)
@@ -228,6 +235,15 @@ class RayReplica:
     def release_memory(self) -> None:
         """Give the memory of keys and values back while nothing is served."""
         self._calls.ask("release_memory")
+
+    def hold_plan(self, plan: Plan | None) -> None:
+        """Decode by this plan from the next step on; None: as was asked."""
+        self._calls.ask("hold_plan", plan)
+
+    def take_evidence(self) -> dict[str, Bets]:
+        """What was bet on the tokens it drew since the last call, by functional."""
+        evidence: dict[str, Bets] = self._calls.ask("take_evidence")
+        return evidence
 
     def tell_history(self, texts: Sequence[FinishedText]) -> None:
         """Texts that other replicas have finished, which go along with the next poll."""

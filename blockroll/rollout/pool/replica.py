@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from blockroll.errors import ChecksumMismatch, StaleReplica
+from blockroll.rollout.calibration.bets import Bets
+from blockroll.rollout.calibration.observer import Calibration
 from blockroll.rollout.drafters.engine import Engine
 from blockroll.rollout.engine.requests import Limits
 from blockroll.rollout.pool.weight_sync.buckets import (
@@ -24,7 +26,7 @@ from blockroll.rollout.pool.weight_sync.buckets import (
     weights_checksum,
 )
 from blockroll.rollout.pool.weight_sync.checks import check_form, check_version, check_weights
-from blockroll.types import FinishedText, ReplicaHealth, Request, Rollout, UpdateReceipt, WeightUpdate
+from blockroll.types import FinishedText, Plan, ReplicaHealth, Request, Rollout, UpdateReceipt, WeightUpdate
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +69,14 @@ class Replica(Protocol):
         """Give the memory of keys and values back while nothing is served."""
         ...
 
+    def hold_plan(self, plan: Plan | None) -> None:
+        """Decode by this plan from the next step on; None: as was asked."""
+        ...
+
+    def take_evidence(self) -> dict[str, Bets]:
+        """What was bet on the tokens it drew since the last call, by functional."""
+        ...
+
     def tell_history(self, texts: Sequence[FinishedText]) -> None:
         """Look drafts up in texts that other replicas have finished too; it waits for nothing."""
         ...
@@ -104,9 +114,13 @@ class LocalReplica:
         adapter: nn.Module | None = None,
         replica_id: int = 0,
         check_finite_weights: bool = True,
+        calibration: Calibration | None = None,
         on_close: Callable[[], None] = lambda: None,
     ) -> None:
-        """`adapter` drafts for the model; an update may bring its weights too."""
+        """`adapter` drafts for the model; an update may bring its weights too.
+
+        `calibration` is an observer of the engine, if it has one.
+        """
         self.replica_id = replica_id
         self.engine = engine
         self.limits = engine.limits
@@ -116,6 +130,7 @@ class LocalReplica:
         self.notice: str | None = None
         self.kernels = str(engine.kernels)
         self._check_finite_weights = check_finite_weights
+        self._calibration = calibration
         self._is_whole = True  # False while weights are written, and after an error in the middle of it
         self._expected = engine.policy_version
         self._lock = threading.Lock()
@@ -184,6 +199,16 @@ class LocalReplica:
         """Give the memory of keys and values back while nothing is served."""
         with self._lock:
             self.engine.release_memory()
+
+    def hold_plan(self, plan: Plan | None) -> None:
+        """Decode by this plan from the next step on; None: as was asked."""
+        with self._lock:
+            self.engine.hold_plan(plan)
+
+    def take_evidence(self) -> dict[str, Bets]:
+        """What was bet on the tokens it drew since the last call, by functional."""
+        with self._lock:
+            return {} if self._calibration is None else self._calibration.take()
 
     def tell_history(self, texts: Sequence[FinishedText]) -> None:
         """Look drafts up in texts that other replicas have finished too."""

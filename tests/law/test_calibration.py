@@ -1,0 +1,196 @@
+"""Bets of an engine on its own tokens: silent while laws hold, loud under each planted fault.
+
+Each fault is planted in a real engine, and the functional that must see it is named beside it.
+"""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+
+from blockroll.kernels.rows.weights import inverse_cdf
+from blockroll.rl_loops.watch.evidence import EProcess
+from blockroll.rollout.calibration import observer as observer_module
+from blockroll.rollout.calibration.observer import FUNCTIONALS, Calibration
+from blockroll.rollout.drafters.history import HistoryDrafts
+from blockroll.rollout.engine import step as decoding
+from blockroll.rollout.engine.trace import Watcher
+from blockroll.samplers import laws as laws_module
+from blockroll.types import Law, Plan, Sampling
+from tests.engines import make_requests, run
+from tests.models import adapted_policy, prompts
+
+ALPHA = 1e-6
+SAMPLING = Sampling(max_tokens=24, temperature=1.0)
+HOT = dataclasses.replace(SAMPLING, draft_temperature=0.5)
+PLANS = [Plan(0), Plan(3), Plan(3, (0, 1, 3)), Plan(3, drafter="history")]
+
+
+@pytest.fixture(scope="module")
+def policy():
+    """Its drafts are far from its own law, so that both halves of the rule are at work."""
+    return adapted_policy("llama", scale=1.0)
+
+
+def evidence(policy, plan, sampling=SAMPLING, *, seeds=1, count=64):
+    """An e-process of each functional, over all steps of some runs."""
+    processes = {name: EProcess() for name in FUNCTIONALS}
+    calibration = Calibration()
+    drafters = [HistoryDrafts(max_tokens=10_000)] if plan.drafter == "history" else []
+    for seed in range(seeds):
+        requests = make_requests(prompts(count, seed=seed), sampling, seed=seed)
+        watcher = Watcher(calibration, every=1)
+        run(policy, requests, plan, observers=[watcher], drafters=drafters, max_batch_size=count)
+        for name, bets in calibration.take().items():
+            processes[name].add(bets)
+    return processes
+
+
+@pytest.mark.parametrize("plan", PLANS, ids=str)
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        SAMPLING,
+        HOT,
+        dataclasses.replace(SAMPLING, temperature=0.7, top_p=0.9),
+        dataclasses.replace(SAMPLING, law=Law(0.5)),
+        dataclasses.replace(SAMPLING, temperature=0.0),
+    ],
+    ids=["lossless", "hot drafts", "truncated", "mixed", "greedy"],
+)
+def test_an_engine_that_keeps_its_laws_is_not_accused(policy, plan, sampling):
+    processes = evidence(policy, plan, sampling)
+    assert {name for name, each in processes.items() if each.log_e_max > math.log(1 / ALPHA)} == set()
+    seen = {name for name, each in processes.items() if each.num_values}
+    assert {"surprisal", "tail", "coins"} <= seen
+    if plan.num_drafts and plan.drafter != "history" and sampling.temperature:
+        assert seen == set(FUNCTIONALS)
+    for name in seen:
+        excess, count = processes[name].excess, processes[name].num_values
+        assert abs(excess) / count < 5 / math.sqrt(count) + 2e-4, name
+
+
+def patched_verify(monkeypatch, change):
+    """`change(verdict, draft, target, uniforms)` takes the place of every verdict on drafts."""
+    verify = decoding.verify_block
+
+    def wrong(draft, target, uniforms_BL):
+        return change(verify(draft, target, uniforms_BL), draft, target, uniforms_BL)
+
+    monkeypatch.setattr(decoding, "verify_block", wrong)
+
+
+def residual_is_the_target(monkeypatch):
+    def change(verdict, draft, target, uniforms_BL):
+        accepted_B1 = verdict.num_accepted_B[:, None]
+        rows_BV = target.at(torch.arange(len(accepted_B1)), accepted_B1[:, 0])
+        tokens_B1 = inverse_cdf(rows_BV, uniforms_BL[:, -1])[:, None]
+        return dataclasses.replace(
+            verdict,
+            token_ids_BL=verdict.token_ids_BL.scatter(1, accepted_B1, tokens_B1),
+            behavior_logprobs_BL=verdict.behavior_logprobs_BL.scatter(
+                1, accepted_B1, rows_BV.gather(1, tokens_B1).log()
+            ),
+        )
+
+    patched_verify(monkeypatch, change)
+
+
+def logprobs_of_another_temperature(monkeypatch):
+    patched_verify(
+        monkeypatch,
+        lambda verdict, *_: dataclasses.replace(
+            verdict, behavior_logprobs_BL=0.9 * verdict.behavior_logprobs_BL
+        ),
+    )
+
+
+def draft_law_of_another_temperature(monkeypatch):
+    draw_draft = laws_module.draw_draft
+
+    def wrong(logits, temperature, uniforms_BK, num_drafts=None, **kwargs):
+        draft = draw_draft(logits, temperature, uniforms_BK, num_drafts, **kwargs)
+        return dataclasses.replace(draft, law=logits.double().softmax(-1))
+
+    monkeypatch.setattr(laws_module, "draw_draft", wrong)
+
+
+def coin_of_the_rejected_draft_again(monkeypatch):
+    verify = decoding.verify_block
+
+    def wrong(draft, target, uniforms_BL):
+        num_drafts = draft.token_ids_BK.shape[1]
+        accepted_B = verify(draft, target, uniforms_BL).num_accepted_B
+        coin_B1 = uniforms_BL.gather(1, accepted_B.clamp(max=num_drafts - 1)[:, None])
+        return verify(draft, target, torch.cat([uniforms_BL[:, :-1], coin_B1], dim=1))
+
+    monkeypatch.setattr(decoding, "verify_block", wrong)
+
+
+def coin_that_drew_the_draft_accepts_it(monkeypatch):
+    uniforms = decoding.step_uniforms
+
+    def wrong(*arguments, **options):
+        draft_BK, verify_BL = uniforms(*arguments, **options)
+        return draft_BK, torch.cat([draft_BK, verify_BL[:, draft_BK.shape[1] :]], dim=1)
+
+    monkeypatch.setattr(decoding, "step_uniforms", wrong)
+
+
+def tokens_of_a_truncated_law(monkeypatch):
+    """The least likely tokens are never drawn, and no option says so."""
+
+    def change(verdict, draft, target, uniforms_BL):
+        rows_BV = target.at(torch.arange(len(uniforms_BL)), torch.zeros(len(uniforms_BL), dtype=torch.long))
+        kept_BV = rows_BV.where(rows_BV >= 0.02 * rows_BV.amax(1, keepdim=True), 0.0)
+        tokens_B1 = inverse_cdf(kept_BV, uniforms_BL[:, 0])[:, None]
+        tokens_BL = torch.cat([tokens_B1, verdict.token_ids_BL[:, 1:]], dim=1)
+        return dataclasses.replace(verdict, token_ids_BL=tokens_BL)
+
+    patched_verify(monkeypatch, change)
+
+
+FUSED = Plan(3, (0, 1, 3))
+FAULTS = [
+    (residual_is_the_target, "draft_set", FUSED, SAMPLING),
+    (residual_is_the_target, "draft_set", FUSED, dataclasses.replace(SAMPLING, law=Law(0.5))),
+    (logprobs_of_another_temperature, "surprisal", FUSED, SAMPLING),
+    (draft_law_of_another_temperature, "draft", FUSED, HOT),
+    (coin_of_the_rejected_draft_again, "residual", FUSED, SAMPLING),
+    (coin_that_drew_the_draft_accepts_it, "reused", FUSED, SAMPLING),
+    (tokens_of_a_truncated_law, "tail", Plan(0), dataclasses.replace(SAMPLING, temperature=0.5)),
+]
+
+
+@pytest.mark.parametrize(
+    ("fault", "functional", "plan", "sampling"),
+    FAULTS,
+    ids=lambda each: str(getattr(each, "__name__", "") or each)[:40],
+)
+def test_a_planted_fault_is_found_by_the_functional_that_must_see_it(
+    policy, monkeypatch, fault, functional, plan, sampling
+):
+    fault(monkeypatch)
+    process = evidence(policy, plan, sampling, seeds=4, count=256)[functional]
+    assert process.log_e_max > math.log(1 / ALPHA), f"{process.num_values} values, excess {process.excess}"
+
+
+def test_a_functional_that_claims_too_much_accuses_an_engine_that_keeps_its_laws(policy, monkeypatch):
+    monkeypatch.setattr(
+        observer_module, "_mean_surprisal", lambda rows_NV: (rows_NV * rows_NV).sum(1) * 0 + 0.2
+    )
+    with pytest.raises(AssertionError):
+        test_an_engine_that_keeps_its_laws_is_not_accused(policy, FUSED, SAMPLING)
+
+
+def test_a_watcher_is_told_of_one_step_in_so_many_and_changes_no_token(policy):
+    requests = make_requests(prompts(6), SAMPLING)
+    told = []
+    observed = run(policy, requests, Plan(0), observers=[Watcher(told.append, every=8)])
+    alone = run(policy, requests, Plan(0))
+    assert {name: each.token_ids for name, each in observed.items()} == {
+        name: each.token_ids for name, each in alone.items()
+    }
+    assert len(told) == math.ceil(SAMPLING.max_tokens / 8)
+    assert Calibration().take() == {}
