@@ -7,7 +7,7 @@ GPU_PYTHON ?= $(PYTHON)
 # Processes that run the tests, each with one torch thread.
 WORKERS ?= 2
 PARALLEL := -n $(WORKERS) --dist loadfile
-EXTRAS := dev,ray,trl,wandb,env,constraints
+EXTRAS := dev,ray,trl,wandb,metrics,env,constraints
 # Steps of the demo that `wheel-test` runs from the installed wheel.
 WHEEL_DEMO_ARGS ?= --steps 2
 

@@ -30,11 +30,12 @@ if TYPE_CHECKING:
     from blockroll.policies.hf import HFPolicy
     from blockroll.policy_check.check import PolicyReport
 
-EXTRAS = {  # optional package: what it gives
-    "ray": "replicas in processes of their own",
-    "trl": "training with TRL",
-    "wandb": "metrics in Weights & Biases",
-    "triton": "GPU kernels; builds of torch for GPUs bring their own",
+EXTRAS = {  # optional package: the extra that brings it, if one does, and what it gives
+    "ray": ("ray", "replicas in processes of their own"),
+    "trl": ("trl", "training with TRL"),
+    "wandb": ("wandb", "metrics in Weights & Biases"),
+    "prometheus_client": ("metrics", "metrics for Prometheus"),
+    "triton": (None, "GPU kernels; builds of torch for GPUs bring their own"),
 }
 
 
@@ -74,9 +75,9 @@ def doctor(
     for name, value in (*facts["machine"].items(), *facts["versions"].items()):
         table.add_row(name, value)
     console.print(table)
-    for package, gives in EXTRAS.items():
+    for package, (extra, gives) in EXTRAS.items():
         if find_spec(package) is None:
-            advice = "" if package == "triton" else f"; pip install 'blockroll[{package}]'"
+            advice = "" if extra is None else f"; pip install 'blockroll[{extra}]'"
             console.print(f"without {package}: no {gives}{advice}", style="yellow", markup=False)
     facts["tiny_policy"] = _trial_in_words(console)
     passed = facts["tiny_policy"]["works"]

@@ -38,6 +38,16 @@ ThreadsOption = Annotated[
 ]
 BackendOption = Annotated[Backend, typer.Option(help="Replicas as Ray actors, or in this process.")]
 WandbOption = Annotated[bool, typer.Option("--wandb", help="Also log to Weights & Biases.")]
+MetricsPortOption = Annotated[
+    int | None,
+    typer.Option(
+        "--metrics-port",
+        min=0,
+        max=65535,
+        metavar="PORT",
+        help="Serve the newest metrics to Prometheus on this port, to this machine alone.",
+    ),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead, one object a line.")]
 
 

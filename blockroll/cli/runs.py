@@ -12,7 +12,14 @@ import typer
 import yaml
 from rich.console import Console
 
-from blockroll.cli.options import AdapterOption, BackendOption, WandbOption, check_output, load_policy
+from blockroll.cli.options import (
+    AdapterOption,
+    BackendOption,
+    MetricsPortOption,
+    WandbOption,
+    check_output,
+    load_policy,
+)
 from blockroll.cli.speed import arithmetic_prompts, print_table, write_rows
 from blockroll.config import RolloutConfig, RunConfig, TrainConfig, load_config, to_mapping
 from blockroll.errors import InvalidInput, RunExists
@@ -85,6 +92,7 @@ def train(
         ),
     ] = None,
     wandb: WandbOption = False,
+    metrics_port: MetricsPortOption = None,
 ) -> None:
     """Train as a config says: collect, advantages, update, publish."""
     if from_checkpoint is not None and resume is None:
@@ -92,6 +100,8 @@ def train(
     path, overrides = _split_config(config or [])
     if wandb:
         overrides.append("wandb=true")
+    if metrics_port is not None:
+        overrides.append(f"metrics_port={metrics_port}")
     if adapter is not None:
         overrides.append(f"policy.adapter={json.dumps(str(adapter.resolve()))}")
     if show_config and resume is None:

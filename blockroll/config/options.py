@@ -28,6 +28,7 @@ Amount = Annotated[float, Ge(0)]
 Share = Annotated[float, Gt(0), Le(1)]
 Weight = Annotated[float, Ge(0), Le(1)]
 Backend = Literal["ray", "local"]  # kinds of replica: Ray actors, or in this process
+Port = Annotated[int, Ge(0), Le(65535)]
 PageSize = Annotated[int, Ge(1), Le(1024)]
 Several = Annotated[tuple[T, ...], MinLen(1), Strict(False)]
 
@@ -257,6 +258,8 @@ class RunConfig:
     seed: int = 0  # every random choice of the run derives from it
     task: str = "arithmetic"  # prompts and reward: "arithmetic", or a Python path "module:attribute"
     wandb: bool = False  # also log to Weights & Biases (WANDB_MODE=offline works)
+    metrics_port: Port = 0  # where Prometheus fetches the metrics of the newest step; 0: nowhere
+    metrics_host: str = "127.0.0.1"  # of that port: this machine alone; "0.0.0.0" for any that reaches it
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     train: TrainConfig = field(default_factory=TrainConfig)

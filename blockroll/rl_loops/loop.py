@@ -28,6 +28,7 @@ from blockroll.rl_loops.run_lock import run_lock
 from blockroll.rl_loops.signals import exit_code, interrupts_held, stop_signals
 from blockroll.rl_loops.tasks import Task, load_task
 from blockroll.rl_loops.tracking import JsonLines, Wandb, read_lines, require_wandb, truncate_lines
+from blockroll.rl_loops.watch.prometheus import Prometheus
 from blockroll.rollout.audit.files import drop_audit
 from blockroll.rollout.drafters.engine import Engine
 from blockroll.rollout.planning.reading import read_plan
@@ -148,6 +149,7 @@ def _run_to_the_end(
         task = task or load_task(config.task)
         if config.wandb:
             require_wandb()
+        prometheus = _listen(config, stack, console) if config.metrics_port else None
         path = config.policy.path if checkpoint is None else str(checkpoint.folder)
         policy = HFPolicy.from_pretrained(
             path, device=config.policy.device, dtype=torch.float32, adapter=config.policy.adapter
@@ -180,7 +182,7 @@ def _run_to_the_end(
         else:
             _discard_after(checkpoint, config, audit_dir, changed, console)
         (run_dir / "config.yaml").write_text(yaml.safe_dump(to_mapping(config), sort_keys=False))
-        records = Records(config, stack)
+        records = Records(config, stack, prometheus)
         try:
             with stop_signals():
                 what = "first evaluation" if checkpoint is None else "publishing weights"
@@ -211,17 +213,20 @@ def _steps(run: Run, records: "Records", callbacks: tuple[Callback, ...], consol
 
 
 class Records:
-    """Where the records of steps go: metrics.jsonl, rollouts.jsonl, and Weights & Biases when asked."""
+    """Where records of steps go: metrics.jsonl, rollouts.jsonl, Weights & Biases and Prometheus if asked."""
 
-    def __init__(self, config: RunConfig, stack: contextlib.ExitStack) -> None:
-        """Open everything; `stack` closes it."""
+    def __init__(
+        self, config: RunConfig, stack: contextlib.ExitStack, prometheus: Prometheus | None = None
+    ) -> None:
+        """Open everything; `stack` closes it, but for what is given."""
         run_dir = config.run_dir
-        self._trackers: list[JsonLines | Wandb] = [JsonLines(run_dir / METRICS_FILE)]
+        self._trackers: list[JsonLines | Wandb | Prometheus] = [JsonLines(run_dir / METRICS_FILE)]
         if config.wandb:
             self._trackers.append(Wandb(name=config.name, run_dir=run_dir, config=to_mapping(config)))
         self._samples = JsonLines(run_dir / SAMPLES_FILE)
         for tracker in (*self._trackers, self._samples):
             stack.callback(tracker.close)
+        self._trackers += [prometheus] if prometheus is not None else []
 
     def log(self, record: StepRecord) -> None:
         """Write one step."""
@@ -229,6 +234,13 @@ class Records:
             self._samples.log(sample)
         for tracker in self._trackers:
             tracker.log(record.metrics)
+
+
+def _listen(config: RunConfig, stack: contextlib.ExitStack, console: Console) -> Prometheus:
+    prometheus = Prometheus(run=config.name, host=config.metrics_host, port=config.metrics_port)
+    stack.callback(prometheus.close)
+    console.print(f"Metrics for Prometheus at {prometheus.address}", soft_wrap=True, highlight=False)
+    return prometheus
 
 
 def _make_folder(run_dir: Path) -> None:

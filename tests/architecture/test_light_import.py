@@ -3,7 +3,7 @@
 import subprocess
 import sys
 
-HEAVY = ("torch", "ray", "trl", "transformers", "triton", "wandb", "pyarrow")
+HEAVY = ("torch", "ray", "trl", "transformers", "triton", "wandb", "pyarrow", "prometheus_client")
 
 
 def stdout_of(code: str) -> str:

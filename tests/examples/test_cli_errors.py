@@ -156,6 +156,8 @@ train policy.dtype=float8                            | must be one of 'float32'
 train rollout.plan=wild                              | rollout.plan must be 'plain'
 train good.yaml rollout.plan=fused(9999)             | rollout.plan may draft at most 256
 train good.yaml policy.path=POLICY rollout.plan=two_forward(128) rollout.backend=ray | give K of at most 127
+train good.yaml --metrics-port 70000                  | --metrics-port
+train good.yaml metrics_port=1 metrics_host=256.1.1.1 | metrics_host '256.1.1.1' cannot be listened on
 train good.yaml name=a/../../b                       | below runs_dir
 train good.yaml name=..                              | below runs_dir
 train good.yaml name=/tmp                            | below runs_dir
