@@ -25,7 +25,7 @@ def even_share(*, completion_ids, **_):
 TASK = from_rows(name="even", train=ROWS, held_out=ROWS[:3], reward_fn=even_share)
 
 
-def save_policy(folder, seed, **options):
+def save_policy(folder, seed, layouts=("two_forward",), **options):
     torch.manual_seed(seed)
     tokenizer = load_tokenizer("tiny")
     config = LlamaConfig(
@@ -41,7 +41,7 @@ def save_policy(folder, seed, **options):
         bos_token_id=1,
         eos_token_id=2,
         pad_token_id=0,
-        blockroll={"mask_token_id": 3, "block_sizes": [3], "layouts": ["two_forward"], "conversion": "full"},
+        blockroll={"mask_token_id": 3, "block_sizes": [3], "layouts": [*layouts], "conversion": "full"},
         **options,
     )
     HFPolicy(LlamaForCausalLM(config), tokenizer).save_pretrained(folder)

@@ -1,18 +1,18 @@
-"""From prompts to rollouts: requests with derived seeds, and what a batch of rollouts says about itself.
+"""From prompts to rollouts: requests with derived seeds.
 
 Seeds are a hash of what they are for, never the state of a generator: a run resumes from its step alone.
 """
 
 import math
 import time
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from blockroll.errors import InvalidInput
 from blockroll.policies.prompts import PromptEncoder, Room
-from blockroll.rl_loops.advantages import FAILED_REASONS, score_rollouts
+from blockroll.rl_loops.advantages import score_rollouts
 from blockroll.rl_loops.tasks import RewardFunction, Row
+from blockroll.rl_loops.watch.signals import acceptance_rate
 from blockroll.rollout.engine.requests import derive_seed
 from blockroll.rollout.pool.pool import RolloutPool
 from blockroll.types import Request, Rollout, Sampling
@@ -105,81 +105,5 @@ def evaluate(
         "eval/reward": float(valid.mean()) if len(valid) else math.nan,
         "eval/num_rollouts": float(len(valid)),
         "eval/acceptance_rate": acceptance_rate(batch.rollouts),
-        "eval/mean_length": _mean([len(rollout.token_ids) for rollout in batch.rollouts]),
+        "eval/mean_length": sum(len(rollout.token_ids) for rollout in batch.rollouts) / len(batch.rollouts),
     }
-
-
-def acceptance_rate(rollouts: Sequence[Rollout]) -> float:
-    """Accepted drafts per draft submitted to verify; NaN under the plain plan."""
-    return _ratio(sum(r.stats.num_accepted for r in rollouts), sum(r.stats.num_drafted for r in rollouts))
-
-
-def rollout_metrics(batch: Batch) -> dict[str, float]:
-    """How a batch was generated; names as in verl and TRL where they have one."""
-    rollouts = batch.rollouts
-    rates = rollout_rates(rollouts, batch.duration_s)
-    return {
-        **{name: _ratio(*rate) for name, rate in rates.items()},
-        "rollout/duration_s": batch.duration_s,
-        "rollout/failed": float(sum(rollout.finish_reason in FAILED_REASONS for rollout in rollouts)),
-        "completions/max_length": float(max((len(rollout.token_ids) for rollout in rollouts), default=0)),
-        **plan_shares(plan_counts(rollouts)),
-    }
-
-
-def rollout_rates(rollouts: Sequence[Rollout], duration_s: float) -> dict[str, tuple[float, float]]:
-    """Metrics as numerator and denominator, which may be summed over processes before they are divided."""
-    num_tokens = sum(len(rollout.token_ids) for rollout in rollouts)
-    accept_lengths = [
-        1 + rollout.stats.num_accepted / rollout.stats.num_verify_steps
-        for rollout in rollouts
-        if rollout.stats.num_verify_steps
-    ]
-    num_shortages = sum(rollout.stats.num_shortages for rollout in rollouts)
-    speedups = [rollout.stats.speedups for rollout in rollouts if rollout.stats.speedups is not None]
-    effective = [rollout.effective_sample_size for rollout in rollouts if rollout.token_ids]
-    return {
-        "rollout/acceptance_rate": (
-            sum(rollout.stats.num_accepted for rollout in rollouts),
-            sum(rollout.stats.num_drafted for rollout in rollouts),
-        ),
-        "rollout/tokens_per_forward": (num_tokens, sum(rollout.stats.num_forwards for rollout in rollouts)),
-        "rollout/spec_accept_length": (sum(accept_lengths), len(accept_lengths)),
-        "rollout/generated_tok_s": (num_tokens, duration_s),
-        "rollout/speedup_predicted": (sum(predicted for predicted, _ in speedups), len(speedups)),
-        "rollout/speedup_achieved": (sum(achieved for _, achieved in speedups), len(speedups)),
-        "rollout/prefix_hit_rate": (
-            sum(rollout.stats.num_reused for rollout in rollouts),
-            sum(rollout.stats.num_prefilled + rollout.stats.num_reused for rollout in rollouts),
-        ),
-        "rollout/preempted": (sum(rollout.stats.num_preempted for rollout in rollouts), len(rollouts)),
-        "rollout/shortage_rate": (num_shortages, num_shortages + plan_counts(rollouts).total()),
-        "rollout/log_ratio_mean": (sum(rollout.log_ratio for rollout in rollouts), len(rollouts)),
-        "rollout/effective_sample_size": (sum(effective), len(effective)),
-        "completions/mean_length": (num_tokens, len(rollouts)),
-        "completions/clipped_ratio": (
-            sum(rollout.finish_reason == "length" for rollout in rollouts),
-            len(rollouts),
-        ),
-    }
-
-
-def plan_counts(rollouts: Sequence[Rollout]) -> Counter[str]:
-    """Request-steps by the name of the plan that ran."""
-    counts: Counter[str] = Counter()
-    for rollout in rollouts:
-        counts.update({plan.name: count for plan, count in rollout.stats.steps_by_plan})
-    return counts
-
-
-def plan_shares(counts: Counter[str]) -> dict[str, float]:
-    """`rollout/plan/<name>`: the share of request-steps that each plan ran; they sum to 1."""
-    return {f"rollout/plan/{name}": count / counts.total() for name, count in counts.items()}
-
-
-def _mean(values: Sequence[float]) -> float:
-    return _ratio(sum(values), len(values))
-
-
-def _ratio(numerator: float, denominator: float) -> float:
-    return numerator / denominator if denominator else math.nan

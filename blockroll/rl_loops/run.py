@@ -17,11 +17,12 @@ from blockroll.config import RunConfig, to_mapping
 from blockroll.errors import ConfigError
 from blockroll.rl_loops.advantages import Scores
 from blockroll.rl_loops.checkpoint import save_checkpoint
-from blockroll.rl_loops.collect import Batch, collect, evaluate, rollout_metrics
+from blockroll.rl_loops.collect import Batch, collect, evaluate
 from blockroll.rl_loops.learner import Learner
 from blockroll.rl_loops.prompt_order import PromptOrder
 from blockroll.rl_loops.publish import publish
 from blockroll.rl_loops.tasks import Task
+from blockroll.rl_loops.watch.signals import step_metrics
 from blockroll.rollout.audit.files import audit_mark
 from blockroll.rollout.planning.reading import read_plan
 from blockroll.rollout.pool.pool import RolloutPool
@@ -157,6 +158,7 @@ class Run:
     def learn(self, drawn: Drawn) -> None:
         """One policy update. `finish` follows; whoever resumes before that finishes the step then."""
         batch, scores = drawn.batch, drawn.scores
+        rewards = scores.rewards_B.tolist()
         advantages = self.learner.algorithm.advantages(scores, batch.group_ids)
         update_start = time.perf_counter()
         learner_metrics = self.learner.update(batch.rollouts, advantages)
@@ -170,11 +172,13 @@ class Run:
                 "policy_version": step - 1,
                 "plan": self._plan_name,
                 "kernels": self.pool.kernels,
-                **rollout_metrics(batch),
+                **step_metrics(
+                    batch.rollouts, batch.rows, rewards, version=step - 1, duration_s=batch.duration_s
+                ),
                 **learner_metrics,
                 "perf/update_s": now - update_start,
             },
-            "samples": _samples(batch, scores.rewards_B.tolist(), step),
+            "samples": _samples(batch, rewards, step),
             "elapsed_s": now - drawn.start,
         }
         self._counters["rollout/failed_total"] += scores.num_rollouts_failed

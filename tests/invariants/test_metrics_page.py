@@ -9,12 +9,23 @@ import trl
 
 from blockroll.config import AlignmentConfig, DraftConfig, RolloutConfig
 from blockroll.rl_loops.envs import from_reasoning_gym
+from blockroll.rl_loops.tasks import from_rows
 from blockroll.rl_loops.tracking import read_lines
-from tests.runs import config_for, run, save_policy
+from tests.runs import ROWS, config_for, even_share, run, save_policy
+from tests.trl_trainers import ROWS as ROWS_OF_TRAINERS
 from tests.trl_trainers import aligned, logs, trainer
 
 PAGE = Path(__file__).parents[2] / "docs" / "metrics.md"
 ROW = re.compile(r"^\| `([^`]+)` \| (train|TRL|both) \| [^|]+ \| [^|]+ \|$", re.MULTILINE)
+
+FAMILIES = (
+    "rollout/plan/<name>",
+    "rollout/acceptance_rate/<drafter>",
+    "rollout/acceptance_rate_level_<n>",
+    "rollout/spec_accept_rate_pos_<k>",
+    "rollout/spec_accept_length_share_<n>",
+    "reward/by_source/<name>",
+)
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:`.*gradient_checkpointing.*` is deprecated:FutureWarning",  # what TRL itself calls
@@ -35,7 +46,16 @@ def written_out(row):
 
 
 def names_of(rows):
-    return {re.sub(r"^rollout/plan/.*", "rollout/plan/<name>", name) for row in rows for name in row}
+    return {named(name) for row in rows for name in row}
+
+
+def named(name):
+    """As the page has it: what differs from run to run is a part."""
+    for family in FAMILIES:
+        prefix, part = family.split("<")
+        if name.startswith(prefix):
+            return f"{prefix}<{part}"
+    return name
 
 
 def test_every_row_of_the_table_is_read():
@@ -45,8 +65,11 @@ def test_every_row_of_the_table_is_read():
 
 
 def test_the_page_has_what_a_run_logs(tmp_path):
-    config = config_for(tmp_path, save_policy(tmp_path / "policy", 0), steps=2)
-    run(config)
+    rows = [{**row, "source": f"sum {len(row['prompt'])}"} for row in ROWS]
+    task = from_rows(name="even", train=rows, held_out=rows[:3], reward_fn=even_share)
+    policy = save_policy(tmp_path / "policy", 0, layouts=("fused",))
+    config = config_for(tmp_path, policy, plan="fused", steps=2)
+    run(config, task=task)
     assert names_of(read_lines(config.run_dir / "metrics.jsonl")) == stated("train")
 
 
@@ -54,11 +77,17 @@ def test_the_page_has_what_a_run_logs(tmp_path):
 def test_the_page_has_what_a_trl_trainer_logs_beside_trl(tmp_path):
     steps = {"max_steps": 2}
     draft = DraftConfig(conversion="full", block_sizes=(8,), layouts=("two_forward",), learning_rate=1e-5)
+    rows = ROWS_OF_TRAINERS.add_column("data_source", ["sums"] * len(ROWS_OF_TRAINERS))
+    with pytest.warns(UserWarning, match="layout this policy was not trained for"):
+        fused = trainer(
+            tmp_path / "fused", rollout=RolloutConfig(plan="fused"), train_dataset=rows, options=steps
+        )
     scored = []
     from_reasoning_gym("chain_sum", size=1).reward([""], [0], log_metric=lambda name, _: scored.append(name))
     ours = {
         *names_of(logs(aligned(tmp_path / "aligned", alignment=AlignmentConfig(draft=draft), **steps))),
         *names_of(logs(trainer(tmp_path / "auto", rollout=RolloutConfig(plan="auto"), options=steps))),
+        *names_of(logs(fused)),
         *scored,
     }
     stock = names_of(logs(trainer(tmp_path / "stock", trl.GRPOTrainer, options=steps)))

@@ -19,8 +19,8 @@ from transformers import TrainerCallback
 from blockroll.config import AlignmentConfig
 from blockroll.errors import InvalidInput
 from blockroll.policies.hf import HFPolicy
-from blockroll.rl_loops.collect import acceptance_rate
 from blockroll.rl_loops.draft_trainer import DraftTrainer
+from blockroll.rl_loops.watch.signals import acceptance_rate
 from blockroll.types import Rollout
 
 

@@ -19,9 +19,16 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from blockroll.rl_loops.collect import plan_counts, plan_shares, rollout_rates
 from blockroll.rl_loops.losses import raw_weight_metrics
-from blockroll.types import Rollout
+from blockroll.rl_loops.watch.signals import (
+    count_metrics,
+    known,
+    reward_metrics,
+    rollout_rates,
+    source_of,
+    values_of,
+)
+from blockroll.types import Rollout, counted
 
 SURPRISAL = "sampling/surprisal_minus_entropy"
 
@@ -29,20 +36,31 @@ SURPRISAL = "sampling/surprisal_minus_entropy"
 def round_metrics(accelerator: Any, rollouts: Sequence[Rollout], duration_s: float) -> dict[str, float]:
     """How the completions of one batch were generated. All ranks call it."""
     rates = rollout_rates(rollouts, duration_s)
-    counts = plan_counts(rollouts)
+    counts = counted(rollout.stats.steps for rollout in rollouts)
     if accelerator.num_processes > 1:
         pairs = torch.tensor([*rates.values(), (duration_s, 1.0)], dtype=torch.float64)
         gathered = accelerator.gather(pairs[None].float().to(accelerator.device)).double().cpu()
         *sums, _ = gathered.sum(dim=0).tolist()
         duration_s = float(gathered[:, -1, 0].max())
         rates = dict(zip(rates, map(tuple, sums), strict=True))
-        counts = sum((Counter(each) for each in gather_object([counts])), Counter())
+        counts = sum(gather_object([counts]), Counter())
     # Ranks generate side by side: the job's speed is all their tokens in the time of the slowest.
     rates["rollout/generated_tok_s"] = (rates["rollout/generated_tok_s"][0], duration_s)
-    own = {
-        name: above / below for name, (above, below) in rates.items() if below and "completions/" not in name
-    }
-    return {**own, "rollout/duration_s": duration_s, **plan_shares(counts)}
+    own = {name: rate for name, rate in rates.items() if rate[1] and "completions/" not in name}
+    return {**values_of(own), "rollout/duration_s": duration_s, **known(count_metrics(counts))}
+
+
+def reward_signals(trainer: Any, inputs: Sequence[Mapping[str, Any]], rewards_BF: Tensor) -> dict[str, float]:
+    """Of rewards, what TRL does not log. All ranks call it.
+
+    `rewards_BF` are those of all ranks by function, NaN where it gave none; `inputs` the rows of this rank's.
+    """
+    sources = [source_of(row) for row in inputs]
+    if trainer.accelerator.num_processes > 1:
+        sources = gather_object(sources)
+    weights_F = trainer.reward_weights.to(rewards_BF.device)
+    rewards_B = (rewards_BF * weights_F).nansum(dim=1).where(~rewards_BF.isnan().all(dim=1), math.nan)
+    return known(reward_metrics(rewards_B.tolist(), sources))
 
 
 # In place of a policy version, for positions of a batch where no token was drawn.

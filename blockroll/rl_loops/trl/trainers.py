@@ -23,7 +23,14 @@ from blockroll.rl_loops.trl.arguments import check_arguments, check_head
 from blockroll.rl_loops.trl.checkpoint import load_rollout_state, save_rollout_state
 from blockroll.rl_loops.trl.contract import GRPO_PARTS, TRAINER_PARTS, require_parts
 from blockroll.rl_loops.trl.generation import TrainerRollouts, trainer_sampling
-from blockroll.rl_loops.trl.metrics import PADDING, LearnersView, drawn_versions, random_state, round_metrics
+from blockroll.rl_loops.trl.metrics import (
+    PADDING,
+    LearnersView,
+    drawn_versions,
+    random_state,
+    reward_signals,
+    round_metrics,
+)
 from blockroll.rl_loops.trl.modules import base_model, is_random_in_training
 from blockroll.rl_loops.trl.placement import forward_dtype, place
 from blockroll.rl_loops.trl.prompt_lengths import with_fitting_prompts
@@ -186,9 +193,9 @@ class _DraftedRollouts(_Trainer):
         """Which tokens of what `_generate` gave a tool has said; None where the trainer calls no tools."""
         return None
 
-    def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
+    def _calculate_rewards(self, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
         try:
-            rewards: Tensor = super()._calculate_rewards(*args, **kwargs)
+            rewards: Tensor = super()._calculate_rewards(inputs, *args, **kwargs)
         except Exception as error:
             if self.accelerator.num_processes == 1:
                 raise
@@ -200,6 +207,7 @@ class _DraftedRollouts(_Trainer):
             )
             rewards = self.accelerator.gather(nothing)
         raise_together(self.accelerator, self._reward_errors.take(), "computing rewards")
+        self._append(self._mode, reward_signals(self, inputs, rewards))
         return rewards
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
