@@ -17,6 +17,7 @@ EXAMPLES = {
         "blockroll train my.yaml train.steps=100",
         "blockroll train policy.path=DIR task=my_module:task rollout.max_tokens=256 name=first",
         "blockroll train --resume runs/first train.steps=200",
+        "blockroll train my.yaml --metrics-port 9464",
         "blockroll train my.yaml --show-config",
     ),
     "convert": (
@@ -30,7 +31,11 @@ EXAMPLES = {
         "blockroll bench --prompts random --prompt-tokens 64,512 --ignore-eos",
         "blockroll bench --policy DIR --workload grouped --prompts worked --plans plain,auto --against vllm",
     ),
-    "report": ("blockroll report runs/demo",),
+    "report": (
+        "blockroll report runs/demo",
+        "blockroll report --live runs/demo",
+        "blockroll report --grafana blockroll.json",
+    ),
     "doctor": (
         "blockroll doctor",
         "blockroll doctor --model DIR --adapter ADAPTER",

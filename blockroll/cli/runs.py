@@ -12,6 +12,7 @@ import typer
 import yaml
 from rich.console import Console
 
+import blockroll
 from blockroll.cli.options import (
     AdapterOption,
     BackendOption,
@@ -35,6 +36,7 @@ WHAT_TO_TRAIN = (
     "(`blockroll train --help` has examples, `blockroll train --show-config` all options with their "
     "defaults, and `blockroll demo` trains the shipped policy)"
 )
+GRAFANA = Path(blockroll.__file__).parent / "rl_loops" / "watch" / "grafana.json"
 DEMO_BATCHES = (1, 16)  # of the speed measured at the end of the demo
 
 
@@ -126,13 +128,41 @@ def train(
     run_training(load_run_config(resume, overrides), resume=True, resume_from=from_checkpoint)
 
 
-def report(run_dir: Annotated[Path, typer.Argument(help="The folder of a run.")]) -> None:
-    """Write report.html into a run's folder."""
-    from blockroll.rl_loops.report import write_report
-
+def report(
+    run_dir: Annotated[Path | None, typer.Argument(help="The folder of a run.")] = None,
+    live: Annotated[
+        bool, typer.Option("--live", help="Show the run here instead, until it has ended or Ctrl-C.")
+    ] = False,
+    once: Annotated[bool, typer.Option("--once", help="With --live: one frame of it.")] = False,
+    grafana: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Write the Grafana dashboard of --metrics-port there, for any run."
+        ),
+    ] = None,
+) -> None:
+    """Write report.html into a run's folder, or show the run in the terminal."""
+    console = Console(soft_wrap=True, highlight=False)
+    if once and not live:
+        raise InvalidInput("--once is for a frame of --live: give both")
+    if grafana is not None:
+        check_output("--grafana", grafana)
+        shutil.copyfile(GRAFANA, grafana)
+        console.print(f"Dashboard: {grafana}")
+    if run_dir is None:
+        if grafana is None:
+            raise InvalidInput("give the folder of a run, as runs/demo")
+        return
     if not (run_dir / "config.yaml").is_file():
         raise InvalidInput(f"no run folder at {run_dir}: give the folder of a run, as runs/demo")
-    Console(soft_wrap=True, highlight=False).print(f"Report: {write_report(run_dir)}")
+    if live:
+        from blockroll.rl_loops.watch.live import watch
+
+        watch(run_dir, Console(highlight=False), is_once=once)
+        return
+    from blockroll.rl_loops.report import write_report
+
+    console.print(f"Report: {write_report(run_dir)}")
 
 
 def _split_config(arguments: Sequence[str]) -> tuple[Path | None, list[str]]:

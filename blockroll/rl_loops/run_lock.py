@@ -14,6 +14,17 @@ LOCK_FILE = ".lock"
 HOLDER_FILE = ".lock.holder"
 
 
+def is_in_use(run_dir: Path) -> bool:
+    """Whether a process works in the folder, or it cannot be asked because nobody here may write in it."""
+    if not (run_dir / HOLDER_FILE).is_file():
+        return False
+    try:
+        with FileLock(run_dir / LOCK_FILE, timeout=0):
+            return False
+    except (Timeout, PermissionError):
+        return True
+
+
 @contextlib.contextmanager
 def run_lock(run_dir: Path) -> Iterator[None]:
     """Hold an existing run folder; RunInUse, naming the process, if another one does.

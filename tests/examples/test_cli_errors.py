@@ -197,6 +197,10 @@ convert --out o --num-replicas 2                     | here it is --replicas
 convert --resume folder                              | no conversion was begun
 report nowhere                                       | no run folder
 report list.yaml                                     | no run folder
+report                                               | give the folder of a run
+report --once runs/begun                             | give both
+report --live nowhere                                | no run folder
+report --grafana no/such/folder.json                 | there is no folder
 report runs/begun                                    | train first
 doctor --model nowhere                               | give a folder with config.json
 doctor --model noweights                             | the weights of the checkpoint
