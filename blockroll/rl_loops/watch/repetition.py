@@ -1,6 +1,7 @@
 """How much of a text goes round in circles: what a broken cache or a spent policy looks like from outside.
 
-Such texts are easy to draft, so acceptance rises where it should alarm; this figure rises with it.
+Acceptance does not tell: such texts are easy to draft. Nor does this figure tell of every broken cache, only
+of one whose texts go round; whether tokens follow their law is for log-probabilities to say.
 
 Shapes: B texts, N tokens of all of them, one behind the other.
 """
