@@ -21,6 +21,7 @@
     ├── ReplicaFault (RuntimeError)          something else than blockroll raised in a replica's process
     ├── RankError (RuntimeError)             another process of a distributed trainer failed
     ├── EnvironmentFailed (RuntimeError)     an environment was too slow, or raised
+    ├── GuardStopped (RuntimeError)         a test of the guard spoke whose action is to stop the run
     ├── PeerFailed (RuntimeError)            a bench's engine in another process ended, hung or erred
     ├── NonFiniteLogits (FloatingPointError) a forward gave NaN or infinity for a request
     ├── OutOfMemory (RuntimeError)           a request alone has no room in memory; others go on
@@ -113,6 +114,10 @@ class RankError(BlockrollError, RuntimeError):
 
 class EnvironmentFailed(BlockrollError, RuntimeError):
     """An environment was too slow, or raised."""
+
+
+class GuardStopped(BlockrollError, RuntimeError):
+    """A test of the guard spoke whose action is to stop the run; everything up to then is saved."""
 
 
 class PeerFailed(BlockrollError, RuntimeError):

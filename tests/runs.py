@@ -15,6 +15,7 @@ from blockroll.rl_loops.tasks import from_rows
 ROWS = [{"prompt": f"{i}+{i}=?"} for i in range(7)]
 # Everything of a step but what the clock decides.
 TIMES = {"rollout/duration_s", "rollout/generated_tok_s", "perf/update_s", "perf/weight_sync_s", "step_time"}
+BETS = ("drift/calibration/",)
 
 
 def even_share(*, completion_ids, **_):
@@ -67,7 +68,11 @@ def run(config, **arguments):
 
 
 def untimed(rows):
-    return [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
+    """Without what the clock decides, and what engines have bet: which steps they look at is theirs."""
+    return [
+        {key: value for key, value in row.items() if key not in TIMES and not key.startswith(BETS)}
+        for row in rows
+    ]
 
 
 def weights_of(run_dir):

@@ -93,12 +93,17 @@ def train(
             help="With --resume: an older checkpoint, such as step_000010; what the run did after it goes.",
         ),
     ] = None,
+    lift_guard: Annotated[
+        bool, typer.Option("--lift-guard", help="With --resume: end a fallback of the guard.")
+    ] = False,
     wandb: WandbOption = False,
     metrics_port: MetricsPortOption = None,
 ) -> None:
     """Train as a config says: collect, advantages, update, publish."""
     if from_checkpoint is not None and resume is None:
         raise InvalidInput("--from says which checkpoint of a run to go on from: name the run by --resume")
+    if lift_guard and resume is None:
+        raise InvalidInput("--lift-guard ends a fallback that a run is in: name the run by --resume")
     path, overrides = _split_config(config or [])
     if wandb:
         overrides.append("wandb=true")
@@ -125,7 +130,8 @@ def train(
         raise InvalidInput(
             f"--resume goes on with the config in {resume}; leave out {path}, overrides are allowed"
         )
-    run_training(load_run_config(resume, overrides), resume=True, resume_from=from_checkpoint)
+    config_of_run = load_run_config(resume, overrides)
+    run_training(config_of_run, resume=True, resume_from=from_checkpoint, lift_guard=lift_guard)
 
 
 def report(

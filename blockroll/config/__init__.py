@@ -15,6 +15,7 @@ from blockroll.config.options import (
     RolloutConfig,
     RunConfig,
     TrainConfig,
+    WatchConfig,
     cache_dir,
 )
 
@@ -27,6 +28,7 @@ __all__ = [
     "RolloutConfig",
     "RunConfig",
     "TrainConfig",
+    "WatchConfig",
     "by_path",
     "cache_dir",
     "from_mapping",

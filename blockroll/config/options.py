@@ -27,6 +27,8 @@ NumDrafts = Annotated[int, Ge(1), Le(MAX_DRAFTS)]
 Amount = Annotated[float, Ge(0)]
 Share = Annotated[float, Gt(0), Le(1)]
 Weight = Annotated[float, Ge(0), Le(1)]
+Alpha = Annotated[float, Gt(0), Le(0.5)]
+GuardAction = Literal["off", "warn", "lossless", "plain", "stop"]
 Backend = Literal["ray", "local"]  # kinds of replica: Ray actors, or in this process
 Port = Annotated[int, Ge(0), Le(65535)]
 PageSize = Annotated[int, Ge(1), Le(1024)]
@@ -250,6 +252,50 @@ class ConvertConfig:
 
 
 @options
+class WatchConfig:
+    """What is tested after every step of a run, and what is done once a test has spoken.
+
+    Actions: "off", "warn", "lossless" (rollouts are the policy from the next step on), "plain" (and decoded
+    without drafts), "stop". An alpha is the chance, over a whole run, that its test speaks without cause.
+    """
+
+    calibration: GuardAction = "stop"  # if tokens do not follow the laws that are stated for them: a fault
+    calibration_alpha: Alpha = 1e-6  # of each of its tests
+    learner: GuardAction = "warn"  # if the learner finds other log-probabilities than replicas reported
+    learner_alpha: Alpha = 1e-6
+    learner_tolerance: Amount = 0.0  # nats a token, on average; 0: 0.005 in float32, 0.05 in less
+    acceptance: GuardAction = "warn"  # if acceptance leaves what it was in the first rollouts
+    acceptance_alpha: Alpha = 0.01
+    acceptance_reference: Positive = 512  # rollouts that it is held against
+    acceptance_tolerance: Weight = 0.05  # by which it may lie beside what these leave open
+    # If rollouts under a mixed law earn less than lossless ones of the same prompts; needs a shadow share.
+    reward: GuardAction = "off"
+    reward_alpha: Alpha = 0.05
+    reward_tolerance: Weight = 0.01  # a loss that is none, as a share of what lies between these bounds:
+    reward_low: float = 0.0  # rewards below count as this, those that failed too
+    reward_high: float = 1.0
+    shadow_share: Weight = 0.0  # of the prompts, that are answered under the other law too
+    shadow_trains: bool = False  # whether these rollouts are learned from as well, under their own law
+    alpha_budget: Alpha = 0.1  # that all alphas may sum to
+    # Whether a fallback is for good, ended by hand (`guard.lift`, `train --lift-guard`), or also by shadow
+    # pairs that show no loss. The second and third ask half of each alpha of the first attempt.
+    lift: Literal["never", "by_hand", "evidence"] = "by_hand"
+
+    def __post_init__(self) -> None:
+        if self.reward != "off" and not self.shadow_share:
+            raise ConfigError(
+                f"watch.reward is {self.reward!r}, which compares rollouts under two laws, and "
+                "watch.shadow_share is 0: give the share of prompts that are answered under both, as 0.1, or "
+                "leave watch.reward off"
+            )
+        if not self.reward_low < self.reward_high:
+            raise ConfigError(
+                f"watch.reward_low must be below watch.reward_high, got {self.reward_low} and "
+                f"{self.reward_high}; they bound what a reward can be"
+            )
+
+
+@options
 class RunConfig:
     """A whole run; what it resolved to is written into the run folder."""
 
@@ -263,8 +309,14 @@ class RunConfig:
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    watch: WatchConfig = field(default_factory=WatchConfig)
 
     def __post_init__(self) -> None:
+        if self.watch.shadow_share and self.rollout.mix_weight == 1:
+            raise ConfigError(
+                "watch.shadow_share answers prompts under the lossless law beside the one in use, and "
+                "rollout.mix_weight is 1: both are the same; leave one out"
+            )
         path = Path(self.name)
         if not path.parts or path.is_absolute() or ".." in path.parts or not self.name.isprintable():
             raise ConfigError(

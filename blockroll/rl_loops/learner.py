@@ -10,7 +10,7 @@ W hidden width, V vocabulary.
 import contextlib
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -95,8 +95,16 @@ class Learner:
             logprobs_N=torch.cat([empty, *logprobs_B]), entropies_N=torch.cat([empty, *entropies_B])
         )
 
-    def update(self, rollouts: Sequence[Rollout], advantages: Advantages) -> dict[str, float]:
+    def update(
+        self,
+        rollouts: Sequence[Rollout],
+        advantages: Advantages,
+        *,
+        on_laws: Callable[[Sequence[Rollout], TokenLaws], None] | None = None,
+    ) -> dict[str, float]:
         """Move the weights by one batch, `advantages` parallel to `rollouts`; returns metrics.
+
+        `on_laws` is told of the old policy's log-probabilities of the rollouts it learns from.
 
         The old policy is computed once, before the first optimizer step. Without importance sampling
         correction the weights are 1, and the metrics still say what they would have been. Rollouts without a
@@ -108,6 +116,8 @@ class Learner:
         device = self.policy.device
         advantages_B = advantages.advantages_B[used].to(device)
         old = self.logprobs(batch)
+        if on_laws is not None:
+            on_laws(batch, old)
         behavior = [logprob for rollout in batch for logprob in rollout.behavior_logprobs]
         behavior_N = torch.tensor(behavior, dtype=torch.float32, device=device)
         correction = behavior_correction(old.logprobs_N, behavior_N, cap=self.config.behavior_ratio_cap)

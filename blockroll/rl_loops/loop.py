@@ -53,6 +53,7 @@ FIXED_ON_RESUME = (
     ("train", "prompts_per_step"),
     ("train", "group_size"),
 )
+WATCH_EVERY = 32  # of so many decoding steps a guard has one looked at, unless the config says otherwise
 MAY_MOVE = ("name", "runs_dir")  # a run's folder may lie elsewhere
 
 
@@ -72,6 +73,7 @@ def train(
     task: Task | None = None,
     resume: bool = False,
     resume_from: str | None = None,
+    lift_guard: bool = False,
     callbacks: Iterable[Callback] = (),
     pool: RolloutPool | None = None,
     console: Console | None = None,
@@ -82,6 +84,7 @@ def train(
     step is left for them CheckpointError does.
     `resume_from` goes on from the checkpoint of that name, such as `step_000010`, and discards what the run
     did after it: newer checkpoints, metrics, samples and audit rows; the console says so first.
+    `lift_guard` ends a fallback of the guard that the run goes on with.
     Callbacks get the metrics of every step. A `pool` that is given must hold the policy that the run
     starts from; it is closed at the end like one made here. Sets the seeds of torch and random.
     Ctrl-C, SIGTERM, SIGHUP and every exception close the pool, keep a checkpoint of the last whole step and
@@ -93,7 +96,9 @@ def train(
     with stop_signals():
         try:
             source = _Source(run_dir=run_dir, resume=resume or resume_from is not None, name=resume_from)
-            policy_version = _run_to_the_end(config, task, source, tuple(callbacks), pool, console)
+            policy_version = _run_to_the_end(
+                config, task, source, tuple(callbacks), pool, console, lift_guard=lift_guard
+            )
         except KeyboardInterrupt as stop:
             console.print(f"Interrupted. {_what_now(run_dir)}", soft_wrap=True, highlight=False)
             raise SystemExit(exit_code(stop)) from None
@@ -130,6 +135,8 @@ def _run_to_the_end(
     callbacks: tuple[Callback, ...],
     pool: RolloutPool | None,
     console: Console,
+    *,
+    lift_guard: bool,
 ) -> int:
     """Every step, with everything closed at the end; returns the last policy version."""
     run_dir = config.run_dir
@@ -164,7 +171,10 @@ def _run_to_the_end(
             learner.load_state_dict(checkpoint.state["learner"])
         audit_dir = audit_folder(config)
         if pool is None:
-            rollout = dataclasses.replace(config.rollout, audit_dir=str(audit_dir))
+            every = config.rollout.watch_every
+            if every is None:
+                every = 0 if config.watch.calibration == "off" else WATCH_EVERY
+            rollout = dataclasses.replace(config.rollout, audit_dir=str(audit_dir), watch_every=every)
             with console.status("starting replicas ..."):
                 pool = make_pool(dataclasses.replace(config.policy, path=path), rollout)
             stack.enter_context(stop_signals())  # again: Ray has put a handler of its own in the place
@@ -188,6 +198,8 @@ def _run_to_the_end(
                 what = "first evaluation" if checkpoint is None else "publishing weights"
                 with console.status(f"{what} ..."):
                     run.start(None if checkpoint is None else checkpoint.state)
+                    if lift_guard:
+                        run.lift_guard()
                 _steps(run, records, callbacks, console)
         except BaseException as error:
             _save_after(error, run, console)
@@ -210,6 +222,7 @@ def _steps(run: Run, records: "Records", callbacks: tuple[Callback, ...], consol
             progress.show(record.metrics)
             for callback in callbacks:
                 callback(record.metrics)
+            run.check_guard()
 
 
 class Records:

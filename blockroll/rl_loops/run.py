@@ -6,7 +6,7 @@ no step starts before every replica has reported the learner's own checksum for 
 
 import random
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,19 +14,28 @@ from typing import Any
 import torch
 
 from blockroll.config import RunConfig, to_mapping
-from blockroll.errors import ConfigError
+from blockroll.errors import ConfigError, GuardStopped
 from blockroll.rl_loops.advantages import Scores
 from blockroll.rl_loops.checkpoint import save_checkpoint
 from blockroll.rl_loops.collect import Batch, collect, evaluate
 from blockroll.rl_loops.learner import Learner
 from blockroll.rl_loops.prompt_order import PromptOrder
 from blockroll.rl_loops.publish import publish
-from blockroll.rl_loops.tasks import Task
+from blockroll.rl_loops.tasks import Row, Task
+from blockroll.rl_loops.watch.shadow import (
+    Shadow,
+    joined,
+    lossless,
+    rewards_by_group,
+    shadow_metrics,
+    shadowed,
+)
 from blockroll.rl_loops.watch.signals import step_metrics
+from blockroll.rl_loops.watch.watch import Watch
 from blockroll.rollout.audit.files import audit_mark
 from blockroll.rollout.planning.reading import read_plan
 from blockroll.rollout.pool.pool import RolloutPool
-from blockroll.types import Sampling
+from blockroll.types import PLAIN, Plan, Sampling
 
 SAMPLES_PER_STEP = 2
 COUNTERS = ("rollout/failed_total", "reward/failed_total", "sync/checksum_fail_total")
@@ -38,12 +47,18 @@ class Drawn:
 
     batch: Batch
     scores: Scores
+    shadow: Shadow | None  # some of its prompts under the other law
     start: float  # of the step, by time.perf_counter
 
 
 def train_name(step: int) -> str:
     """What the request ids of a step's rollouts begin with: no two of a run are equal."""
     return f"train step {step}"
+
+
+def shadow_name(step: int) -> str:
+    """The same of its shadow rollouts."""
+    return f"shadow step {step}"
 
 
 def eval_name(step: int) -> str:
@@ -103,6 +118,9 @@ class Run:
         self._rng: dict[str, Any] = {}  # at the end of `step`: what a step cut off drew is drawn again
         self._audit: list[str] = []  # files of the audit then: later ones hold what is drawn again
         self._sampling = rollout_sampling(config)
+        self.watch = Watch(config.watch, dtype=config.policy.dtype)
+        self._held_plan: Plan | None = None
+        self._watched: dict[str, Any] = {}  # the watch at the end of `step`
         self._prompts = PromptOrder(config, task, pool)
         self._eval_rows = self._prompts.eval_rows
         self._plan_name = read_plan(config.rollout.plan, learner.policy).name
@@ -127,6 +145,9 @@ class Run:
             self._counters = {name: float(state["counters"][name]) for name in COUNTERS}
             self._extra = dict(state["extra"])
             self._unfinished = state["unfinished"]
+            if "watch" in state:
+                self.watch.load_state_dict(state["watch"])
+            self._follow_guard()
             if self._unfinished is None:
                 self._saved_step = self.step
                 self._publish(self.step)
@@ -143,42 +164,70 @@ class Run:
         """Rollouts and rewards of the next step; nothing of the run changes, so this may be interrupted."""
         start = time.perf_counter()
         count = self.config.train.prompts_per_step
-        batch = collect(
+        rows, step = self._prompts.rows(self.step * count, count), self.step + 1
+        batch = self._collect(train_name(step), rows, self._sampling_in_use, f"step {step}")
+        scores = self.learner.algorithm.score(self.task.reward_fn, batch)
+        shadow, places = (
+            None,
+            shadowed(self.config.watch.shadow_share, len(rows), seed=self.config.seed, step=step),
+        )
+        if places:
+            other = lossless(self._sampling) if self.watch.mode == "as_asked" else self._sampling
+            chosen = [rows[place] for place in places]
+            beside = self._collect(shadow_name(step), chosen, other, f"shadow step {step}")
+            beside_scores = self.learner.algorithm.score(self.task.reward_fn, beside)
+            shadow = Shadow(places=tuple(places), batch=beside, scores=beside_scores)
+        return Drawn(batch=batch, scores=scores, shadow=shadow, start=start)
+
+    def _collect(self, name: str, rows: Sequence[Row], sampling: Sampling, seed_word: str) -> Batch:
+        return collect(
             self.pool,
-            self._prompts.rows(self.step * count, count),
-            name=train_name(self.step + 1),
-            seed_words=(self.config.seed, f"step {self.step + 1}"),
+            rows,
+            name=name,
+            seed_words=(self.config.seed, seed_word),
             group_size=self.config.train.group_size,
-            sampling=self._sampling,
+            sampling=sampling,
             room=self._prompts.room,
         )
-        scores = self.learner.algorithm.score(self.task.reward_fn, batch)
-        return Drawn(batch=batch, scores=scores, start=start)
+
+    @property
+    def _sampling_in_use(self) -> Sampling:
+        """As asked, or without mixing where the guard has fallen back."""
+        return self._sampling if self.watch.mode == "as_asked" else lossless(self._sampling)
 
     def learn(self, drawn: Drawn) -> None:
         """One policy update. `finish` follows; whoever resumes before that finishes the step then."""
         batch, scores = drawn.batch, drawn.scores
         rewards = scores.rewards_B.tolist()
+        generated = step_metrics(
+            batch.rollouts, batch.rows, rewards, version=self.step, duration_s=batch.duration_s
+        )
+        seen = self._observe(drawn)
+        if drawn.shadow is not None and self.config.watch.shadow_trains:
+            batch, scores = joined(batch, scores, drawn.shadow)
         advantages = self.learner.algorithm.advantages(scores, batch.group_ids)
         update_start = time.perf_counter()
-        learner_metrics = self.learner.update(batch.rollouts, advantages)
+        learner_metrics = self.learner.update(
+            batch.rollouts,
+            advantages,
+            on_laws=lambda learned, laws: self.watch.observe_laws(learned, laws.logprobs_N.cpu().numpy()),
+        )
         now, step = time.perf_counter(), self.step + 1
         self._unfinished = {
             "metrics": {
                 "step": step,
-                "reward": advantages.reward_mean,
                 "reward_std": advantages.reward_std,
                 "frac_reward_zero_std": advantages.frac_zero_std,
                 "policy_version": step - 1,
                 "plan": self._plan_name,
                 "kernels": self.pool.kernels,
-                **step_metrics(
-                    batch.rollouts, batch.rows, rewards, version=step - 1, duration_s=batch.duration_s
-                ),
+                **generated,
                 **learner_metrics,
+                **seen,
+                **self.watch.decide(step),
                 "perf/update_s": now - update_start,
             },
-            "samples": _samples(batch, rewards, step),
+            "samples": _samples(drawn.batch, rewards, step),
             "elapsed_s": now - drawn.start,
         }
         self._counters["rollout/failed_total"] += scores.num_rollouts_failed
@@ -186,6 +235,39 @@ class Run:
         self._note_drawn()
         self.step = step
         self._num_optimizer_steps = self.learner.num_optimizer_steps
+
+    def _observe(self, drawn: Drawn) -> dict[str, float]:
+        """Tell the watch what was drawn; metrics of the shadow, if there is one."""
+        self.watch.observe_calibration(self.pool.take_evidence())
+        self.watch.observe_rollouts(drawn.batch.rollouts)
+        shadow = drawn.shadow
+        if shadow is None:
+            return {"shadow/num_rollouts": 0.0} if self.config.watch.shadow_share else {}
+        self.watch.observe_rollouts(shadow.batch.rollouts)
+        size = self.config.train.group_size
+        in_use, others = rewards_by_group(drawn.scores, size), rewards_by_group(shadow.scores, size)
+        in_use = [in_use[place] for place in shadow.places]
+        is_asked = self.watch.mode == "as_asked"
+        self.watch.observe_pairs(*((in_use, others) if is_asked else (others, in_use)))
+        return shadow_metrics(shadow, in_use, others)
+
+    def _follow_guard(self) -> None:
+        """Replicas decode as the guard's mode says, from their next step on."""
+        plan = PLAIN if self.watch.mode == "plain" else None
+        if plan != self._held_plan:
+            self.pool.hold_plan(plan)
+            self._held_plan = plan
+
+    def check_guard(self) -> None:
+        """GuardStopped if the step that has just ended is where the guard stops the run."""
+        decision = self.watch.guard.decision
+        if decision is not None and (decision.step, decision.action) == (self.step, "stop"):
+            raise GuardStopped(f"the guard stops the run after step {self.step}: {decision.said}")
+
+    def lift_guard(self) -> None:
+        """End a fallback by hand; InvalidInput where the config says that fallbacks are for good."""
+        self.watch.guard.lift(self.step)
+        self._follow_guard()
 
     def finish(self) -> StepRecord:
         """Publish the update, and evaluate when it is time; `settle` follows once the record is written."""
@@ -208,6 +290,7 @@ class Run:
         """The step's record is written. Saves when it is time."""
         self._unfinished, self._extra = None, {}
         self._note_drawn()
+        self._follow_guard()
         every = self.config.train.checkpoint_every
         if every and self.step % every == 0:
             self.save()
@@ -225,6 +308,7 @@ class Run:
             "counters": self._totals(),
             "extra": self._extra,
             "unfinished": self._unfinished,
+            "watch": self._watched,
             "audit": self._audit,
         }
         keep = self.config.train.keep_checkpoints
@@ -240,6 +324,7 @@ class Run:
     def _note_drawn(self) -> None:
         """What a resumed run does not draw again ends here."""
         self._rng = _rng_state()
+        self._watched = self.watch.state_dict()
         self._audit = audit_mark(audit_folder(self.config))
 
     def _evaluate(self) -> dict[str, float]:
@@ -250,7 +335,7 @@ class Run:
             self.task.reward_fn,
             name=eval_name(self.step),
             seed_words=(self.config.seed, "eval"),
-            sampling=self._sampling,
+            sampling=self._sampling_in_use,
             room=self._prompts.room,
         )
 

@@ -1,5 +1,6 @@
 """docs/metrics.md has every metric that is logged, and no other."""
 
+import dataclasses
 import itertools
 import re
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import pytest
 import trl
 
-from blockroll.config import AlignmentConfig, DraftConfig, RolloutConfig
+from blockroll.config import AlignmentConfig, DraftConfig, RolloutConfig, WatchConfig
 from blockroll.rl_loops.envs import from_reasoning_gym
 from blockroll.rl_loops.tasks import from_rows
 from blockroll.rl_loops.tracking import read_lines
@@ -26,6 +27,7 @@ FAMILIES = (
     "rollout/spec_accept_length_share_<n>",
     "reward/by_source/<name>",
 )
+TEST = re.compile(r"drift/.+/(log_e|log_e_max|n|threshold)")
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:`.*gradient_checkpointing.*` is deprecated:FutureWarning",  # what TRL itself calls
@@ -55,7 +57,8 @@ def named(name):
         prefix, part = family.split("<")
         if name.startswith(prefix):
             return f"{prefix}<{part}"
-    return name
+    found = TEST.fullmatch(name)
+    return name if found is None else f"drift/<test>/{found[1]}"
 
 
 def test_every_row_of_the_table_is_read():
@@ -69,6 +72,11 @@ def test_the_page_has_what_a_run_logs(tmp_path):
     task = from_rows(name="even", train=rows, held_out=rows[:3], reward_fn=even_share)
     policy = save_policy(tmp_path / "policy", 0, layouts=("fused",))
     config = config_for(tmp_path, policy, plan="fused", steps=2)
+    config = dataclasses.replace(
+        config,
+        rollout=dataclasses.replace(config.rollout, mix_weight=0.5, watch_every=2),
+        watch=WatchConfig(reward="warn", shadow_share=1.0),
+    )
     run(config, task=task)
     assert names_of(read_lines(config.run_dir / "metrics.jsonl")) == stated("train")
 

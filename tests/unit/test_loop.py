@@ -137,10 +137,10 @@ def test_an_interrupt_during_an_update_waits_for_the_step_and_keeps_it(tmp_path,
     config = config_for(tmp_path, policy_path, checkpoint_every=0)
     update = Learner.update
 
-    def interrupted_update(self, *arguments):
+    def interrupted_update(self, *arguments, **options):
         if self.num_optimizer_steps == 1:
             signal.raise_signal(signal.SIGINT)
-        return update(self, *arguments)
+        return update(self, *arguments, **options)
 
     monkeypatch.setattr(Learner, "update", interrupted_update)
     with pytest.raises(SystemExit):

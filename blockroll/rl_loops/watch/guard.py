@@ -142,7 +142,9 @@ class Guard:
         if self.mode != "as_asked" and self.lifting == "evidence":
             alphas = [self.alpha(name) for name, has_spoken in self._has_spoken.items() if has_spoken]
             if self._again.log_e_max >= -math.log(min(alphas)):
-                said = f"log e {self._again.log_e:.1f} that what was fallen back from does no harm"
+                said = (
+                    f"by evidence that what it fell back from does no harm, log e {self._again.log_e_max:.1f}"
+                )
                 return self.lift(step, why=said)
         return None
 
@@ -184,7 +186,7 @@ class Guard:
             self._has_spoken[name] = False
             self.evidence[name] = EProcess(self.tests[name].sides)
         self.mode = "as_asked"
-        said = f"lifted {why}: from the next step on rollouts are drawn as asked"
+        said = f"the fallback is lifted {why}: from the next step on rollouts are drawn as asked"
         self.decision = Decision(step=step, action="lift", tests=tuple(spoke), said=said)
         return self.decision
 

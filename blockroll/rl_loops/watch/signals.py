@@ -35,7 +35,9 @@ def step_metrics(
     """Of a training step with the weights of `version`. `rows` and `rewards` (NaN: none) are by rollout."""
     lengths = [len(rollout.token_ids) for rollout in rollouts]
     ended = [len(rollout.token_ids) for rollout in rollouts if rollout.finish_reason == "stop"]
+    valid = [reward for reward in rewards if math.isfinite(reward)]
     return {
+        "reward": _ratio(math.fsum(valid), len(valid)),
         **values_of(rollout_rates(rollouts, duration_s)),
         "rollout/duration_s": duration_s,
         "rollout/failed": float(sum(rollout.finish_reason in FAILED_REASONS for rollout in rollouts)),

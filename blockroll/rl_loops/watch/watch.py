@@ -1,0 +1,222 @@
+"""From what a step leaves to what the guard is told: which values, and what is claimed of them.
+
+The claims, each of the mean of a value given all that came before:
+
+    calibration/<functional>   as `rollout/calibration/observer.py` states them
+    calibration/ratio          policy over behaviour law of a token, pi / mu: at most 1, whatever the law
+    learner                    |log pi by the learner - by the replica| of a token, up to 1 nat: at most a
+                               tolerance
+    acceptance                 of a rollout: within what the first rollouts leave open, less a tolerance
+    reward                     of a prompt, under the mixed law less under the lossless one: at least minus a
+                               tolerance
+
+Rewards are scaled by bounds that are fixed beforehand; what failed counts as the lower one in both arms.
+"""
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from blockroll.config import WatchConfig
+from blockroll.errors import InvalidInput
+from blockroll.rl_loops.watch.evidence import ConfidenceSequence
+from blockroll.rl_loops.watch.guard import Guard, Mode, Test
+from blockroll.rollout.calibration.bets import Bets
+from blockroll.rollout.calibration.observer import DEAD_BAND, FUNCTIONALS
+from blockroll.types import Rollout
+
+log = logging.getLogger(__name__)
+
+_MOST_NATS = 1.0  # of a difference of log-probabilities; a larger one counts as this
+_TOLERANCES = {"float32": 0.005, "bfloat16": 0.05, "float16": 0.05}  # nats, by what replicas multiply in
+
+
+class Watch:
+    """The tests of one run. Fed once a step with all that the step drew, in a fixed order; then `decide`."""
+
+    def __init__(self, config: WatchConfig, *, dtype: str = "float32") -> None:
+        """`dtype` is that of the replicas' weights."""
+        self.config = config
+        self.tolerance = config.learner_tolerance or _TOLERANCES[dtype]
+        self.guard = Guard(
+            [*_tests(config, self.tolerance)],
+            budget=config.alpha_budget - config.acceptance_alpha / 2 * (config.acceptance != "off"),
+            lift=config.lift,
+        )
+        self._reference = ConfidenceSequence(config.acceptance_alpha / 2)
+        self._rewards = ConfidenceSequence(config.reward_alpha)
+        self._num_clipped = 0
+
+    @property
+    def mode(self) -> Mode:
+        """How the next rollouts are to be drawn."""
+        return self.guard.mode
+
+    def observe_calibration(self, evidence: Mapping[str, Bets]) -> None:
+        """What engines have bet on their own tokens (`RolloutPool.take_evidence`)."""
+        if self.config.calibration != "off":
+            for name, bets in evidence.items():
+                self.guard.add(f"calibration/{name}", bets)
+
+    def observe_rollouts(self, rollouts: Sequence[Rollout]) -> None:
+        """Every rollout of the step that no error ended, whatever its reward."""
+        sound = [rollout for rollout in rollouts if rollout.error is None]
+        if self.config.calibration != "off":
+            pairs = [
+                pair
+                for rollout in sound
+                for pair in zip(rollout.policy_logprobs, rollout.behavior_logprobs, strict=True)
+            ]
+            ratios_N = np.exp(np.subtract(*np.array(pairs).T)) if pairs else np.empty(0)
+            known_N = ratios_N[~np.isnan(ratios_N)]
+            self.guard.add("calibration/ratio", Bets.on_ratios(known_N, 1.0 + DEAD_BAND))
+        if self.config.acceptance != "off":
+            rates = [rollout.stats.acceptance_rate for rollout in sound if rollout.stats.num_drafted]
+            self._observe_acceptance(rates)
+
+    def _observe_acceptance(self, rates: Sequence[float]) -> None:
+        num_first = max(0, self.config.acceptance_reference - self._reference.num_values)
+        for rate in rates[:num_first]:
+            self._reference.add(rate)
+        if rates[num_first:]:
+            low = self._reference.low - self.config.acceptance_tolerance
+            high = self._reference.high + self.config.acceptance_tolerance
+            self.guard.observe("acceptance", rates[num_first:], low=low, high=high)
+
+    def observe_laws(self, rollouts: Sequence[Rollout], logprobs_N: np.ndarray) -> None:
+        """The learner's log-probabilities of every token, by the weights that the rollouts were asked of."""
+        if self.config.learner == "off":
+            return
+        reported = [value for rollout in rollouts for value in rollout.policy_logprobs]
+        differences_N = np.abs(np.asarray(logprobs_N, dtype=np.float64) - np.array(reported))
+        known_N = differences_N[~np.isnan(differences_N)].clip(max=_MOST_NATS) / _MOST_NATS
+        self.guard.observe("learner", known_N, high=self.tolerance / _MOST_NATS)
+
+    def observe_pairs(
+        self, asked: Sequence[Sequence[float | None]], lossless: Sequence[Sequence[float | None]]
+    ) -> None:
+        """Rewards of the groups of each prompt under the law that was asked for and under the lossless one.
+
+        None, NaN and what lies below the bounds counts as the lower one, what lies above as the upper one.
+        InvalidInput unless there are as many groups of each, none empty.
+        """
+        if len(asked) != len(lossless) or not all(map(len, (*asked, *lossless))):
+            raise InvalidInput(
+                f"shadow pairs need rewards of the same prompts under both laws, got {len(asked)} groups "
+                f"under the one and {len(lossless)} under the other"
+            )
+        shares = [np.array([self._share(group) for group in arm]) for arm in (asked, lossless)]
+        values = (1 + shares[0] - shares[1]) / 2
+        edge = (1 - self.config.reward_tolerance) / 2
+        for value in values.tolist():
+            self._rewards.add(value)
+        if self.config.reward == "off":
+            return
+        if self.mode == "as_asked":
+            self.guard.observe("reward", values, low=edge)
+        else:
+            self.guard.observe_again(values, high=edge)
+
+    def _share(self, rewards: Sequence[float | None]) -> float:
+        """Mean of rewards, of what lies between the bounds."""
+        low, high = self.config.reward_low, self.config.reward_high
+        rewards_N = np.array([math.nan if reward is None else reward for reward in rewards], dtype=np.float64)
+        num_outside = int(((rewards_N < low) | (rewards_N > high)).sum())
+        if num_outside and not self._num_clipped:
+            log.warning(
+                "RewardBounds: a reward of a shadow pair lies outside watch.reward_low %g and reward_high "
+                "%g: it counts as the nearer one, here and from now on",
+                low,
+                high,
+            )
+        self._num_clipped += num_outside
+        return float(((np.nan_to_num(rewards_N, nan=low).clip(low, high) - low) / (high - low)).mean())
+
+    def decide(self, step: int) -> dict[str, Any]:
+        """Metrics of the step: all evidence, and what the guard does from the next step on."""
+        mode = self.mode
+        decision = self.guard.decide(step)
+        if decision is not None:
+            log.warning("Guard, step %d: %s", step, decision.said)
+        found = {
+            **self.guard.metrics(),
+            "guard/mode": mode,
+            "guard/action": None if decision is None else decision.action,
+            "guard/said": None if decision is None else decision.said,
+        }
+        if self._rewards.num_values:
+            scale = 2 * (self.config.reward_high - self.config.reward_low)
+            for name in ("mean", "low", "high"):
+                key = name if name == "mean" else f"cs_{name}"
+                found[f"drift/reward/{key}"] = scale * (getattr(self._rewards, name) - 0.5)
+            found["drift/reward/clipped_total"] = float(self._num_clipped)
+        if self._reference.num_values and self.config.acceptance != "off":
+            found["drift/acceptance/reference"] = self._reference.mean
+        return found
+
+    def state_dict(self) -> dict[str, Any]:
+        """What `load_state_dict` goes on from."""
+        return {
+            "guard": self.guard.state_dict(),
+            "reference": self._reference.state_dict(),
+            "rewards": self._rewards.state_dict(),
+            "num_clipped": self._num_clipped,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state_dict()`. CheckpointError if that was of other tests or alphas."""
+        self.guard.load_state_dict(state["guard"])
+        self._reference.load_state_dict(state["reference"])
+        self._rewards.load_state_dict(state["rewards"])
+        self._num_clipped = int(state["num_clipped"])
+
+
+def _tests(config: WatchConfig, tolerance: float) -> list[Test]:
+    tests = []
+    if config.calibration != "off":
+        for name in (*FUNCTIONALS, "ratio"):
+            tests.append(
+                Test(
+                    name=f"calibration/{name}",
+                    alpha=config.calibration_alpha,
+                    action=config.calibration,
+                    claim="tokens follow the laws stated for them",
+                    sides="above" if name == "ratio" else "both",
+                )
+            )
+    if config.learner != "off":
+        tests.append(
+            Test(
+                name="learner",
+                alpha=config.learner_alpha,
+                action=config.learner,
+                claim=f"learner and replicas differ by at most {tolerance:g} nats a token",
+                sides="above",
+            )
+        )
+    if config.acceptance != "off":
+        tests.append(
+            Test(
+                name="acceptance",
+                alpha=config.acceptance_alpha / 2,  # the other half is the reference's own
+                action=config.acceptance,
+                claim=f"acceptance is that of the first {config.acceptance_reference} rollouts, within "
+                f"{config.acceptance_tolerance:g}",
+            )
+        )
+    if config.reward != "off":
+        bounds = f"{config.reward_low:g} to {config.reward_high:g}"
+        tests.append(
+            Test(
+                name="reward",
+                alpha=config.reward_alpha,
+                action=config.reward,
+                claim="the mixed law earns no less than the lossless one, but for "
+                f"{config.reward_tolerance:g} of {bounds}",
+                sides="below",
+            )
+        )
+    return tests
