@@ -66,7 +66,9 @@ def test_a_draft_row_that_is_not_finite_leaves_the_targets_law():
     assert assert_told(verify_block(draft, target, uniforms()), as_even, target, uniforms()) > 0
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=[] if kind == "either" else pytest.mark.slow) for kind in KINDS]
+)
 def test_a_row_without_any_token_is_told_of(kind):
     target = target_of(SMALL, "plain")
     empty = target.logits_BLV.clone()

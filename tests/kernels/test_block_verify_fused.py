@@ -36,7 +36,6 @@ from tests.numerics.verdicts_by_hand import (
 )
 
 SMALL, TINY_POLICY, TWO_TILES, LARGE = 63, 260, 4_097, 32_000
-SIZES = [SMALL, pytest.param(TWO_TILES, marks=pytest.mark.slow)]
 QUICK = {
     ("plain", "drawn"),
     ("plain", "certain"),
@@ -52,6 +51,10 @@ CASES = [
     for option in OPTIONS
     for kind in KINDS
 ]
+# Rules that meet in one batch are quick; each of them alone is slow.
+EACH_KIND = pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=[] if kind == "either" else pytest.mark.slow) for kind in KINDS]
+)
 
 
 @pytest.fixture(autouse=True)
@@ -82,9 +85,10 @@ def uniforms():
 @pytest.mark.parametrize(("vocab_size", "option", "kind"), CASES)
 def test_verdicts_are_those_of_the_plain_formula(vocab_size, option, kind):
     target = target_of(vocab_size, option)
-    draft = draft_of(target, kind)
+    draft, before = draft_of(target, kind), target.logits_BLV.clone()
     num_accepted = assert_told(verify_block(draft, target, uniforms()), draft, target, uniforms())
     assert 0 < num_accepted < int(COUNTS.sum())
+    assert torch.equal(target.logits_BLV, before)
 
 
 @pytest.mark.parametrize(
@@ -110,7 +114,7 @@ def of_the_only_token(kind):
     return Draft(token_ids_BK=tokens_BK, law=law, num_drafts_B=COUNTS)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@EACH_KIND
 def test_one_row_of_a_program_gives_the_same(tiles_as_on_a_gpu, kind):
     target = target_of(SMALL, "plain")
     draft = draft_of(target, kind)
@@ -160,8 +164,8 @@ def assert_same(found: Verdict, expected: Verdict) -> None:
             assert torch.equal(getattr(found, name)[b, :number], getattr(expected, name)[b, :number])
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("option", ["plain", "edited"])
+@EACH_KIND
+@pytest.mark.parametrize("option", [pytest.param("plain", marks=pytest.mark.slow), "edited"])
 def test_packed_rows_give_the_verdict_of_the_rectangle(option, kind):
     target = target_of(SMALL, option)
     num_rows_B = COUNTS + 1
@@ -176,7 +180,7 @@ def test_packed_rows_give_the_verdict_of_the_rectangle(option, kind):
     assert_same(*(verify_block(draft, each, uniforms()) for each in (rows, target)))
 
 
-@pytest.mark.parametrize("kind", ["drawn", "either"])
+@pytest.mark.parametrize("kind", [pytest.param("drawn", marks=pytest.mark.slow), "either"])
 def test_rows_behind_the_first_are_verified_as_rows_of_their_own(kind):
     """By what is known of them already, where they were drawn by kernels."""
     target = target_of(SMALL, "edited")
@@ -190,11 +194,16 @@ def test_rows_behind_the_first_are_verified_as_rows_of_their_own(kind):
 
 
 @pytest.mark.failure(54)
-@pytest.mark.parametrize("vocab_size", SIZES)
-def test_a_request_alone_has_the_bits_that_it_has_in_a_batch(vocab_size):
-    """By both rules, cut and not, and in another place of the batch."""
-    target = dataclasses.replace(target_of(vocab_size, "plain"), cut=some_cut())
-    draft = draft_of(dataclasses.replace(target, cut=None), "either")
+@pytest.mark.parametrize(
+    ("vocab_size", "is_cut"),
+    [(SMALL, False), *(pytest.param(size, True, marks=pytest.mark.slow) for size in (SMALL, TWO_TILES))],
+)
+def test_a_request_alone_has_the_bits_that_it_has_in_a_batch(vocab_size, is_cut):
+    """By both rules, and in another place of the batch."""
+    target = target_of(vocab_size, "plain")
+    draft = draft_of(target, "either")
+    if is_cut:
+        target = dataclasses.replace(target, cut=some_cut())
     order_B = torch.tensor([4, 2, 0, 5, 1, 3])
     together = verify_block(draft, target, uniforms())
     moved = verify_block(*of_requests(draft, target, order_B), uniforms()[order_B])
@@ -225,8 +234,11 @@ def of_requests(draft: Draft, target: LogitRows, chosen_N: torch.Tensor) -> tupl
     return Draft(law=law, **given), LogitRows(target.logits_BLV[chosen_N], TEMPERATURES[chosen_N], True, cut)
 
 
-def test_bfloat16_logits_stand_for_the_float32_that_they_are():
-    exact = dataclasses.replace(target_of(SMALL, "plain"), cut=some_cut())
+@pytest.mark.parametrize(
+    "cut", [None, pytest.param(some_cut(), marks=pytest.mark.slow)], ids=["whole", "cut"]
+)
+def test_bfloat16_logits_stand_for_the_float32_that_they_are(cut):
+    exact = dataclasses.replace(target_of(SMALL, "plain"), cut=cut)
     rough = dataclasses.replace(exact, logits_BLV=exact.logits_BLV.bfloat16())
     as_float = dataclasses.replace(exact, logits_BLV=rough.logits_BLV.float())
     drafted = 3 * random(SIZE, NUM_DRAFTS, SMALL, seed=8)
@@ -241,13 +253,6 @@ def test_bfloat16_logits_stand_for_the_float32_that_they_are():
     assert_same(verify_block(drafts[0], as_float, uniforms()), verdicts[1])
 
 
-def test_logits_are_left_as_they_are():
-    target = target_of(SMALL, "all")
-    before = target.logits_BLV.clone()
-    verify_block(draft_of(target, "drawn"), target, uniforms())
-    assert torch.equal(target.logits_BLV, before)
-
-
 def test_laws_of_probabilities_and_of_logits_meet():
     target = target_of(SMALL, "plain")
     draft = draft_of(target, "drawn")
@@ -260,7 +265,7 @@ def test_laws_of_probabilities_and_of_logits_meet():
             assert torch.equal(found.token_ids_BL[b, :number], expected.token_ids_BL[b, :number])
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@EACH_KIND
 @pytest.mark.parametrize("settles", [False, True])
 def test_coins_that_kernels_draw_are_the_uniforms_of_the_definition(kind, settles):
     """Word for word: the evidence says which uniform decided what."""

@@ -129,7 +129,7 @@ def test_a_row_alone_has_the_bits_that_it_has_in_a_batch():
     rows, uniforms_BK = rows_of(SMALL), coins(*SHAPE)
     cut = Cut(*(each.double() for each in (TEMPERATURES * 0, TEMPERATURES * 0 + 0.9, TEMPERATURES * 0)))
     together = draw_draft(rows.logits_BLV, TEMPERATURES, uniforms_BK, cut=cut)
-    for b in (0, 1, 5):
+    for b in (1, 5):
         one = slice(b, b + 1)
         alone = draw_draft(rows.logits_BLV[one], TEMPERATURES[one], uniforms_BK[one], cut=cut.of(one))
         assert torch.equal(alone.token_ids_BK[0], together.token_ids_BK[b])

@@ -46,7 +46,7 @@ def findings(toy, num_drafts, **options):
     yield check.check_logprobs(KERNELS, TOYS[toy], num_drafts, tolerance=ALLOWED)
 
 
-QUICK = {("zeros", 1), ("argmax_draft", 1), ("hot", 1), ("four_tokens", 0)}
+QUICK = {("zeros", 1), ("four_tokens", 0)}
 
 
 @pytest.mark.parametrize(
@@ -97,23 +97,23 @@ WRONG = {
 
 @pytest.mark.parametrize(
     "wrong",
-    [pytest.param(name, marks=[pytest.mark.slow] * (place % 3 > 0)) for place, name in enumerate(WRONG)],
+    [pytest.param(name, marks=[pytest.mark.slow] * (place > 0)) for place, name in enumerate(WRONG)],
 )
 def test_planted_faults_break_the_law(tmp_path, monkeypatch, wrong):
     made = planted(tmp_path, fused, *WRONG[wrong])
     monkeypatch.setattr(fused, "verify", made.verify)
-    shared = {"is_coin_shared": True} if "coin" in wrong else {}
+    shared = {"is_coin_shared": True} if wrong == "the last coin is an accept coin" else {}
     try:
-        found = [finding.passed for finding in findings("stochastic", 1, **shared)]
+        is_right = all(finding.passed for finding in findings("stochastic", 1, **shared))
     except (AssertionError, IndexError):  # what is committed has no place in the law of the table
         return
-    assert not all(found)
+    assert not is_right
 
 
 @pytest.mark.parametrize(
     ("vocab_size", "num_uniforms"),
     [
-        (500, 24),
+        (500, 12),
         pytest.param(600, 64, marks=pytest.mark.slow),
         pytest.param(32_000, 256, marks=pytest.mark.slow),
     ],

@@ -6,7 +6,7 @@ from blockroll.kernels.choice import using
 from tests.kernels.planted import plant_in_sampler
 from tests.kernels.sampler_failures import FAILURES
 
-SLOW_CHECKS, QUICK_BUGS = {38, 49}, {35, 40, 42, 53}
+SLOW_CHECKS, QUICK_BUGS = {38, 44, 49}, {35, 40, 42, 53}
 
 
 def numbers(slow):
