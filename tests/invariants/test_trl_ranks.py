@@ -15,6 +15,7 @@ from blockroll.policies.loading import TINY_POLICY_DIR
 from blockroll.rollout.drafters.history_file import load_history
 from blockroll.rollout.pool.ray_replica import check_disjoint
 from tests.equality import assert_same_rows
+from tests.runs import even_share
 
 STEPS = 3
 
@@ -39,6 +40,20 @@ def reports(folder, *options):
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
 
 
+def assert_of_both_ranks(row, ranks, step):
+    """Counts and rewards of a step are of what both ranks drew, 6 rollouts each."""
+    texts = [ids for drawn, _ in ranks for ids in drawn[6 * step : 6 * step + 6]]
+    drafts = [pair for _, drafts in ranks for pair in drafts[6 * step : 6 * step + 6]]
+    accepted, verified = map(sum, zip(*drafts, strict=True))
+    assert row["rollout/acceptance_rate"] == pytest.approx(accepted / verified)
+    assert row["rollout/acceptance_rate/mask_rows"] == row["rollout/acceptance_rate"]
+    shares = [value for name, value in row.items() if "spec_accept_length_share_" in name]
+    assert sum(shares) == pytest.approx(1)
+    rewards = even_share(completion_ids=texts)
+    assert (row["reward/min"], row["reward/max"]) == pytest.approx((min(rewards), max(rewards)))
+    assert row["reward/by_source/sums"] == pytest.approx(row["reward"])
+
+
 @pytest.mark.slow
 @pytest.mark.failure(23)
 @pytest.mark.parametrize(
@@ -57,6 +72,7 @@ def test_colocated_replicas_of_two_ranks_draw_the_learners_law(tmp_path, options
     assert first["drawn"] != second["drawn"]
     for step, row in enumerate(first["logs"]):
         assert row["rollout/weight_version"] == step
+        assert_of_both_ranks(row, [(each["drawn"], each["drafts"]) for each in (first, second)], step)
         assert row["rollout_corr/rollout_is_mean"] == pytest.approx(1, abs=mean)
         assert row["rollout_corr/rollout_is_std"] < std
         assert 1 / most < row["rollout_corr/rollout_is_min"] <= row["rollout_corr/rollout_is_max"] < most

@@ -81,7 +81,9 @@ def main() -> None:
         str(TINY_POLICY_DIR),
         reward_funcs=even_share,
         args=args,
-        train_dataset=Dataset.from_list([{"prompt": p.prompt, "answer": p.answer} for p in problems]),
+        train_dataset=Dataset.from_list(
+            [{"prompt": p.prompt, "answer": p.answer, "source": "sums"} for p in problems]
+        ),
         rollout=RolloutConfig(
             plan="history(4)" if given.history else "two_forward",
             placement=given.placement,
@@ -97,6 +99,7 @@ def main() -> None:
     global FAILING_REWARD
     FAILING_REWARD = rank == given.fail_reward_on
     drawn: list[list[int]] = []
+    drafts: list[tuple[int, int]] = []  # accepted and verified, of each rollout
     generate = trainer.rollouts.placement.generate
 
     def recording(requests):
@@ -107,6 +110,7 @@ def main() -> None:
             time.sleep(300)
         for rollout in generate(requests):
             drawn.append(list(rollout.token_ids))
+            drafts.append((rollout.stats.num_accepted, rollout.stats.num_drafted))
             yield rollout
 
     trainer.rollouts.placement.generate = recording
@@ -136,6 +140,7 @@ def main() -> None:
     report = {
         "logs": [row for row in trainer.state.log_history if "loss" in row],
         "drawn": drawn,
+        "drafts": drafts,
         "adapter": [float(each.double().abs().sum()) for each in adapter.parameters()] if adapter else [],
         "shares": getattr(trainer.rollouts.placement, "_shares", None),
     }
