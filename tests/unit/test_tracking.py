@@ -3,11 +3,13 @@
 import json
 import math
 import sys
+import time
 
 import pytest
 
 from blockroll.errors import InvalidInput, MissingDependency
-from blockroll.rl_loops.tracking import JsonLines, read_lines, require_wandb, truncate_lines
+from blockroll.rl_loops.tracking import JsonLines, Wandb, read_lines, require_wandb, truncate_lines
+from tests.watch_rows import guarded_rows
 
 
 def test_a_line_is_on_disk_as_soon_as_it_is_logged(tmp_path):
@@ -88,3 +90,31 @@ def test_asking_for_wandb_without_having_it_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)  # makes the import fail, as if it were not installed
     with pytest.raises(MissingDependency, match=r"blockroll\[wandb\]"):
         require_wandb()
+
+
+def test_what_the_guard_logs_reaches_one_run_of_wandb_whoever_goes_on_with_it(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    rows = guarded_rows(4, 4)
+    for number, some in enumerate((rows[:2], rows[2:])):
+        tracker = Wandb(name="watched", run_dir=tmp_path, config={"seed": number})
+        for row in some:
+            tracker.log({**row, "guard/said": f"words of step {row['step']}"})
+        tracker.close()
+    (run_id,) = (tmp_path / "wandb_run_id").read_text().split()
+    # Its own process writes the files, a little after `close`.
+    expected, deadline = [[1, 2], [3, 4]], time.monotonic() + 60
+    while (found := steps_said(tmp_path, run_id)) != expected and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert found == expected
+
+
+def steps_said(run_dir, run_id):
+    """By file of a run of wandb, the steps whose words of the guard are in it."""
+    files = (run_dir / "wandb").glob(f"offline-run-*/run-{run_id}.wandb")
+    assert len({path.name for path in (run_dir / "wandb").glob("offline-run-*/*.wandb")}) == 1
+    logged = [path.read_bytes() for path in files]
+    return sorted(
+        [step for step in range(1, 5) if f"words of step {step}".encode() in each] for each in logged
+    )
