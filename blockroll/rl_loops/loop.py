@@ -16,7 +16,7 @@ import yaml
 from rich.console import Console
 
 from blockroll.config import RunConfig, by_path, load_config, to_mapping
-from blockroll.errors import CheckpointError, ConfigError, RunExists
+from blockroll.errors import CheckpointError, ConfigError, GuardStopped, RunExists
 from blockroll.policies.hf import HFPolicy
 from blockroll.rl_loops.algorithms import ALGORITHMS
 from blockroll.rl_loops.checkpoint import Checkpoint, checkpoints, discard, load_checkpoint, step_of
@@ -90,6 +90,7 @@ def train(
     Ctrl-C, SIGTERM, SIGHUP and every exception close the pool, keep a checkpoint of the last whole step and
     say how to resume; a signal exits with status 128 and its number. While weights change a signal waits for
     the end of the step, unless another one follows. RunInUse if another process works in the folder.
+    GuardStopped, with a report, where the guard stops the run.
     """
     console = console or Console()
     run_dir = config.run_dir
@@ -99,6 +100,9 @@ def train(
             policy_version = _run_to_the_end(
                 config, task, source, tuple(callbacks), pool, console, lift_guard=lift_guard
             )
+        except GuardStopped:
+            console.print(f"Report: {write_report(run_dir)}", soft_wrap=True, highlight=False)
+            raise
         except KeyboardInterrupt as stop:
             console.print(f"Interrupted. {_what_now(run_dir)}", soft_wrap=True, highlight=False)
             raise SystemExit(exit_code(stop)) from None

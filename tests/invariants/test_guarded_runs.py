@@ -1,6 +1,7 @@
 """Runs with a guard: real faults and real harm, found in a real loop, acted on, kept, and gone on with."""
 
 import dataclasses
+import html
 import io
 import math
 
@@ -186,6 +187,8 @@ def test_a_sampler_that_breaks_its_law_stops_the_run_with_everything_saved(
     assert rows[-1]["guard/action"] == "stop"
     assert len(rows) < 40
     assert f"To go on from step {len(rows)}" in console.file.getvalue()
+    report = (config.run_dir / "report.html").read_text()
+    assert f"After step {len(rows)}: {rows[-1]['guard/said']}" in html.unescape(report)
 
 
 def test_a_replica_that_says_it_took_weights_and_did_not_is_found_by_the_learner(

@@ -37,8 +37,15 @@ def test_a_frame_shows_progress_curves_tests_and_the_guards_last_words():
     assert "step 50 of 60 · 3.0 s a step · about 30 s left" in text
     for label in ("reward ", "acceptance", "tokens per forward", "tokens per second", "reward - lossless"):
         assert f"│ {label}" in text
-    assert all(f"│ {test} " in text for test in TESTS)
-    assert re.search(r"│ reward +━+ +log e 3\.2 of 3\.0  n 1100", text)
+    tests = text[text.index("│ guard ") :]
+    nearest = ("ratio", "draft_set", "tail", "residual")
+    assert {each for each in TESTS if f"│ {each} " in tests} == {
+        "reward",
+        *(f"calibration/{name}" for name in nearest),
+    }
+    assert "and 7 tests further from their thresholds" in text
+    assert len(text.splitlines()) <= 24  # a usual terminal
+    assert re.search(r"│ reward +━+ +log e 3\.2 of 3\.0 +n 1100", text)
     assert "rollouts are drawn lossless since step 41" in text
     assert SAID in re.sub(r"\s*│\n│ ", " ", text)
     assert any(level in text for level in LEVELS)
@@ -128,16 +135,17 @@ def in_a_terminal(*arguments):
     """A command that runs in a terminal of its own: its process, and a function that reads until a text."""
     ours, theirs = pty.openpty()
     command = [sys.executable, "-m", "blockroll", *map(str, arguments)]
-    process = subprocess.Popen(command, stdout=theirs, stderr=theirs, env={**os.environ, "COLUMNS": "80"})
+    process = subprocess.Popen(
+        command, stdout=theirs, stderr=theirs, env={**os.environ, "COLUMNS": "80", "LINES": "24"}
+    )
     os.close(theirs)
-    got = ""
+    got = bytearray()
 
     def read_until(text):
-        nonlocal got
         with contextlib.suppress(OSError):  # Linux has one where the other side is closed
-            while text not in got:
-                got += os.read(ours, 1 << 16).decode(errors="replace")
-        return got
+            while text.encode() not in got:
+                got.extend(os.read(ours, 1 << 16))
+        return got.decode()
 
     try:
         yield process, read_until

@@ -12,17 +12,15 @@ import urllib.request
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from blockroll.config import WatchConfig
 from blockroll.errors import ConfigError, MissingDependency
 from blockroll.rl_loops.tracking import read_lines
 from blockroll.rl_loops.watch.prometheus import Prometheus, gauge_name, require_prometheus
 from tests.runs import config_for, run, save_policy
-from tests.watch_rows import guarded_rows
 
 DASHBOARD = json.loads(
     (importlib.resources.files("blockroll.rl_loops.watch") / "grafana.json").read_text(encoding="utf-8")
 )
-# What only a run with a guard logs.
-OF_A_GUARD = ("blockroll_drift_", "blockroll_shadow_", "blockroll_rollout_spec_accept_rate_pos_")
 SELECTOR = re.compile(r'(\w*)\{(?:__name__=~"([^"]+)", )?run=~"\$run"\}')
 
 
@@ -42,10 +40,15 @@ def scrape(address):
 
 @pytest.fixture(scope="module")
 def real(tmp_path_factory):
-    """A run: its rows, and what a scrape got after its second step, while it went on."""
+    """A guarded run: its rows, and what a scrape got after its second step, while it went on."""
     folder = tmp_path_factory.mktemp("real")
     config = config_for(folder, save_policy(folder / "policy", 0), steps=3, eval_every=1)
-    config = dataclasses.replace(config, metrics_port=free_port())
+    config = dataclasses.replace(
+        config,
+        metrics_port=free_port(),
+        rollout=dataclasses.replace(config.rollout, mix_weight=0.5, watch_every=1),
+        watch=WatchConfig(reward="warn", shadow_share=1.0, acceptance_reference=1),
+    )
     address, scraped = f"http://127.0.0.1:{config.metrics_port}/metrics", {}
 
     def fetch(metrics):
@@ -58,19 +61,10 @@ def real(tmp_path_factory):
     return read_lines(config.run_dir / "metrics.jsonl"), scraped
 
 
-@pytest.fixture(scope="module")
-def guarded():
-    """What a scrape gets of a run with a guard."""
-    exporter = Prometheus(run="watched", host="127.0.0.1", port=free_port())
-    exporter.log(guarded_rows(5, 3)[-1])
-    yield scrape(exporter.address)
-    exporter.close()
-
-
 def test_a_scrape_of_a_running_run_gets_every_number_of_its_newest_row(real):
     rows, scraped = real
     numbers = {gauge_name(key): value for key, value in rows[1].items() if isinstance(value, int | float)}
-    assert len(numbers) > 40
+    assert len(numbers) > 80
     # The first row has the evaluation before the first update, which is its newest value.
     numbers[gauge_name("eval/initial_reward")] = rows[0]["eval/initial_reward"]
     assert {name: value for name, (_, value) in scraped.items()} == pytest.approx(numbers)
@@ -92,19 +86,22 @@ def lacking(expression, names):
 
 
 @pytest.mark.parametrize(("panel", "expression"), expressions())
-def test_every_query_of_the_dashboard_is_answered(real, guarded, panel, expression):
-    names = set(real[1])
-    if any(prefix in expression for prefix in OF_A_GUARD):
-        names = set(guarded)
-    assert lacking(expression, names) == []
+def test_every_query_of_the_dashboard_is_answered(real, panel, expression):
+    assert lacking(expression, real[1]) == []
 
 
-def test_a_planted_query_that_nothing_answers_is_found(guarded):
-    assert lacking('blockroll_reward{run=~"$run"}', guarded) == []
-    assert lacking('blockroll_rewards{run=~"$run"}', guarded) == ['blockroll_rewards{run=~"$run"}']
+def test_the_dashboard_has_evidence_of_every_test_of_a_guard(real):
+    asked = {match[1] for _, expression in expressions() for match in SELECTOR.finditer(expression)}
+    assert {name for name in real[1] if re.fullmatch("blockroll_drift_.*_(log_e|threshold)", name)} <= asked
+
+
+def test_a_planted_query_that_nothing_answers_is_found(real):
+    _, scraped = real
+    assert lacking('blockroll_reward{run=~"$run"}', scraped) == []
+    assert lacking('blockroll_rewards{run=~"$run"}', scraped) == ['blockroll_rewards{run=~"$run"}']
     ratio = 'blockroll_drift_reward_log_e{run=~"$run"} / blockroll_drift_reward_limit{run=~"$run"}'
-    assert lacking(ratio, guarded) == ['blockroll_drift_reward_limit{run=~"$run"}']
-    assert len(lacking('{__name__=~"blockroll_rollout_pos_.+", run=~"$run"}', guarded)) == 1
+    assert lacking(ratio, scraped) == ['blockroll_drift_reward_limit{run=~"$run"}']
+    assert len(lacking('{__name__=~"blockroll_rollout_pos_.+", run=~"$run"}', scraped)) == 1
 
 
 def test_the_dashboard_has_the_shape_that_grafana_loads(real):

@@ -88,9 +88,9 @@ def test_a_fallback_that_is_lifted_ends_and_another_one_is_another():
 def test_a_guard_that_never_spoke_is_told_with_its_nearest_test():
     (silence, _) = told(guarded_rows(39, 40), "Guard")
     assert silence.startswith(
-        "It watched 10 tests and had nothing to say. Nearest was reward: log e at most 3.1"
+        "It watched 12 tests and had nothing to say. Nearest was reward: log e at most 3.1"
     )
-    assert "of 3.00 after 858 samples" in silence
+    assert "of 3.00 after 858 values" in silence
     assert told([plain_row(1, **{"guard/mode": "as_asked"})], "Guard") == ["It had no data for any test."]
 
 
@@ -127,19 +127,29 @@ def test_tests_come_with_their_highest_evidence_nearest_first():
     states = evidence_of(guarded_rows(60, 40))
     assert {state.name for state in states} == set(TESTS)
     first = states[0]
-    assert (first.name, first.fired_at, first.num_samples) == ("reward", 38, 1320)
+    assert (first.name, first.spoke_at, first.num_values) == ("reward", 38, 1320)
     assert first.highest == pytest.approx(3.2)
-    assert all(state.fired_at is None and state.nearness < 1 for state in states[1:])
+    assert all(state.spoke_at is None and state.nearness < 1 for state in states[1:])
 
 
-def test_a_test_whose_evidence_fell_again_has_fired_all_the_same():
-    values = [(1.0, 1.0), (4.0, 4.0), (2.0, 4.0)]
-    rows = [
-        plain_row(step, **{f"drift/reward/{key}": value for key, value in zip(KEYS, each, strict=True)})
-        for step, each in enumerate(((*pair, 3.0, 10.0) for pair in values), start=1)
-    ]
-    (state,) = evidence_of(rows)
-    assert (state.log_e, state.highest, state.fired_at) == (2.0, 4.0, 2)
+def test_a_test_whose_evidence_fell_again_or_began_anew_has_spoken_all_the_same():
+    def rows(*steps):
+        return [
+            plain_row(step, **{f"drift/reward/{key}": value for key, value in zip(KEYS, each, strict=True)})
+            for step, each in enumerate(steps, start=1)
+        ]
+
+    (fell,) = evidence_of(rows((1.0, 1.0, 3.0, 10), (4.0, 4.0, 3.0, 20), (2.0, 4.0, 3.0, 30)))
+    assert (fell.log_e, fell.highest, fell.spoke_at) == (2.0, 4.0, 2)
+    (anew,) = evidence_of(rows((4.0, 4.0, 3.0, 10), (0.5, 0.5, 4.1, 5)))
+    assert (anew.highest, anew.threshold, anew.num_values, anew.spoke_at) == (0.5, 4.1, 5, 1)
+
+
+def test_a_lift_is_told_and_no_alarm():
+    rows = guarded_rows(6, 3)
+    rows[4] |= {"guard/action": "lift", "guard/said": "the fallback is lifted by evidence"}
+    assert "After step 5: the fallback is lifted by evidence." in told(rows, "Guard")
+    assert alarms(rows) == [f"After step 3: {SAID}."]
 
 
 KEYS = ("log_e", "log_e_max", "threshold", "n")

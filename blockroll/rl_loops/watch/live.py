@@ -35,6 +35,7 @@ from blockroll.rl_loops.watch.story import duration, last_words, story
 POLL_S = 0.5
 LEVELS = "▁▂▃▄▅▆▇█"
 WIDEST = 100  # columns of a frame; wider terminals leave the rest empty
+MOST_TESTS = 5  # that are shown: those that spoke, and the nearest to their thresholds
 ROOMY = 72  # columns from which on tests have bars and counts
 RECENT = 10  # steps whose mean time tells how long the rest takes
 CURVES = (  # what it is called, its metric, digits
@@ -113,10 +114,11 @@ def frame(rows: Rows, *, name: str, asked_steps: int, is_running: bool, width: i
     """All that is shown, `width` columns wide."""
     parts: list[RenderableType] = [_progress(rows, asked_steps, is_running)]
     if rows:
-        parts += [_curves(rows, width), *_guard(rows, width)]
+        parts.append(_curves(rows, width))
         parts += [
             Text(each.text, style="red") for each in story(rows) if each.topic == "Losses" and each.is_alarm
         ]
+        parts += _guard(rows, width)
     title = Text(f"{name} · {'running' if is_running else 'ended'}", style="bold")
     return Panel(Group(*parts), title=title, title_align="left", width=width)
 
@@ -169,18 +171,19 @@ def _guard(rows: Rows, width: int) -> list[RenderableType]:
     table = Table.grid(padding=(0, 2, 0, 0))
     for style in ("dim", "", "", "dim"):
         table.add_column(style=style, no_wrap=True)
-    for test in evidence_of(rows):
-        has_fired = test.fired_at is not None
+    tests = evidence_of(rows)
+    for test in tests[:MOST_TESTS]:
+        has_spoken = test.spoke_at is not None
         bar = ProgressBar(
             total=1.0,
             completed=min(1.0, max(0.0, test.nearness)),
             width=max(8, width - 62),
-            complete_style="red" if has_fired else "green",
+            complete_style="red" if has_spoken else "green",
             finished_style="red",
         )
         log_e = Text(f"log e {number(test.highest, 1)} of {number(test.threshold, 1)}")
-        log_e.stylize("red" if has_fired else "")
-        cells = (test.name, bar, log_e, f"n {test.num_samples}")
+        log_e.stylize("red" if has_spoken else "")
+        cells = (test.name, bar, log_e, f"n {test.num_values}")
         table.add_row(*(cells if width >= ROOMY else (test.name, log_e)))
     parts: list[RenderableType] = [Text("\nguard", style="bold")]
     if (mode := rows[-1].get("guard/mode") or AS_ASKED) != AS_ASKED:
@@ -189,4 +192,6 @@ def _guard(rows: Rows, width: int) -> list[RenderableType]:
         )
     if spoken := last_words(rows):
         parts.append(Text(f"after step {spoken[0]} it said: {spoken[1]}", style="yellow"))
-    return [*parts, table]  # last, so that where the terminal is too low, this is what is cut
+    further = len(tests) - MOST_TESTS
+    rest = [Text(f"and {further} tests further from their thresholds", style="dim")] if further > 0 else []
+    return [*parts, table, *rest]

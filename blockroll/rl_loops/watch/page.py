@@ -40,7 +40,7 @@ def _evidence(rows: Rows) -> str:
     spoke = [float(row["step"]) for row in rows if row.get("guard/action")]
     plot = figures.shaded(figures.evidence(curves, spoke), stretches(rows))
     note = (
-        "Log e of each test over its threshold: at 1, the dashed line, the test speaks. "
+        "Log e of each test over its threshold: at 1, dashed, the test speaks; the most of it in the table. "
         "Dotted: the guard acted. Shaded: steps under its fallback."
     )
     return cards.card("Evidence", note, draw(plot), beside=_legend(tests))
@@ -53,16 +53,20 @@ def _shares(rows: Rows, test: str) -> list[tuple[float, float]]:
 
 
 def _legend(tests: list[Evidence]) -> str:
-    """Every test with its colour, its log e (now and at most), its threshold, and how much it has seen."""
-    head = "".join(f"<th>{each}</th>" for each in ("test", "log e", "most", "limit", "n"))
+    """Of every test its colour, the most of its log e, its threshold, what it has seen, when it spoke."""
+    head = "".join(f"<th>{each}</th>" for each in ("test", "log e", "limit", "n", "spoke"))
     rows = "".join(
         f'<tr><td><i class="swatch" style="background:{figures.colour_of(i)}"></i>'
         f"{html.escape(test.name)}</td>"
-        f"<td>{number(test.log_e, 1)}</td><td{' class=bad' if test.fired_at is not None else ''}>"
-        f"{number(test.highest, 1)}</td><td>{number(test.threshold, 1)}</td><td>{test.num_samples}</td></tr>"
+        f"<td>{number(test.highest, 1)}</td><td>{number(test.threshold, 1)}</td><td>{test.num_values}</td>"
+        f"{_spoke(test)}</tr>"
         for i, test in enumerate(tests)
     )
     return f'<table class="legend"><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>'
+
+
+def _spoke(test: Evidence) -> str:
+    return "<td>–</td>" if test.spoke_at is None else f'<td class="bad">{test.spoke_at}</td>'  # noqa: RUF001
 
 
 def _difference(rows: Rows) -> str:

@@ -16,14 +16,14 @@ _LOG_E = "/log_e"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evidence:
-    """One sequential test of the guard as its last row has it."""
+    """One sequential test of the guard as its last row has it: of its latest attempt, if it was lifted."""
 
     name: str
     log_e: float  # nats
-    highest: float  # nats, of the whole run
+    highest: float  # nats, at any step
     threshold: float  # nats: log(1 / alpha)
-    num_samples: int
-    fired_at: int | None  # the first step whose highest log e reached the threshold; None: not yet
+    num_values: int  # that it has seen
+    spoke_at: int | None  # the first step of the run whose highest log e reached the threshold
 
     @property
     def nearness(self) -> float:
@@ -77,8 +77,9 @@ def _tests(rows: Rows) -> list[str]:
 
 
 def evidence_of(rows: Rows) -> list[Evidence]:
-    """Every test of the guard, the one nearest to its threshold first."""
-    return sorted((_state(rows, name) for name in _tests(rows)), key=lambda test: -test.nearness)
+    """Of every test of the guard: those that spoke first, then the nearest to its threshold."""
+    found = (_state(rows, name) for name in _tests(rows))
+    return sorted(found, key=lambda test: (test.spoke_at is None, -test.nearness))
 
 
 def _state(rows: Rows, name: str) -> Evidence:
@@ -87,14 +88,14 @@ def _state(rows: Rows, name: str) -> Evidence:
 
     highest = series(rows, f"drift/{name}/log_e_max")
     thresholds = dict(series(rows, f"drift/{name}/threshold"))
-    fired = [step for step, value in highest if value >= thresholds.get(step, math.inf)]
+    spoke = [step for step, value in highest if value >= thresholds.get(step, math.inf)]
     return Evidence(
         name=name,
         log_e=last("log_e"),
-        highest=max(value for _, value in highest),
+        highest=highest[-1][1],
         threshold=last("threshold"),
-        num_samples=int(last("n")),
-        fired_at=int(fired[0]) if fired else None,
+        num_values=int(last("n")),
+        spoke_at=int(spoke[0]) if spoke else None,
     )
 
 

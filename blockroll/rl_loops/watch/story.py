@@ -122,7 +122,7 @@ def _guard(rows: Rows) -> Iterator[Sentence]:
             continue
         said = row.get("guard/said") or f"it chose {row['guard/action']}"
         text = f"After step {row['step']:.0f}: {said.rstrip('.')}."
-        yield Sentence(topic="Guard", text=text, is_alarm=row.get("guard/action") is not None)
+        yield Sentence(topic="Guard", text=text, is_alarm=row.get("guard/action") not in (None, "lift"))
     for stretch in stretches(rows):
         yield Sentence(topic="Guard", text=_fallback(rows, stretch))
     if shadow := _shadow(rows):
@@ -137,7 +137,7 @@ def _silence(rows: Rows) -> str:
     return (
         f"It watched {_some(len(tests), 'test')} and had nothing to say. Nearest was {nearest.name}: "
         f"log e at most {number(nearest.highest, 2)} of {number(nearest.threshold, 2)} after "
-        f"{nearest.num_samples} samples."
+        f"{nearest.num_values} values."
     )
 
 
