@@ -94,7 +94,7 @@ def over_steps(
     def plot(axes: Axes) -> None:
         axes.plot(*_columns(series), color=colour, linewidth=2, marker="o", markersize=3)
         axes.set(xlabel="step", ylabel=label)
-        axes.set_ylim(low, high)
+        axes.set_ylim(low, high if high is not None else 1.08 * max(value for _, value in series) or None)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
     return plot

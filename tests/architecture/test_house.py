@@ -1,6 +1,8 @@
 """What every file of the repository keeps to."""
 
 import ast
+import tomllib
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 TESTS = Path(__file__).parents[1]
@@ -35,3 +37,16 @@ def test_no_python_file_is_over_four_hundred_lines():
     }
     long = {name: length for name, length in lengths.items() if length > MOST_LINES}
     assert long == {}, f"split these by subject: {long}"
+
+
+def test_what_the_package_reads_beside_its_code_goes_into_the_wheel():
+    package = TESTS.parent / "blockroll"
+    others = [path for path in package.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")]
+    assert len(others) > 5
+    assert [str(path) for path in others if not is_shipped(str(path.relative_to(package)))] == []
+    assert not is_shipped("rl_loops/watch/other.json")
+
+
+def is_shipped(name):
+    setuptools = tomllib.loads((TESTS.parent / "pyproject.toml").read_text())["tool"]["setuptools"]
+    return any(fnmatchcase(name, pattern) for pattern in setuptools["package-data"]["blockroll"])

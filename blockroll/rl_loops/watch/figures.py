@@ -72,6 +72,8 @@ def acceptance_by_position(rows: Rows) -> Callable[[Axes], None] | None:
             cmap="viridis",
             vmin=0,
             vmax=1,
+            edgecolors="face",  # else seams show between the cells
+            linewidth=0.4,
         )
         axes.grid(visible=False)
         axes.set(xlabel="step", ylabel="draft position")

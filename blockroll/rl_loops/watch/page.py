@@ -76,8 +76,8 @@ def _difference(rows: Rows) -> str:
         return ""
     mean, low, high = ([(step, each[step]) for step in steps] for each in found)
     note = (
-        "Mean reward under the law in use minus under the lossless one, of shadow pairs; the band is a "
-        "confidence sequence, which holds at all steps together."
+        "Mean reward under the law that was asked for minus under the lossless one, of shadow pairs; the "
+        "band is a confidence sequence, which holds at all steps together."
     )
     plot = figures.shaded(figures.reward_difference(mean, low, high), stretches(rows))
     return cards.card("Reward difference", note, draw(plot))

@@ -172,7 +172,7 @@ def _shadow(rows: Rows) -> str | None:
     low, high = series(rows, "drift/reward/cs_low"), series(rows, "drift/reward/cs_high")
     if means and low and high:
         text += (
-            " By them reward under the law in use differs from lossless by "
+            " By them reward under the law that was asked for differs from lossless by "
             f"{means[-1][1]:+z.3f}, between {low[-1][1]:+z.3f} and {high[-1][1]:+z.3f}."
         )
     return text
