@@ -18,7 +18,7 @@ from pathlib import Path
 from benchmarks import rows
 from benchmarks.cells import GIVEN
 
-SUBJECTS = ("law", "speed", "drafts", "learning", "constraints", "audit", "trl", "kernels")
+SUBJECTS = ("law", "speed", "drafts", "learning", "constraints", "audit", "trl", "kernels", "watch")
 
 
 def main() -> None:

@@ -7,16 +7,20 @@ import dataclasses
 import math
 
 import pytest
-import torch
 
-from blockroll.kernels.rows.weights import inverse_cdf
+from benchmarks.faults import (
+    coin_of_the_rejected_draft_again,
+    coin_that_drew_the_draft_accepts_it,
+    draft_law_of_another_temperature,
+    logprobs_of_another_temperature,
+    residual_is_the_target,
+    tokens_of_a_truncated_law,
+)
 from blockroll.rl_loops.watch.evidence import EProcess
 from blockroll.rollout.calibration import observer as observer_module
 from blockroll.rollout.calibration.observer import FUNCTIONALS, Calibration
 from blockroll.rollout.drafters.history import HistoryDrafts
-from blockroll.rollout.engine import step as decoding
 from blockroll.rollout.engine.trace import Watcher
-from blockroll.samplers import laws as laws_module
 from blockroll.types import Law, Plan, Sampling
 from tests.engines import make_requests, run
 from tests.models import adapted_policy, prompts
@@ -71,89 +75,10 @@ def test_an_engine_that_keeps_its_laws_is_not_accused(policy, plan, sampling):
         assert abs(excess) / count < 5 / math.sqrt(count) + 2e-4, name
 
 
-def patched_verify(monkeypatch, change):
-    """`change(verdict, draft, target, uniforms)` takes the place of every verdict on drafts."""
-    verify = decoding.verify_block
-
-    def wrong(draft, target, uniforms_BL):
-        return change(verify(draft, target, uniforms_BL), draft, target, uniforms_BL)
-
-    monkeypatch.setattr(decoding, "verify_block", wrong)
-
-
-def residual_is_the_target(monkeypatch):
-    def change(verdict, draft, target, uniforms_BL):
-        accepted_B1 = verdict.num_accepted_B[:, None]
-        rows_BV = target.at(torch.arange(len(accepted_B1)), accepted_B1[:, 0])
-        tokens_B1 = inverse_cdf(rows_BV, uniforms_BL[:, -1])[:, None]
-        return dataclasses.replace(
-            verdict,
-            token_ids_BL=verdict.token_ids_BL.scatter(1, accepted_B1, tokens_B1),
-            behavior_logprobs_BL=verdict.behavior_logprobs_BL.scatter(
-                1, accepted_B1, rows_BV.gather(1, tokens_B1).log()
-            ),
-        )
-
-    patched_verify(monkeypatch, change)
-
-
-def logprobs_of_another_temperature(monkeypatch):
-    patched_verify(
-        monkeypatch,
-        lambda verdict, *_: dataclasses.replace(
-            verdict, behavior_logprobs_BL=0.9 * verdict.behavior_logprobs_BL
-        ),
-    )
-
-
-def draft_law_of_another_temperature(monkeypatch):
-    draw_draft = laws_module.draw_draft
-
-    def wrong(logits, temperature, uniforms_BK, num_drafts=None, **kwargs):
-        draft = draw_draft(logits, temperature, uniforms_BK, num_drafts, **kwargs)
-        return dataclasses.replace(draft, law=logits.double().softmax(-1))
-
-    monkeypatch.setattr(laws_module, "draw_draft", wrong)
-
-
-def coin_of_the_rejected_draft_again(monkeypatch):
-    verify = decoding.verify_block
-
-    def wrong(draft, target, uniforms_BL):
-        num_drafts = draft.token_ids_BK.shape[1]
-        accepted_B = verify(draft, target, uniforms_BL).num_accepted_B
-        coin_B1 = uniforms_BL.gather(1, accepted_B.clamp(max=num_drafts - 1)[:, None])
-        return verify(draft, target, torch.cat([uniforms_BL[:, :-1], coin_B1], dim=1))
-
-    monkeypatch.setattr(decoding, "verify_block", wrong)
-
-
-def coin_that_drew_the_draft_accepts_it(monkeypatch):
-    uniforms = decoding.step_uniforms
-
-    def wrong(*arguments, **options):
-        draft_BK, verify_BL = uniforms(*arguments, **options)
-        return draft_BK, torch.cat([draft_BK, verify_BL[:, draft_BK.shape[1] :]], dim=1)
-
-    monkeypatch.setattr(decoding, "step_uniforms", wrong)
-
-
-def tokens_of_a_truncated_law(monkeypatch):
-    """The least likely tokens are never drawn, and no option says so."""
-
-    def change(verdict, draft, target, uniforms_BL):
-        rows_BV = target.at(torch.arange(len(uniforms_BL)), torch.zeros(len(uniforms_BL), dtype=torch.long))
-        kept_BV = rows_BV.where(rows_BV >= 0.02 * rows_BV.amax(1, keepdim=True), 0.0)
-        tokens_B1 = inverse_cdf(kept_BV, uniforms_BL[:, 0])[:, None]
-        tokens_BL = torch.cat([tokens_B1, verdict.token_ids_BL[:, 1:]], dim=1)
-        return dataclasses.replace(verdict, token_ids_BL=tokens_BL)
-
-    patched_verify(monkeypatch, change)
-
-
 FUSED = Plan(3, (0, 1, 3))
 FAULTS = [
     (residual_is_the_target, "draft_set", FUSED, SAMPLING),
+    (residual_is_the_target, "rejected", FUSED, SAMPLING),
     (residual_is_the_target, "draft_set", FUSED, dataclasses.replace(SAMPLING, law=Law(0.5))),
     (logprobs_of_another_temperature, "surprisal", FUSED, SAMPLING),
     (draft_law_of_another_temperature, "draft", FUSED, HOT),
@@ -171,7 +96,7 @@ FAULTS = [
 def test_a_planted_fault_is_found_by_the_functional_that_must_see_it(
     policy, monkeypatch, fault, functional, plan, sampling
 ):
-    fault(monkeypatch)
+    fault(monkeypatch.setattr)
     process = evidence(policy, plan, sampling, seeds=4, count=256)[functional]
     assert process.log_e_max > math.log(1 / ALPHA), f"{process.num_values} values, excess {process.excess}"
 

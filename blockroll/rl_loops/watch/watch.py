@@ -184,7 +184,7 @@ def _tests(config: WatchConfig, tolerance: float) -> list[Test]:
                     alpha=config.calibration_alpha,
                     action=config.calibration,
                     claim="tokens follow the laws stated for them",
-                    sides="above" if name == "ratio" else "both",
+                    sides="above" if name in ("ratio", "rejected") else "both",
                 )
             )
     if config.learner != "off":

@@ -12,6 +12,7 @@ faults, so all are bet on; what is claimed of each is exact under the stated law
     accept     whether the draft was accepted: min(1, mu / q). A wrong draft law, a wrong rule
     reused     whether the accept coin lies where the draft's uniform did, in the draft's interval of its
                cumulative law: q. One coin for both
+    rejected   whether a token in place of a rejected draft is that very draft: never
     draft      as surprisal, of the draft under the law it was drawn from. A mis-stated draft law
     coins      the uniform that drew a token, behind accepted drafts or without any: 1/2
     residual   the same of a token in place of a rejected draft: 1/2. A reused coin
@@ -27,7 +28,7 @@ from blockroll.rollout.calibration.bets import Bets
 from blockroll.rollout.engine.trace import StepTrace
 from blockroll.types import Draft, PointMass, Rows, Verdict
 
-FUNCTIONALS = ("surprisal", "draft_set", "tail", "accept", "reused", "draft", "coins", "residual")
+FUNCTIONALS = ("surprisal", "draft_set", "tail", "accept", "reused", "rejected", "draft", "coins", "residual")
 BOUND = 12.0  # nats, of a surprisal
 TAIL = 0.01  # of the likeliest token's probability
 DEAD_BAND = 1e-4  # by which a mean may lie beside its claim: float32 rounds by less, bfloat16 by more
@@ -149,11 +150,13 @@ class Calibration:
         last_B1 = (verdict.num_committed_B - 1).clamp(min=0)[:, None]
         is_drawn_B1 = ~verdict.is_draft_BL.gather(1, last_B1) | evidence.by_position_B[:, None]
         figures = torch.stack([evidence.uniforms_BL.gather(1, last_B1)[:, 0], is_drawn_B1[:, 0].double()])
-        uniforms_B, is_drawn_B = figures.cpu().numpy()
+        figures = torch.cat([figures, _is_last_draft(draft, verdict, last_B1).double()[None]])
+        uniforms_B, is_drawn_B, is_draft_B = figures.cpu().numpy()
         is_drawn_B = (is_drawn_B > 0) & (num_committed_B > 0) & np.isfinite(uniforms_B)
         by_position_B = evidence.by_position_B.cpu().numpy()
         is_residual_B = is_drawn_B & ~by_position_B & (num_committed_B <= num_drafts_B)
         self._bet("residual", uniforms_B[is_residual_B], 0.5)
+        self._bet("rejected", is_draft_B[is_residual_B], 0.0)
         # By position the last token's place depends on the coins themselves: the first one's does not.
         firsts_B = evidence.uniforms_BL[:, 0].cpu().numpy()
         self._bet("coins", firsts_B[by_position_B & np.isfinite(firsts_B)], 0.5)
@@ -163,6 +166,14 @@ class Calibration:
         if len(values_N):
             bets = Bets.on(values_N, means_N - DEAD_BAND, means_N + DEAD_BAND)
             self._bets[name] = self._bets.get(name, Bets.none()) + bets
+
+
+def _is_last_draft(draft: Draft, verdict: Verdict, last_B1: Tensor) -> Tensor:
+    """Whether each request's last token is what was drafted for its place."""
+    if not draft.token_ids_BK.shape[1]:
+        return torch.zeros_like(last_B1[:, 0], dtype=torch.bool)
+    drafted_B1 = draft.token_ids_BK.gather(1, last_B1.clamp(max=draft.token_ids_BK.shape[1] - 1))
+    return (verdict.token_ids_BL.gather(1, last_B1) == drafted_B1)[:, 0]
 
 
 def _scaled(logprobs_N: Tensor) -> Tensor:

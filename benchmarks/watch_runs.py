@@ -1,0 +1,221 @@
+"""Whole runs with a guard: silent ones, harmed ones with and without it, and what watching costs.
+
+    python -m benchmarks.evidence watch silent harm cost
+
+Rows of a run are those of its metrics. One thread; runs go on from their checkpoints.
+"""
+
+import io
+import itertools
+import math
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from benchmarks.rows import Row
+from benchmarks.workload import (
+    LEARNING_TEMPERATURE,
+    RUNS,
+    K,
+    has_checkpoint,
+    one_thread,
+    prompts,
+    requests,
+    resumable,
+    trained_adapter,
+)
+from blockroll.config import PolicyConfig, RolloutConfig, RunConfig, TrainConfig, WatchConfig
+from blockroll.policies.hf import HFPolicy
+from blockroll.rl_loops.loop import train
+from blockroll.rl_loops.watch.watch import Watch
+from blockroll.rollout.calibration.observer import Calibration
+from blockroll.rollout.drafters.engine import Engine
+from blockroll.rollout.engine.trace import Watcher
+from blockroll.types import Plan, Sampling
+
+
+def silent(
+    *, seeds: Sequence[int] = tuple(range(20)), steps: int = 8, prompts_per_step: int = 16
+) -> list[Row]:
+    """Lossless runs of the shipped policy by `auto`: what every test has come to at their ends."""
+    rows = []
+    for seed in seeds:
+        config = run_config("silent", seed, RUNS / "watch", steps=steps, prompts_per_step=prompts_per_step)
+        result = train(resumable(config), resume=has_checkpoint(config.run_dir), console=quiet())
+        last = result.metrics[-1]
+        rows.append(
+            {
+                "seed": seed,
+                "steps": steps,
+                "said": [row["guard/said"] for row in result.metrics if row["guard/said"]],
+                **{name: value for name, value in last.items() if name.startswith("drift/")},
+            }
+        )
+    return rows
+
+
+HARM_ARMS = {
+    "mixed": WatchConfig(),
+    "mixed, guarded": WatchConfig(reward="lossless", shadow_share=0.25),
+    "lossless": WatchConfig(),
+}
+
+
+def harm(
+    adapter: Path | None = None,
+    *,
+    seeds: Sequence[int] = (0, 1, 2),
+    steps: int = 45,
+    prompts_per_step: int = 32,
+    eval_prompts: int = 256,
+) -> list[Row]:
+    """GRPO on rollouts of a mixed law that earns less and is not corrected: with and without the guard."""
+    adapter = adapter or trained_adapter()
+    rows = []
+    for seed, (arm, watch) in itertools.product(seeds, HARM_ARMS.items()):
+        config = run_config(
+            f"harm_{arm.replace(', ', '_')}",
+            seed,
+            RUNS / "watch",
+            steps=steps,
+            prompts_per_step=prompts_per_step,
+            adapter=adapter,
+            mix_weight=1.0 if arm == "lossless" else 0.5,
+            plan=f"two_forward({K})",
+            watch=watch,
+            eval_every=5,
+            eval_prompts=eval_prompts,
+            importance_sampling_correction=False,
+        )
+        result = train(resumable(config), resume=has_checkpoint(config.run_dir), console=quiet())
+        rows += [{"seed": seed, "arm": arm, **metrics} for metrics in result.metrics]
+    return rows
+
+
+def cost(
+    adapter: Path | None = None, *, batch: int = 64, repeats: int = 7, max_tokens: int = 128
+) -> list[Row]:
+    """What looking costs: decoding with a watcher over decoding without; and the tests of a step."""
+    adapter = adapter or trained_adapter()
+    policy = HFPolicy.from_pretrained("tiny", adapter=adapter)
+    rows: list[Row] = []
+    with one_thread():
+        for plan in (Plan(0), Plan(K), Plan(K, (0, K // 2, K))):
+            ratios, bands = [], []
+            for repeat in range(repeats):
+                texts = prompts(policy, batch, seed=repeat)
+                times = [
+                    _seconds(policy, plan, texts, max_tokens, every=every, seed=repeat)
+                    for every in _turned((0, 32, 0), repeat)
+                ]
+                without, watched, again = _turned(times, -repeat)
+                base = math.sqrt(without * again)
+                ratios.append(watched / base)
+                bands.append(without / again)
+            rows.append(
+                {
+                    "what": "decoding, one step in 32 looked at",
+                    "plan": plan.name,
+                    "batch": batch,
+                    "repeats": repeats,
+                    "over_unwatched": statistics.median(ratios),
+                    "range": [min(ratios), max(ratios)],
+                    "band": [min(bands), max(bands)],
+                }
+            )
+    rows.append(_tests_cost(policy, batch))
+    return rows
+
+
+def _turned(values: Sequence[Any], by: int) -> list[Any]:
+    by %= len(values)
+    return [*values[by:], *values[:by]]
+
+
+def _seconds(
+    policy: HFPolicy, plan: Plan, texts: Sequence[tuple[int, ...]], max_tokens: int, *, every: int, seed: int
+) -> float:
+    observers = [Watcher(Calibration(), every=every)] if every else []
+    engine = Engine(policy, plan=plan, observers=observers, max_batch_size=len(texts))
+    sampling = Sampling(max_tokens=max_tokens, min_tokens=max_tokens)
+    engine.submit(requests(texts, sampling, seed=seed))
+    start = time.perf_counter()
+    while engine.num_requests:
+        engine.step()
+    return time.perf_counter() - start
+
+
+def _tests_cost(policy: HFPolicy, batch: int) -> Row:
+    """The guard's own part of a training step, over the time to draw what it is told of."""
+    texts = prompts(policy, batch, seed=0)
+    engine = Engine(policy, plan=Plan(0), max_batch_size=batch)
+    engine.submit(requests(texts, Sampling(max_tokens=64), seed=0))
+    start, finished = time.perf_counter(), []
+    while engine.num_requests:
+        finished += engine.step().finished
+    drawing_s = time.perf_counter() - start
+    logprobs_N = np.array([value for rollout in finished for value in rollout.policy_logprobs])
+    taken = []
+    for _ in range(20):
+        watch, start = Watch(WatchConfig()), time.perf_counter()
+        watch.observe_rollouts(finished)
+        watch.observe_laws(finished, logprobs_N)
+        watch.decide(1)
+        taken.append(time.perf_counter() - start)
+    return {
+        "what": "tests of a training step, over the time to draw its rollouts",
+        "plan": "plain",
+        "batch": batch,
+        "repeats": len(taken),
+        "over_drawing": statistics.median(taken) / drawing_s,
+        "range": [min(taken) / drawing_s, max(taken) / drawing_s],
+    }
+
+
+def run_config(
+    name: str,
+    seed: int,
+    runs_dir: Path,
+    *,
+    steps: int,
+    prompts_per_step: int,
+    adapter: Path | None = None,
+    mix_weight: float = 1.0,
+    plan: str = "auto",
+    watch: WatchConfig | None = None,
+    **options: Any,
+) -> RunConfig:
+    return RunConfig(
+        name=f"{name}_{seed}",
+        runs_dir=str(runs_dir),
+        seed=seed,
+        policy=PolicyConfig(adapter=None if adapter is None else str(adapter)),
+        rollout=RolloutConfig(
+            backend="local",
+            num_replicas=1,
+            max_batch_size=64,
+            plan=plan,
+            mix_weight=mix_weight,
+            temperature=LEARNING_TEMPERATURE,
+        ),
+        train=TrainConfig(
+            **{
+                "steps": steps,
+                "prompts_per_step": prompts_per_step,
+                "learner_threads": 1,
+                "eval_every": 0,
+                "checkpoint_every": 1 if name == "stale" else 5,
+                **options,
+            }
+        ),
+        watch=watch or WatchConfig(),
+    )
+
+
+def quiet() -> Console:
+    return Console(file=io.StringIO())
