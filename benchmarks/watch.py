@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks import faults, watch_runs
+from benchmarks import watch_runs
 from benchmarks.cells import measured
 from benchmarks.rows import Row
 from benchmarks.watch_runs import quiet, run_config
@@ -40,6 +40,7 @@ from blockroll.rollout.calibration.observer import DEAD_BAND, FUNCTIONALS, Calib
 from blockroll.rollout.drafters.engine import Engine
 from blockroll.rollout.engine.trace import Watcher
 from blockroll.types import Law, Plan, Rollout, Sampling
+from tests import faults
 
 ALPHA = 0.02  # of each test of a null run: at a millionth, no number of runs that fits here would show one
 _EVERY_TEST = WatchConfig(

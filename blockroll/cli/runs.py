@@ -147,7 +147,7 @@ def report(
         ),
     ] = None,
 ) -> None:
-    """Write report.html into a run's folder, or show the run in the terminal."""
+    """Write report.html into a run's folder, or show a run live."""
     console = Console(soft_wrap=True, highlight=False)
     if once and not live:
         raise InvalidInput("--once is for a frame of --live: give both")

@@ -8,14 +8,6 @@ import math
 
 import pytest
 
-from benchmarks.faults import (
-    coin_of_the_rejected_draft_again,
-    coin_that_drew_the_draft_accepts_it,
-    draft_law_of_another_temperature,
-    logprobs_of_another_temperature,
-    residual_is_the_target,
-    tokens_of_a_truncated_law,
-)
 from blockroll.rl_loops.watch.evidence import EProcess
 from blockroll.rollout.calibration import observer as observer_module
 from blockroll.rollout.calibration.observer import FUNCTIONALS, Calibration
@@ -23,6 +15,14 @@ from blockroll.rollout.drafters.history import HistoryDrafts
 from blockroll.rollout.engine.trace import Watcher
 from blockroll.types import Law, Plan, Sampling
 from tests.engines import make_requests, run
+from tests.faults import (
+    coin_of_the_rejected_draft_again,
+    coin_that_drew_the_draft_accepts_it,
+    draft_law_of_another_temperature,
+    logprobs_of_another_temperature,
+    residual_is_the_target,
+    tokens_of_a_truncated_law,
+)
 from tests.models import adapted_policy, prompts
 
 ALPHA = 1e-6
