@@ -13,8 +13,9 @@ import pytest
 
 from blockroll.errors import CheckpointError, InvalidInput
 from blockroll.rl_loops.watch import evidence as evidence_module
-from blockroll.rl_loops.watch.evidence import ConfidenceSequence, EProcess
+from blockroll.rl_loops.watch.evidence import EProcess
 from blockroll.rollout.calibration.bets import NUM_BETS, Bets
+from blockroll.rollout.calibration.confidence import ConfidenceSequence
 
 VALUES = np.array([0.0, 0.1, 0.35, 0.8, 1.0])
 

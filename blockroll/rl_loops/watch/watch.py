@@ -22,9 +22,9 @@ import numpy as np
 
 from blockroll.config import WatchConfig
 from blockroll.errors import InvalidInput
-from blockroll.rl_loops.watch.evidence import ConfidenceSequence
 from blockroll.rl_loops.watch.guard import Guard, Mode, Test
 from blockroll.rollout.calibration.bets import Bets
+from blockroll.rollout.calibration.confidence import ConfidenceSequence
 from blockroll.rollout.calibration.observer import DEAD_BAND, FUNCTIONALS
 from blockroll.types import Rollout
 
