@@ -36,6 +36,7 @@ from blockroll.rl_loops.loop import train
 from blockroll.rl_loops.watch.guard import Guard
 from blockroll.rl_loops.watch.watch import Watch
 from blockroll.rollout.calibration.bets import Bets
+from blockroll.rollout.calibration.evidence import Evidence
 from blockroll.rollout.calibration.observer import DEAD_BAND, FUNCTIONALS, Calibration
 from blockroll.rollout.drafters.engine import Engine
 from blockroll.rollout.engine.trace import Watcher
@@ -91,11 +92,11 @@ def null_step(watch: Watch, generator: np.random.Generator, *, beyond: float = 0
     for name in FUNCTIONALS:
         if name == "rejected":
             never_N = (generator.random(8) < DEAD_BAND + beyond).astype(float)
-            watch.observe_calibration({name: Bets.on(never_N, 0.0, DEAD_BAND)})
+            watch.observe_calibration(Evidence({name: Bets.on(never_N, 0.0, DEAD_BAND)}))
             continue
         values_N = (generator.random(8) < claims_N + DEAD_BAND + beyond).astype(float)
         bets = Bets.on(values_N, claims_N - DEAD_BAND, claims_N + DEAD_BAND)
-        watch.observe_calibration({name: bets})
+        watch.observe_calibration(Evidence({name: bets}))
     ratios_N = np.where(generator.random(8) < 0.5, 0.5, 1.5 + 2 * DEAD_BAND)
     watch.guard.add("calibration/ratio", Bets.on_ratios(ratios_N, 1.0 + DEAD_BAND))
     off_N = (generator.random(8) < 4 * watch.tolerance) / 4.0  # mean: the tolerance

@@ -15,7 +15,12 @@ from blockroll.rl_loops.tasks import from_rows
 ROWS = [{"prompt": f"{i}+{i}=?"} for i in range(7)]
 # Everything of a step but what the clock decides.
 TIMES = {"rollout/duration_s", "rollout/generated_tok_s", "perf/update_s", "perf/weight_sync_s", "step_time"}
-BETS = ("drift/calibration/",)
+LOOKED_AT = (
+    "drift/calibration/",
+    "rollout/target_entropy",
+    "rollout/draft_",
+    "rollout/block_perplexity_",
+)
 
 
 def even_share(*, completion_ids, **_):
@@ -68,9 +73,9 @@ def run(config, **arguments):
 
 
 def untimed(rows):
-    """Without what the clock decides, and what engines have bet: which steps they look at is theirs."""
+    """Without what the clock decides, and what engines have seen: which positions they look at is theirs."""
     return [
-        {key: value for key, value in row.items() if key not in TIMES and not key.startswith(BETS)}
+        {key: value for key, value in row.items() if key not in TIMES and not key.startswith(LOOKED_AT)}
         for row in rows
     ]
 

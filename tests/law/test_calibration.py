@@ -6,11 +6,14 @@ Each fault is planted in a real engine, and the functional that must see it is n
 import dataclasses
 import math
 
+import numpy as np
 import pytest
+import torch
 
 from blockroll.rl_loops.watch.evidence import EProcess
 from blockroll.rollout.calibration import observer as observer_module
-from blockroll.rollout.calibration.observer import FUNCTIONALS, Calibration
+from blockroll.rollout.calibration.evidence import Evidence
+from blockroll.rollout.calibration.observer import FIGURES, FUNCTIONALS, Calibration
 from blockroll.rollout.drafters.history import HistoryDrafts
 from blockroll.rollout.engine.trace import Watcher
 from blockroll.types import Law, Plan, Sampling
@@ -46,7 +49,7 @@ def evidence(policy, plan, sampling=SAMPLING, *, seeds=1, count=64):
         requests = make_requests(prompts(count, seed=seed), sampling, seed=seed)
         watcher = Watcher(calibration, every=1)
         run(policy, requests, plan, observers=[watcher], drafters=drafters, max_batch_size=count)
-        for name, bets in calibration.take().items():
+        for name, bets in calibration.take().bets.items():
             processes[name].add(bets)
     return processes
 
@@ -118,4 +121,33 @@ def test_a_watcher_is_told_of_one_step_in_so_many_and_changes_no_token(policy):
         name: each.token_ids for name, each in alone.items()
     }
     assert len(told) == math.ceil(SAMPLING.max_tokens / 8)
-    assert Calibration().take() == {}
+    assert not Calibration().take().bets
+
+
+def test_figures_of_looked_at_rows_are_those_of_the_formulae(policy):
+    traces = []
+    requests = make_requests(prompts(40), SAMPLING)
+    run(policy, requests, Plan(3, (0, 3)), observers=[traces.append], max_batch_size=40)
+    seen = Evidence()
+    want = {name: [] for name in FIGURES}
+    for trace in traces:
+        calibration = Calibration(seed=5)
+        calibration(trace)
+        seen += calibration.take()
+        offsets_B = np.random.Generator(np.random.Philox(5)).integers(0, trace.draft.num_drafts_B.numpy() + 1)
+        for b, offset in enumerate(offsets_B):
+            if offset >= int(trace.verdict.num_committed_B[b]):
+                continue
+            target_V, token = trace.target_probs_BLV[b, offset], trace.verdict.token_ids_BL[b, offset]
+            want["target_entropy"].append(-(target_V * target_V.log()).sum())
+            if offset < int(trace.draft.num_drafts_B[b]):
+                draft_V = trace.draft.law.dense()[b, offset]
+                want["draft_tv"].append(1 - torch.minimum(target_V, draft_V).sum())
+                want["draft_kl"].append((target_V * (target_V / draft_V).log()).sum())
+                want["target_surprisal"].append(-target_V[token].log())
+                want["draft_surprisal"].append(-draft_V[token].log())
+    for name, values in want.items():
+        total, count = seen.sums[name]
+        assert count == len(values) > 50, name
+        assert total == pytest.approx(float(sum(values)), rel=1e-9), name
+    assert seen.sums["draft_tv"][0] / seen.sums["draft_tv"][1] > 0.05

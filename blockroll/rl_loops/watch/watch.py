@@ -25,6 +25,7 @@ from blockroll.errors import InvalidInput
 from blockroll.rl_loops.watch.guard import Guard, Mode, Test
 from blockroll.rollout.calibration.bets import Bets
 from blockroll.rollout.calibration.confidence import ConfidenceSequence
+from blockroll.rollout.calibration.evidence import Evidence
 from blockroll.rollout.calibration.observer import DEAD_BAND, FUNCTIONALS
 from blockroll.types import Rollout
 
@@ -49,16 +50,18 @@ class Watch:
         self._reference = ConfidenceSequence(config.acceptance_alpha / 2)
         self._rewards = ConfidenceSequence(config.reward_alpha)
         self._num_clipped = 0
+        self._seen = Evidence()  # of the step under way
 
     @property
     def mode(self) -> Mode:
         """How the next rollouts are to be drawn."""
         return self.guard.mode
 
-    def observe_calibration(self, evidence: Mapping[str, Bets]) -> None:
-        """What engines have bet on their own tokens (`RolloutPool.take_evidence`)."""
+    def observe_calibration(self, evidence: Evidence) -> None:
+        """What engines have bet on their own tokens, and seen of them (`RolloutPool.take_evidence`)."""
+        self._seen += evidence
         if self.config.calibration != "off":
-            for name, bets in evidence.items():
+            for name, bets in evidence.bets.items():
                 self.guard.add(f"calibration/{name}", bets)
 
     def observe_rollouts(self, rollouts: Sequence[Rollout]) -> None:
@@ -141,7 +144,9 @@ class Watch:
         decision = self.guard.decide(step)
         if decision is not None:
             log.warning("Guard, step %d: %s", step, decision.said)
+        seen, self._seen = self._seen, Evidence()
         found = {
+            **_figures(seen),
             **self.guard.metrics(),
             "guard/mode": mode,
             "guard/action": None if decision is None else decision.action,
@@ -172,6 +177,20 @@ class Watch:
         self._reference.load_state_dict(state["reference"])
         self._rewards.load_state_dict(state["rewards"])
         self._num_clipped = int(state["num_clipped"])
+
+
+def _figures(seen: Evidence) -> dict[str, float]:
+    """Metrics of a step's looked-at positions; none of what it had none of."""
+    means = {name: total / count for name, (total, count) in seen.sums.items() if count}
+    surprisals = {name: means.pop(f"{name}_surprisal", None) for name in ("target", "draft")}
+    return {
+        **{f"rollout/{name}": mean for name, mean in means.items()},
+        **{
+            f"rollout/block_perplexity_{name}": math.exp(mean)
+            for name, mean in surprisals.items()
+            if mean is not None
+        },
+    }
 
 
 def _tests(config: WatchConfig, tolerance: float) -> list[Test]:

@@ -17,6 +17,9 @@ faults, so all are bet on; what is claimed of each is exact under the stated law
     coins      the uniform that drew a token, behind accepted drafts or without any: 1/2
     residual   the same of a token in place of a rejected draft: 1/2. A reused coin
 
+The same rows say how far drafts are from what they are held against: `FIGURES`, means over looked-at
+positions that had a draft with a law of its own, but for `target_entropy`, which is over all.
+
 Shapes: B requests, L target positions, K drafts, N looked-at rows, V vocabulary.
 """
 
@@ -25,12 +28,15 @@ import torch
 from torch import Tensor
 
 from blockroll.rollout.calibration.bets import Bets
+from blockroll.rollout.calibration.evidence import Evidence
 from blockroll.rollout.engine.trace import StepTrace
 from blockroll.types import Draft, PointMass, Rows, Verdict
 
 FUNCTIONALS = ("surprisal", "draft_set", "tail", "accept", "reused", "rejected", "draft", "coins", "residual")
+FIGURES = ("target_entropy", "draft_tv", "draft_kl", "target_surprisal", "draft_surprisal")
 BOUND = 12.0  # nats, of a surprisal
 TAIL = 0.01  # of the likeliest token's probability
+LEAST_LOG = -30.0  # nats: what has no probability in a draft row counts as this
 DEAD_BAND = 1e-4  # by which a mean may lie beside its claim: float32 rounds by less, bfloat16 by more
 
 
@@ -40,17 +46,17 @@ class Calibration:
     def __init__(self, seed: int = 0) -> None:
         """`seed` chooses positions, and never a token."""
         self._generator = np.random.Generator(np.random.Philox(seed))
-        self._bets: dict[str, Bets] = {}
+        self._seen = Evidence()
 
     def __call__(self, trace: StepTrace) -> None:
         """One step of a batch."""
         for target, (draft, verdict) in zip(trace.targets, trace.parts, strict=True):
             self._look(target, draft, verdict)
 
-    def take(self) -> dict[str, Bets]:
-        """By functional, what was bet since the last call."""
-        bets, self._bets = self._bets, {}
-        return bets
+    def take(self) -> Evidence:
+        """What was bet, and seen, since the last call."""
+        seen, self._seen = self._seen, Evidence()
+        return seen
 
     def _look(self, target: Rows, draft: Draft, verdict: Verdict) -> None:
         num_drafts_B = draft.num_drafts_B.cpu().numpy()
@@ -86,8 +92,10 @@ class Calibration:
             _mean_surprisal(target_NV),
             tail_NV.gather(1, tokens_N1)[:, 0].double(),
             (target_NV * tail_NV).sum(dim=1),
+            -target_NV.xlogy(target_NV).sum(dim=1),
         ]
-        surprisal_N, its_mean_N, is_tail_N, tail_mass_N = torch.stack(figures).cpu().numpy()
+        surprisal_N, its_mean_N, is_tail_N, tail_mass_N, entropy_N = torch.stack(figures).cpu().numpy()
+        self._add(target_entropy=entropy_N)
         self._bet("surprisal", surprisal_N, its_mean_N)
         self._bet("tail", is_tail_N, tail_mass_N)
         if has_draft_N.any():
@@ -104,10 +112,23 @@ class Calibration:
         is_draft_NV.scatter_(1, draft.token_ids_BK[at][:, None], True)
         certain_N = _certain(draft, at[0])
         if not isinstance(draft.law, PointMass):
-            is_preferred_NV = _draft_rows(draft, at) > target_NV
-            is_draft_NV = torch.where(certain_N[:, None], is_draft_NV, is_preferred_NV)
+            draft_NV = _draft_rows(draft, at)
+            is_draft_NV = torch.where(certain_N[:, None], is_draft_NV, draft_NV > target_NV)
+            drawn_N = ~certain_N
+            self._look_at_distance(target_NV[drawn_N], draft_NV[drawn_N], tokens_N1[drawn_N])
         figures = [is_draft_NV.gather(1, tokens_N1)[:, 0].double(), (target_NV * is_draft_NV).sum(dim=1)]
         self._bet("draft_set", *torch.stack(figures).cpu().numpy())
+
+    def _look_at_distance(self, target_NV: Tensor, draft_NV: Tensor, tokens_N1: Tensor) -> None:
+        """Total variation, KL of the target law from the draft's, and what both make of the token."""
+        logs_NV = draft_NV.log().clamp(min=LEAST_LOG)
+        figures = [
+            (target_NV - draft_NV).abs().sum(dim=1) / 2,
+            target_NV.xlogy(target_NV).sum(dim=1) - (target_NV * logs_NV).sum(dim=1),
+            -target_NV.gather(1, tokens_N1)[:, 0].log().clamp(min=LEAST_LOG),
+            -logs_NV.gather(1, tokens_N1)[:, 0],
+        ]
+        self._add(**dict(zip(FIGURES[1:], torch.stack(figures).cpu().numpy(), strict=True)))
 
     def _look_at_acceptance(self, draft: Draft, verdict: Verdict, at: tuple[Tensor, Tensor]) -> None:
         evidence = verdict.evidence
@@ -165,7 +186,12 @@ class Calibration:
     def _bet(self, name: str, values_N: np.ndarray, means_N: np.ndarray | float) -> None:
         if len(values_N):
             bets = Bets.on(values_N, means_N - DEAD_BAND, means_N + DEAD_BAND)
-            self._bets[name] = self._bets.get(name, Bets.none()) + bets
+            self._seen += Evidence(bets={name: bets})
+
+    def _add(self, **figures_N: np.ndarray) -> None:
+        self._seen += Evidence(
+            sums={name: (float(values_N.sum()), len(values_N)) for name, values_N in figures_N.items()}
+        )
 
 
 def _is_last_draft(draft: Draft, verdict: Verdict, last_B1: Tensor) -> Tensor:

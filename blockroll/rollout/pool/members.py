@@ -1,11 +1,10 @@
 """What a pool asks of one replica, and what becomes of it where that fails."""
 
 import logging
-from collections.abc import Iterable
 from typing import NamedTuple
 
 from blockroll.errors import ReplicaError
-from blockroll.rollout.calibration.bets import Bets
+from blockroll.rollout.calibration.evidence import Evidence
 from blockroll.rollout.pool.calls import Member
 from blockroll.rollout.pool.replica import Replica
 from blockroll.types import UpdateReceipt, WeightUpdate
@@ -47,19 +46,10 @@ def holds(receipt: UpdateReceipt, update: WeightUpdate) -> bool:
     return (receipt.version, receipt.checksum) == (update.version, update.manifest.checksum)
 
 
-def evidence_of(replica: Replica) -> dict[str, Bets]:
-    """What it has bet since it was asked last; of one that is dead nothing, which is logged."""
+def evidence_of(replica: Replica) -> Evidence:
+    """What it has seen since it was asked last; of one that is dead nothing, which is logged."""
     try:
         return replica.take_evidence()
     except ReplicaError as death:
         logger.warning("no evidence of replica %d: %s", replica.replica_id, death)
-        return {}
-
-
-def added(evidence: Iterable[dict[str, Bets]]) -> dict[str, Bets]:
-    """Of all replicas, by functional."""
-    total: dict[str, Bets] = {}
-    for found in evidence:
-        for name, bets in found.items():
-            total[name] = total.get(name, Bets.none()) + bets
-    return total
+        return Evidence()

@@ -18,12 +18,12 @@ from torch import nn
 
 from blockroll.errors import InvalidInput, ReplicaError, WeightSyncError
 from blockroll.policies.prompts import Messages, OverlongRule, PromptInput, check_messages
-from blockroll.rollout.calibration.bets import Bets
+from blockroll.rollout.calibration.evidence import Evidence
 from blockroll.rollout.engine.requests import check_request
 from blockroll.rollout.pool.calls import Member, Rollouts
 from blockroll.rollout.pool.group_order import GroupOrder
 from blockroll.rollout.pool.histories import load_histories, save_histories
-from blockroll.rollout.pool.members import added, evidence_of, holds, refit
+from blockroll.rollout.pool.members import evidence_of, holds, refit
 from blockroll.rollout.pool.prompted import as_requests, make_requests
 from blockroll.rollout.pool.replica import Replica
 from blockroll.rollout.pool.router import Router
@@ -299,13 +299,14 @@ class RolloutPool:
         """
         self._of_living(lambda replica: replica.hold_plan(plan))
 
-    def take_evidence(self) -> dict[str, Bets]:
-        """What replicas have bet on their own tokens since the last call, by functional, all added up.
+    def take_evidence(self) -> Evidence:
+        """What replicas have bet on their own tokens, and seen of them, since the last call, all added up.
 
         Empty without `rollout.watch_every`, and where another process has made the replicas. What a replica
         had bet before it died is lost, which biases nothing.
         """
-        return added(self._of_living(evidence_of)) if not self._is_joined else {}
+        found = () if self._is_joined else self._of_living(evidence_of)
+        return sum(found, Evidence())
 
     def save_history(self, folder: Path, *, first: int = 0) -> None:
         """Write the texts that drafts are looked up in into a folder, which living replicas can reach.

@@ -24,7 +24,7 @@ from blockroll.errors import (
     StaleReplica,
     WeightSyncError,
 )
-from blockroll.rollout.calibration.bets import Bets
+from blockroll.rollout.calibration.evidence import Evidence
 from blockroll.rollout.drafters.history import MAX_TOKENS
 from blockroll.rollout.engine.requests import Limits
 from blockroll.rollout.pool.ray_calls import ActorCalls
@@ -100,7 +100,7 @@ class ReplicaActor:
     def hold_plan(self, plan: Plan | None) -> None:
         self._replica.hold_plan(plan)
 
-    def take_evidence(self) -> dict[str, Bets]:
+    def take_evidence(self) -> Evidence:
         return self._replica.take_evidence()
 
     def save_history(self, path: Path) -> None:
@@ -240,9 +240,9 @@ class RayReplica:
         """Decode by this plan from the next step on; None: as was asked."""
         self._calls.ask("hold_plan", plan)
 
-    def take_evidence(self) -> dict[str, Bets]:
-        """What was bet on the tokens it drew since the last call, by functional."""
-        evidence: dict[str, Bets] = self._calls.ask("take_evidence")
+    def take_evidence(self) -> Evidence:
+        """What it has seen of the tokens it drew since the last call."""
+        evidence: Evidence = self._calls.ask("take_evidence")
         return evidence
 
     def tell_history(self, texts: Sequence[FinishedText]) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from blockroll.errors import ChecksumMismatch, StaleReplica
-from blockroll.rollout.calibration.bets import Bets
+from blockroll.rollout.calibration.evidence import Evidence
 from blockroll.rollout.calibration.observer import Calibration
 from blockroll.rollout.drafters.engine import Engine
 from blockroll.rollout.engine.requests import Limits
@@ -73,8 +73,8 @@ class Replica(Protocol):
         """Decode by this plan from the next step on; None: as was asked."""
         ...
 
-    def take_evidence(self) -> dict[str, Bets]:
-        """What was bet on the tokens it drew since the last call, by functional."""
+    def take_evidence(self) -> Evidence:
+        """What it has seen of the tokens it drew since the last call."""
         ...
 
     def tell_history(self, texts: Sequence[FinishedText]) -> None:
@@ -205,10 +205,10 @@ class LocalReplica:
         with self._lock:
             self.engine.hold_plan(plan)
 
-    def take_evidence(self) -> dict[str, Bets]:
-        """What was bet on the tokens it drew since the last call, by functional."""
+    def take_evidence(self) -> Evidence:
+        """What it has seen of the tokens it drew since the last call."""
         with self._lock:
-            return {} if self._calibration is None else self._calibration.take()
+            return Evidence() if self._calibration is None else self._calibration.take()
 
     def tell_history(self, texts: Sequence[FinishedText]) -> None:
         """Look drafts up in texts that other replicas have finished too."""
