@@ -32,7 +32,7 @@ help:
 	@echo "make gpu            kernels and engines on this machine's GPU: numerics, then timings beside what it can do"
 	@echo "make check          ruff, formatter, mypy, architecture tests"
 	@echo "make evidence SUBJECT=law  the long experiments of a subject (law, speed, drafts, learning, constraints,"
-	@echo "                    audit, trl, kernels), resumable; writes their rows"
+	@echo "                    audit, trl, kernels, watch), resumable; writes their rows"
 	@echo "make peers          an environment with vLLM's CPU build, for blockroll bench --against vllm"
 	@echo "make test-lowest    the tests on the lowest versions pyproject.toml promises"
 	@echo "make wheel-test     build the wheel and run the demo from it in an empty environment"

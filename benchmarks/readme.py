@@ -19,6 +19,7 @@ from benchmarks import (
     readme_shows,
     readme_speed,
     readme_trl,
+    readme_watch,
     stale,
 )
 from benchmarks.rows import ROOT, has_rows, read
@@ -88,6 +89,31 @@ SECTIONS = (
     Section("law_texts", "The law, at full size", readme_law.law_list),
     Section("learning_plans", "GRPO: plain and drafted rollouts", readme_learning.learning_table),
     Section("learning_laws", "GRPO: the target law and a mixed law", readme_learning.laws_table),
+    Section(
+        "watch_harm",
+        "The guard: a law that earns less",
+        lambda: readme_watch.harm_table(read("watch_harm")),
+    ),
+    Section(
+        "watch_power",
+        "The guard: how soon it speaks",
+        lambda: readme_watch.power_table(read("watch_power")),
+    ),
+    Section(
+        "watch_false_alarms",
+        "The guard: how often it speaks without cause",
+        lambda: readme_watch.false_alarms_table(read("watch_false_alarms")),
+    ),
+    Section(
+        "watch_silent",
+        "The guard: sound runs",
+        lambda: readme_watch.silent_table(read("watch_silent")),
+    ),
+    Section(
+        "watch_cost",
+        "The guard: what it costs",
+        lambda: readme_watch.cost_table(read("watch_cost")),
+    ),
     Section("constraints_outputs", "Constrained outputs", readme_drafts.constraints_table),
     Section("audit_cost", "What the audit costs", readme_speed.audit_table),
     Section(
@@ -122,6 +148,7 @@ FINDINGS: tuple[tuple[str, Callable[[], str]], ...] = (
     ("drafts_conversions", readme_drafts.drafts_finding),
     ("drafts_smollm2", readme_drafts.smollm2_finding),
     ("learning_laws", readme_learning.laws_finding),
+    ("watch_harm", lambda: readme_watch.harm_finding(read("watch_harm"))),
     ("constraints_outputs", readme_drafts.constraints_finding),
     ("audit_cost", readme_speed.audit_finding),
     ("trl_stock", lambda: readme_trl.stock_finding(read("trl_stock"), read("trl_stock_bf16"))),

@@ -8,11 +8,13 @@ import numpy as np
 
 from benchmarks.readme_learning import laws_summary, rewards_by_run, smoothed
 from benchmarks.readme_peers import PROMPTS, best_of_vllm, cells_of, has_grouped, of_workload
+from benchmarks.readme_watch import arms
 from benchmarks.rows import ROOT, Row, has_rows, read
 
 IMAGES = ROOT / "docs" / "images"
 COLOURS = {"plain": "#6b7280", "two_forward": "#0f766e", "lossless": "#0f766e"}
 COLOURS |= {"mixed, corrected": "#3d7fd6", "mixed, uncorrected": "#d9822b"}
+COLOURS |= {"mixed": "#d9822b", "mixed, guarded": "#3d7fd6"}
 COLOURS |= {"left alone": "#6b7280", "aligned": "#0f766e"}
 BARS = {  # of speeds: what is drawn, its name and its colour
     "plain": ("ours, plain", "#6b7280"),
@@ -30,6 +32,8 @@ def draw_all() -> None:
         draw_laws()
     if has_rows("trl_alignment"):
         draw_alignment()
+    if has_rows("watch_harm"):
+        draw_harm(read("watch_harm"))
     if has_rows("speed_peers") and has_grouped(read("speed_peers")):
         draw_peers(read("speed_peers"))
 
@@ -69,6 +73,24 @@ def draw_alignment() -> None:
         left.set(xlabel="update", ylabel="share of drafts accepted", title="acceptance")
         right.set(xlabel="update", ylabel="reward of rollouts", title="reward")
         right.legend(frameon=False, loc="lower right", title=f"mean and band of {len(runs)} seeds")
+
+
+def draw_harm(rows: Sequence[Row]) -> None:
+    """Reward under a law that earns less, with and without the guard, and the evidence it acted on."""
+    with _picture("watch_harm", width=10, panels=2) as (left, right):
+        for arm, seeds in arms(rows).items():
+            _band(left, arm, [[row["reward"] for row in run] for run in seeds.values()])
+        for run in arms(rows)["mixed, guarded"].values():
+            told = [row for row in run if row.get("drift/reward/log_e") is not None]
+            right.plot(
+                [row["step"] for row in told],
+                [row["drift/reward/log_e"] for row in told],
+                color=COLOURS["mixed, guarded"],
+            )
+            right.axhline(told[0]["drift/reward/threshold"], color="#6b7280", linestyle="--")
+        left.set(xlabel="step", ylabel="reward of rollouts", title="reward")
+        right.set(xlabel="step", ylabel="log e, nats", title="evidence of harm, by seed, and its line")
+        left.legend(frameon=False, loc="lower right", title=f"mean and band of {len(seeds)} seeds")
 
 
 def draw_peers(rows: Sequence[Row]) -> None:

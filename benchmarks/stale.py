@@ -18,6 +18,7 @@ DEPENDS = {
     "audit": ENGINE,
     "trl": (*ENGINE, "rl_loops"),
     "kernels": ("kernels",),
+    "watch": (*ENGINE, "rl_loops"),
 }
 MARK = "> Measured at package commit"
 
