@@ -59,9 +59,11 @@ def silent(
     return rows
 
 
+MIX_WEIGHT = 0.25  # of a law that earns about 0.1 less here than the policy itself
+SHADOW_SHARE = 0.5
 HARM_ARMS = {
     "mixed": WatchConfig(),
-    "mixed, guarded": WatchConfig(reward="lossless", shadow_share=0.25),
+    "mixed, guarded": WatchConfig(reward="lossless", shadow_share=SHADOW_SHARE),
     "lossless": WatchConfig(),
 }
 
@@ -85,7 +87,7 @@ def harm(
             steps=steps,
             prompts_per_step=prompts_per_step,
             adapter=adapter,
-            mix_weight=1.0 if arm == "lossless" else 0.5,
+            mix_weight=1.0 if arm == "lossless" else MIX_WEIGHT,
             plan=f"two_forward({K})",
             watch=watch,
             eval_every=5,
@@ -93,7 +95,8 @@ def harm(
             importance_sampling_correction=False,
         )
         result = train(resumable(config), resume=has_checkpoint(config.run_dir), console=quiet())
-        rows += [{"seed": seed, "arm": arm, **metrics} for metrics in result.metrics]
+        about = {"seed": seed, "arm": arm, "mix_weight": MIX_WEIGHT, "shadow_share": SHADOW_SHARE}
+        rows += [{**about, **metrics} for metrics in result.metrics]
     return rows
 
 
