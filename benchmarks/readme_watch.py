@@ -111,8 +111,8 @@ def harm_table(rows: Sequence[Row]) -> str:
     caption = (
         f"GRPO of the tiny policy, {steps} steps, {len(arms(rows)['mixed'])} seeds, rollouts of the mixed "
         f"law of weight {rows[0]['mix_weight']:g}, not corrected; evaluations by the law in use, mean and "
-        f"range. The guard compares {rows[0]['shadow_share']:.0%} of the prompts under both laws, which takes "
-        f"{statistics.median(shadow):.0%} of a step, and falls back for good when the loss is shown."
+        f"range. The guard compares {rows[0]['shadow_share']:.0%} of the prompts under both laws, in "
+        f"{statistics.median(shadow):.0%} of a step's time, and falls back when the loss is shown."
     )
     picture = "![Reward under a mixed law, with and without the guard](images/watch_harm.png)"
     return "\n".join((picture, "", *lines, "", caption))
