@@ -33,11 +33,11 @@ from blockroll.policies.hf import HFPolicy
 from blockroll.rl_loops.algorithms import ALGORITHMS
 from blockroll.rl_loops.learner import Learner
 from blockroll.rl_loops.loop import train
-from blockroll.rl_loops.watch.guard import Guard
+from blockroll.rl_loops.watch.evidence import is_start, log_e_of, with_start
+from blockroll.rl_loops.watch.guard import Guard, Test
 from blockroll.rl_loops.watch.watch import Watch
-from blockroll.rollout.calibration.bets import Bets
-from blockroll.rollout.calibration.evidence import Evidence
-from blockroll.rollout.calibration.observer import DEAD_BAND, FUNCTIONALS, Calibration
+from blockroll.rollout.calibration.bets import NUM_BETS, log_wealth
+from blockroll.rollout.calibration.observer import DEAD_BAND, Calibration
 from blockroll.rollout.drafters.engine import Engine
 from blockroll.rollout.engine.trace import Watcher
 from blockroll.types import Law, Plan, Rollout, Sampling
@@ -59,53 +59,59 @@ _EVERY_TEST = WatchConfig(
 )
 
 
-def false_alarms(
-    *, cells: int = 20, runs: int = 100, steps: int = 1_000, folder: Path | None = None
-) -> list[Row]:
+def false_alarms(*, runs: int = 2_000, steps: int = 1_000, seed: int = 0) -> list[Row]:
     """Null runs: every claim holds, at its very edge; each test is looked at after every step."""
-    named = {
-        f"runs {first * runs} to {first * runs + runs - 1}, {steps} steps": partial(
-            null_runs, range(first * runs, first * runs + runs), steps
-        )
-        for first in range(cells)
+    spoke = {
+        test.name: null_runs(test, runs, steps, seed) for test in Watch(_EVERY_TEST).guard.tests.values()
     }
-    return measured("watch_false_alarms", named, folder=folder)
+    counts = {name: int(found.sum()) for name, found in spoke.items()}
+    counts["any"] = int(np.any([*spoke.values()], axis=0).sum())
+    return [{"num_runs": runs, "num_steps": steps, "alpha": ALPHA, "spoke": counts}]
 
 
-def null_runs(seeds: Sequence[int], steps: int) -> list[Row]:
-    """One row: how many of these runs each test has spoken in."""
-    spoke = dict.fromkeys((*Watch(_EVERY_TEST).guard.tests, "any"), 0)
-    for seed in seeds:
-        watch, generator = Watch(_EVERY_TEST), np.random.default_rng(seed)
-        for step in range(steps):
-            null_step(watch, generator)
-            watch.guard.decide(step)
-        found = [name for name, has_spoken in watch.guard._has_spoken.items() if has_spoken]
-        for name in (*found, *(["any"] if found else [])):
-            spoke[name] += 1
-    return [{"num_runs": len(seeds), "num_steps": steps, "alpha": ALPHA, "spoke": spoke}]
+def null_runs(test: Test, num_runs: int, num_steps: int, seed: int) -> np.ndarray:
+    """Which of so many runs one test speaks in, bool (runs,): the sums of `EProcess`, all runs at once."""
+    generator = np.random.default_rng([seed, *test.name.encode()])
+    chosen = {"above": [0], "below": [1], "both": [0, 1]}[test.sides]
+    total, starts = np.zeros((num_runs, 2, NUM_BETS)), np.full((num_runs, 2, NUM_BETS), -np.inf)
+    num_starts, has_spoken = 0, np.zeros(num_runs, dtype=bool)
+    for step in range(num_steps):
+        if is_start(step):
+            num_starts += 1
+            starts = with_start(starts, total, num_starts)
+        total = total + null_bets(test.name, num_runs, generator)
+        log_e = log_e_of(total[:, chosen], starts[:, chosen], num_starts)
+        has_spoken |= log_e >= -math.log(test.alpha)
+    return has_spoken
 
 
-def null_step(watch: Watch, generator: np.random.Generator, *, beyond: float = 0.0) -> None:
-    """What a step may leave whose claims all hold, with means at the edges of what they allow, or beyond."""
-    claims_N = generator.uniform(0.05, 0.9, 8)
-    for name in FUNCTIONALS:
-        if name == "rejected":
-            never_N = (generator.random(8) < DEAD_BAND + beyond).astype(float)
-            watch.observe_calibration(Evidence({name: Bets.on(never_N, 0.0, DEAD_BAND)}))
-            continue
-        values_N = (generator.random(8) < claims_N + DEAD_BAND + beyond).astype(float)
-        bets = Bets.on(values_N, claims_N - DEAD_BAND, claims_N + DEAD_BAND)
-        watch.observe_calibration(Evidence({name: bets}))
-    ratios_N = np.where(generator.random(8) < 0.5, 0.5, 1.5 + 2 * DEAD_BAND)
-    watch.guard.add("calibration/ratio", Bets.on_ratios(ratios_N, 1.0 + DEAD_BAND))
-    off_N = (generator.random(8) < 4 * watch.tolerance) / 4.0  # mean: the tolerance
-    watch.guard.observe("learner", off_N, high=watch.tolerance)
-    watch._observe_acceptance(generator.beta(5, 5, 8).tolist())
-    # Pairs differ in three of ten, with a mean of minus the tolerance.
-    loss = watch.config.reward_tolerance
-    signs = generator.choice([-1, 0, 1], size=4, p=[0.15 + loss / 2, 0.7, 0.15 - loss / 2])
-    watch.observe_pairs([[float(s > 0)] for s in signs], [[float(s < 0)] for s in signs])
+def null_bets(name: str, num_runs: int, generator: np.random.Generator, *, beyond: float = 0.0) -> np.ndarray:
+    """What a step may leave whose claim holds, with a mean at the edge of what it allows, or beyond."""
+    shape = (num_runs, 8)
+    if name == "calibration/ratio":
+        ratios = np.where(generator.random(shape) < 0.5, 0.5, 1.5 + 2 * DEAD_BAND + 2 * beyond)
+        above = np.log1p((ratios / (1 + DEAD_BAND) - 1)[..., None] * 0.5 ** np.arange(1, NUM_BETS + 1))
+        return np.stack([above.sum(axis=1), np.zeros((num_runs, NUM_BETS))], axis=1)
+    if name == "calibration/rejected":
+        claims, low, high = np.zeros(shape), np.zeros(shape), np.full(shape, DEAD_BAND)
+    elif name == "learner":
+        tolerance = Watch(_EVERY_TEST).tolerance
+        # A quarter where the two differ at all: the mean is the tolerance.
+        values = (generator.random(shape) < 4 * tolerance + beyond) / 4.0
+        return log_wealth(values, np.zeros(shape), np.full(shape, tolerance))
+    elif name == "reward":
+        # Pairs differ in three of ten, with a mean of minus the tolerance.
+        loss = _EVERY_TEST.reward_tolerance + beyond
+        signs = generator.choice([-1, 0, 1], size=(num_runs, 4), p=[0.15 + loss / 2, 0.7, 0.15 - loss / 2])
+        edge = np.full(signs.shape, (1 - _EVERY_TEST.reward_tolerance) / 2)
+        return log_wealth((1 + signs) / 2, edge, np.ones(signs.shape))
+    else:
+        claims = generator.uniform(0.05, 0.9, shape)
+        band = _EVERY_TEST.acceptance_tolerance if name == "acceptance" else DEAD_BAND
+        low, high = claims - band, claims + band
+        claims = claims + band - DEAD_BAND
+    values = (generator.random(shape) < claims + DEAD_BAND + beyond).astype(float)
+    return log_wealth(values, low, high)
 
 
 FUSED = Plan(K, (0, K // 2, K))

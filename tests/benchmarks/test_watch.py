@@ -3,24 +3,38 @@
 import functools
 import math
 
+import numpy as np
 import pytest
 
 from benchmarks import watch, watch_runs
+from blockroll.rl_loops.watch.evidence import EProcess
+from blockroll.rollout.calibration.bets import Bets
 
 
-def test_null_runs_count_each_test_once_a_run(tmp_path):
-    rows = watch.false_alarms(cells=1, runs=4, steps=40, folder=tmp_path)
-    (row,) = rows
-    assert row["num_runs"] == 4
+def test_null_runs_count_each_test_once_a_run():
+    (row,) = watch.false_alarms(runs=200, steps=60)
+    assert row["num_runs"] == 200
     assert {"reward", "learner", "acceptance", "calibration/ratio", "any"} <= row["spoke"].keys()
-    assert all(count <= 4 for count in row["spoke"].values())
-    assert row["spoke"]["any"] <= 3
+    most = 200 * watch.ALPHA + 4 * math.sqrt(200 * watch.ALPHA)
+    assert all(count <= most for name, count in row["spoke"].items() if name != "any")
 
 
-def test_a_null_step_that_breaks_a_claim_is_told(monkeypatch):
-    monkeypatch.setattr(watch, "null_step", functools.partial(watch.null_step, beyond=0.2))
-    (row,) = watch.null_runs(range(3), 60)
-    assert row["spoke"]["any"] == 3
+def test_null_steps_beyond_a_claim_are_told(monkeypatch):
+    monkeypatch.setattr(watch, "null_bets", functools.partial(watch.null_bets, beyond=0.1))
+    (row,) = watch.false_alarms(runs=20, steps=400)
+    assert {name for name, count in row["spoke"].items() if count < 18} == set()
+
+
+@pytest.mark.parametrize("name", ["calibration/tail", "calibration/ratio", "learner", "reward"])
+def test_all_runs_at_once_are_the_runs_of_the_guard(name):
+    test = watch.Watch(watch._EVERY_TEST).guard.tests[name]
+    at_once = watch.null_runs(test, 30, 50, seed=1)
+    generator = np.random.default_rng([1, *name.encode()])
+    guards = [EProcess(test.sides) for _ in range(30)]
+    for _ in range(50):
+        for guard, wealth in zip(guards, watch.null_bets(name, 30, generator), strict=True):
+            guard.add(Bets(8, wealth, 0.0))
+    assert [guard.log_e_max >= -math.log(test.alpha) for guard in guards] == at_once.tolist()
 
 
 def test_every_fault_is_told_by_the_test_that_must_see_it(adapter, tmp_path, monkeypatch):

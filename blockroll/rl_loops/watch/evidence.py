@@ -9,7 +9,7 @@ the bets that begin before step k and are worth 1 until then,
 is an e-process too: under the claim P(there is an n with E_n >= 1 / alpha) <= alpha. Of each bet, with the
 product P_n of its factors, W_k,n = P_n / P_k, so the sum of w_k / P_k is all that is kept of earlier starts.
 
-Shapes: G bets of each side.
+Shapes: S sides that are tested, of 2; G bets of each.
 """
 
 import math
@@ -43,10 +43,9 @@ class EProcess:
 
     def add(self, bets: Bets) -> float:
         """Those of one step; gives `log_e`. Infinite wealth stays: what had no probability has happened."""
-        if _is_start(self.num_steps):
+        if is_start(self.num_steps):
             self._num_starts += 1
-            log_weight = -math.log(self._num_starts * (self._num_starts + 1))
-            self._starts_2G = np.logaddexp(self._starts_2G, log_weight - self._total_2G)
+            self._starts_2G = with_start(self._starts_2G, self._total_2G, self._num_starts)
         self.num_steps += 1
         self.num_values += bets.num_values
         self.excess += bets.excess
@@ -56,12 +55,8 @@ class EProcess:
         return self.log_e
 
     def _log_e(self) -> float:
-        if np.isposinf(self._total_2G[self._chosen]).any():
-            return math.inf
-        terms = (self._total_2G + self._starts_2G)[self._chosen].ravel()
-        # The starts that are still to come are worth 1 each, and weigh 1 / (number of starts + 1) together.
-        terms = np.append(terms - math.log(len(terms)), -math.log(self._num_starts + 1))
-        return float(np.logaddexp.reduce(terms))
+        total_2G, starts_2G = self._total_2G[self._chosen], self._starts_2G[self._chosen]
+        return float(log_e_of(total_2G, starts_2G, self._num_starts))
 
     def state_dict(self) -> dict[str, Any]:
         """What `load_state_dict` goes on from."""
@@ -89,6 +84,21 @@ class EProcess:
         self._num_starts = int(state["num_starts"])
 
 
-def _is_start(step: int) -> bool:
+def with_start(starts_SG: np.ndarray, total_SG: np.ndarray, number: int) -> np.ndarray:
+    """The sum over starts once bets begin again, for the time of this `number`; logarithms."""
+    sums: np.ndarray = np.logaddexp(starts_SG, -math.log(number * (number + 1)) - total_SG)
+    return sums
+
+
+def log_e_of(total_SG: np.ndarray, starts_SG: np.ndarray, num_starts: int) -> np.ndarray:
+    """Evidence of the sides S that are tested; dimensions before these stay."""
+    num_bets = total_SG.shape[-2] * total_SG.shape[-1]
+    terms = (total_SG + starts_SG).reshape(*total_SG.shape[:-2], num_bets) - math.log(num_bets)
+    # The starts that are still to come are worth 1 each, and weigh 1 / (number of starts + 1) together.
+    log_e: np.ndarray = np.logaddexp(np.logaddexp.reduce(terms, axis=-1), -math.log(num_starts + 1))
+    return log_e
+
+
+def is_start(step: int) -> bool:
     """Whether bets begin before this step, counted from 0: every one at first, then ever fewer an octave."""
     return step % (1 << max(0, step.bit_length() - _STARTS_PER_OCTAVE.bit_length())) == 0

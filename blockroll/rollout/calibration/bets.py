@@ -52,19 +52,8 @@ class Bets:
             )
         if not (low_N <= high_N).all():
             raise InvalidInput("the least mean of a claim must be at most its greatest")
-        # A claim beyond 0 or 1 claims nothing on that side, and the bets on it only lose.
-        above_N = np.clip(high_N, _LEAST, 1.0)
-        below_N = np.clip(low_N, 0.0, 1.0 - _LEAST)
-        return cls(
-            num_values=len(values_N),
-            log_wealth_2G=np.stack(
-                [
-                    np.log1p(_SHARES_G * ((values_N - above_N) / above_N)[:, None]).sum(axis=0),
-                    np.log1p(-_SHARES_G * ((values_N - below_N) / (1 - below_N))[:, None]).sum(axis=0),
-                ]
-            ),
-            excess=float((values_N - (low_N + high_N) / 2).sum()),
-        )
+        excess = float((values_N - (low_N + high_N) / 2).sum())
+        return cls(len(values_N), log_wealth(values_N, low_N, high_N), excess)
 
     @classmethod
     def on_ratios(cls, ratios_N: np.ndarray, greatest: float = 1.0) -> Self:
@@ -75,7 +64,7 @@ class Bets:
         ratios_N = np.asarray(ratios_N, dtype=np.float64)
         if not (ratios_N >= 0).all():
             raise InvalidInput(f"a ratio of laws must be at least 0, got {ratios_N[~(ratios_N >= 0)][0]}")
-        above_G = np.log1p(_SHARES_G * (ratios_N / greatest - 1.0)[:, None]).sum(axis=0)
+        above_G = _log_factors(ratios_N / greatest - 1.0)
         return cls(len(ratios_N), np.stack([above_G, np.zeros(NUM_BETS)]), float((ratios_N - greatest).sum()))
 
     def __add__(self, other: "Bets") -> "Bets":
@@ -89,3 +78,20 @@ class Bets:
     def mean_excess(self) -> float:
         """How far the values lie from the middle of the claim, on average; NaN without one."""
         return self.excess / self.num_values if self.num_values else float("nan")
+
+
+def log_wealth(values_N: np.ndarray, low_N: np.ndarray, high_N: np.ndarray) -> np.ndarray:
+    """Of every bet on N values in [0, 1]: (2, G), above and below; dimensions before N stay before."""
+    # A claim beyond 0 or 1 claims nothing on that side, and the bets on it only lose.
+    above_N = np.clip(high_N, _LEAST, 1.0)
+    below_N = np.clip(low_N, 0.0, 1.0 - _LEAST)
+    sides = [
+        _log_factors((values_N - above_N) / above_N),
+        _log_factors((below_N - values_N) / (1 - below_N)),
+    ]
+    return np.stack(sides, axis=-2)
+
+
+def _log_factors(gains_N: np.ndarray) -> np.ndarray:
+    factors_G: np.ndarray = np.log1p(gains_N[..., None] * _SHARES_G).sum(axis=-2)
+    return factors_G
