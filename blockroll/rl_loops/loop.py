@@ -29,6 +29,7 @@ from blockroll.rl_loops.signals import exit_code, interrupts_held, stop_signals
 from blockroll.rl_loops.tasks import Task, load_task
 from blockroll.rl_loops.tracking import JsonLines, Wandb, read_lines, require_wandb, truncate_lines
 from blockroll.rl_loops.watch.prometheus import Prometheus
+from blockroll.rl_loops.watch.watch import looked_at
 from blockroll.rollout.audit.files import drop_audit
 from blockroll.rollout.drafters.engine import Engine
 from blockroll.rollout.planning.reading import read_plan
@@ -53,7 +54,6 @@ FIXED_ON_RESUME = (
     ("train", "prompts_per_step"),
     ("train", "group_size"),
 )
-WATCH_EVERY = 32  # of so many decoding steps a guard has one looked at, unless the config says otherwise
 MAY_MOVE = ("name", "runs_dir")  # a run's folder may lie elsewhere
 
 
@@ -175,10 +175,8 @@ def _run_to_the_end(
             learner.load_state_dict(checkpoint.state["learner"])
         audit_dir = audit_folder(config)
         if pool is None:
-            every = config.rollout.watch_every
-            if every is None:
-                every = 0 if config.watch.calibration == "off" else WATCH_EVERY
-            rollout = dataclasses.replace(config.rollout, audit_dir=str(audit_dir), watch_every=every)
+            rollout = dataclasses.replace(config.rollout, audit_dir=str(audit_dir))
+            rollout = looked_at(rollout, config.watch)
             with console.status("starting replicas ..."):
                 pool = make_pool(dataclasses.replace(config.policy, path=path), rollout)
             stack.enter_context(stop_signals())  # again: Ray has put a handler of its own in the place

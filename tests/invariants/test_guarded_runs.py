@@ -237,7 +237,7 @@ def test_acceptance_that_falls_is_told_once():
     generator = np.random.default_rng(0)
     said = []
     for step in range(60):
-        watch._observe_acceptance((generator.random(16) * 0.4 + (0.5 if step < 30 else 0.2)).tolist())
+        watch.observe_acceptance((generator.random(16) * 0.4 + (0.5 if step < 30 else 0.2)).tolist())
         said.append(watch.decide(step)["guard/said"])
     assert all(each is None for each in said[:30])
     assert sum(each is not None for each in said) == 1

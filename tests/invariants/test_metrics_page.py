@@ -12,6 +12,7 @@ from blockroll.config import AlignmentConfig, DraftConfig, RolloutConfig, WatchC
 from blockroll.rl_loops.envs import from_reasoning_gym
 from blockroll.rl_loops.tasks import from_rows
 from blockroll.rl_loops.tracking import read_lines
+from blockroll.rl_loops.trl import GuardCallback
 from tests.runs import ROWS, config_for, even_share, run, save_policy
 from tests.trl_trainers import ROWS as ROWS_OF_TRAINERS
 from tests.trl_trainers import aligned, logs, trainer
@@ -90,11 +91,17 @@ def test_the_page_has_what_a_trl_trainer_logs_beside_trl(tmp_path):
         fused = trainer(
             tmp_path / "fused", rollout=RolloutConfig(plan="fused"), train_dataset=rows, options=steps
         )
+    guarded = trainer(
+        tmp_path / "auto",
+        rollout=RolloutConfig(plan="auto", watch_every=1),
+        callbacks=[GuardCallback(WatchConfig(acceptance_reference=8))],
+        options=steps,
+    )
     scored = []
     from_reasoning_gym("chain_sum", size=1).reward([""], [0], log_metric=lambda name, _: scored.append(name))
     ours = {
         *names_of(logs(aligned(tmp_path / "aligned", alignment=AlignmentConfig(draft=draft), **steps))),
-        *names_of(logs(trainer(tmp_path / "auto", rollout=RolloutConfig(plan="auto"), options=steps))),
+        *names_of(logs(guarded)),
         *names_of(logs(fused)),
         *scored,
     }

@@ -95,7 +95,7 @@ def test_without_a_file_the_history_begins_empty_and_the_log_says_so(checkpoint,
     (checkpoint / "blockroll" / "history_0.safetensors").unlink()
     resumed = made(tmp_path)
     with caplog.at_level(logging.INFO, logger="blockroll"):
-        load_rollout_state(resumed, checkpoint)
+        load_rollout_state(resumed, checkpoint, views=resumed._views, audit=None, guard=None)
     assert [each.message for each in caplog.records if "there is no history in" in each.message]
     assert texts_of(index_of(resumed)) == {}
 

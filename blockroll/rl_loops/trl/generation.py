@@ -49,7 +49,8 @@ class TrainerRollouts:
     ) -> None:
         """`check_sync` as in `RolloutConfig`."""
         self.placement = placement
-        self.sampling = sampling
+        self.asked = sampling
+        self.sampling = sampling  # in use: as asked, but where a guard has fallen back
         self.version = -1  # of the trainer's weights, as the pool serves them; -1 before the first sync
         self.rollouts: list[Rollout] = []  # of the round under way, in the order of their requests
         self.duration_s = 0.0  # that the round has generated for

@@ -12,7 +12,7 @@ numbers (dropout, NEFTune, router jitter) is not the law that drew the tokens, a
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -31,6 +31,12 @@ from blockroll.rl_loops.watch.signals import (
 from blockroll.types import Rollout, counted
 
 SURPRISAL = "sampling/surprisal_minus_entropy"
+NOISE = (
+    "in training the trainer's forward draws random numbers (dropout, neftune_noise_alpha), and the law that "
+    "it computes is not the one that generates: sampling/surprisal_minus_entropy is not logged for training, "
+    "and rollout_corr/* and sampling/* measure that noise. Evaluations are without it; disable_dropout=True "
+    "trains without dropout"
+)
 
 
 def round_metrics(accelerator: Any, rollouts: Sequence[Rollout], duration_s: float) -> dict[str, float]:
@@ -87,6 +93,14 @@ def drawn_versions(
     return versions_BT
 
 
+def reported_logprobs(rollouts: Sequence[Rollout], *, like_BT: Tensor) -> Tensor:
+    """Log-probabilities (B, T) of the law that each token was drawn from, 0 behind a text: one a rollout."""
+    reported_BT = torch.zeros(like_BT.shape, dtype=torch.float32, device=like_BT.device)
+    for row, rollout in enumerate(rollouts):
+        reported_BT[row, : len(rollout.token_ids)] = torch.tensor(rollout.behavior_logprobs)
+    return reported_BT
+
+
 class LearnersView:
     """What the learner's forward says of tokens that its weights drew: until it is logged, and over the run.
 
@@ -98,6 +112,8 @@ class LearnersView:
         self._run_sums = torch.zeros(3, dtype=torch.float64)  # of all ranks, without the above
         self._log_weights: list[Tensor] = []  # of tokens: the learner's log-probability - the reported one
         self._text_weights: list[Tensor] = []  # their sums over a text
+        # Is told of the former too, as they come, unless the forward drew random numbers.
+        self.on_log_weights: Callable[[Tensor], None] | None = None
 
     def add(
         self,
@@ -120,6 +136,8 @@ class LearnersView:
             log_weights_BT = (logprobs_BT.detach() - reported_BT).float()
             is_known_BT = drawn_BT & ~log_weights_BT.isnan()
             self._log_weights.append(log_weights_BT[is_known_BT])
+            if self.on_log_weights is not None and not is_random:
+                self.on_log_weights(log_weights_BT[is_known_BT])
             self._text_weights.append(log_weights_BT.where(is_known_BT, 0.0).sum(-1)[is_known_BT.any(-1)])
 
     def flush(self, accelerator: Any, *, by_text: bool | None = None) -> dict[str, float]:

@@ -4,8 +4,10 @@ from pathlib import Path
 from typing import Any
 
 from blockroll.config import RolloutConfig
+from blockroll.errors import InvalidInput
 from blockroll.rl_loops.report import write_trainer_report
 from blockroll.rl_loops.tracking import JsonLines, read_lines, truncate_lines
+from blockroll.rollout.audit.files import audit_mark
 from blockroll.rollout.pool.pool import RolloutPool
 
 FOLDER = "blockroll"
@@ -16,6 +18,16 @@ def audit_folder(args: Any, rollout: RolloutConfig | RolloutPool) -> Path | None
     if isinstance(rollout, RolloutPool):
         return None
     return Path(rollout.audit_dir or Path(args.output_dir) / FOLDER / "audit")
+
+
+def check_audit_is_new(folder: Path | None) -> None:
+    """InvalidInput if what another run has drawn lies where this one's audit would."""
+    if folder is not None and audit_mark(folder):
+        raise InvalidInput(
+            f"{folder} holds the audit of another run, whose requests have the names that this one's would "
+            "have: resume that run (resume_from_checkpoint), move the folder away, or set another output_dir "
+            "or RolloutConfig(audit_dir=...)"
+        )
 
 
 class Record:
@@ -52,7 +64,7 @@ class Record:
             setting={
                 "policy": f"{model}, {trainer.accelerator.num_processes} processes, seed {args.seed}",
                 "rollouts": f"T {trainer.temperature:g}, up to {trainer.max_completion_length} tokens, "
-                f"{trainer.num_generations} for each prompt, law {trainer.rollouts.sampling.law.name}",
+                f"{trainer.num_generations} for each prompt, law {trainer.rollouts.asked.law.name}",
                 "update": f"learning rate {args.learning_rate:g}, {args.per_device_train_batch_size} "
                 f"completions a device and pass, {args.gradient_accumulation_steps} passes an update",
             },

@@ -15,7 +15,7 @@ from trl.extras.profiling import profiling_context
 from trl.trainer.utils import pad
 
 from blockroll.config import AlignmentConfig, RolloutConfig
-from blockroll.errors import ConfigError, InvalidInput
+from blockroll.errors import ConfigError
 from blockroll.policies.ends import end_token_ids
 from blockroll.policies.prompts import PromptEncoder
 from blockroll.rl_loops.trl.alignment import AfterUpdate
@@ -23,21 +23,23 @@ from blockroll.rl_loops.trl.arguments import check_arguments, check_head
 from blockroll.rl_loops.trl.checkpoint import load_rollout_state, save_rollout_state
 from blockroll.rl_loops.trl.contract import GRPO_PARTS, TRAINER_PARTS, require_parts
 from blockroll.rl_loops.trl.generation import TrainerRollouts, trainer_sampling
+from blockroll.rl_loops.trl.guard import find_guard
 from blockroll.rl_loops.trl.metrics import (
+    NOISE,
     PADDING,
     LearnersView,
     drawn_versions,
     random_state,
+    reported_logprobs,
     reward_signals,
     round_metrics,
 )
 from blockroll.rl_loops.trl.modules import base_model, is_random_in_training
 from blockroll.rl_loops.trl.placement import forward_dtype, place
 from blockroll.rl_loops.trl.prompt_lengths import with_fitting_prompts
-from blockroll.rl_loops.trl.record import Record, audit_folder
+from blockroll.rl_loops.trl.record import Record, audit_folder, check_audit_is_new
 from blockroll.rl_loops.trl.rewards import RewardErrors
 from blockroll.rl_loops.trl.together import on_any, raise_together, together
-from blockroll.rollout.audit.files import audit_mark
 from blockroll.rollout.pool.pool import RolloutPool
 from blockroll.types import Sampling
 
@@ -48,13 +50,6 @@ else:
 
 
 logger = logging.getLogger(__name__)
-
-_NOISE = (
-    "in training the trainer's forward draws random numbers (dropout, neftune_noise_alpha), and the law that "
-    "it computes is not the one that generates: sampling/surprisal_minus_entropy is not logged for training, "
-    "and rollout_corr/* and sampling/* measure that noise. Evaluations are without it; disable_dropout=True "
-    "trains without dropout"
-)
 
 
 class _DraftedRollouts(_Trainer):
@@ -85,12 +80,17 @@ class _DraftedRollouts(_Trainer):
         sampling = trainer_sampling(self, config)
         self._check_law(sampling)
         self._audit = audit_folder(self.args, rollout)
-        self._begins_audit = config.audit != "off" and self._audit is not None
+        self._begins_audit = config.audit != "off"
+        self._guard = find_guard(self.callback_handler.callbacks)
+        if self._guard is not None and isinstance(rollout, RolloutConfig):
+            rollout = self._guard.looked_at(rollout)
         placement = place(self, rollout, adapter, alignment)
         self._max_prompt_length = placement.pool.limits.max_length - 1
         for name in ("train_dataset", "eval_dataset"):
             setattr(self, name, self._with_fitting_prompts(name, getattr(self, name)))
         self.rollouts = TrainerRollouts(self, placement, sampling, check_sync=config.check_sync)
+        if self._guard is not None:
+            self._guard.bind(self)
         if placement.alignment is not None:
             self.add_callback(AfterUpdate(self))
         self._record = Record(self)
@@ -111,18 +111,18 @@ class _DraftedRollouts(_Trainer):
         InvalidInput, before anything is drawn, if the audit's folder holds what another run has drawn and no
         checkpoint is given to go on from.
         """
+        begins = self._begins_audit and self.rollouts.version < 0 and not resume_from_checkpoint
         with together(self.accelerator, "looking at the audit's folder"):
-            if self.accelerator.is_main_process and not resume_from_checkpoint:
-                self._check_audit_is_new()
+            if begins and self.accelerator.is_main_process:
+                check_audit_is_new(self._audit)
         if resume_from_checkpoint:
             folder = resume_from_checkpoint
             if folder is True:
                 folder = get_last_checkpoint(self.args.output_dir)  # type: ignore[no-untyped-call]
             if folder is not None:
-                version, views = load_rollout_state(self, Path(folder), audit=self._audit)
-                self.rollouts.begin_version(after=version)
-                for mode, state in views.items():
-                    self._views[mode].load_state_dict(state)
+                load_rollout_state(
+                    self, Path(folder), views=self._views, audit=self._audit, guard=self._guard
+                )
         self.rollouts.begin_run()
         done = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         if self.accelerator.is_main_process:
@@ -144,19 +144,11 @@ class _DraftedRollouts(_Trainer):
     def _with_fitting_prompts(self, name: str, dataset: Any) -> Any:
         return with_fitting_prompts(self, name, dataset, max_tokens=self._max_prompt_length)
 
-    def _check_audit_is_new(self) -> None:
-        if self._begins_audit and self.rollouts.version < 0 and self._audit and audit_mark(self._audit):
-            raise InvalidInput(
-                f"{self._audit} holds the audit of another run, whose requests have the names that this "
-                "one's would have: resume that run (resume_from_checkpoint), move the folder away, or set "
-                "another output_dir or RolloutConfig(audit_dir=...)"
-            )
-
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
         views = {mode: view.state_dict(self.accelerator) for mode, view in self._views.items()}
         folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
-        save_rollout_state(self, folder, views=views)
+        save_rollout_state(self, folder, views=views, guard=self._guard)
         self.rollouts.begin_version(after=self.rollouts.version)
 
     def _tokenize_prompts(self, prompts: list[Any]) -> Any:
@@ -186,6 +178,8 @@ class _DraftedRollouts(_Trainer):
         self._append(mode, metrics)
         if mode == "train":
             self.rollouts.note_trained()
+        if self._guard is not None:
+            self._guard.note(self.rollouts.rollouts, is_training=mode == "train")
         self._generated = (generated[1], self._tool_mask(generated))
         return generated
 
@@ -222,6 +216,9 @@ class _DraftedRollouts(_Trainer):
         batch["drawn_versions"] = drawn_versions(
             completion_ids, tool_mask, version=self.rollouts.version, like_BT=batch["completion_ids"]
         )
+        if "sampling_per_token_logps" not in batch:  # RLOO leaves them out; our metrics compare with them
+            reported = reported_logprobs(self.rollouts.rollouts, like_BT=batch["completion_ids"])
+            batch["sampling_per_token_logps"] = reported
         return batch
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
@@ -256,7 +253,7 @@ class _DraftedRollouts(_Trainer):
         if is_random and not self._is_noise_told:
             self._is_noise_told = True
             if self.accelerator.is_main_process:
-                logger.warning(_NOISE)
+                logger.warning(NOISE)
         reported_BT = inputs.get("sampling_per_token_logps")
         self._views[self._mode].add(
             logprobs_BT, entropies_BT, drawn_BT, reported_BT=reported_BT, is_random=is_random
@@ -278,7 +275,8 @@ class _DraftedRollouts(_Trainer):
         self._append(self._mode, view.flush(self.accelerator, by_text=self._ratios_by_text))
         super().log(logs, start_time)
         if self.accelerator.is_main_process:
-            self._record.log(self.state.log_history[-1])
+            told = self._guard.told() if self._guard is not None and self._mode == "train" else {}
+            self._record.log({**self.state.log_history[-1], **told})
 
     def _append(self, mode: str, metrics: dict[str, float]) -> None:
         for name, value in metrics.items():

@@ -13,6 +13,7 @@ The claims, each of the mean of a value given all that came before:
 Rewards are scaled by bounds that are fixed beforehand; what failed counts as the lower one in both arms.
 """
 
+import dataclasses
 import logging
 import math
 from collections.abc import Mapping, Sequence
@@ -20,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from blockroll.config import WatchConfig
+from blockroll.config import RolloutConfig, WatchConfig
 from blockroll.errors import InvalidInput
 from blockroll.rl_loops.watch.guard import Guard, Mode, Test
 from blockroll.rollout.calibration.bets import Bets
@@ -31,6 +32,7 @@ from blockroll.types import Rollout
 
 log = logging.getLogger(__name__)
 
+WATCH_EVERY = 32  # of so many decoding steps a guard has one looked at, unless the config says otherwise
 _MOST_NATS = 1.0  # of a difference of log-probabilities; a larger one counts as this
 _TOLERANCES = {"float32": 0.005, "bfloat16": 0.05, "float16": 0.05}  # nats, by what replicas multiply in
 
@@ -66,21 +68,18 @@ class Watch:
 
     def observe_rollouts(self, rollouts: Sequence[Rollout]) -> None:
         """Every rollout of the step that no error ended, whatever its reward."""
-        sound = [rollout for rollout in rollouts if rollout.error is None]
-        if self.config.calibration != "off":
-            pairs = [
-                pair
-                for rollout in sound
-                for pair in zip(rollout.policy_logprobs, rollout.behavior_logprobs, strict=True)
-            ]
-            ratios_N = np.exp(np.subtract(*np.array(pairs).T)) if pairs else np.empty(0)
-            known_N = ratios_N[~np.isnan(ratios_N)]
-            self.guard.add("calibration/ratio", Bets.on_ratios(known_N, 1.0 + DEAD_BAND))
-        if self.config.acceptance != "off":
-            rates = [rollout.stats.acceptance_rate for rollout in sound if rollout.stats.num_drafted]
-            self._observe_acceptance(rates)
+        self.observe_ratios(ratio_bets(rollouts))
+        self.observe_acceptance(acceptance_rates(rollouts))
 
-    def _observe_acceptance(self, rates: Sequence[float]) -> None:
+    def observe_ratios(self, bets: Bets) -> None:
+        """`ratio_bets` of a step's rollouts, wherever they lie."""
+        if self.config.calibration != "off":
+            self.guard.add("calibration/ratio", bets)
+
+    def observe_acceptance(self, rates: Sequence[float]) -> None:
+        """`acceptance_rates` of a step's rollouts, in a fixed order."""
+        if self.config.acceptance == "off":
+            return
         num_first = max(0, self.config.acceptance_reference - self._reference.num_values)
         for rate in rates[:num_first]:
             self._reference.add(rate)
@@ -91,12 +90,20 @@ class Watch:
 
     def observe_laws(self, rollouts: Sequence[Rollout], logprobs_N: np.ndarray) -> None:
         """The learner's log-probabilities of every token, by the weights that the rollouts were asked of."""
-        if self.config.learner == "off":
-            return
         reported = [value for rollout in rollouts for value in rollout.policy_logprobs]
-        differences_N = np.abs(np.asarray(logprobs_N, dtype=np.float64) - np.array(reported))
-        known_N = differences_N[~np.isnan(differences_N)].clip(max=_MOST_NATS) / _MOST_NATS
-        self.guard.observe("learner", known_N, high=self.tolerance / _MOST_NATS)
+        differences_N = np.asarray(logprobs_N, dtype=np.float64) - np.array(reported)
+        self.observe_learner(self.difference_bets(differences_N))
+
+    def observe_learner(self, bets: Bets) -> None:
+        """`difference_bets` of a step's tokens, wherever they lie."""
+        if self.config.learner != "off":
+            self.guard.add("learner", bets)
+
+    def difference_bets(self, differences_N: np.ndarray) -> Bets:
+        """On the learner's log-probability less the reported one, of each token; NaN is left out."""
+        sizes_N = np.abs(differences_N)
+        known_N = sizes_N[~np.isnan(sizes_N)].clip(max=_MOST_NATS) / _MOST_NATS
+        return Bets.on(known_N, 0.0, self.tolerance / _MOST_NATS)
 
     def observe_pairs(
         self, asked: Sequence[Sequence[float | None]], lossless: Sequence[Sequence[float | None]]
@@ -191,6 +198,33 @@ def _figures(seen: Evidence) -> dict[str, float]:
             if mean is not None
         },
     }
+
+
+def looked_at(rollout: RolloutConfig, config: WatchConfig) -> RolloutConfig:
+    """With one decoding step in `WATCH_EVERY` looked at where calibration is tested, if it says nothing."""
+    if rollout.watch_every is not None:
+        return rollout
+    return dataclasses.replace(rollout, watch_every=0 if config.calibration == "off" else WATCH_EVERY)
+
+
+def ratio_bets(rollouts: Sequence[Rollout]) -> Bets:
+    """On policy over behaviour law of every token, of rollouts that no error ended."""
+    pairs = [
+        pair
+        for rollout in _sound(rollouts)
+        for pair in zip(rollout.policy_logprobs, rollout.behavior_logprobs, strict=True)
+    ]
+    ratios_N = np.exp(np.subtract(*np.array(pairs).T)) if pairs else np.empty(0)
+    return Bets.on_ratios(ratios_N[~np.isnan(ratios_N)], 1.0 + DEAD_BAND)
+
+
+def acceptance_rates(rollouts: Sequence[Rollout]) -> list[float]:
+    """Of each rollout that no error ended and that drafts were verified for."""
+    return [rollout.stats.acceptance_rate for rollout in _sound(rollouts) if rollout.stats.num_drafted]
+
+
+def _sound(rollouts: Sequence[Rollout]) -> list[Rollout]:
+    return [rollout for rollout in rollouts if rollout.error is None]
 
 
 def _tests(config: WatchConfig, tolerance: float) -> list[Test]:
