@@ -89,19 +89,17 @@ def test_the_page_has_what_a_trl_trainer_logs_beside_trl(tmp_path):
     rows = ROWS_OF_TRAINERS.add_column("data_source", ["sums"] * len(ROWS_OF_TRAINERS))
     with pytest.warns(UserWarning, match="layout this policy was not trained for"):
         fused = trainer(
-            tmp_path / "fused", rollout=RolloutConfig(plan="fused"), train_dataset=rows, options=steps
+            tmp_path / "fused",
+            rollout=RolloutConfig(plan="fused", watch_every=1),
+            callbacks=[GuardCallback(WatchConfig(acceptance_reference=8))],
+            train_dataset=rows,
+            options=steps,
         )
-    guarded = trainer(
-        tmp_path / "auto",
-        rollout=RolloutConfig(plan="auto", watch_every=1),
-        callbacks=[GuardCallback(WatchConfig(acceptance_reference=8))],
-        options=steps,
-    )
     scored = []
     from_reasoning_gym("chain_sum", size=1).reward([""], [0], log_metric=lambda name, _: scored.append(name))
     ours = {
         *names_of(logs(aligned(tmp_path / "aligned", alignment=AlignmentConfig(draft=draft), **steps))),
-        *names_of(logs(guarded)),
+        *names_of(logs(trainer(tmp_path / "auto", rollout=RolloutConfig(plan="auto"), options=steps))),
         *names_of(logs(fused)),
         *scored,
     }
