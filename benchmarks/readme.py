@@ -95,6 +95,11 @@ SECTIONS = (
         lambda: readme_watch.harm_table(read("watch_harm")),
     ),
     Section(
+        "watch_acceptance",
+        "Acceptance against reward, under RL",
+        lambda: readme_watch.acceptance_table(read("watch_acceptance")),
+    ),
+    Section(
         "watch_power",
         "The guard: how soon it speaks",
         lambda: readme_watch.power_table(read("watch_power")),
@@ -148,6 +153,7 @@ FINDINGS: tuple[tuple[str, Callable[[], str]], ...] = (
     ("drafts_conversions", readme_drafts.drafts_finding),
     ("drafts_smollm2", readme_drafts.smollm2_finding),
     ("learning_laws", readme_learning.laws_finding),
+    ("watch_acceptance", lambda: readme_watch.acceptance_finding(read("watch_acceptance"))),
     ("watch_harm", lambda: readme_watch.harm_finding(read("watch_harm"))),
     ("constraints_outputs", readme_drafts.constraints_finding),
     ("audit_cost", readme_speed.audit_finding),

@@ -8,12 +8,14 @@ import numpy as np
 
 from benchmarks.readme_learning import laws_summary, rewards_by_run, smoothed
 from benchmarks.readme_peers import PROMPTS, best_of_vllm, cells_of, has_grouped, of_workload
-from benchmarks.readme_watch import arms
+from benchmarks.readme_watch import arms, by_arm
 from benchmarks.rows import ROOT, Row, has_rows, read
 
 IMAGES = ROOT / "docs" / "images"
 COLOURS = {"plain": "#6b7280", "two_forward": "#0f766e", "lossless": "#0f766e"}
 COLOURS |= {"mixed, corrected": "#3d7fd6", "mixed, uncorrected": "#d9822b"}
+COLOURS |= {"lossless, left alone": "#0f766e", "lossless, aligned": "#5eb5ad"}
+COLOURS |= {"mixed, left alone": "#d9822b", "mixed, aligned": "#e8b98a"}
 COLOURS |= {"mixed": "#d9822b", "mixed, guarded": "#3d7fd6"}
 COLOURS |= {"left alone": "#6b7280", "aligned": "#0f766e"}
 BARS = {  # of speeds: what is drawn, its name and its colour
@@ -34,6 +36,8 @@ def draw_all() -> None:
         draw_alignment()
     if has_rows("watch_harm"):
         draw_harm(read("watch_harm"))
+    if has_rows("watch_acceptance"):
+        draw_acceptance(read("watch_acceptance"))
     if has_rows("speed_peers") and has_grouped(read("speed_peers")):
         draw_peers(read("speed_peers"))
 
@@ -91,6 +95,26 @@ def draw_harm(rows: Sequence[Row]) -> None:
         left.set(xlabel="step", ylabel="reward of rollouts", title="reward")
         right.set(xlabel="step", ylabel="log e, nats", title="evidence of harm, by seed, and its line")
         left.legend(frameon=False, loc="lower right", title=f"mean and band of {len(seeds)} seeds")
+
+
+def draw_acceptance(rows: Sequence[Row]) -> None:
+    """Acceptance and reward over updates by law and alignment, and one against the other."""
+    accepted, rewards = by_arm(rows, "rollout/acceptance_rate"), by_arm(rows, "reward")
+    with _picture("watch_acceptance", width=14, panels=3) as (left, middle, right):
+        for arm in accepted:
+            _band(left, arm, accepted[arm])
+            _band(middle, arm, rewards[arm])
+            path = [
+                np.mean([smoothed(curve) for curve in curves[arm]], axis=0) for curves in (accepted, rewards)
+            ]
+            right.plot(*path, color=COLOURS[arm], linewidth=2)
+            right.plot(path[0][-1], path[1][-1], "o", color=COLOURS[arm])
+        left.set(xlabel="update", ylabel="share of drafts accepted", title="acceptance")
+        middle.set(xlabel="update", ylabel="reward of rollouts", title="reward")
+        right.set(
+            xlabel="share of drafts accepted", ylabel="reward of rollouts", title="the path, to its dot"
+        )
+        left.legend(frameon=False, title=f"mean and band of {len(accepted[arm])} seeds")
 
 
 def draw_peers(rows: Sequence[Row]) -> None:

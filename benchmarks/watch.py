@@ -17,6 +17,7 @@ import numpy as np
 from benchmarks import watch_runs
 from benchmarks.cells import measured
 from benchmarks.rows import Row
+from benchmarks.watch_acceptance import acceptance
 from benchmarks.watch_runs import quiet, run_config
 from benchmarks.workload import (
     LEARNING_TEMPERATURE,
@@ -282,4 +283,5 @@ def experiments() -> dict[str, Callable[[], list[Row]]]:
         "silent": watch_runs.silent,
         "harm": watch_runs.harm,
         "cost": watch_runs.cost,
+        "acceptance": acceptance,
     }

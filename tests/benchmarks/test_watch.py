@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from benchmarks import watch, watch_runs
+from benchmarks import watch, watch_acceptance, watch_runs
 from blockroll.rl_loops.watch.evidence import EProcess
 from blockroll.rollout.calibration.bets import Bets
 
@@ -60,6 +60,13 @@ def test_runs_are_silent_and_harm_is_found(adapter, tmp_path, monkeypatch):
     assert {row["arm"] for row in rows} == {*watch_runs.HARM_ARMS}
     guarded = [row for row in rows if row["arm"] == "mixed, guarded"]
     assert all("shadow/num_rollouts" in row for row in guarded)
+
+
+def test_acceptance_under_rl_is_measured_by_law_and_alignment(adapter, tmp_path, monkeypatch):
+    monkeypatch.setattr(watch_acceptance, "RUNS", tmp_path)
+    rows = watch_acceptance.acceptance(adapter, seeds=(0,), steps=2, batch=8, folder=tmp_path)
+    assert [row["arm"] for row in rows] == [*watch_acceptance.ARMS]
+    assert all(len(row["kl"]) == 2 and None not in row["rollout/acceptance_rate"] for row in rows)
 
 
 def test_what_looking_costs_is_measured_in_pairs(adapter):

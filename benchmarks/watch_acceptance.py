@@ -1,0 +1,82 @@
+"""Acceptance against reward over RL runs: lossless and mixed rollouts, drafts aligned and left alone.
+
+python -m benchmarks.evidence watch acceptance
+"""
+
+import itertools
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+from benchmarks.cells import measured
+from benchmarks.rows import Row
+from benchmarks.trl_timing import OURS, train
+from benchmarks.workload import LEARNING_TEMPERATURE, RUNS, K, causal_part, trained_adapter
+from blockroll.config import AlignmentConfig, DraftConfig, RolloutConfig
+
+MIX_WEIGHT = 0.5
+ARMS = {
+    "lossless, left alone": (1.0, False),
+    "lossless, aligned": (1.0, True),
+    "mixed, left alone": (MIX_WEIGHT, False),
+    "mixed, aligned": (MIX_WEIGHT, True),
+}
+CURVES = ("reward", "rollout/acceptance_rate", "rollout/tokens_per_forward", "kl")
+
+
+def acceptance(
+    adapter: Path | None = None,
+    *,
+    seeds: Sequence[int] = (0, 1, 2),
+    steps: int = 80,
+    batch: int = 64,
+    learning_rate: float = 3e-4,
+    folder: Path | None = None,
+) -> list[Row]:
+    """A row for each run by TRL's GRPO: its curves, the KL from the first policy among them.
+
+    Mixed rollouts are corrected by token, truncated. Of the law in use are rewards and acceptance.
+    """
+    policy, adapter = RUNS / "policy", adapter or trained_adapter()
+    causal_part().save_pretrained(policy)
+    cells: dict[str, Callable[[], list[Row]]] = {
+        f"seed {seed}, {arm}, {steps} steps": partial(
+            run, policy, adapter, seed, arm, steps=steps, batch=batch, learning_rate=learning_rate
+        )
+        for seed, arm in itertools.product(seeds, ARMS)
+    }
+    return measured("watch_acceptance", cells, folder=folder)
+
+
+def run(
+    policy: Path, adapter: Path, seed: int, arm: str, *, steps: int, batch: int, learning_rate: float
+) -> list[Row]:
+    """One run."""
+    mix_weight, is_aligned = ARMS[arm]
+    draft = DraftConfig(block_sizes=(K,), layouts=("two_forward",), learning_rate=1e-3)
+    rows = train(
+        OURS,
+        seed=seed,
+        steps=steps,
+        batch=batch,
+        model=str(policy),
+        adapter=adapter,
+        rollout=RolloutConfig(plan=f"two_forward({K})", mix_weight=mix_weight),
+        alignment=AlignmentConfig(draft=draft) if is_aligned else None,
+        # A KL weight too small to matter, for TRL to report the distance from the first policy.
+        arguments={
+            "beta": 1e-9,
+            "temperature": LEARNING_TEMPERATURE,
+            "learning_rate": learning_rate,
+            "vllm_importance_sampling_mode": "token_truncate",
+        },
+    )
+    about = {
+        "seed": seed,
+        "arm": arm,
+        "mix_weight": mix_weight,
+        "is_aligned": is_aligned,
+        "steps": steps,
+        "batch": batch,
+    }
+    return [{**about, **{name: [row.get(name) for row in rows] for name in CURVES}}]
