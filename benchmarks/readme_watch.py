@@ -200,7 +200,7 @@ def acceptance_finding(rows: Sequence[Row]) -> str:
     accepted, rewards = _ends(rows, "rollout/acceptance_rate"), _ends(rows, "reward")
     alone, aligned, mixed = (accepted[arm] for arm in (*_LOSSLESS, _MIXED))
     return (
-        f"- **Acceptance under RL.** Of lossless rollouts it goes from {alone[0]:.2f} to {alone[1]:.2f} while "
+        f"- **Acceptance under RL.** Of lossless rollouts it goes from {alone[0]:.2f} to {alone[1]:.2f} as "
         f"the policy learns, with aligned drafts to {aligned[1]:.2f}; a mixed law accepts {mixed[1]:.2f} and "
         f"ends at a reward of {rewards[_MIXED][1]:.2f} against {rewards[_LOSSLESS[0]][1]:.2f}."
     )

@@ -72,7 +72,7 @@ def harm(
     adapter: Path | None = None,
     *,
     seeds: Sequence[int] = (0, 1, 2),
-    steps: int = 45,
+    steps: int = 30,
     prompts_per_step: int = 32,
     eval_prompts: int = 256,
 ) -> list[Row]:
