@@ -50,6 +50,7 @@ from blockroll.bench.workload import (
     BenchOptions,
     Prompts,
     Workload,
+    check_length,
     cut_to_length,
     make_waves,
     random_prompts,
@@ -101,7 +102,7 @@ def run_bench(
         (workload, _prompts_of(workload, prompts, options, policy)) for workload in options.workloads()
     ]
     for workload, chosen in workloads:
-        _check_length(workload, chosen, policy)
+        check_length(chosen, workload.max_tokens, policy.max_length)
     pool = peers or make_peer_pool(policy, policy_path, python=peers_python)
     for workload, chosen in workloads:
         pool.make_room(_task(workload, chosen, options, policy))
@@ -330,14 +331,3 @@ def _prompts_of(workload: Workload, prompts: Prompts, options: BenchOptions, pol
         allowed_ids=[token_id for token_id in range(policy.vocab_size) if token_id not in refused],
         seed=options.seed,
     )
-
-
-def _check_length(workload: Workload, prompts: Prompts, policy: HFPolicy) -> None:
-    longest = max(map(len, prompts))
-    if longest + workload.max_tokens > policy.max_length:
-        room = policy.max_length - longest
-        advice = f"give max_tokens of at most {room}" if room > 0 else "give shorter prompts"
-        raise InvalidInput(
-            f"prompt and completion take {longest + workload.max_tokens} tokens, but the policy was built "
-            f"for {policy.max_length}; {advice}"
-        )

@@ -66,11 +66,11 @@ class BenchOptions:
                 f"{list(self.max_tokens)}"
             )
         lengths = [length for length in self.prompt_tokens if length is not None]
-        _check_list("batch sizes", self.batches, counts=self.batches)
-        _check_list("prompt lengths", self.prompt_tokens, counts=lengths)
-        _check_list("max_tokens", self.max_tokens, counts=self.max_tokens)
-        _check_list("temperatures", self.temperatures)
-        _check_list("mix weights", self.mix_weights)
+        check_list("batch sizes", self.batches, counts=self.batches)
+        check_list("prompt lengths", self.prompt_tokens, counts=lengths)
+        check_list("max_tokens", self.max_tokens, counts=self.max_tokens)
+        check_list("temperatures", self.temperatures)
+        check_list("mix weights", self.mix_weights)
         for temperature in self.temperatures:
             Sampling(temperature=temperature)
         for weight in self.mix_weights:
@@ -203,9 +203,21 @@ def _tokens_up_to(prompts: Prompts, index: int, length: int) -> tuple[int, ...]:
     return tokens[-length:]
 
 
-def _check_list(name: str, values: Sequence[float | None], *, counts: Sequence[int] = ()) -> None:
+def check_list(name: str, values: Sequence[float | None], *, counts: Sequence[int] = ()) -> None:
     """A list of options holds something, nothing twice, and counts of at least 1."""
     if not values or min(counts, default=1) < 1:
         raise InvalidInput(f"{name} must be at least 1 and one or more of them, got {list(values)}")
     if len(set(values)) < len(values):
         raise InvalidInput(f"each of the {name} is measured once, got {list(values)}")
+
+
+def check_length(prompts: Prompts, max_tokens: int, max_length: int) -> None:
+    """InvalidInput if a prompt and its completion may become longer than a policy was built for."""
+    longest = max(map(len, prompts))
+    if longest + max_tokens > max_length:
+        room = max_length - longest
+        advice = f"give max_tokens of at most {room}" if room > 0 else "give shorter prompts"
+        raise InvalidInput(
+            f"prompt and completion take {longest + max_tokens} tokens, but the policy was built for "
+            f"{max_length}; {advice}"
+        )

@@ -30,6 +30,8 @@ EXAMPLES = {
         "blockroll bench --policy DIR --adapter ADAPTER --plans plain,auto --prompts prompts.jsonl",
         "blockroll bench --prompts random --prompt-tokens 64,512 --ignore-eos",
         "blockroll bench --policy DIR --workload grouped --prompts worked --plans plain,auto --against vllm",
+        "blockroll bench --sweep --task arithmetic --plans two_forward,history --picture frontier.png",
+        "blockroll bench --sweep --task mine:task --prompts prompts.jsonl --json runs/first/sweep.jsonl",
     ),
     "report": (
         "blockroll report runs/demo",

@@ -1,7 +1,5 @@
 """Plans measured against each other: bench."""
 
-import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -9,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 from rich.console import Console
 
+from blockroll.cli.lists import numbers, split_plans, whole_numbers
 from blockroll.cli.options import (
     AdapterOption,
     DeviceOption,
@@ -19,6 +18,8 @@ from blockroll.cli.options import (
     load_policy,
 )
 from blockroll.cli.prompts import FILE_HELP, prompts_from
+from blockroll.cli.sweep import check_given, run, sweep_options
+from blockroll.cli.tables import print_whole, write_records
 from blockroll.errors import InvalidInput
 from blockroll.types import PLAIN
 
@@ -28,10 +29,10 @@ if TYPE_CHECKING:
 
 BENCH_PROMPTS = 256
 GSM8K = "gsm8k:"  # and a file
-WIDEST_TABLE = 250  # characters
 
 
 def bench(
+    context: typer.Context,
     policy: PolicyOption = "tiny",
     adapter: AdapterOption = None,
     plans: Annotated[
@@ -92,18 +93,51 @@ def bench(
         typer.Option(help="The Python of vLLM's environment; left out: .venv-peers of the source tree."),
     ] = None,
     task: Annotated[
-        Literal["none", "arithmetic"],
-        typer.Option(help="'arithmetic' judges the answers: pass@1 and pass@k of each plan and law."),
+        str,
+        typer.Option(
+            help="'arithmetic' judges the answers: pass@1 and pass@k of each plan and law. A sweep also "
+            "takes a Python path 'module:attribute' of a Task, as train does."
+        ),
     ] = "none",
     samples: Annotated[int, typer.Option(help="Judged samples of each prompt.")] = 8,
     pass_k: Annotated[int, typer.Option(help="The k of pass@k.")] = 4,
+    sweep: Annotated[
+        bool,
+        typer.Option(
+            "--sweep",
+            help="Reward against acceptance and speed of every plan, mix weight and draft temperature, "
+            "by --samples rollouts of each prompt; marks the fastest that loses at most --max-loss. Needs "
+            "--task. Prompts are the task's held-out ones, or --prompts FILE with the columns that its "
+            "reward needs; left out, --mix-weight is 1,0.75,0.5,0.25 and --batch 8.",
+        ),
+    ] = False,
+    draft_temperature: Annotated[
+        str | None,
+        typer.Option(
+            help="Sweep: temperatures that drafts are drawn at, separated by commas; left out: as "
+            "--temperature."
+        ),
+    ] = None,
+    num_prompts: Annotated[
+        int | None, typer.Option(help="Sweep: how many prompts; left out: 256, or all if there are fewer.")
+    ] = None,
+    max_loss: Annotated[
+        float, typer.Option(help="Sweep: the loss of mean reward that is none, as a share of its range.")
+    ] = 0.01,
+    reward_low: Annotated[
+        float, typer.Option(help="Sweep: the least that a reward can be, and what failed.")
+    ] = 0.0,
+    reward_high: Annotated[float, typer.Option(help="Sweep: the most that a reward can be.")] = 1.0,
     json_file: Annotated[
         Path | None,
         typer.Option("--json", help="Write the rows: a JSON array, or lines if it ends in .jsonl."),
     ] = None,
     picture: Annotated[
         Path | None,
-        typer.Option(help="Draw speed-up over plain and acceptance by draft position into this .png."),
+        typer.Option(
+            help="Draw speed-up over plain and acceptance by draft position into this .png; of a sweep, "
+            "reward against speed and against acceptance."
+        ),
     ] = None,
     device: DeviceOption = "auto",
     dtype: Annotated[
@@ -115,6 +149,23 @@ def bench(
     from blockroll.bench.bench import PEERS_PYTHON, BenchOptions, run_bench
     from blockroll.rollout.planning.reading import read_plan
 
+    check_given(context, is_sweep=sweep)
+    _check_outputs(json_file, picture)
+    if sweep:
+        swept = sweep_options(context)
+        hf_policy = load_policy(policy, device, threads, adapter, dtype=dtype)
+        run(
+            hf_policy,
+            [read_plan(text, hf_policy) for text in split_plans(plans)],
+            swept,
+            policy_path=policy,
+            prompts=prompts,
+            task=task,
+            num_prompts=num_prompts,
+            json_file=json_file,
+            picture=picture,
+        )
+        return
     options = BenchOptions(
         batches=whole_numbers("--batch", batch),
         temperatures=numbers("--temperature", temperature),
@@ -131,7 +182,8 @@ def bench(
         epochs=epochs,
         seed=seed,
     )
-    _check_outputs(json_file, picture)
+    if task not in ("none", "arithmetic"):
+        raise InvalidInput(f"--task {task} is for a sweep: give --sweep too, or 'arithmetic' or 'none'")
     if prompts != "text" and task != "none":
         raise InvalidInput(f"--task {task} judges its own problems: leave out --prompts {prompts}, or --task")
     hf_policy = load_policy(policy, device, threads, adapter, dtype=dtype)
@@ -159,25 +211,6 @@ def bench(
     if picture is not None:
         _draw_bench(picture, rows)
         console.print(f"Picture: {picture}", highlight=False, soft_wrap=True)
-
-
-def split_plans(text: str) -> list[str]:
-    """Plans at the commas that stand outside parentheses."""
-    return re.split(r",(?![^(]*\))", text)
-
-
-def whole_numbers(option: str, text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise InvalidInput(f"{option} takes whole numbers separated by commas, got {text!r}") from None
-
-
-def numbers(option: str, text: str) -> tuple[float, ...]:
-    try:
-        return tuple(float(part) for part in text.split(","))
-    except ValueError:
-        raise InvalidInput(f"{option} takes numbers separated by commas, got {text!r}") from None
 
 
 def _check_outputs(json_file: Path | None, picture: Path | None) -> None:
@@ -236,12 +269,9 @@ def _arithmetic_judge(policy: "HFPolicy", samples: int, k: int) -> "Judge":
 
 
 def print_table(console: Console, rows: Sequence["BenchRow"], *, title: str) -> None:
-    """The rows as a table. A figure cut short is of no use: a narrow terminal breaks the lines instead."""
     from blockroll.bench.table import bench_table
 
-    table = bench_table(rows, title=title)
-    needed = console.measure(table, options=console.options.update(max_width=WIDEST_TABLE)).maximum
-    Console(file=console.file, width=max(console.width, needed)).print(table)
+    print_whole(console, bench_table(rows, title=title))
 
 
 def _draw_bench(path: Path, rows: Sequence["BenchRow"]) -> None:
@@ -254,9 +284,4 @@ def _draw_bench(path: Path, rows: Sequence["BenchRow"]) -> None:
 def write_rows(path: Path, rows: Sequence["BenchRow"]) -> None:
     from blockroll.bench.bench import to_record
 
-    records = [to_record(row) for row in rows]
-    if path.suffix == ".jsonl":
-        text = "".join(json.dumps(record, allow_nan=False) + "\n" for record in records)
-    else:
-        text = json.dumps(records, indent=2, allow_nan=False) + "\n"
-    path.write_text(text, encoding="utf-8")
+    write_records(path, [to_record(row) for row in rows])

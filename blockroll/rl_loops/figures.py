@@ -171,9 +171,14 @@ def save_bench(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     plots = [bench_speedup(lines)]
     if any(row["acceptance_by_position"] for row in rows):
         plots.append(bench_acceptance(lines))
+    save(plots, path, height=3.8 + 0.08 * len(lines))
+
+
+def save(plots: Sequence[Callable[[Axes], None]], path: Path, *, height: float) -> None:
+    """Plots side by side on white, over the legend of the first."""
     style = {key: PRINT_COLOURS.get(value, value) for key, value in STYLE.items()}
     with matplotlib.rc_context(style):
-        figure = Figure(figsize=(6.4 * len(plots), 3.8 + 0.08 * len(lines)), layout="constrained")
+        figure = Figure(figsize=(6.4 * len(plots), height), layout="constrained")
         for axes, plot in zip(figure.subplots(1, len(plots), squeeze=False)[0], plots, strict=True):
             plot(axes)
         handles, labels = figure.axes[0].get_legend_handles_labels()

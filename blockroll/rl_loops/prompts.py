@@ -16,7 +16,7 @@ from blockroll.policies.adapter import chat_template_hash
 from blockroll.policies.hf import HFPolicy
 from blockroll.policies.prompts import PromptEncoder, PromptInput, Room, fit_prompts, is_prompt
 from blockroll.rl_loops.prompt_order import Walk
-from blockroll.rl_loops.tasks import Task, load_task, shuffled
+from blockroll.rl_loops.tasks import Row, Task, load_task, shuffled
 from blockroll.rl_loops.tracking import split_lines
 
 log = logging.getLogger(__name__)
@@ -104,10 +104,15 @@ class _TaskOrder:
 
 
 def read_prompts(path: Path) -> list[PromptInput]:
-    """The `prompt` of every line; a bad line is named with its number and what was expected."""
+    """The `prompt` of every line, as `read_rows` reads it."""
+    return [row["prompt"] for row in read_rows(path)]
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The object of every line, with its `prompt`; a bad line is named, and what was expected."""
     if not path.is_file():
         raise InvalidInput(f"no prompts file at {path}")
-    prompts: list[PromptInput] = []
+    rows: list[Row] = []
     lines, rest = split_lines(path)
     for number, line in enumerate([*lines, rest], start=1):
         if not line.strip():
@@ -120,10 +125,10 @@ def read_prompts(path: Path) -> list[PromptInput]:
         prompt: Any = row.get("prompt") if isinstance(row, dict) else None
         if not is_prompt(prompt):
             raise InvalidInput(f"{where} has the prompt {prompt!r}; expected {_EXPECTED}")
-        prompts.append(prompt)
-    if not prompts:
+        rows.append(row)
+    if not rows:
         raise InvalidInput(f"{path} holds no prompt; expected {_EXPECTED} per line")
-    return prompts
+    return rows
 
 
 _EXPECTED = (

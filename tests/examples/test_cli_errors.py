@@ -42,6 +42,8 @@ def folder(tmp_path_factory, policy_path):
         "tab.yaml": "train:\n\tsteps: 1\n",
         "twice.yaml": "seed: 1\nseed: 2\n",
         "empty.txt": "\n",
+        "one.txt": "1+1=?\n",
+        "two.txt": "1+1=?\n1+2=?\n",
         "broken.jsonl": "{nope\n",
         "chat.jsonl": json.dumps({"prompt": [{"role": "user", "content": "hi"}]}),
         "long.txt": "1+" * 3000,
@@ -136,6 +138,25 @@ bench --json /proc/rows.json                         | /proc
 bench --picture no/such/folder.png                   | there is no folder
 bench --picture speed.gif                            | ends in .png
 bench --policy POLICY --plans two_forward --picture a.png | add 'plain'
+bench --sweep                                        | has none: give --task arithmetic
+bench --sweep --task nowhere:task                    | no module 'nowhere'
+bench --sweep --task arithmetic --plans wild         | 'two_forward'
+bench --sweep --task arithmetic --plans plain        | plans that draft
+bench --sweep --task arithmetic --mix-weight 1,1.2   | between 0 and 1
+bench --sweep --task arithmetic --temperature 0      | no greedy form
+bench --sweep --task arithmetic --draft-temperature x | --draft-temperature takes numbers
+bench --sweep --task arithmetic --batch 1,8          | a sweep takes one
+bench --sweep --task arithmetic --samples 2          | at least 3 samples
+bench --sweep --task arithmetic --num-prompts 0      | must be at least 1
+bench --sweep --task arithmetic --num-prompts 1      | at least 2, got 1
+bench --sweep --task arithmetic --max-loss 2         | from 0 to below 1
+bench --sweep --task arithmetic --reward-high 0      | reward_low must be below
+bench --sweep --task arithmetic --repeats 3          | --repeats has no use with --sweep
+bench --sweep --task arithmetic --prompts nowhere.jsonl | there is no such file
+bench --sweep --task arithmetic --prompts one.txt --num-prompts 3 | there are 1
+bench --policy POLICY --sweep --task arithmetic --prompts two.txt | none of the 2 rollouts
+bench --max-loss 0.1                                 | give --sweep too
+bench --task mine:task                               | is for a sweep
 train                                                | say what to train
 train --show-config train.steps=0                    | at least 1
 train nowhere.yaml                                   | no config file

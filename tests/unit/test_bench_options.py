@@ -8,7 +8,7 @@ import pytest
 from blockroll.bench.bench import Judge, run_bench
 from blockroll.bench.subjects import EngineSubject
 from blockroll.bench.workload import cut_to_length, make_waves, random_prompts
-from blockroll.cli.speed import numbers, split_plans, whole_numbers
+from blockroll.cli.lists import numbers, split_plans, whole_numbers
 from blockroll.errors import InvalidInput
 from blockroll.types import PLAIN, Law, Plan, Sampling
 from tests.engines import make_requests

@@ -3,13 +3,15 @@
 import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from blockroll.rl_loops.figures import BLUE, INK, SLATE, Series
+from blockroll.bench.frontier import SweepRow
+from blockroll.rl_loops.figures import BLUE, INK, SLATE, Series, save
 from blockroll.rl_loops.watch.rows import Rows, Stretch, series
 
 POSITION = re.compile(r"rollout/spec_accept_rate_pos_(\d+)")
@@ -110,6 +112,95 @@ def reward_difference(mean: Series, low: Series, high: Series) -> Callable[[Axes
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
 
     return plot
+
+
+def frontier(rows: Sequence[SweepRow], x: Literal["acceptance", "speed"]) -> Callable[[Axes], None]:
+    """Reward of a sweep's points, each beside its mix weight, against acceptance or speed over plain.
+
+    Bars are the bands of differences, drawn from plain's reward, and the range of speeds. Dashed: plain, and
+    below it, dotted, what may be lost. A ring is around marked points.
+    """
+    lines = sweep_lines(rows)
+
+    def plot(axes: Axes) -> None:
+        for plain in (row for row in rows if row.difference is None):
+            axes.axhline(
+                plain.reward, color=SLATE, linewidth=1.2, linestyle="--", label=_plain_label(plain, rows)
+            )
+            axes.axhline(plain.reward - plain.max_loss * plain.range, color=SLATE, linewidth=1, linestyle=":")
+        for number, (label, line) in enumerate(lines.items()):
+            drawn = [row for row in line if x == "speed" or row.acceptance_rate is not None]
+            if not drawn:
+                continue
+            places = [_place(row, x) for row in drawn]
+            axes.errorbar(
+                places,
+                [row.reward for row in drawn],
+                yerr=np.array([_reach(row) for row in drawn]).T,
+                xerr=np.array([_spread(row) for row in drawn]).T if x == "speed" else None,
+                color=colour_of(number),
+                linewidth=1,
+                elinewidth=1,
+                alpha=0.85,
+                marker="o",
+                markersize=4,
+                label=label,
+            )
+            for row, place in zip(drawn, places, strict=True):
+                if row.is_marked:
+                    axes.plot(place, row.reward, "o", markersize=11, markerfacecolor="none", color=INK)
+                axes.annotate(
+                    f"{row.mix_weight:g}", (place, row.reward), (5, 4), textcoords="offset points", fontsize=9
+                )
+        axes.set(xlabel="acceptance rate" if x == "acceptance" else "speed over plain", ylabel="mean reward")
+
+    return plot
+
+
+def sweep_lines(rows: Sequence[SweepRow]) -> dict[str, list[SweepRow]]:
+    """Points that differ in their mix weight alone, by what they have in common; plain has none."""
+    lines: dict[str, list[SweepRow]] = {}
+    for row in rows:
+        if row.difference is not None:
+            parts = [row.plan, *_temperature(row, rows)]
+            if row.draft_temperature is not None:
+                parts.append(f"drafts T={row.draft_temperature:g}")
+            lines.setdefault(", ".join(parts), []).append(row)
+    return lines
+
+
+def save_sweep(rows: Sequence[SweepRow], path: Path) -> None:
+    """A picture of its own: reward against speed, and against acceptance."""
+    save([frontier(rows, "speed"), frontier(rows, "acceptance")], path, height=4.2)
+
+
+def _temperature(row: SweepRow, rows: Sequence[SweepRow]) -> list[str]:
+    """Said where they differ in it."""
+    return [f"T={row.temperature:g}"] if len({each.temperature for each in rows}) > 1 else []
+
+
+def _plain_label(row: SweepRow, rows: Sequence[SweepRow]) -> str:
+    return ", ".join([row.plan, *_temperature(row, rows)])
+
+
+def _place(row: SweepRow, x: Literal["acceptance", "speed"]) -> float:
+    if x == "speed":
+        return row.speedup_over_plain
+    assert row.acceptance_rate is not None
+    return row.acceptance_rate
+
+
+def _reach(row: SweepRow) -> tuple[float, float]:
+    """How far the band of the difference goes below and above it."""
+    assert row.difference is not None
+    assert row.difference_cs_low is not None
+    assert row.difference_cs_high is not None
+    below, above = row.difference - row.difference_cs_low, row.difference_cs_high - row.difference
+    return max(0.0, below), max(0.0, above)
+
+
+def _spread(row: SweepRow) -> tuple[float, float]:
+    return row.speedup_over_plain - row.speedup_min, row.speedup_max - row.speedup_over_plain
 
 
 def shaded(plot: Callable[[Axes], None], stretches: Sequence[Stretch]) -> Callable[[Axes], None]:
