@@ -50,6 +50,11 @@ SECTIONS = (
         lambda: readme_peers.peers_page(read("speed_peers"), picture="images/speed_peers.png"),
     ),
     Section(
+        "speed_peers_avx512",
+        "Speed: the same on a processor whose AVX-512 multiplies in bfloat16",
+        lambda: readme_peers.peers_page(read("speed_peers_avx512")),
+    ),
+    Section(
         "speed_peers_float32",
         "Speed: the same in float32, on a processor without a matrix unit",
         lambda: readme_peers.peers_page(read("speed_peers_float32")),

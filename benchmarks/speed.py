@@ -54,6 +54,7 @@ def experiments() -> dict[str, Callable[[], list[Row]]]:
     else:
         found |= {
             "peers": peers.peers,
+            "peers_avx512": peers.peers,  # where AVX-512 multiplies in bfloat16, without a matrix unit
             "peers_float32": peers.peers_float32,
             "peers_two_threads": peers.peers_two_threads,
         }
