@@ -12,6 +12,7 @@ import pytest
 from blockroll.errors import InvalidInput
 from blockroll.policies.hf import HFPolicy
 from blockroll.policies.loading import TINY_POLICY_DIR
+from blockroll.rl_loops.tracking import read_lines
 from blockroll.rollout.drafters.history_file import load_history
 from blockroll.rollout.pool.ray_replica import check_disjoint
 from tests.equality import assert_same_rows
@@ -81,6 +82,59 @@ def test_colocated_replicas_of_two_ranks_draw_the_learners_law(tmp_path, options
     gap, error = (last[f"sampling/surprisal_minus_entropy/run_{name}"] for name in ("mean", "se"))
     assert abs(gap) < 4 * error
     assert [row["grad_norm"] > 0 for row in first["logs"]] == [True] * STEPS
+
+
+def assert_of_one_guard(ranks, mode):
+    """Both ranks know the same evidence, of both, and go on in this mode from step 2 on."""
+    first, second = (
+        [{name: row[name] for name in row if name.startswith("drift/")} for row in each["logs"]]
+        for each in ranks
+    )
+    assert first == second
+    assert len(first) == STEPS
+    for step, row in enumerate(first, start=1):
+        tokens = sum(len(ids) for each in ranks for ids in each["drawn"][: 6 * step])
+        assert row["drift/calibration/ratio/n"] == tokens
+        assert row["drift/calibration/surprisal/n"] > 20 * step
+    assert [row["drift/fallback_total"] for row in first] == [1] * STEPS
+    for each in ranks:
+        assert each["mode"] == mode
+        assert each["laws"] == [0.5] * 6 + [1.0] * 12
+        plain = [row.get("rollout/plan/plain", 0.0) for row in each["logs"]]
+        assert plain == [0.0, *([float(mode == "plain")] * 2)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("placement", ["colocated", "separate"])
+def test_ranks_fall_back_together_where_one_of_them_reports_what_is_not_so(tmp_path, placement):
+    mode = "plain" if placement == "separate" else "lossless"
+    ranks = reports(tmp_path, "--placement", placement, "--guard", mode)
+    assert_of_one_guard(ranks, mode)
+    lines = read_lines(tmp_path / "out" / "blockroll" / "metrics.jsonl")
+    said = [row["guard/said"] for row in lines if "loss" in row]
+    assert "calibration/ratio" in said[0]
+    assert said[1:] == [None] * (STEPS - 1)
+    if placement == "colocated":
+        resumed = reports(tmp_path, "--guard", mode, "--resume", str(tmp_path / "out" / "checkpoint-2"))
+        assert [(each["mode"], each["laws"]) for each in resumed] == [(mode, [1.0] * 6)] * 2
+        (last,) = (row for row in resumed[0]["logs"] if row["step"] == STEPS)
+        assert last["drift/calibration/ratio/n"] == ranks[0]["logs"][-1]["drift/calibration/ratio/n"]
+
+
+@pytest.mark.slow
+def test_ranks_stop_together_with_a_checkpoint(tmp_path):
+    ranks = reports(tmp_path, "--guard", "stop")
+    assert [len(each["drawn"]) for each in ranks] == [6, 6]
+    assert [row["step"] for each in ranks for row in each["logs"]] == [1, 1]
+    assert (tmp_path / "out" / "checkpoint-1" / "blockroll" / "rollout_state.pt").is_file()
+
+
+@pytest.mark.slow
+def test_a_rank_that_does_not_follow_the_guard_is_noticed_at_the_next_update(tmp_path):
+    status, output = launch(tmp_path, "--guard", "lossless", "--deaf-on", "1", timeout=120)
+    assert status != 0
+    assert "AssertionError: ranks draw ['lossless', 'as_asked'], the guard has lossless" in output
+    assert "RankError: rank 0 failed while deciding what the guard does, so every rank stops" in output
 
 
 @pytest.mark.slow

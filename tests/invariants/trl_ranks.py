@@ -1,6 +1,7 @@
 """What one rank of a distributed trainer does in test_trl_ranks.py; started by torchrun or accelerate."""
 
 import argparse
+import dataclasses
 import itertools
 import json
 import sys
@@ -13,11 +14,11 @@ import trl
 from accelerate import DistributedType, PartialState
 from datasets import Dataset
 
-from blockroll.config import AlignmentConfig, DraftConfig, RolloutConfig
+from blockroll.config import AlignmentConfig, DraftConfig, RolloutConfig, WatchConfig
 from blockroll.errors import ReplicaError
 from blockroll.policies.loading import TINY_POLICY_DIR
 from blockroll.rl_loops import arithmetic
-from blockroll.rl_loops.trl import GRPOTrainer
+from blockroll.rl_loops.trl import GRPOTrainer, GuardCallback
 
 FAILING_REWARD = False
 FAILURES = {
@@ -31,6 +32,13 @@ def even_share(completion_ids, trainer_state, **_):
     if trainer_state.global_step == 1 and FAILING_REWARD:
         raise LookupError("no such answer: planted")
     return [sum(token % 2 == 0 for token in ids) / len(ids) for ids in completion_ids]
+
+
+class Deaf(GuardCallback):
+    """Planted: does nothing of what rank 0 decides."""
+
+    def _follow(self, mode):
+        pass
 
 
 def main() -> None:
@@ -53,6 +61,10 @@ def main() -> None:
     parser.add_argument("--align", action="store_true", help="with an adapter that starts from nothing")
     parser.add_argument("--history", action="store_true", help="draft from history, and save every step")
     parser.add_argument("--share", action="store_true", help="the histories of all ranks")
+    parser.add_argument(
+        "--guard", help="a mixed law, of which rank 1 reports wrong log-probabilities, and what is then done"
+    )
+    parser.add_argument("--deaf-on", type=int, default=-1, help="the rank that does not follow its guard")
     parser.add_argument("--resume", help="the checkpoint to go on from")
     given = parser.parse_args()
     torch.set_num_threads(1)
@@ -68,15 +80,18 @@ def main() -> None:
         report_to=[],
         use_cpu=True,
         bf16=given.bf16,
-        save_strategy="steps" if given.history else "no",
+        save_strategy="steps" if given.history or given.guard else "no",
         save_steps=1,
         disable_tqdm=True,
         gradient_checkpointing=False,
+        **({"vllm_importance_sampling_mode": "token_truncate"} if given.guard else {}),
         **({"fsdp": True, "fsdp_config": {"version": 2}} if given.fsdp else {}),
     )
     if given.fsdp:
         # accelerate takes FSDP for accelerators only; torch's own FSDP2, which it then calls, works on CPUs.
         PartialState().distributed_type = DistributedType.MULTI_GPU
+    rank = PartialState().process_index
+    watch = WatchConfig(calibration=given.guard or "off", learner="off")
     trainer = GRPOTrainer(
         str(TINY_POLICY_DIR),
         reward_funcs=even_share,
@@ -90,16 +105,19 @@ def main() -> None:
             num_replicas=2,
             threads_per_replica=1,
             share_history=given.share,
+            mix_weight=0.5 if given.guard else 1.0,
+            watch_every=1 if given.guard else None,
         ),
+        callbacks=[(Deaf if rank == given.deaf_on else GuardCallback)(watch)] if given.guard else None,
         alignment=AlignmentConfig(draft=DraftConfig(rank=4, layouts=("two_forward",)))
         if given.align
         else None,
     )
-    rank = trainer.accelerator.process_index
     global FAILING_REWARD
     FAILING_REWARD = rank == given.fail_reward_on
     drawn: list[list[int]] = []
     drafts: list[tuple[int, int]] = []  # accepted and verified, of each rollout
+    laws: list[float] = []  # the weight of each rollout's law
     generate = trainer.rollouts.placement.generate
 
     def recording(requests):
@@ -111,6 +129,10 @@ def main() -> None:
         for rollout in generate(requests):
             drawn.append(list(rollout.token_ids))
             drafts.append((rollout.stats.num_accepted, rollout.stats.num_drafted))
+            laws.append(rollout.law.weight)
+            if given.guard and rank == 1:
+                wrong = tuple(value + 0.3 for value in rollout.policy_logprobs)
+                rollout = dataclasses.replace(rollout, policy_logprobs=wrong)
             yield rollout
 
     trainer.rollouts.placement.generate = recording
@@ -141,6 +163,8 @@ def main() -> None:
         "logs": [row for row in trainer.state.log_history if "loss" in row],
         "drawn": drawn,
         "drafts": drafts,
+        "laws": laws,
+        "mode": trainer._guard.mode if given.guard else None,
         "adapter": [float(each.double().abs().sum()) for each in adapter.parameters()] if adapter else [],
         "shares": getattr(trainer.rollouts.placement, "_shares", None),
     }
