@@ -202,7 +202,7 @@ def _concluded(rows: Sequence[SweepRow]) -> str:
         f"range is {best.label}, {speed}"
     )
     if best.finding == "within":
-        said += f", reward {best.reward:.3f}, {_difference(best)} of plain's"
+        said += f", reward {best.reward:.3f}, {_difference(best)} against plain's"
     elif best.difference is not None:
         said += ", lossless by its law"
     faster = [row for row in rows if row.speedup_over_plain > best.speedup_over_plain]

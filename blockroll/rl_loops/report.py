@@ -1,7 +1,8 @@
 """`report.html`: one run on one page that needs nothing but itself, not even a network.
 
-Reads what the run left in its folder: config.yaml, metrics.jsonl, rollouts.jsonl and, if a benchmark
-was run beside it, speed.json. A trainer of another library says in words what config.yaml would.
+Reads what the run left in its folder: config.yaml, metrics.jsonl, rollouts.jsonl and, if a benchmark or a
+sweep was run beside it, speed.json or sweep.jsonl. A trainer of another library says in words what
+config.yaml would.
 """
 
 import html
@@ -9,19 +10,20 @@ import importlib.metadata
 import json
 import platform
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from blockroll.bench.frontier import SweepRow, from_record
 from blockroll.errors import InvalidInput
 from blockroll.rl_loops import figures
 from blockroll.rl_loops.cards import CSS, card, table
 from blockroll.rl_loops.display import number
 from blockroll.rl_loops.tracking import read_lines
 from blockroll.rl_loops.watch.figures import shaded
-from blockroll.rl_loops.watch.page import story_section, watch_cards
+from blockroll.rl_loops.watch.page import frontier_card, story_section, watch_cards
 from blockroll.rl_loops.watch.rows import Rows, evaluations, series, stretches
 from blockroll.rl_loops.watch.story import speed_ratios, story
 
@@ -45,6 +47,7 @@ def write_report(run_dir: str | Path) -> Path:
         about,
         rows,
         setting=_setting(config, rows),
+        sweep=[from_record(record) for record in read_lines(folder / "sweep.jsonl")],
         samples=samples,
         speed=speed,
         asked_steps=config["train"]["steps"],
@@ -80,10 +83,12 @@ def _page(
     setting: Mapping[str, str],
     samples: Rows = (),
     speed: Rows = (),
+    sweep: Sequence[SweepRow] = (),
     asked_steps: int | None = None,
 ) -> str:
     reward, *others = _cards(rows, speed)
-    figured = "".join([reward, *watch_cards(rows), *others])
+    swept = [frontier_card(sweep)] if sweep else []
+    figured = "".join([reward, *watch_cards(rows), *swept, *others])
     title = f"Run {html.escape(name)}"
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8">'

@@ -1,5 +1,6 @@
 """The report: one file that needs nothing else, whatever a run has or lacks."""
 
+import html
 import json
 import re
 from html.parser import HTMLParser
@@ -7,22 +8,26 @@ from html.parser import HTMLParser
 import pytest
 import yaml
 
+from blockroll.bench.frontier import conclusion, to_record
 from blockroll.config import RunConfig, to_mapping
 from blockroll.errors import InvalidInput
 from blockroll.rl_loops.report import write_report
 from blockroll.rl_loops.watch.rows import evaluations
+from tests.sweep_rows import sweep_rows
 from tests.watch_rows import SAID, TESTS, guarded_rows, plain_row
 
 VOID = {"meta", "br", "link", "path", "use", "rect"}
 
 
-def run_folder(path, rows, samples=(), speed=None):
+def run_folder(path, rows, samples=(), speed=None, sweep=()):
     path.mkdir()
     (path / "config.yaml").write_text(yaml.safe_dump(to_mapping(RunConfig())))
     for name, lines in (("metrics.jsonl", rows), ("rollouts.jsonl", samples)):
         (path / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
     if speed is not None:
         (path / "speed.json").write_text(json.dumps(speed))
+    if sweep:
+        (path / "sweep.jsonl").write_text("".join(json.dumps(to_record(row)) + "\n" for row in sweep))
     return path
 
 
@@ -91,6 +96,23 @@ def test_what_a_guard_watched_is_drawn_and_told_at_the_top(tmp_path):
     assert {"Evidence", "Reward difference", "Acceptance by position", "Reward against acceptance"} <= drawn
     rows_of_tests = re.findall(r'<td><i class="swatch"[^>]*></i>([^<]*)</td>', dict(cards)["Evidence"])
     assert sorted(rows_of_tests) == sorted(TESTS)
+
+
+def test_a_sweep_beside_the_run_is_drawn_with_what_it_concludes(tmp_path):
+    rows = sweep_rows()
+    folder = run_folder(tmp_path / "demo", [plain_row(1)], sweep=rows)
+    text = page(folder)
+    cards = dict(re.findall(r"<article[^>]*><h2>([^<]*)</h2>(.*?)</article>", text, re.DOTALL))
+    assert cards["Frontier"].count("<svg") == 2
+    assert html.escape(conclusion(rows)[0]) in cards["Frontier"]
+    listed = re.findall(r'<i class="swatch"[^>]*></i>([^<]*)</td><td>([^<]*)<', cards["Frontier"])
+    assert listed == [("plain", "1"), *(("two_forward(8)", each) for each in ("1", "0.75", "0.5", "0.25"))]
+    assert cards["Frontier"].count("<b>") == 1
+
+    lines = (folder / "sweep.jsonl").read_text().splitlines()
+    (folder / "sweep.jsonl").write_text(lines[0].replace('"difference"', '"other"') + "\n")
+    with pytest.raises(InvalidInput, match="has no 'difference'"):
+        write_report(folder)
 
 
 def test_texts_of_the_policy_are_shown_and_never_run(tmp_path):

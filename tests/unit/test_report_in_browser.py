@@ -4,6 +4,7 @@ import pytest
 
 from blockroll.rl_loops.report import write_report
 from tests.browser import FAULTS, FOUND, browser
+from tests.sweep_rows import sweep_rows
 from tests.unit.test_report import SAMPLE, SPEED, run_folder
 from tests.watch_rows import SAID, guarded_rows, plain_row
 
@@ -26,7 +27,7 @@ def pages(tmp_path_factory):
     rows[0]["eval/initial_reward"] = 0.41
     nothing = {"rollout/acceptance_rate": None, "rollout/tokens_per_forward": 1.0, "reward": None}
     runs = {
-        "guarded": run_folder(folder / ("a_name_" * 9), rows, [SAMPLE, UNBROKEN], SPEED),
+        "guarded": run_folder(folder / ("a_name_" * 9), rows, [SAMPLE, UNBROKEN], SPEED, sweep_rows()),
         "plain": run_folder(folder / "plain", [plain_row(1, plan="plain", **nothing)]),
     }
     return {name: write_report(run) for name, run in runs.items()}

@@ -16,6 +16,7 @@ from blockroll.rl_loops.watch.rows import Rows, Stretch, series
 
 POSITION = re.compile(r"rollout/spec_accept_rate_pos_(\d+)")
 MOST_COLUMNS = 60  # of a heat map: of longer runs, means over neighbouring steps
+APART = 0.12  # of an axis, between what is written beside points
 LOWEST, HIGHEST = -2.0, 3.0  # of evidence, in thresholds: curves beyond leave the figure
 # As many as the guard has tests; each is seen on white and on dark paper.
 COLOURS = (
@@ -115,12 +116,14 @@ def reward_difference(mean: Series, low: Series, high: Series) -> Callable[[Axes
 
 
 def frontier(rows: Sequence[SweepRow], x: Literal["acceptance", "speed"]) -> Callable[[Axes], None]:
-    """Reward of a sweep's points, each beside its mix weight, against acceptance or speed over plain.
+    """Reward of a sweep's points against acceptance or speed over plain, lines through those of one kind.
 
     Bars are the bands of differences, drawn from plain's reward, and the range of speeds. Dashed: plain, and
-    below it, dotted, what may be lost. A ring is around marked points.
+    below it, dotted, what may be lost. A ring is around marked points. Beside a point stands its mix weight,
+    unless it would stand over another.
     """
     lines = sweep_lines(rows)
+    labels: list[tuple[float, float, str]] = []
 
     def plot(axes: Axes) -> None:
         for plain in (row for row in rows if row.difference is None):
@@ -149,12 +152,26 @@ def frontier(rows: Sequence[SweepRow], x: Literal["acceptance", "speed"]) -> Cal
             for row, place in zip(drawn, places, strict=True):
                 if row.is_marked:
                     axes.plot(place, row.reward, "o", markersize=11, markerfacecolor="none", color=INK)
-                axes.annotate(
-                    f"{row.mix_weight:g}", (place, row.reward), (5, 4), textcoords="offset points", fontsize=9
-                )
+                labels.append((place, row.reward, f"{row.mix_weight:g}"))
+        axes.margins(x=0.14)
+        _write_apart(axes, labels)
         axes.set(xlabel="acceptance rate" if x == "acceptance" else "speed over plain", ylabel="mean reward")
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=6))
 
     return plot
+
+
+def _write_apart(axes: Axes, labels: Sequence[tuple[float, float, str]]) -> None:
+    """Texts beside their points, but for those that would stand over one that is there."""
+    width, height = (high - low for low, high in (axes.get_xlim(), axes.get_ylim()))
+    written: list[tuple[float, float]] = []
+    for x, y, text in labels:
+        if all(
+            abs(x - other_x) > APART * width or abs(y - other_y) > APART * height
+            for other_x, other_y in written
+        ):
+            axes.annotate(text, (x, y), (5, 4), textcoords="offset points", fontsize=9)
+            written.append((x, y))
 
 
 def sweep_lines(rows: Sequence[SweepRow]) -> dict[str, list[SweepRow]]:

@@ -2,10 +2,12 @@
 
 import html
 import itertools
+from collections.abc import Sequence
 
+from blockroll.bench.frontier import IN_WORDS, SweepRow, conclusion
 from blockroll.rl_loops import cards
 from blockroll.rl_loops.display import number
-from blockroll.rl_loops.figures import draw
+from blockroll.rl_loops.figures import SLATE, draw
 from blockroll.rl_loops.watch import figures
 from blockroll.rl_loops.watch.rows import Evidence, Rows, evidence_of, series, stretches
 from blockroll.rl_loops.watch.story import Sentence
@@ -90,3 +92,38 @@ def _positions(rows: Rows) -> str:
     return cards.card(
         "Acceptance by position", "Of the drafts that were reached at each position.", draw(plot)
     )
+
+
+def frontier_card(rows: Sequence[SweepRow]) -> str:
+    """Of a sweep: what it concludes, reward against speed and against acceptance, and every point."""
+    said = " ".join(html.escape(line) for line in conclusion(rows))
+    note = (
+        f"{said} Beside points: mix weights, 1 is lossless. Bars: the band of the reward difference to "
+        "plain, drawn from plain's reward, dashed; dotted: what may be lost. A ring is around what is marked."
+    )
+    beside = draw(figures.frontier(rows, "acceptance")) + _points(rows)
+    return cards.card("Frontier", note, draw(figures.frontier(rows, "speed")), beside=beside)
+
+
+def _points(rows: Sequence[SweepRow]) -> str:
+    """Of every point its line's colour, mix weight, reward, speed and what was found of it."""
+    kinds = figures.sweep_lines(rows)
+    found = {
+        row: (label, figures.colour_of(i)) for i, (label, some) in enumerate(kinds.items()) for row in some
+    }
+    head = "".join(f"<th>{each}</th>" for each in ("point", "weight", "reward", "speed", "finding"))
+    body = "".join(_point(row, *found.get(row, (row.plan, SLATE))) for row in rows)
+    return f'<table class="legend"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
+
+
+def _point(row: SweepRow, label: str, colour: str) -> str:
+    return (
+        f'<tr><td><i class="swatch" style="background:{colour}"></i>{html.escape(label)}</td>'
+        f"<td>{row.mix_weight:g}</td><td>{number(row.reward)}</td>"
+        f"<td>{number(row.speedup_over_plain, 2)}×</td>{_found(row)}</tr>"  # noqa: RUF001
+    )
+
+
+def _found(row: SweepRow) -> str:
+    words = f"<b>{IN_WORDS[row.finding]}</b>" if row.is_marked else IN_WORDS[row.finding]
+    return f'<td class="bad">{words}</td>' if row.finding == "refuted" else f"<td>{words}</td>"
