@@ -237,10 +237,25 @@ def test_acceptance_that_falls_is_told_once():
     generator = np.random.default_rng(0)
     said = []
     for step in range(60):
-        watch.observe_acceptance((generator.random(16) * 0.4 + (0.5 if step < 30 else 0.2)).tolist())
+        rates = generator.random(16) * 0.4 + (0.5 if step < 30 else 0.2)
+        watch.observe_acceptance([("plan", rate) for rate in rates.tolist()])
         said.append(watch.decide(step)["guard/said"])
     assert all(each is None for each in said[:30])
     assert sum(each is not None for each in said) == 1
+
+
+def test_each_plan_is_held_against_its_own_acceptance():
+    watch, generator = Watch(WatchConfig(acceptance_reference=100)), np.random.default_rng(0)
+    for step in range(60):
+        rates = [("one", rate) for rate in (generator.random(8) * 0.2 + 0.7).tolist()]
+        if step > 10:
+            rates += [("another", rate) for rate in (generator.random(8) * 0.2 + 0.1).tolist()]
+        watch.observe_acceptance(rates)
+        assert watch.decide(step)["guard/said"] is None
+    again = Watch(WatchConfig(acceptance_reference=100))
+    again.load_state_dict(watch.state_dict())
+    again.observe_acceptance([("another", 0.8)] * 200)
+    assert "acceptance" in again.decide(61)["guard/said"]
 
 
 @pytest.mark.parametrize(

@@ -86,7 +86,6 @@ def test_a_sound_run_is_watched_in_silence(tmp_path):
     for name in ("calibration/ratio", "learner"):
         assert rows[1][f"drift/{name}/n"] - rows[0][f"drift/{name}/n"] == tokens, "each token once"
     assert rows[1]["drift/calibration/accept/n"] > 50
-    assert 0 < rows[1]["drift/acceptance/reference"] < 1
     logged = [row for row in made.state.log_history if "loss" in row]
     assert [row["drift/alpha_spent"] for row in logged] == [0, 0]
     assert not any(name.startswith("guard/") for row in logged for name in row), "loggers take numbers"
@@ -280,7 +279,7 @@ def test_acceptance_that_falls_makes_the_next_completions_lossless(tmp_path, mon
     rows = rows_of(tmp_path)
     spoke = next(row["step"] for row in rows if row["guard/action"])
     assert 4 < spoke < 12
-    assert "acceptance is that of the first 96 rollouts" in rows[spoke - 1]["guard/said"]
+    assert "acceptance is that of its first 96 rollouts" in rows[spoke - 1]["guard/said"]
     assert weights == {step: {0.5} if step < spoke else {1.0} for step in range(12)}
 
 

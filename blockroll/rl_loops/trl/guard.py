@@ -37,7 +37,7 @@ class Seen:
     evidence: Evidence  # of its engines
     ratios: Bets
     learner: Bets
-    acceptance: tuple[float, ...]  # of its rollouts, in the order they were asked for
+    acceptance: tuple[tuple[str, float], ...]  # of its rollouts, in the order they were asked for
     mode: Mode  # that it draws in
     is_lossless: bool  # whether all of its rollouts were
 

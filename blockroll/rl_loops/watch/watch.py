@@ -6,7 +6,8 @@ The claims, each of the mean of a value given all that came before:
     calibration/ratio          policy over behaviour law of a token, pi / mu: at most 1, whatever the law
     learner                    |log pi by the learner - by the replica| of a token, up to 1 nat: at most a
                                tolerance
-    acceptance                 of a rollout: within what the first rollouts leave open, less a tolerance
+    acceptance                 of a rollout by one plan under one law: within what its first rollouts leave
+                               open, and a tolerance
     reward                     of a prompt, under the mixed law less under the lossless one: at least minus a
                                tolerance
 
@@ -28,7 +29,7 @@ from blockroll.rollout.calibration.bets import Bets
 from blockroll.rollout.calibration.confidence import ConfidenceSequence
 from blockroll.rollout.calibration.evidence import Evidence
 from blockroll.rollout.calibration.observer import DEAD_BAND, FUNCTIONALS
-from blockroll.types import Rollout
+from blockroll.types import Plan, Rollout
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +50,7 @@ class Watch:
             budget=config.alpha_budget - config.acceptance_alpha / 2 * (config.acceptance != "off"),
             lift=config.lift,
         )
-        self._reference = ConfidenceSequence(config.acceptance_alpha / 2)
+        self._references: dict[str, ConfidenceSequence] = {}  # of acceptance, by kind
         self._rewards = ConfidenceSequence(config.reward_alpha)
         self._num_clipped = 0
         self._seen = Evidence()  # of the step under way
@@ -76,17 +77,28 @@ class Watch:
         if self.config.calibration != "off":
             self.guard.add("calibration/ratio", bets)
 
-    def observe_acceptance(self, rates: Sequence[float]) -> None:
-        """`acceptance_rates` of a step's rollouts, in a fixed order."""
+    def observe_acceptance(self, rates: Sequence[tuple[str, float]]) -> None:
+        """`acceptance_rates` of a step, in a fixed order: each is held against the first of its kind."""
         if self.config.acceptance == "off":
             return
-        num_first = max(0, self.config.acceptance_reference - self._reference.num_values)
-        for rate in rates[:num_first]:
-            self._reference.add(rate)
-        if rates[num_first:]:
-            low = self._reference.low - self.config.acceptance_tolerance
-            high = self._reference.high + self.config.acceptance_tolerance
-            self.guard.observe("acceptance", rates[num_first:], low=low, high=high)
+        for kind in dict.fromkeys(kind for kind, _ in rates):
+            reference = self._reference(kind)
+            of_kind = [rate for each, rate in rates if each == kind]
+            num_first = max(0, self.config.acceptance_reference - reference.num_values)
+            for rate in of_kind[:num_first]:
+                reference.add(rate)
+            if of_kind[num_first:]:
+                low = reference.low - self.config.acceptance_tolerance
+                high = reference.high + self.config.acceptance_tolerance
+                self.guard.observe("acceptance", of_kind[num_first:], low=low, high=high)
+
+    def _reference(self, kind: str) -> ConfidenceSequence:
+        """Acceptance of the first rollouts of a kind; half of the test's alpha is shared by all kinds."""
+        if kind not in self._references:
+            number = len(self._references) + 1
+            alpha = self.config.acceptance_alpha / 2 / (number * (number + 1))
+            self._references[kind] = ConfidenceSequence(alpha)
+        return self._references[kind]
 
     def observe_laws(self, rollouts: Sequence[Rollout], logprobs_N: np.ndarray) -> None:
         """The learner's log-probabilities of every token, by the weights that the rollouts were asked of."""
@@ -165,15 +177,13 @@ class Watch:
                 key = name if name == "mean" else f"cs_{name}"
                 found[f"drift/reward/{key}"] = scale * (getattr(self._rewards, name) - 0.5)
             found["drift/reward/clipped_total"] = float(self._num_clipped)
-        if self._reference.num_values and self.config.acceptance != "off":
-            found["drift/acceptance/reference"] = self._reference.mean
         return found
 
     def state_dict(self) -> dict[str, Any]:
         """What `load_state_dict` goes on from."""
         return {
             "guard": self.guard.state_dict(),
-            "reference": self._reference.state_dict(),
+            "references": {kind: each.state_dict() for kind, each in self._references.items()},
             "rewards": self._rewards.state_dict(),
             "num_clipped": self._num_clipped,
         }
@@ -181,7 +191,10 @@ class Watch:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state_dict()`. CheckpointError if that was of other tests or alphas."""
         self.guard.load_state_dict(state["guard"])
-        self._reference.load_state_dict(state["reference"])
+        self._references = {}
+        for kind, reference in state["references"].items():
+            self._references[kind] = ConfidenceSequence(reference["alpha"])
+            self._references[kind].load_state_dict(reference)
         self._rewards.load_state_dict(state["rewards"])
         self._num_clipped = int(state["num_clipped"])
 
@@ -218,9 +231,20 @@ def ratio_bets(rollouts: Sequence[Rollout]) -> Bets:
     return Bets.on_ratios(ratios_N[~np.isnan(ratios_N)], 1.0 + DEAD_BAND)
 
 
-def acceptance_rates(rollouts: Sequence[Rollout]) -> list[float]:
-    """Of each rollout that no error ended and that drafts were verified for."""
-    return [rollout.stats.acceptance_rate for rollout in _sound(rollouts) if rollout.stats.num_drafted]
+def acceptance_rates(rollouts: Sequence[Rollout]) -> list[tuple[str, float]]:
+    """Of each rollout that no error ended, by each plan that drafted: its kind, plan and law, and the rate."""
+    rates = []
+    for rollout in _sound(rollouts):
+        counts: dict[Plan, tuple[int, int]] = {}
+        for step, count in rollout.stats.steps:
+            if step.num_drafts:
+                accepted, drafted = counts.get(step.plan, (0, 0))
+                counts[step.plan] = (accepted + count * step.num_accepted, drafted + count * step.num_drafts)
+        rates += [
+            (f"{plan.name}, {rollout.law.name}", accepted / drafted)
+            for plan, (accepted, drafted) in counts.items()
+        ]
+    return rates
 
 
 def _sound(rollouts: Sequence[Rollout]) -> list[Rollout]:
@@ -256,8 +280,8 @@ def _tests(config: WatchConfig, tolerance: float) -> list[Test]:
                 name="acceptance",
                 alpha=config.acceptance_alpha / 2,  # the other half is the reference's own
                 action=config.acceptance,
-                claim=f"acceptance is that of the first {config.acceptance_reference} rollouts, within "
-                f"{config.acceptance_tolerance:g}",
+                claim=f"a plan's acceptance is that of its first {config.acceptance_reference} rollouts, "
+                f"within {config.acceptance_tolerance:g}",
             )
         )
     if config.reward != "off":
