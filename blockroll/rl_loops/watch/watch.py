@@ -232,7 +232,7 @@ def ratio_bets(rollouts: Sequence[Rollout]) -> Bets:
 
 
 def acceptance_rates(rollouts: Sequence[Rollout]) -> list[tuple[str, float]]:
-    """Of each rollout that no error ended, by each plan that drafted: its kind, plan and law, and the rate."""
+    """Of each rollout without an error, by each plan that drafted: its kind, plan and law, and the rate."""
     rates = []
     for rollout in _sound(rollouts):
         counts: dict[Plan, tuple[int, int]] = {}
