@@ -218,9 +218,7 @@ def _why_not(row: SweepRow) -> str:
     if row.finding == "loses":
         return f"{name}, which loses more, {_difference(row)}"
     needed = prompts_needed(row)
-    advice = (
-        "though it did lose more on average" if needed is None else f"about {max(needed, 2):,} prompts could"
-    )
+    advice = "it did lose more on average" if needed is None else f"about {max(needed, 2):,} prompts could"
     return f"{name}, of which {row.num_prompts:,} prompts cannot tell, {_difference(row)}; {advice}"
 
 

@@ -226,7 +226,7 @@ class _Run:
         if rewards.num_failed == len(self._waves[0]):
             raise InvalidInput(
                 f"none of the {rewards.num_failed} rollouts of the warm-up has a reward: the reward function "
-                "failed or gave None for each of them"
+                "failed, as the log says, or gave None for each of them"
             )
         self._tick()
 

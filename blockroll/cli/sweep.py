@@ -70,16 +70,18 @@ def load_rows(
         raise InvalidInput(f"--num-prompts must be at least 1, got {num_prompts}")
     count = num_prompts or SWEEP_PROMPTS
     if prompts == "text":
-        where = f"held-out row of task {task.name!r}"
+        where = f"held-out rows of task {task.name!r}"
         rows = [(number, checked_row(row, task.name)) for number, row in enumerate(task.eval_rows(count), 1)]
+        if not rows:
+            raise InvalidInput(f"task {task.name!r} has no held-out rows: give --prompts FILE")
     else:
-        where = f"prompt of {prompts}"
+        where = f"prompts of {prompts}"
         rows = [(number, checked_row(row, prompts)) for number, row in rows_from(Path(prompts))]
     if num_prompts is not None and len(rows) < num_prompts:
-        raise InvalidInput(f"--num-prompts asks for {num_prompts}, but there are {len(rows)} ({where}s)")
+        raise InvalidInput(f"--num-prompts asks for {num_prompts}, but there are {len(rows)}: {where}")
     encode = PromptEncoder(policy.tokenizer, vocab_size=policy.vocab_size)
     chosen = rows[:count]
-    encoded = [encode(row["prompt"], name=f"{where}, number {number}") for number, row in chosen]
+    encoded = [encode(row["prompt"], name=f"number {number} of the {where}") for number, row in chosen]
     return [row for _, row in chosen], encoded
 
 
