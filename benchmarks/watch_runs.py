@@ -40,7 +40,7 @@ from blockroll.types import Plan, Sampling
 
 
 def silent(
-    *, seeds: Sequence[int] = tuple(range(20)), steps: int = 8, prompts_per_step: int = 16
+    *, seeds: Sequence[int] = tuple(range(20)), steps: int = 8, prompts_per_step: int = 8
 ) -> list[Row]:
     """Lossless runs of the shipped policy by `auto`: what every test has come to at their ends."""
     rows = []
