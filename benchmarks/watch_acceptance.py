@@ -27,8 +27,8 @@ CURVES = ("reward", "rollout/acceptance_rate", "rollout/tokens_per_forward", "kl
 def acceptance(
     adapter: Path | None = None,
     *,
-    seeds: Sequence[int] = (0, 1, 2),
-    steps: int = 80,
+    seeds: Sequence[int] = (0, 1),
+    steps: int = 60,
     batch: int = 64,
     learning_rate: float = 3e-4,
     folder: Path | None = None,
