@@ -199,8 +199,10 @@ def acceptance_finding(rows: Sequence[Row]) -> str:
     """One line for the README."""
     accepted, rewards = _ends(rows, "rollout/acceptance_rate"), _ends(rows, "reward")
     alone, aligned, mixed = (accepted[arm] for arm in (*_LOSSLESS, _MIXED))
+    earned, moved = rewards[_LOSSLESS[0]], _ends(rows, "kl")[_LOSSLESS[0]][1]
     return (
         f"- **Acceptance under RL.** Of lossless rollouts it goes from {alone[0]:.2f} to {alone[1]:.2f} as "
-        f"the policy learns, with aligned drafts to {aligned[1]:.2f}; a mixed law accepts {mixed[1]:.2f} and "
-        f"ends at a reward of {rewards[_MIXED][1]:.2f} against {rewards[_LOSSLESS[0]][1]:.2f}."
+        f"the policy moves by {moved:.2f} nats a token, with aligned drafts to {aligned[1]:.2f}; a mixed law "
+        f"accepts {mixed[1]:.2f}. Rewards go from {earned[0]:.2f} to {earned[1]:.2f} and, mixed, from "
+        f"{rewards[_MIXED][0]:.2f} to {rewards[_MIXED][1]:.2f}."
     )
