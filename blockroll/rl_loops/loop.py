@@ -201,7 +201,7 @@ def _run_to_the_end(
                 with console.status(f"{what} ..."):
                     run.start(None if checkpoint is None else checkpoint.state)
                     if lift_guard:
-                        run.lift_guard()
+                        console.print(f"Guard: {run.lift_guard()}", soft_wrap=True, highlight=False)
                 _steps(run, records, callbacks, console)
         except BaseException as error:
             _save_after(error, run, console)

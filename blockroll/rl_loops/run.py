@@ -4,6 +4,7 @@ Policy version n is the weights after n updates. The rollouts of step n are draw
 no step starts before every replica has reported the learner's own checksum for that version.
 """
 
+import logging
 import random
 import time
 from collections.abc import Mapping, Sequence
@@ -36,6 +37,8 @@ from blockroll.rollout.audit.files import audit_mark
 from blockroll.rollout.planning.reading import read_plan
 from blockroll.rollout.pool.pool import RolloutPool
 from blockroll.types import PLAIN, Plan, Sampling
+
+log = logging.getLogger(__name__)
 
 SAMPLES_PER_STEP = 2
 COUNTERS = ("rollout/failed_total", "reward/failed_total", "sync/checksum_fail_total")
@@ -147,6 +150,8 @@ class Run:
             self._unfinished = state["unfinished"]
             if "watch" in state:
                 self.watch.load_state_dict(state["watch"])
+            else:
+                log.warning("Guard: the checkpoint has no evidence in it, so every test begins here")
             self._follow_guard()
             if self._unfinished is None:
                 self._saved_step = self.step
@@ -167,17 +172,20 @@ class Run:
         rows, step = self._prompts.rows(self.step * count, count), self.step + 1
         batch = self._collect(train_name(step), rows, self._sampling_in_use, f"step {step}")
         scores = self.learner.algorithm.score(self.task.reward_fn, batch)
-        shadow, places = (
-            None,
-            shadowed(self.config.watch.shadow_share, len(rows), seed=self.config.seed, step=step),
+        return Drawn(batch=batch, scores=scores, shadow=self._draw_shadow(rows, step), start=start)
+
+    def _draw_shadow(self, rows: Sequence[Row], step: int) -> Shadow | None:
+        """Some prompts of a step under the other law; None: it has no such prompts."""
+        share, seed = self.config.watch.shadow_share, self.config.seed
+        places = shadowed(share, len(rows), seed=seed, step=step)
+        if not places:
+            return None
+        other = lossless(self._sampling) if self.watch.mode == "as_asked" else self._sampling
+        batch = self._collect(
+            shadow_name(step), [rows[place] for place in places], other, f"shadow step {step}"
         )
-        if places:
-            other = lossless(self._sampling) if self.watch.mode == "as_asked" else self._sampling
-            chosen = [rows[place] for place in places]
-            beside = self._collect(shadow_name(step), chosen, other, f"shadow step {step}")
-            beside_scores = self.learner.algorithm.score(self.task.reward_fn, beside)
-            shadow = Shadow(places=tuple(places), batch=beside, scores=beside_scores)
-        return Drawn(batch=batch, scores=scores, shadow=shadow, start=start)
+        scores = self.learner.algorithm.score(self.task.reward_fn, batch)
+        return Shadow(places=tuple(places), batch=batch, scores=scores)
 
     def _collect(self, name: str, rows: Sequence[Row], sampling: Sampling, seed_word: str) -> Batch:
         return collect(
@@ -264,10 +272,11 @@ class Run:
         if decision is not None and (decision.step, decision.action) == (self.step, "stop"):
             raise GuardStopped(f"the guard stops the run after step {self.step}: {decision.said}")
 
-    def lift_guard(self) -> None:
-        """End a fallback by hand; InvalidInput where the config says that fallbacks are for good."""
-        self.watch.guard.lift(self.step)
+    def lift_guard(self) -> str:
+        """End a fallback by hand, and say so; InvalidInput where the config says that it is for good."""
+        lifted = self.watch.guard.lift(self.step)
         self._follow_guard()
+        return "no test has spoken, so nothing is lifted" if lifted is None else lifted.said
 
     def finish(self) -> StepRecord:
         """Publish the update, and evaluate when it is time; `settle` follows once the record is written."""

@@ -49,6 +49,17 @@ def test_the_gravest_action_of_a_step_is_taken_and_a_milder_one_later_changes_no
     assert set(both.decision.tests) == {"reward", "drift"}
 
 
+def test_a_test_that_has_stopped_a_run_begins_anew_only_once_it_is_lifted():
+    guard = Guard([FAULT])
+    guard.observe("law", bad(), low=0.6)
+    assert guard.decide(1).action == "stop"
+    guard.observe("law", bad(), low=0.6)
+    assert guard.decide(2) is None
+    assert guard.lift(2).tests == ("law",)
+    guard.observe("law", bad(), low=0.6)
+    assert guard.decide(3).action == "stop"
+
+
 def test_a_warning_changes_nothing():
     guard = Guard([Test(name="reward", alpha=0.05, action="warn", claim="no harm")])
     guard.observe("reward", bad(), low=0.495)

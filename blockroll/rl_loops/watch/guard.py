@@ -2,7 +2,7 @@
 
 It is fed with numbers and knows no loop, policy or pool:
 
-    guard = Guard([Test("reward", alpha=0.05, action="lossless", sides="below", claim="...")])
+    guard = Guard([Test(name="reward", alpha=0.05, action="lossless", sides="below", claim="...")])
     guard.observe("reward", values, low=0.495)  # in [0, 1], claimed to have a mean of at least 0.495
     decision = guard.decide(step)               # None, or what to do from the next step on, and why
 
@@ -170,7 +170,7 @@ class Guard:
         )
 
     def lift(self, step: int, *, why: str = "by hand") -> Decision | None:
-        """End a fallback: the tests that spoke begin anew, at their next alpha. None: there is no fallback.
+        """End a fallback: the tests that spoke begin anew, at their next alpha. None: no test has spoken.
 
         InvalidInput where a fallback is for good.
         """
@@ -178,15 +178,18 @@ class Guard:
             raise InvalidInput(
                 "this guard's fallbacks are for good (lift='never'), so that each test has all of its alpha"
             )
-        if self.mode == "as_asked":
-            return None
         spoke = [name for name, has_spoken in self._has_spoken.items() if has_spoken]
+        if not spoke:
+            return None
         for name in spoke:
             self._attempts[name] += 1
             self._has_spoken[name] = False
             self.evidence[name] = EProcess(self.tests[name].sides)
+        if self.mode == "as_asked":
+            said = f"{', '.join(spoke)} begin anew {why}"
+        else:
+            said = f"the fallback is lifted {why}: from the next step on rollouts are drawn as asked"
         self.mode = "as_asked"
-        said = f"the fallback is lifted {why}: from the next step on rollouts are drawn as asked"
         self.decision = Decision(step=step, action="lift", tests=tuple(spoke), said=said)
         return self.decision
 

@@ -74,11 +74,6 @@ class Bets:
             self.excess + other.excess,
         )
 
-    @property
-    def mean_excess(self) -> float:
-        """How far the values lie from the middle of the claim, on average; NaN without one."""
-        return self.excess / self.num_values if self.num_values else float("nan")
-
 
 def log_wealth(values_N: np.ndarray, low_N: np.ndarray, high_N: np.ndarray) -> np.ndarray:
     """Of every bet on N values in [0, 1]: (2, G), above and below; dimensions before N stay before."""
