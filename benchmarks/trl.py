@@ -16,7 +16,16 @@ from transformers import TrainerCallback
 from benchmarks.grpo import grpo
 from benchmarks.rows import Row
 from benchmarks.trl_timing import GENERATE_S, OURS, STOCK, medians, train, train_in_turn
-from benchmarks.workload import RUNS, SMOLLM2, causal_part, converted, has_smollm2, trained_adapter
+from benchmarks.workload import (
+    LEARNING_TEMPERATURE,
+    RUNS,
+    SMOLLM2,
+    K,
+    causal_part,
+    converted,
+    has_smollm2,
+    trained_adapter,
+)
 from blockroll.config import AlignmentConfig, ConvertConfig, DraftConfig, RolloutConfig
 from blockroll.rl_loops.convert import METRICS_FILE, STATE_FILE
 from blockroll.rl_loops.tracking import read_lines
@@ -136,18 +145,8 @@ def alignment(
     causal_part().save_pretrained(policy)
     rows: list[Row] = []
     for seed, is_aligned in itertools.product(seeds, (False, True)):
-        draft = DraftConfig(block_sizes=(8,), layouts=("two_forward",), learning_rate=1e-3)
-        run = train(
-            OURS,
-            seed=seed,
-            steps=steps,
-            batch=batch,
-            model=str(policy),
-            adapter=adapter,
-            rollout=RolloutConfig(plan="two_forward(8)"),
-            alignment=AlignmentConfig(draft=draft) if is_aligned else None,
-            # A KL weight too small to matter, for TRL to report the distance from the first policy.
-            arguments={"beta": 1e-9, "temperature": 1.5, "learning_rate": 1e-4},
+        run = run_of_tiny(
+            policy, adapter, seed, is_aligned=is_aligned, steps=steps, batch=batch, learning_rate=1e-4
         )
         rows.append(
             {
@@ -157,6 +156,36 @@ def alignment(
                 **{name: [row.get(name) for row in run] for name in CURVES},
             }
         )
+    return rows
+
+
+def run_of_tiny(
+    policy: Path,
+    adapter: Path,
+    seed: int,
+    *,
+    is_aligned: bool,
+    steps: int,
+    batch: int,
+    learning_rate: float,
+    mix_weight: float = 1.0,
+    **arguments: Any,
+) -> list[Row]:
+    """What GRPO of the tiny policy logs, with drafts aligned after every update or left alone."""
+    draft = DraftConfig(block_sizes=(K,), layouts=("two_forward",), learning_rate=1e-3)
+    # A KL weight too small to matter, for TRL to report the distance from the first policy.
+    common = {"beta": 1e-9, "temperature": LEARNING_TEMPERATURE, "learning_rate": learning_rate}
+    rows: list[Row] = train(
+        OURS,
+        seed=seed,
+        steps=steps,
+        batch=batch,
+        model=str(policy),
+        adapter=adapter,
+        rollout=RolloutConfig(plan=f"two_forward({K})", mix_weight=mix_weight),
+        alignment=AlignmentConfig(draft=draft) if is_aligned else None,
+        arguments={**common, **arguments},
+    )
     return rows
 
 

@@ -10,9 +10,8 @@ from pathlib import Path
 
 from benchmarks.cells import measured
 from benchmarks.rows import Row
-from benchmarks.trl_timing import OURS, train
-from benchmarks.workload import LEARNING_TEMPERATURE, RUNS, K, causal_part, trained_adapter
-from blockroll.config import AlignmentConfig, DraftConfig, RolloutConfig
+from benchmarks.trl import run_of_tiny
+from benchmarks.workload import RUNS, causal_part, trained_adapter
 
 MIX_WEIGHT = 0.5
 ARMS = {
@@ -53,23 +52,16 @@ def run(
 ) -> list[Row]:
     """One run."""
     mix_weight, is_aligned = ARMS[arm]
-    draft = DraftConfig(block_sizes=(K,), layouts=("two_forward",), learning_rate=1e-3)
-    rows = train(
-        OURS,
-        seed=seed,
+    rows = run_of_tiny(
+        policy,
+        adapter,
+        seed,
+        is_aligned=is_aligned,
+        mix_weight=mix_weight,
         steps=steps,
         batch=batch,
-        model=str(policy),
-        adapter=adapter,
-        rollout=RolloutConfig(plan=f"two_forward({K})", mix_weight=mix_weight),
-        alignment=AlignmentConfig(draft=draft) if is_aligned else None,
-        # A KL weight too small to matter, for TRL to report the distance from the first policy.
-        arguments={
-            "beta": 1e-9,
-            "temperature": LEARNING_TEMPERATURE,
-            "learning_rate": learning_rate,
-            "vllm_importance_sampling_mode": "token_truncate",
-        },
+        learning_rate=learning_rate,
+        vllm_importance_sampling_mode="token_truncate",
     )
     about = {
         "seed": seed,

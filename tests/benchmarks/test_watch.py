@@ -62,6 +62,9 @@ def test_runs_are_silent_and_harm_is_found(adapter, tmp_path, monkeypatch):
     assert all("shadow/num_rollouts" in row for row in guarded)
 
 
+@pytest.mark.filterwarnings(
+    "ignore:`.*gradient_checkpointing.*` is deprecated:FutureWarning"  # what TRL itself calls
+)
 def test_acceptance_under_rl_is_measured_by_law_and_alignment(adapter, tmp_path, monkeypatch):
     monkeypatch.setattr(watch_acceptance, "RUNS", tmp_path)
     rows = watch_acceptance.acceptance(adapter, seeds=(0,), steps=2, batch=8, folder=tmp_path)
@@ -73,4 +76,7 @@ def test_what_looking_costs_is_measured_in_pairs(adapter):
     rows = watch_runs.cost(adapter, batch=4, repeats=3, max_tokens=16)
     assert len(rows) == 4
     assert all(row["range"][0] > 0 for row in rows)
-    assert rows[0]["over_unwatched"] == pytest.approx(rows[0]["over_unwatched"])
+    decoding, (tests,) = rows[:3], rows[3:]
+    assert [row["plan"] for row in decoding] == ["plain", "two_forward(8)", "fused(8,[0,4,8])"]
+    assert all(row["range"][0] <= row["over_unwatched"] <= row["range"][1] for row in decoding)
+    assert tests["range"][0] <= tests["over_drawing"] <= tests["range"][1]
