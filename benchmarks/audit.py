@@ -1,13 +1,13 @@
 """What it costs to record every token."""
 
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
 from benchmarks.rows import Row
+from benchmarks.turns import steps_in_turn
 from benchmarks.workload import TWO_FORWARD, one_thread, prompts, requests
 from blockroll.policies.hf import HFPolicy
 from blockroll.rollout.audit.check import check_audit
@@ -20,8 +20,7 @@ from blockroll.types import PLAIN, Plan, Sampling
 def cost(*, batches: tuple[int, ...] = (1, 16, 64), repeats: int = 9, rollouts: int = 24) -> list[Row]:
     """Time of the shipped policy's rollouts with every token audited over the time without, one thread.
 
-    Two engines draw the same tokens, a step of one after a step of the other, who comes first alternating:
-    what else the machine does slows both alike. What was written is checked at both levels.
+    Two engines take their steps in turn; what was written is checked at both levels.
     """
     with one_thread():
         return [_cost(plan, batch, repeats, rollouts) for plan in (PLAIN, TWO_FORWARD) for batch in batches]
@@ -39,17 +38,7 @@ def _cost(plan: Plan, batch: int, repeats: int, rollouts: int) -> Row:
                 Engine(policy, plan=plan, max_batch_size=batch, max_length=128, observers=observers)
                 for observers in watching
             ]
-            for engine in engines:
-                engine.submit(requests(texts, Sampling(max_tokens=64), seed=repeat))
-            seconds, num_steps = [0.0, 0.0], 0
-            while engines[0].num_requests:
-                for which in (0, 1) if num_steps % 2 else (1, 0):
-                    start = time.perf_counter()
-                    engines[which].step()
-                    seconds[which] += time.perf_counter() - start
-                num_steps += 1
-            assert not engines[1].num_requests, "an audited engine drew other tokens"
-            return seconds[1] / seconds[0]
+            return steps_in_turn(engines, requests(texts, Sampling(max_tokens=64), seed=repeat))
 
         ratio(0)
         ratios = [ratio(repeat) for repeat in range(1, repeats + 1)]

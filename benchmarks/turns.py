@@ -5,6 +5,7 @@ far its two ratios spread is the band in which nothing was shown.
 """
 
 import statistics
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from dataclasses import fields
 from benchmarks.rows import Row
 from blockroll.bench.subjects import EngineSubject, Subject, Wave
 from blockroll.policies.hf import HFPolicy
+from blockroll.rollout.engine.engine import BareEngine
 from blockroll.rollout.engine.trace import EngineTimes
 from blockroll.rollout.planning.reading import read_plan
 from blockroll.types import Law, Request
@@ -50,6 +52,25 @@ def waves_in_turn(
         for name in (*names[first:], *names[:first]):
             waves[name].append(subjects[name].decode(requests))
     return waves
+
+
+def steps_in_turn(engines: Sequence[BareEngine], requests: Sequence[Request]) -> float:
+    """Time of the second engine's steps over the first one's, which draws the same tokens.
+
+    A step of one comes after a step of the other, who comes first alternating: what else the machine does
+    slows both alike.
+    """
+    for engine in engines:
+        engine.submit(requests)
+    seconds, num_steps = [0.0, 0.0], 0
+    while engines[0].num_requests:
+        for which in (0, 1) if num_steps % 2 else (1, 0):
+            start = time.perf_counter()
+            engines[which].step()
+            seconds[which] += time.perf_counter() - start
+        num_steps += 1
+    assert not engines[1].num_requests, "the second engine drew other tokens"
+    return seconds[1] / seconds[0]
 
 
 def figures(waves: Sequence[Wave], plain: Sequence[Wave]) -> Row:

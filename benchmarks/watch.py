@@ -34,7 +34,7 @@ from blockroll.policies.hf import HFPolicy
 from blockroll.rl_loops.algorithms import ALGORITHMS
 from blockroll.rl_loops.learner import Learner
 from blockroll.rl_loops.loop import train
-from blockroll.rl_loops.watch.evidence import is_start, log_e_of, with_start
+from blockroll.rl_loops.watch.e_process import is_start, log_e_of, with_start
 from blockroll.rl_loops.watch.guard import Guard, Test
 from blockroll.rl_loops.watch.watch import Watch
 from blockroll.rollout.calibration.bets import NUM_BETS, log_wealth

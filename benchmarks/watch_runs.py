@@ -7,7 +7,6 @@ Rows of a run are those of its metrics. One thread; runs go on from their checkp
 
 import io
 import itertools
-import math
 import statistics
 import time
 from collections.abc import Sequence
@@ -18,9 +17,11 @@ import numpy as np
 from rich.console import Console
 
 from benchmarks.rows import Row
+from benchmarks.turns import steps_in_turn
 from benchmarks.workload import (
     LEARNING_TEMPERATURE,
     RUNS,
+    TWO_FORWARD,
     K,
     has_checkpoint,
     one_thread,
@@ -32,11 +33,11 @@ from benchmarks.workload import (
 from blockroll.config import PolicyConfig, RolloutConfig, RunConfig, TrainConfig, WatchConfig
 from blockroll.policies.hf import HFPolicy
 from blockroll.rl_loops.loop import train
-from blockroll.rl_loops.watch.watch import Watch
+from blockroll.rl_loops.watch.watch import WATCH_EVERY, Watch
 from blockroll.rollout.calibration.observer import Calibration
 from blockroll.rollout.drafters.engine import Engine
 from blockroll.rollout.engine.trace import Watcher
-from blockroll.types import Plan, Sampling
+from blockroll.types import PLAIN, Plan, Sampling
 
 
 def silent(
@@ -100,63 +101,45 @@ def harm(
     return rows
 
 
-def cost(
-    adapter: Path | None = None, *, batch: int = 64, repeats: int = 7, max_tokens: int = 128
-) -> list[Row]:
-    """What looking costs: decoding with a watcher over decoding without; and the tests of a step."""
-    adapter = adapter or trained_adapter()
-    policy = HFPolicy.from_pretrained("tiny", adapter=adapter)
-    rows: list[Row] = []
+def cost(*, batch: int = 64, repeats: int = 9, max_tokens: int = 128) -> list[Row]:
+    """What looking costs: steps of an engine that is watched over those of one that is not, in turn.
+
+    A pair that nobody watches shows how far the machine alone moves such a ratio. And the tests of a step.
+    """
+    policy = HFPolicy.from_pretrained("tiny")
     with one_thread():
-        for plan in (Plan(0), Plan(K), Plan(K, (0, K // 2, K))):
-            ratios, bands = [], []
-            for repeat in range(repeats):
-                texts = prompts(policy, batch, seed=repeat)
-                times = [
-                    _seconds(policy, plan, texts, max_tokens, every=every, seed=repeat)
-                    for every in _turned((0, 32, 0), repeat)
-                ]
-                without, watched, again = _turned(times, -repeat)
-                base = math.sqrt(without * again)
-                ratios.append(watched / base)
-                bands.append(without / again)
-            rows.append(
-                {
-                    "what": "decoding, one step in 32 looked at",
-                    "plan": plan.name,
-                    "batch": batch,
-                    "repeats": repeats,
-                    "over_unwatched": statistics.median(ratios),
-                    "range": [min(ratios), max(ratios)],
-                    "band": [min(bands), max(bands)],
-                }
-            )
-    rows.append(_tests_cost(policy, batch))
-    return rows
+        rows = [_watching_cost(policy, plan, batch, repeats, max_tokens) for plan in (PLAIN, TWO_FORWARD)]
+        return [*rows, _tests_cost(policy, batch)]
 
 
-def _turned(values: Sequence[Any], by: int) -> list[Any]:
-    by %= len(values)
-    return [*values[by:], *values[:by]]
+def _watching_cost(policy: HFPolicy, plan: Plan, batch: int, repeats: int, max_tokens: int) -> Row:
+    def ratio(repeat: int, second: Sequence[Watcher]) -> float:
+        sampling = Sampling(max_tokens=max_tokens, min_tokens=max_tokens)
+        asked = requests(prompts(policy, batch, seed=repeat), sampling, seed=repeat)
+        engines = [
+            Engine(policy, plan=plan, max_batch_size=batch, max_length=256, observers=observers)
+            for observers in ((), second)
+        ]
+        return steps_in_turn(engines, asked)
 
-
-def _seconds(
-    policy: HFPolicy, plan: Plan, texts: Sequence[tuple[int, ...]], max_tokens: int, *, every: int, seed: int
-) -> float:
-    observers = [Watcher(Calibration(), every=every)] if every else []
-    engine = Engine(policy, plan=plan, observers=observers, max_batch_size=len(texts))
-    sampling = Sampling(max_tokens=max_tokens, min_tokens=max_tokens)
-    engine.submit(requests(texts, sampling, seed=seed))
-    start = time.perf_counter()
-    while engine.num_requests:
-        engine.step()
-    return time.perf_counter() - start
+    ratio(0, ())
+    watched = [ratio(each, [Watcher(Calibration(), every=WATCH_EVERY)]) for each in range(1, repeats + 1)]
+    alone = [ratio(each, ()) for each in range(1, repeats + 1)]
+    return {
+        "what": f"decoding, one step in {WATCH_EVERY} looked at",
+        "plan": plan.name,
+        "batch": batch,
+        "repeats": repeats,
+        "over_unwatched": statistics.median(watched),
+        "range": [min(watched), max(watched)],
+        "band": [min(alone), max(alone)],
+    }
 
 
 def _tests_cost(policy: HFPolicy, batch: int) -> Row:
     """The guard's own part of a training step, over the time to draw what it is told of."""
     texts = prompts(policy, batch, seed=0)
-    engine = Engine(policy, plan=Plan(0), max_batch_size=batch)
+    engine = Engine(policy, plan=PLAIN, max_batch_size=batch)
     engine.submit(requests(texts, Sampling(max_tokens=64), seed=0))
     start, finished = time.perf_counter(), []
     while engine.num_requests:

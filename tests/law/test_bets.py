@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from blockroll.errors import CheckpointError, InvalidInput
-from blockroll.rl_loops.watch import evidence as evidence_module
-from blockroll.rl_loops.watch.evidence import EProcess
+from blockroll.rl_loops.watch import e_process
+from blockroll.rl_loops.watch.e_process import EProcess
 from blockroll.rollout.calibration.bets import NUM_BETS, Bets
 from blockroll.rollout.calibration.confidence import ConfidenceSequence
 
@@ -148,13 +148,13 @@ def test_a_fault_that_comes_late_is_found_about_as_soon_as_one_that_comes_at_onc
 
 
 def test_planted_evidence_without_fresh_starts_is_late(monkeypatch):
-    monkeypatch.setattr(evidence_module, "is_start", lambda step: step == 0)
+    monkeypatch.setattr(e_process, "is_start", lambda step: step == 0)
     with pytest.raises(AssertionError):
         test_a_fault_that_comes_late_is_found_about_as_soon_as_one_that_comes_at_once()
 
 
 def test_starts_get_rarer_in_a_long_run():
-    starts = [step for step in range(100_000) if evidence_module.is_start(step)]
+    starts = [step for step in range(100_000) if e_process.is_start(step)]
     assert len(starts) < 1_000
     assert starts[:64] == [*range(64)]
 

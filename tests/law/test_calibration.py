@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from blockroll.rl_loops.watch.evidence import EProcess
+from blockroll.rl_loops.watch.e_process import EProcess
 from blockroll.rollout.calibration import observer as observer_module
 from blockroll.rollout.calibration.evidence import Evidence
 from blockroll.rollout.calibration.observer import FIGURES, FUNCTIONALS, Calibration

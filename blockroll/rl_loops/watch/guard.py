@@ -19,7 +19,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from blockroll.errors import CheckpointError, InvalidInput
-from blockroll.rl_loops.watch.evidence import EProcess, Sides
+from blockroll.rl_loops.watch.e_process import EProcess, Sides
 from blockroll.rollout.calibration.bets import Bets
 
 Action = Literal["warn", "lossless", "plain", "stop"]

@@ -9,7 +9,7 @@ from blockroll.rl_loops import cards
 from blockroll.rl_loops.display import number
 from blockroll.rl_loops.figures import SLATE, draw
 from blockroll.rl_loops.watch import figures
-from blockroll.rl_loops.watch.rows import Evidence, Rows, evidence_of, series, stretches
+from blockroll.rl_loops.watch.rows import Rows, TestEvidence, evidence_of, series, stretches
 from blockroll.rl_loops.watch.story import Sentence
 
 DIFFERENCE = tuple(f"drift/reward/{each}" for each in ("mean", "cs_low", "cs_high"))
@@ -54,7 +54,7 @@ def _shares(rows: Rows, test: str) -> list[tuple[float, float]]:
     return [(step, value / thresholds[step]) for step, value in logs if thresholds.get(step)]
 
 
-def _legend(tests: list[Evidence]) -> str:
+def _legend(tests: list[TestEvidence]) -> str:
     """Of every test its colour, the most of its log e, its threshold, what it has seen, when it spoke."""
     head = "".join(f"<th>{each}</th>" for each in ("test", "log e", "limit", "n", "spoke"))
     rows = "".join(
@@ -67,7 +67,7 @@ def _legend(tests: list[Evidence]) -> str:
     return f'<table class="legend"><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>'
 
 
-def _spoke(test: Evidence) -> str:
+def _spoke(test: TestEvidence) -> str:
     return "<td>–</td>" if test.spoke_at is None else f'<td class="bad">{test.spoke_at}</td>'  # noqa: RUF001
 
 

@@ -15,7 +15,7 @@ _LOG_E = "/log_e"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Evidence:
+class TestEvidence:
     """One sequential test of the guard as its last row has it: of its latest attempt, if it was lifted."""
 
     name: str
@@ -76,20 +76,20 @@ def _tests(rows: Rows) -> list[str]:
     return [name for name in names if series(rows, f"drift/{name}{_LOG_E}")]
 
 
-def evidence_of(rows: Rows) -> list[Evidence]:
+def evidence_of(rows: Rows) -> list[TestEvidence]:
     """Of every test of the guard: those that spoke first, then the nearest to its threshold."""
     found = (_state(rows, name) for name in _tests(rows))
     return sorted(found, key=lambda test: (test.spoke_at is None, -test.nearness))
 
 
-def _state(rows: Rows, name: str) -> Evidence:
+def _state(rows: Rows, name: str) -> TestEvidence:
     def last(what: str) -> float:
         return series(rows, f"drift/{name}/{what}")[-1][1]
 
     highest = series(rows, f"drift/{name}/log_e_max")
     thresholds = dict(series(rows, f"drift/{name}/threshold"))
     spoke = [step for step, value in highest if value >= thresholds.get(step, math.inf)]
-    return Evidence(
+    return TestEvidence(
         name=name,
         log_e=last("log_e"),
         highest=highest[-1][1],
